@@ -4,10 +4,14 @@ Half of each dictionary's directions are those of the one before, turned a littl
 others are new.
 
 Run: python -m benchmarks.bench_transfer [--dictionaries 30] [--features 4608] [--d 576] [--pairs 0] [--study 0]
+     python -m benchmarks.bench_transfer --tokens 32768 --features 131072
 Prints the seconds of the products alone, of the assignments of all pairs, found and null, and their share of the ten
 minutes that they may take on two cores, the largest gap, scipy's dense solver on one pair (its time, and its sum beside
 ours), the peak of memory and, last, one line of JSON. Processor seconds, of all threads, are told beside the clock's,
 which others on the machine make longer.
+
+With --tokens N one pair of dictionaries is matched by made-up activity on N tokens, 64 features on each: most of the
+second's features fire where one of the first's does. The peak of memory, beside two dense arrays, is told.
 
 With --study N the stage itself compares N of the 98 dictionaries of the reasoning study, at an eighth of their widths,
 random, of four random language models: all pairs of a model and 50 pairs of two. The peak of memory of N = 98 should
@@ -26,11 +30,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.matching.match import match
-from saejax.matching.rows import independent_rows, unit
+from saejax.matching.rows import CentredRows, independent_rows, unit
+from saejax.matching.transfer.activity import MIN_FIRINGS
 from saejax.models.settings import ModelConfig
 from saejax.models.source import load_tokenizer, resolve
 from saejax.parallel.mesh import make_mesh
@@ -112,6 +118,35 @@ def compare_study(count: int) -> None:
     print(json.dumps(figures))
 
 
+def match_activity(features: int, tokens: int, active: int = 64) -> None:
+    """Match two dictionaries by their activity, and print the time and the peak of memory."""
+    rng = np.random.default_rng(0)
+    # Features fire from on every hundredth token to on a few, as most of a wide dictionary do.
+    index_NxA = (features * rng.random((tokens, active)) ** 2).astype(np.int64)
+    value_NxA = rng.lognormal(size=(tokens, active)).astype(np.float32)
+    rows = []
+    for noise in (0.0, 0.2):
+        moved_NxA = np.where(
+            rng.random(index_NxA.shape) < noise, rng.integers(features, size=index_NxA.shape), index_NxA
+        )
+        entries = value_NxA.reshape(-1), moved_NxA.reshape(-1), np.arange(tokens + 1) * active
+        f_NxF = sparse.csr_array(entries, (tokens, features))
+        f_NxF.sum_duplicates()
+        rows.append(CentredRows.of(f_NxF, np.bincount(f_NxF.indices, minlength=features) >= MIN_FIRINGS))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    ((_, matched),) = match([(0, *rows)], make_mesh())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    figures = dict(
+        features=features, tokens=tokens, processor_seconds=time.process_time() - start, gap=matched.gap,
+        shared=float((matched.value_F >= 0.7).mean()), peak_gb=round(peak / 1e6, 2), before_gb=round(before / 1e6, 2),
+    )  # fmt: skip
+    print(
+        f"{features:,} features on {tokens:,} tokens: peak of memory {peak / 1e6:.2f} GB ({before / 1e6:.2f} before); "
+        f"dense rows of two dictionaries take {8 * features * tokens / 1e9:.1f} GB"
+    )
+    print(json.dumps(figures))
+
+
 def main() -> None:
     """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,7 +155,10 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=576)
     parser.add_argument("--pairs", type=int, default=0, help="pairs that are matched, drawn evenly; 0: all")
     parser.add_argument("--study", type=int, default=0, help="dictionaries of the study that the stage compares")
+    parser.add_argument("--tokens", type=int, default=0, help="tokens of made-up activity by which a pair is matched")
     args = parser.parse_args()
+    if args.tokens:
+        return match_activity(args.features, args.tokens)
     if args.study:
         return compare_study(args.study)
     rows, mesh = stack(args.dictionaries, args.features, args.d), make_mesh()

@@ -10,11 +10,13 @@
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
 
 from saejax.dictionaries import Dictionary
+from saejax.matching.rows import CentredRows
 from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, ReadText, aligned, encode, read_text, site_values
 from saejax.models.language_model import LanguageModel
 
@@ -22,7 +24,6 @@ LEAST = 0.5  # correlation of the activations of a pair
 PLACEBO_QUANTILE = 0.95
 _BATCH_TOKENS = 2048
 _PERMUTATIONS, _PAIRS = 9999, 8  # fewer pairs have no rank correlation to speak of
-_PRODUCTS = 2**24  # products held at once
 _ARRAYS = ("text_N", "end_N", "importance_F", "placebo_RxF")  # of ``ItemFeatures``, in its file
 
 
@@ -56,12 +57,38 @@ class ItemFeatures:
 
 
 @dataclasses.dataclass(frozen=True)
+class FeatureMatch:
+    """The features of two models that are matched by their activity on the same items."""
+
+    first_M: np.ndarray  #: matched features of the first
+    second_M: np.ndarray  #: their partners in the second
+    live: tuple[int, int]  #: number of features of each model that fire often enough to have a partner
+    chance: int  #: number of pairs where one text is shifted by half
+
+    def back(self) -> "FeatureMatch":
+        """Return the match of the second model with the first."""
+        return FeatureMatch(self.second_M, self.first_M, self.live[::-1], self.chance)
+
+    @functools.cached_property
+    def partner(self) -> dict[int, int]:
+        """Partner of each matched feature of the first model."""
+        return dict(zip(self.first_M.tolist(), self.second_M.tolist(), strict=True))
+
+    @property
+    def shared(self) -> float:
+        """Share of the first model's live features that have a partner."""
+        return len(self.first_M) / max(self.live[0], 1)
+
+    @property
+    def shared_null(self) -> float:
+        """The same by chance."""
+        return self.chance / max(self.live[0], 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ImportanceAlignment:
     """Agreement of two models on which features matter."""
 
-    pairs: int  #: number of matched features
-    shared: float  #: share of the first model's features, of those that fire often enough, that have a partner
-    shared_null: float  #: the same with one text shifted by half
     correlation: float | None  #: rank correlation of importance over pairs; None with fewer than 8 pairs
     p_value: float | None  #: share of permutations in which it is as large, above 0
     rotated: float | None  #: correlation over pairs with a rotated dictionary; None with fewer than 8 pairs
@@ -88,36 +115,35 @@ def read_features(
 
 
 def align_importance(
-    first: ItemFeatures, second: ItemFeatures, rotated: ItemFeatures | None = None, seed: int = 789
-) -> ImportanceAlignment | None:
-    """Return the agreement of two models on the same items; None where they read other items.
+    first: ItemFeatures,
+    second: ItemFeatures,
+    match: FeatureMatch,
+    rotated: ItemFeatures | None = None,
+    seed: int = 789,
+) -> ImportanceAlignment:
+    """Return the agreement of two models on which features matter for the same items.
 
     Args:
       first: features of a model.
       second: features of another model.
-      rotated: those of a rotated dictionary of the second model.
+      match: their match.
+      rotated: features of a rotated dictionary of the second model.
       seed: seed of the permutations.
     """
-    if first.ids != second.ids:
-        return None
-    pairs, live = match_features(first, second)
-    shifted, _ = match_features(first, second, shift=True)
-    first_M, second_M = first.importance_F[pairs[0]], second.importance_F[pairs[1]]
+    first_M, second_M = first.importance_F[match.first_M], second.importance_F[match.second_M]
     correlation, p_value, rotated_correlation, values = None, None, None, list[float]()
     if len(first_M) >= _PAIRS:
         correlation, p_value = rank_correlation(first_M, second_M, seed)
     if correlation is not None:
         # Either model may be the one whose importance is for corrupted answers: both directions are placebos.
-        values = [_spearman(first_M, placebo_F[pairs[1]]) for placebo_F in second.placebo_RxF]
-        values += [_spearman(placebo_F[pairs[0]], second_M) for placebo_F in first.placebo_RxF]
+        values = [_spearman(first_M, placebo_F[match.second_M]) for placebo_F in second.placebo_RxF]
+        values += [_spearman(placebo_F[match.first_M], second_M) for placebo_F in first.placebo_RxF]
     if rotated is not None:
-        (first_R, rotated_R), _ = match_features(first, rotated)
+        rows, _ = _shared_rows(first, rotated)
+        first_R, rotated_R = mutual_pairs(*rows, LEAST)
         if len(first_R) >= _PAIRS:
             rotated_correlation = _spearman(first.importance_F[first_R], rotated.importance_F[rotated_R])
     return ImportanceAlignment(
-        pairs=len(first_M),
-        shared=len(first_M) / max(live, 1),
-        shared_null=len(shifted[0]) / max(live, 1),
         correlation=correlation,
         p_value=p_value,
         rotated=rotated_correlation,
@@ -125,18 +151,29 @@ def align_importance(
     )
 
 
-def match_features(
+def match_features(first: ItemFeatures, second: ItemFeatures) -> FeatureMatch | None:
+    """Return the match of two models' features by their activity; None where they read other items.
+
+    Args:
+      first: features of a model.
+      second: features of another model.
+    """
+    if first.ids != second.ids:
+        return None
+    rows, live = _shared_rows(first, second)
+    shifted_rows, _ = _shared_rows(first, second, shift=True)
+    return FeatureMatch(*mutual_pairs(*rows, LEAST), live, len(mutual_pairs(*shifted_rows, LEAST)[0]))
+
+
+def _shared_rows(
     first: ItemFeatures, second: ItemFeatures, shift: bool = False
-) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-    """Return the pairs of features by activity, and the number of the first's features that could have one.
+) -> tuple[tuple[CentredRows, CentredRows], tuple[int, int]]:
+    """Return the activity of two models' features on the tokens that both read, and how many of each fire often enough.
 
     Args:
       first: features of a model.
       second: features of another model on the same items.
       shift: pair each token with that half the text further on: what chance gives.
-
-    Returns:
-      The features of the first, rising, and their partners in the second; and the number.
     """
     first_N, second_N = aligned(first.read, second.read)
     real_N = first.activity.real_N[first_N] & second.activity.real_N[second_N]
@@ -144,36 +181,39 @@ def match_features(
     if shift:
         # Half the text away: runs of firings keep their form, and no pair of tokens stays a pair.
         second_N = np.roll(second_N, len(second_N) // 2)
-    live, rows = [], []
-    for features, at_N in ((first, first_N), (second, second_N)):
-        live.append(features.activity.firings(at_N) >= MIN_FIRINGS)
-        rows.append(features.activity.rows(at_N, live[-1]))
-    return mutual_pairs(rows[0], rows[1], LEAST), int(live[0].sum())
+    first_F, second_G = first.activity.firings(first_N) >= MIN_FIRINGS, second.activity.firings(second_N) >= MIN_FIRINGS
+    rows = first.activity.rows(first_N, first_F), second.activity.rows(second_N, second_G)
+    return rows, (int(first_F.sum()), int(second_G.sum()))
 
 
-def mutual_pairs(first_FxD: np.ndarray, second_GxD: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+def mutual_pairs(first: CentredRows, second: CentredRows, least: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs of rows with their largest product, of at least ``least``, with each other.
 
     Args:
-      first_FxD: rows of the first dictionary.
-      second_GxD: rows of the second.
-      least: smallest product of a pair.
+      first: rows of the first dictionary.
+      second: rows of the second.
+      least: smallest product of a pair, above 0.
+
+    Returns:
+      The rows of the first, rising, and their partners in the second.
     """
-    if not len(first_FxD) or not len(second_GxD):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    best_G, largest_G = np.zeros(len(second_GxD), np.int64), np.full(len(second_GxD), -np.inf)
-    best, largest = [], []
-    step = max(_PRODUCTS // len(second_GxD), 1)
-    for start in range(0, len(first_FxD), step):
-        product_KxG = first_FxD[start : start + step] @ second_GxD.T
-        best.append(product_KxG.argmax(axis=1))
-        largest.append(product_KxG.max(axis=1))
-        larger_G = product_KxG.max(axis=0) > largest_G
-        best_G[larger_G] = start + product_KxG.argmax(axis=0)[larger_G]
-        largest_G = np.maximum(largest_G, product_KxG.max(axis=0))
-    best_F = np.concatenate(best)
-    paired = (best_G[best_F] == np.arange(len(best_F))) & (np.concatenate(largest) >= least)
-    return np.flatnonzero(paired), best_F[paired]
+    empty = np.zeros(0, np.int64)
+    rows, columns, values, start = [empty], [empty], [np.zeros(0, np.float32)], 0
+    for product in first.products(second, np.arange(len(first))):
+        large_X = product.data >= least  # few products are: only these are kept
+        row_X = np.repeat(np.arange(start, start + product.shape[0]), np.diff(product.indptr))
+        rows.append(row_X[large_X])
+        columns.append(product.indices[large_X])
+        values.append(product.data[large_X])
+        start += product.shape[0]
+    row_L, column_L, value_L = np.concatenate(rows), np.concatenate(columns), np.concatenate(values)
+    order_L = np.lexsort((column_L, row_L, -value_L))
+    row_L, column_L = row_L[order_L], column_L[order_L]
+    # In this order the first product of a row is its largest, and so of a column.
+    (_, of_row), (_, of_column) = np.unique(row_L, return_index=True), np.unique(column_L, return_index=True)
+    mutual = np.intersect1d(of_row, of_column)
+    mutual = mutual[np.argsort(row_L[mutual])]
+    return row_L[mutual], column_L[mutual]
 
 
 def rank_correlation(

@@ -1,12 +1,13 @@
-"""Matching of the features of two dictionaries by their rows: products on the devices, assignment on the host.
+"""Matching of the features of two dictionaries by their rows.
 
 1. One program multiplies the rows of a block of pairs of dictionaries, a few hundred rows at a time, and keeps the
    largest products of each row and, the first time, of each column. The pairs of a block are split over the devices.
+   Products of sparse rows are made on the host, where only features that fire together meet.
 2. An ``Auction`` assigns rows to columns on the host from these candidates.
-3. For the rows that wait there, the program looks again at the present prices, until none waits.
+3. For the rows that wait there, step 1 looks again at the present prices, until none waits.
 
-Rows of unit length give cosines; centred activations of unit length give Pearson's correlations. Rows of zeros stay
-unassigned: zero the rows of features that must not be compared.
+Rows of unit length give cosines; centred activations of unit length (``CentredRows``) give Pearson's correlations. Rows
+of zeros stay unassigned: zero the rows of features that must not be compared.
 
 Rows bid for columns, whose prices rise from zero (Bertsekas, 1988, "The auction algorithm", Annals of Operations
 Research 14). A row bids for the column of largest profit (value minus price): as much as makes the second-best column
@@ -20,6 +21,7 @@ known column is better than that, and otherwise waits to be shown its best colum
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,12 +34,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from saejax.matching.rows import CentredRows, Rows, paired_products
 from saejax.parallel.mesh import AXES, read_parts
 
 STEP = 5e-4  # increment of a bid; values are at most 1
 _ROWS = 512  # rows whose products are in memory at once
 CANDIDATES = 64  # columns that a row is shown at a time
 _VMAPPED = 4  # pairs that an accelerator multiplies side by side
+_AHEAD_BYTES = 4 << 30  # rows of waiting pairs, beyond which no more are read
 
 Key = TypeVar("Key")
 
@@ -134,8 +138,8 @@ class Auction:
 class Matched:
     """The matching of the rows of two dictionaries."""
 
-    nearest_F: np.ndarray  #: largest product of each row of the first
-    nearest_G: np.ndarray  #: largest product of each row of the second
+    nearest_F: np.ndarray  #: largest product of each row of the first; of sparse rows at least 0
+    nearest_G: np.ndarray  #: the same of each row of the second
     #: row of the second assigned to each row of the first, none twice, with the largest sum of products (the Hungarian
     #: method's assignment); -1: unassigned, which counts 0.
     partner_F: np.ndarray
@@ -144,15 +148,15 @@ class Matched:
     gap: float
 
 
-def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) -> Iterator[tuple[Key, Matched]]:
+def match(problems: Iterable[tuple[Key, Rows, Rows]], mesh: Mesh) -> Iterator[tuple[Key, Matched]]:
     """Match the rows of pairs of dictionaries.
 
     While assignments are solved on the host, the devices multiply other pairs.
 
     Args:
-      problems: (key, rows of the first [F, D], rows of the second [G, D]), fp32 of length at most 1; read a few at a
-        time, so that memory does not grow with their number.
-      mesh: pairs are split over all its devices.
+      problems: (key, rows of the first [F, D], rows of the second [G, D]), fp32 of length at most 1, both dense or both
+        sparse; read a few at a time, so that memory does not grow with their number.
+      mesh: pairs of dense rows are split over all its devices.
 
     Yields:
       (key, matching), in the order in which they finish.
@@ -160,11 +164,21 @@ def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) ->
     waiting = iter(problems)
     block = mesh.devices.size * side_by_side(jax.default_backend())
     ready, solving = list[_Problem](), dict[Future, _Problem]()
+
+    def has_room() -> bool:
+        problems = [*ready, *solving.values()]
+        row_bytes = {id(rows): rows.nbytes for problem in problems for rows in (problem.few, problem.many)}
+        # Twice a block: the devices multiply one while the host solves the other.
+        return not problems or (len(problems) < 2 * block and sum(row_bytes.values()) < _AHEAD_BYTES)
+
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         while True:
-            # Twice a block: the devices multiply one while the host solves the other.
-            while len(ready) + len(solving) < 2 * block and (next_problem := next(waiting, None)) is not None:
-                ready.append(_Problem(*next_problem))
+            while has_room() and (next_problem := next(waiting, None)) is not None:
+                problem = _Problem(*next_problem)
+                if isinstance(problem.few, CentredRows):
+                    solving[pool.submit(problem.assign_sparse)] = problem
+                else:
+                    ready.append(problem)
             if not ready and not solving:
                 return
             # One shape per block, since a block is one program.
@@ -192,10 +206,10 @@ def side_by_side(platform: str) -> int:
 class _Problem:
     """The assignment of one pair in progress; the pair is swapped so that the first dictionary has fewer rows."""
 
-    def __init__(self, key: Any, first: np.ndarray, second: np.ndarray):
+    def __init__(self, key: Any, first: Any, second: Any):
         self.key, self._swapped = key, len(first) > len(second)
-        self._few_FxD, self.many_GxD = (second, first) if self._swapped else (first, second)
-        self.auction = Auction(len(self._few_FxD), len(self.many_GxD))
+        self.few, self.many = (second, first) if self._swapped else (first, second)
+        self.auction = Auction(len(self.few), len(self.many))
         self._nearest: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
@@ -206,7 +220,7 @@ class _Problem:
     @property
     def rows(self) -> int:
         """Number of rows to look next: four times those that wait, rounded up to one of few sizes of programs."""
-        rows, wanted = len(self._few_FxD), 4 * len(self.auction.waiting)
+        rows, wanted = len(self.few), 4 * len(self.auction.waiting)
         # More rows than wait are shown, as their neighbours will wait soon; sizes are powers of two for few programs.
         return min(rows, _ROWS * 2 ** max(0, math.ceil(math.log2(wanted / _ROWS))))
 
@@ -214,12 +228,12 @@ class _Problem:
     def rows_NxD(self) -> np.ndarray:
         """The rows to look next."""
         self._looking = self.auction.urgent(self.rows)
-        return self._few_FxD if len(self._looking) == len(self._few_FxD) else self._few_FxD[self._looking]
+        return self.few if len(self._looking) == len(self.few) else self.few[self._looking]
 
     @property
     def kind(self) -> tuple[bool | int, ...]:
         """Shapes that problems in one block share."""
-        return (self.fresh, self.rows, *self._few_FxD.shape, len(self.many_GxD))
+        return (self.fresh, self.rows, *self.few.shape, len(self.many))
 
     def look(self, top_NxC: np.ndarray, column_NxC: np.ndarray, top_G: np.ndarray | None = None) -> None:
         """Take the results of ``_best_of_pair``."""
@@ -228,6 +242,16 @@ class _Problem:
             self._nearest = top_NxC[:, 0], top_G
         self.auction.look(self._looking, top_NxC, column_NxC)
 
+    def assign_sparse(self) -> None:
+        """Look and bid until no row waits, with sparse rows, whose products are made here."""
+        while len(self.auction.waiting):
+            self._looking = self.auction.urgent(self.rows)
+            top_NxC, column_NxC, top_G = _best_sparse(self.few, self.many, self._looking, self.auction.price_G)
+            if self.fresh:
+                self._nearest = np.maximum(top_NxC[:, 0], 0), top_G
+            self.auction.look(self._looking, top_NxC, column_NxC)
+            self.auction.bid()
+
     def result(self) -> Matched:
         """Return the matching of the dictionaries in the given order."""
         assert self._nearest is not None
@@ -235,7 +259,7 @@ class _Problem:
         paired = np.flatnonzero(self.auction.column_F >= 0)
         column, own_F = self.auction.column_F[paired], np.zeros(len(few_F))
         # Anew from the rows, since values minus prices plus prices have lost digits.
-        own_F[paired] = np.einsum("fd,fd->f", self._few_FxD[paired], self.many_GxD[column], dtype=np.float64)
+        own_F[paired] = paired_products(self.few, paired, self.many, column)
         gap = self.auction.gap(own_F)
         if not self._swapped:
             partner_F, value_F = np.full(len(few_F), -1), np.full(len(few_F), np.nan)
@@ -246,11 +270,31 @@ class _Problem:
         return Matched(many_G, few_F, partner_G, value_G, gap)
 
 
+def _best_sparse(
+    first: CentredRows, second: CentredRows, row_N: np.ndarray, price_G: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the same as ``_best_of_pair``, of some rows of the first; products that are not above 0 may be missing."""
+    count = min(CANDIDATES, len(second))
+    # Where a row has fewer products, -inf: a column that nobody bids for.
+    top_NxC, column_NxC = np.full((len(row_N), count), -np.inf, np.float32), np.zeros((len(row_N), count), np.int64)
+    top_G, n = np.zeros(len(second), np.float32), 0
+    for product in first.products(second, row_N):
+        np.maximum.at(top_G, product.indices, product.data)
+        profit_X = product.data - price_G[product.indices]
+        for start, end in itertools.pairwise(product.indptr):
+            of_row = slice(start, end)
+            best = np.argsort(-profit_X[of_row], kind="stable")[:count]
+            top_NxC[n, : len(best)] = profit_X[of_row][best]
+            column_NxC[n, : len(best)] = product.indices[of_row][best]
+            n += 1
+    return top_NxC, column_NxC, top_G
+
+
 def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Problem]:
     """Find the best columns of the problems' next rows; rows of zeros fill the block."""
     if not problems:
         return []
-    arrays = [(problem.rows_NxD, problem.many_GxD, problem.auction.price_G) for problem in problems]
+    arrays = [(problem.rows_NxD, problem.many, problem.auction.price_G) for problem in problems]
     placed = [_place_block(of_problems, block, mesh) for of_problems in zip(*arrays, strict=True)]
     vmapped = side_by_side(jax.default_backend())
     best = jax.device_get(best_rows(mesh, vmapped, CANDIDATES, problems[0].fresh, *placed))

@@ -32,8 +32,9 @@ from saejax.interventions.table import PromptDefinition, load_effects
 from saejax.matching.importance import ItemFeatures, align_importance
 from saejax.page.findings import Findings
 from saejax.stages.study.results import StudyResults
-from saejax.stages.study.run import FEATURES_ON_ITEMS, ROTATED_ON_ITEMS
+from saejax.stages.study.run import ROTATED_ON_ITEMS
 from saejax.statistics.ranks import holm_by_key
+from saejax.studies.gather_features import ReadBenchmark
 from saejax.studies.results import AlignmentFigures
 
 LEVEL, LEAST = 0.05, 0.3
@@ -74,11 +75,12 @@ class ItemAlignment:
     placebo: float  #: the 95 % quantile of the statistic with a control set in the place of one row's top features
 
 
-def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
+def alignments(rows: Mapping[str, Findings], read: Mapping[str, Mapping[str, ReadBenchmark]]) -> list[AlignmentFigures]:
     """Compare every pair of rows on every benchmark of both.
 
     Args:
       rows: the findings of each row, by name.
+      read: benchmark -> the features of the rows that saved them, by row.
 
     Raises:
       UserError: a file of a unit is damaged.
@@ -87,7 +89,7 @@ def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
         comparison
         for first, second in itertools.combinations(rows, 2)
         for benchmark in rows[first].each(StudyResults).keys() & rows[second].each(StudyResults).keys()
-        for comparison in _pair((first, second), benchmark, rows)
+        for comparison in _pair((first, second), benchmark, rows, read.get(benchmark, {}))
     ]
     comparisons.sort(key=lambda comparison: (comparison.by, comparison.benchmark))
     p_values = {number: each.p_value for number, each in enumerate(comparisons) if each.p_value is not None}
@@ -98,7 +100,9 @@ def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
     return comparisons
 
 
-def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -> Iterator[AlignmentFigures]:
+def _pair(
+    pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings], read: Mapping[str, ReadBenchmark]
+) -> Iterator[AlignmentFigures]:
     folders = [rows[name].folders[f"study/{benchmark}"] for name in pair]
     results = [rows[name].each(StudyResults)[benchmark] for name in pair]
     (first_items, first_losses), (second_items, second_losses) = (_losses(folder, benchmark) for folder in folders)
@@ -116,13 +120,10 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
     if agreement:
         correlation, p, placebo = agreement.correlation, agreement.p_value, agreement.placebo
     yield AlignmentFigures(*pair, benchmark, "items", len(shared), correlation, p, None, placebo, None, None, None)
-    if not all((folder / FEATURES_ON_ITEMS).exists() for folder in folders):
-        return
-    first, second = (ItemFeatures.load(folder / FEATURES_ON_ITEMS) for folder in folders)
-    importance = (
-        align_importance(first, second, ItemFeatures.load(folders[1] / ROTATED_ON_ITEMS), _SEED) if same else None
-    )
-    if importance:
+    if pair[0] in read and (match := read[pair[0]].matches.get(pair[1])):
+        first, second = (read[name].features for name in pair)
+        rotated = ItemFeatures.load(folders[1] / ROTATED_ON_ITEMS)
+        importance = align_importance(first, second, match, rotated, _SEED)
         # A rotated dictionary may have too few pairs to correlate; without corrupted answers there is no placebo.
         controls = [value for value in (importance.rotated, importance.placebo) if value is not None]
         has_placebo = importance.placebo is not None
@@ -130,14 +131,14 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
             *pair,
             benchmark,
             "features",
-            importance.pairs,
+            len(match.first_M),
             importance.correlation,
             importance.p_value,
             None,
             max(controls) if has_placebo else None,
             None,
-            importance.shared,
-            importance.shared_null,
+            match.shared,
+            match.shared_null,
         )
 
 

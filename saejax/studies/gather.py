@@ -84,7 +84,7 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         activations=_collect(_activations, findings),
         effects=_collect(_effects, findings),
         behaviours=_collect(_behaviours, findings),
-        alignment=tuple(alignments(findings)),
+        alignment=tuple(alignments(findings, read)),
         gates=_collect(_gates, findings),
         domains=_domains(findings),
         drivers=_collect(_drivers, findings),

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from saejax.interventions.table import EffectsTable, PromptDefinition, load_effects
-from saejax.matching.importance import ItemFeatures, match_features
+from saejax.matching.importance import FeatureMatch, ItemFeatures, match_features
 from saejax.page.findings import Findings
 from saejax.stages.study.results import StudyResults
 from saejax.stages.study.run import FEATURES_ON_ITEMS, ITEM_ATTRIBUTION
@@ -65,10 +65,8 @@ class ReadBenchmark:
     table: EffectsTable  #: its effects table
     features: ItemFeatures  #: activations on all items
     attribution_PxF: sparse.csr_array  #: attribution for the answer to each item, sparse
-    #: other row -> this row's feature -> its partner there.
-    partner: dict[str, dict[int, int]] = dataclasses.field(default_factory=dict)
-    #: other row -> share of this row's live features with a partner, and by chance.
-    shared: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    #: match of this row's features with those of each other row that was asked the same items
+    matches: dict[str, FeatureMatch] = dataclasses.field(default_factory=dict)
 
     @property
     def prompts(self) -> list[PromptDefinition]:
@@ -96,13 +94,10 @@ def read_benchmarks(rows: Mapping[str, Findings], benchmark: str) -> dict[str, R
                 ItemFeatures.load(folder / FEATURES_ON_ITEMS),
                 sparse.csr_array(sparse.load_npz(folder / ITEM_ATTRIBUTION)),
             )
-    for first, second in itertools.permutations(read, 2):
-        first_read, second_read = read[first], read[second]
-        if first_read.origin == second_read.origin and first_read.features.ids == second_read.features.ids:
-            (first_M, second_M), live = match_features(first_read.features, second_read.features)
-            (shifted_M, _), _ = match_features(first_read.features, second_read.features, shift=True)
-            first_read.partner[second] = dict(zip(first_M.tolist(), second_M.tolist(), strict=True))
-            first_read.shared[second] = (len(first_M) / max(live, 1), len(shifted_M) / max(live, 1))
+    for first, second in itertools.combinations(read, 2):
+        same = read[first].origin == read[second].origin
+        if same and (match := match_features(read[first].features, read[second].features)):
+            read[first].matches[second], read[second].matches[first] = match, match.back()
     return read
 
 
@@ -175,9 +170,9 @@ def primitives(
 
 def _partners(here: ReadBenchmark, features: Sequence[int]) -> tuple[str, ...]:
     return tuple(
-        f"{name}: {sum(feature in partner for feature in features)} of {len(features)} "
-        f"(by chance {here.shared[name][1] * len(features):.1f})"
-        for name, partner in here.partner.items()
+        f"{name}: {sum(feature in match.partner for feature in features)} of {len(features)} "
+        f"(by chance {match.shared_null * len(features):.1f})"
+        for name, match in here.matches.items()
     )
 
 
@@ -209,7 +204,7 @@ def problems(
             if prompt is None or here.origin != first.origin:
                 continue
             right = float(here.table.clean_values([prompt], "accuracy")[0])
-            is_compared = len(here.partner) == len(read) - 1
+            is_compared = len(here.matches) == len(read) - 1
             marks = _important(here, benchmark, here.features.ids.index(item)) if is_compared else []
             yield ProblemFigures(
                 benchmark=benchmark,
@@ -220,8 +215,8 @@ def problems(
                 row=row,
                 right=None if np.isnan(right) else right > 0,
                 log_likelihood=float(here.table.clean_values([prompt], "answer_log_prob")[0]),
-                universal=tuple(text for text, count in marks if count and count == len(here.partner)),
-                shared=tuple(text for text, count in marks if 0 < count < len(here.partner)),
+                universal=tuple(text for text, count in marks if count and count == len(here.matches)),
+                shared=tuple(text for text, count in marks if 0 < count < len(here.matches)),
                 specific=tuple(text for text, count in marks if not count),
             )
 
@@ -240,5 +235,5 @@ def _important(here: ReadBenchmark, benchmark: str, place: int) -> list[tuple[st
         if row_F[feature] > 0:
             words = exciting_words(here, benchmark, [feature])
             text = f"{feature} ({quoted(words)}; {row_F[feature]:.2f})"
-            rows.append((text, sum(feature in partner for partner in here.partner.values())))
+            rows.append((text, sum(feature in match.partner for match in here.matches.values())))
     return rows

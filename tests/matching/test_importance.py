@@ -9,7 +9,9 @@ from scipy.stats import spearmanr
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.matching import importance
+from saejax.matching import rows as matching_rows
 from saejax.matching.importance import ItemFeatures, align_importance, match_features, mutual_pairs, read_features
+from saejax.matching.rows import CentredRows
 from saejax.matching.transfer.activity import Activity
 from saejax.studies.alignment import LEAST, LEVEL
 
@@ -52,6 +54,11 @@ def pair(seed, shared, agree=0.9):
     return models
 
 
+def align(first, second, **options):
+    match = match_features(first, second)
+    return match, align_importance(first, second, match, **options)
+
+
 def is_aligned(found):
     controls = [value for value in (found.rotated, found.placebo) if value is not None]
     return found.correlation is not None and (
@@ -62,35 +69,49 @@ def is_aligned(found):
 @pytest.mark.parametrize("shared", [15, 30, 45])
 def test_two_models_that_share_features(shared):
     first, second = pair(shared, shared)
-    found = align_importance(first, second)
-    assert found.shared == pytest.approx(shared / FEATURES, abs=0.1) and found.shared_null <= 0.1
-    (first_M, second_M), _ = match_features(first, second)
-    wanted = spearmanr(first.importance_F[first_M], second.importance_F[second_M]).statistic
+    match, found = align(first, second)
+    assert match.shared == pytest.approx(shared / FEATURES, abs=0.1) and match.shared_null <= 0.1
+    wanted = spearmanr(first.importance_F[match.first_M], second.importance_F[match.second_M]).statistic
     assert found.correlation == pytest.approx(wanted) and found.correlation == pytest.approx(0.81, abs=0.2)
-    assert is_aligned(found) and found.pairs == len(first_M)
-    same = align_importance(first, second, rotated=second)  # a rotated dictionary is a placebo
+    assert is_aligned(found)
+    _, same = align(first, second, rotated=second)  # a rotated dictionary is a placebo
     assert same.rotated == pytest.approx(same.correlation) and not is_aligned(same)
     stranger, _ = pair(2, 0)
-    assert align_importance(first, second, rotated=stranger).rotated is None
+    assert align_importance(first, second, match, rotated=stranger).rotated is None
+    # The match in the other direction is the same one.
+    there, back = match_features(second, first), match.back()
+    assert there.partner == back.partner and there.live == back.live and there.chance == back.chance
 
 
 def test_mutual_pairs_against_every_product(monkeypatch):
     rng = np.random.default_rng(7)
-    first, second = (rows / np.linalg.norm(rows, axis=1)[:, None] for rows in rng.normal(size=(2, 60, 3)))
-    first[5] = 0  # pairs with nothing
-    table = first @ second[:50].T
-    plain = [(f, g) for f, g in np.argwhere(table >= 0.7) if table[f].argmax() == g and table[:, g].argmax() == f]
+    acts = [rng.random((40, 60)) * (rng.random((40, 60)) < 0.1) for _ in range(2)]
+    acts[1][:, :30] = acts[0][:, :30] + 0.2 * rng.random((40, 30)) * (acts[0][:, :30] > 0)
+    acts[0][:, 5] = 0  # pairs with nothing
+    acts[0][:, 6], acts[1][:, 7] = rng.normal(-1, 1, (2, 40))  # of a kind whose activations may be below 0
+    first, second = (CentredRows.of(sparse.csr_array(each), np.arange(60) != 8) for each in acts)
+    with np.errstate(invalid="ignore"):
+        table = np.nan_to_num(np.corrcoef(acts[0].T, acts[1].T)[:60, 60:])
+    table[8], table[:, 8] = 0, 0  # not compared
+    plain = [(f, g) for f, g in np.argwhere(table >= 0.3) if table[f].argmax() == g and table[:, g].argmax() == f]
+    assert 20 < len(plain) < 50
     for products in (1, 2**24):  # a row at a time, and all at once
-        monkeypatch.setattr(importance, "_PRODUCTS", products)
-        assert list(zip(*(side.tolist() for side in mutual_pairs(first, second[:50], 0.7)), strict=True)) == plain
-    assert len(mutual_pairs(first[:0], second, 0.7)[0]) == len(mutual_pairs(first, second[:0], 0.7)[0]) == 0
+        monkeypatch.setattr(matching_rows, "_PRODUCTS", products)
+        assert list(zip(*(side.tolist() for side in mutual_pairs(first, second, 0.3)), strict=True)) == plain
+        blocks = list(first.products(second, np.arange(60)))
+        product_FxG = sparse.vstack(blocks).toarray()
+        missing_FxG = sparse.vstack([block != 0 for block in blocks]).toarray() == 0
+        np.testing.assert_allclose(product_FxG[~missing_FxG], table[~missing_FxG], atol=1e-6)
+        assert table[missing_FxG].max() < 1e-6 and (len(blocks) > 50 if products == 1 else len(blocks) == 1)
+    nothing = CentredRows.of(sparse.csr_array((40, 0)), np.zeros(0, bool))
+    assert len(mutual_pairs(nothing, second, 0.7)[0]) == len(mutual_pairs(first, nothing, 0.7)[0]) == 0
 
 
 def test_strangers_are_not_aligned():
     """Half of them share features, but not what is important beyond firing often; half share nothing at all."""
-    found = [align_importance(*pair(seed, 30 * (seed % 2), agree=0.0)) for seed in range(100)]
-    assert sum(map(is_aligned, found)) <= 5
-    assert max(one.shared for one in found[::2]) <= 0.1
+    found = [align(*pair(seed, 30 * (seed % 2), agree=0.0)) for seed in range(100)]
+    assert sum(is_aligned(agreement) for _, agreement in found) <= 5
+    assert max(match.shared for match, _ in found[::2]) <= 0.1
 
 
 def test_tokens_are_paired_where_they_end_together():
@@ -98,8 +119,8 @@ def test_tokens_are_paired_where_they_end_together():
     first, second = pair(0, 30)
     activity = Activity(second.activity.f_NxF[1::2], second.activity.real_N[1::2])
     half = dataclasses.replace(second, activity=activity, text_N=second.text_N[1::2], end_N=second.end_N[1::2])
-    assert align_importance(first, half).shared == pytest.approx(0.5, abs=0.1)
-    assert align_importance(first, dataclasses.replace(second, ids=("2",))) is None
+    assert match_features(first, half).shared == pytest.approx(0.5, abs=0.1)
+    assert match_features(first, dataclasses.replace(second, ids=("2",))) is None
 
 
 def test_features_are_read_and_kept(lm, tmp_path):

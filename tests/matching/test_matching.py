@@ -1,12 +1,15 @@
 """Assignments beside scipy's dense solver, on rows that are planted, random, of different numbers, and in blocks."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
+from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 
 from saejax.matching import match as matching
 from saejax.matching.match import STEP, match
-from saejax.matching.rows import independent_rows, random_rotation, unit
+from saejax.matching.rows import CentredRows, independent_rows, random_rotation, unit
 from saejax.parallel.mesh import make_mesh
 
 
@@ -60,6 +63,45 @@ def test_the_host_copies_one_devices_pairs_at_a_time(monkeypatch):
     check(first, second, found)
     assert max(part.nbytes for part in copied) == second.nbytes
     assert sum(part.any() for part in copied if part.shape[1:] == second.shape) == 1
+
+
+def firings(tokens, features, active, seed):
+    """Activations of ``active`` features per token, of which the first fire most often."""
+    rng = np.random.default_rng(seed)
+    columns = np.minimum(rng.exponential(features / 4, (tokens, active)), features - 1).astype(int)
+    values, indptr = rng.lognormal(size=tokens * active), np.arange(0, tokens * active + 1, active)
+    f_NxF = sparse.csr_array((values, columns.reshape(-1), indptr), (tokens, features))
+    f_NxF.sum_duplicates()
+    return f_NxF
+
+
+@pytest.mark.parametrize("sizes", [(120, 120), (90, 150), (150, 90)])
+def test_sparse_rows_are_matched_by_their_correlations(sizes, monkeypatch):
+    """Half of the second's features are the first's, in another order; few candidates, so that rows look again."""
+    monkeypatch.setattr(matching, "CANDIDATES", 3)
+    monkeypatch.setattr(matching, "_ROWS", 16)
+    first_NxF, second_NxG = (firings(400, size, 12, seed).toarray() for seed, size in enumerate(sizes))
+    second_NxG[:, -45:] = first_NxF[:, 44::-1]
+    first_F, second_G = (np.arange(size) % 17 > 0 for size in sizes)
+    compared = (first_NxF, first_F), (second_NxG, second_G)
+    pair = [CentredRows.of(sparse.csr_array(acts), which) for acts, which in compared]
+    dense = [np.where(which[:, None], (acts - acts.mean(0)).T, 0) for acts, which in compared]
+    dense = [rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in dense]  # in float64
+    ((_, found),) = match([(0, *pair)], make_mesh())
+    assert np.sum(found.value_F > 0.9) > 35
+    check(*dense, found)
+
+
+def test_matching_activations_takes_memory_for_firings_alone():
+    """Dense rows of one dictionary would take 64 MB, and a table of all products as much."""
+    features, tokens = 4096, 4096
+    first, second = (CentredRows.of(firings(tokens, features, 8, seed), np.ones(features, bool)) for seed in range(2))
+    tracemalloc.start()
+    ((_, found),) = match([(0, first, second)], make_mesh())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.gap <= STEP + 1e-6 and (found.partner_F >= 0).mean() > 0.5
+    assert peak < 4 * features * tokens / 4
 
 
 @pytest.mark.usefixtures("cold_programs")

@@ -15,6 +15,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.files import write_array
 from saejax.interpret import firings
 from saejax.matching.match import match
+from saejax.matching.rows import paired_products
 from saejax.matching.transfer import compared as compared_file
 from saejax.matching.transfer import reading
 from saejax.matching.transfer.activity import MIN_FIRINGS, ReadText, encode
@@ -73,7 +74,7 @@ def shared_share(found, first=0, second=1):
     rows = found.rows(first, second, SCORES, True)
     paired = np.flatnonzero(matched.partner_F >= 0)
     value_F = np.full(len(matched.partner_F), np.nan)
-    value_F[paired] = np.einsum("fd,fd->f", rows[0][paired], rows[1][matched.partner_F[paired]])
+    value_F[paired] = paired_products(rows[0], paired, rows[1], matched.partner_F[paired])
     return score(dataclasses.replace(matched, value_F=value_F), found.compared_features(first, second))
 
 

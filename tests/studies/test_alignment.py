@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, save_effects
-from saejax.matching.importance import ImportanceAlignment
+from saejax.matching.importance import FeatureMatch, ImportanceAlignment
 from saejax.studies import alignment
 from saejax.studies.alignment import ItemLosses, align_items
 
@@ -123,7 +123,7 @@ def test_items_of_two_rows_are_read_from_their_tables(tmp_path, monkeypatch):
         results = {"gsm8k": SimpleNamespace(origin="one file", dictionary="topk", categories=kinds)}
         folders = {"study/gsm8k": tmp_path / name}
         rows[name] = SimpleNamespace(each=lambda cls, results=results: results, folders=folders)
-    (found,) = alignment.alignments(rows)
+    (found,) = alignment.alignments(rows, {})
     wanted = align_items(first, second, KINDS_OF_TWO, [i % 7 for i in range(ITEMS)], seed=alignment._SEED)
     assert (found.by, found.n, found.aligned) == ("items", ITEMS, True)
     assert found.rank_correlation == pytest.approx(wanted.correlation) and found.control == pytest.approx(
@@ -131,13 +131,14 @@ def test_items_of_two_rows_are_read_from_their_tables(tmp_path, monkeypatch):
     )
     # Features that agree are aligned only if there is a placebo that they can exceed.
     monkeypatch.setattr(alignment.ItemFeatures, "load", lambda path: None)
-    for name in rows:
-        (tmp_path / name / alignment.FEATURES_ON_ITEMS).touch()
+    match = FeatureMatch(np.arange(20), np.arange(20), (40, 80), 4)
+    read = {"gsm8k": {name: SimpleNamespace(features=None, matches={"b": match}) for name in rows}}
     for rotated, placebo, answer in ((0.1, 0.2, True), (None, 0.2, True), (0.1, 0.95, False), (0.1, None, None)):
-        agreement = ImportanceAlignment(20, 0.5, 0.0, 0.9, 0.001, rotated, placebo)
+        agreement = ImportanceAlignment(0.9, 0.001, rotated, placebo)
         monkeypatch.setattr(alignment, "align_importance", lambda *args, agreement=agreement: agreement)
-        by = {comparison.by: comparison for comparison in alignment.alignments(rows)}
+        by = {comparison.by: comparison for comparison in alignment.alignments(rows, read)}
         assert by["features"].aligned is answer and by["items"].aligned is True
+        assert (by["features"].n, by["features"].shared, by["features"].shared_null) == (20, 0.5, 0.1)
 
 
 def test_too_little_to_compare():

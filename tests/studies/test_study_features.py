@@ -10,7 +10,7 @@ from scipy import sparse
 from test_study_report import made_up
 
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
-from saejax.matching.importance import ItemFeatures
+from saejax.matching.importance import FeatureMatch, ItemFeatures
 from saejax.matching.transfer.activity import Activity
 from saejax.studies.gather_features import ReadBenchmark, choose_problems, exciting_words, problems
 from saejax.studies.phases import disagreements
@@ -59,7 +59,11 @@ def show(partners, **changes):
     """The problems of two rows, of which the second is changed, by row and item."""
     read_by_row = {"a": read(), "b": dataclasses.replace(read(changes.pop("splits", ("test", "test"))), **changes)}
     for row, partner in partners.items():
-        read_by_row[row].partner.update(partner)
+        matches = {
+            name: FeatureMatch(*np.array([*pairs.items()], int).reshape(-1, 2).T, (3, 3), 0)
+            for name, pairs in partner.items()
+        }
+        read_by_row[row].matches.update(matches)
     studied = SimpleNamespace(each=lambda kind: {"sums": SimpleNamespace(categories={"0": ("x",), "1": ("y",)})})
     return {(one.row, one.item): one for one in problems(dict.fromkeys("ab", studied), "sums", read_by_row)}
 

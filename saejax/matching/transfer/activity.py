@@ -17,7 +17,7 @@ from scipy import sparse
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interpret.firings import encode_tokens
-from saejax.matching.rows import unit
+from saejax.matching.rows import CentredRows
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches, round_length
 from saejax.models.tokens import Tokens, bos_tokens, pad, token_text
@@ -109,16 +109,14 @@ class Activity:
         """Return on how many of some tokens each feature fires, [F]."""
         return np.bincount(self.f_NxF[token_N].indices, minlength=self.f_NxF.shape[1])
 
-    def rows(self, token_N: np.ndarray, compared_F: np.ndarray) -> np.ndarray:
-        """Return centred activations of unit length on some tokens, [F, N]; their products are Pearson's correlations.
+    def rows(self, token_N: np.ndarray, compared_F: np.ndarray) -> CentredRows:
+        """Return centred activations of unit length on some tokens.
 
         Args:
           token_N: indices of tokens.
           compared_F: features to compare; the rows of others are 0.
         """
-        # Dense from here on: centred activations have no zeros.
-        f_FxN = self.f_NxF[token_N].toarray().T
-        return unit(np.where(compared_F[:, None], f_FxN - f_FxN.mean(axis=1, keepdims=True), 0.0))
+        return CentredRows.of(self.f_NxF[token_N], compared_F)
 
     def save(self, path: Path, **more: Any) -> None:
         """Write the activity, and more arrays by name, to a .npz file."""

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.formats import hooks
 from saejax.errors import UserError
+from saejax.matching.rows import CentredRows
 from saejax.matching.transfer.activity import (
     MIN_FIRINGS,
     Activity,
@@ -177,7 +178,7 @@ class Reading:
         )
         return first_F, second_G
 
-    def rows(self, first: int, second: int, side: str, measures: bool) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, first: int, second: int, side: str, measures: bool) -> tuple[CentredRows, CentredRows]:
         """Return the activity rows of two dictionaries on the tokens that both models share; see ``Activity.rows``.
 
         Of the side ``NULL`` the second's text is shifted by half, so that nothing is shared; of ``CEILING`` both are
@@ -185,12 +186,12 @@ class Reading:
         """
         first_N, second_N = self._halves(first, second)[measures]
         first_F, second_G = self.compared_features(first, second)
-        first_FxN = self._activity(first).rows(first_N, first_F)
+        first_rows = self._activity(first).rows(first_N, first_F)
         if side == CEILING:
-            return first_FxN, first_FxN
+            return first_rows, first_rows
         # Shifted by half, every feature keeps its runs of firings, and no token meets itself.
         second_N = np.roll(second_N, len(second_N) // 2) if side == NULL else second_N
-        return first_FxN, self._activity(second).rows(second_N, second_G)
+        return first_rows, self._activity(second).rows(second_N, second_G)
 
     def transfers(self, first: int, second: int) -> dict[str, ReconstructionTransfer]:
         """Return each of two SAEs evaluated at the other's site; nothing if one of them cannot be moved."""

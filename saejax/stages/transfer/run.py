@@ -25,7 +25,7 @@ from scipy.special import ndtri
 from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
 from saejax.matching.match import Matched, match
-from saejax.matching.rows import independent_rows, weight_rows
+from saejax.matching.rows import Rows, independent_rows, paired_products, weight_rows
 from saejax.matching.transfer.chains import SHARED, FeaturePairs, Pair
 from saejax.matching.transfer.compared import WEIGHTS, Compared, measures_of, same_model
 from saejax.matching.transfer.reading import CEILING, NULL, SCORES, Reading, is_movable
@@ -163,7 +163,7 @@ class Comparison:
         in_order = tuple(pairs[second] for second in measures)
         return Measured(in_order, _line(self._compared[first], in_order))
 
-    def _rows(self, first: int, key: Key, measures: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _rows(self, first: int, key: Key, measures: bool) -> tuple[Rows, Rows]:
         """Return the rows of both dictionaries; those of features that are not compared are 0."""
         second, name, side = key
         if name == "activity":
@@ -187,10 +187,10 @@ class Comparison:
         """
         if key[1] != "activity":
             return matched
-        first_FxN, second_GxN = self._rows(first, key, measures=True)
+        first_rows, second_rows = self._rows(first, key, measures=True)
         paired = np.flatnonzero(matched.partner_F >= 0)
         value_F = np.full(len(matched.partner_F), np.nan)
-        value_F[paired] = np.einsum("fd,fd->f", first_FxN[paired], second_GxN[matched.partner_F[paired]])
+        value_F[paired] = paired_products(first_rows, paired, second_rows, matched.partner_F[paired])
         return dataclasses.replace(matched, value_F=value_F)
 
     def _pair(
