@@ -43,9 +43,13 @@ def load_model(
     if backend == "torch" or not has_family(source.read_model_config(model_source.folder)):
         from saejax.models.torch_model import TorchModel  # imports torch
 
-        logging.info("%s runs in PyTorch: --model.backend is %s", model_source.name, backend)
         torch_model = source.load_torch_model(model_source, dtype)
-        return TorchModel(torch_model, source.find_tokenizer(model_source), model_source, mesh)
+        model = TorchModel(torch_model, source.find_tokenizer(model_source), model_source, mesh)
+        where = str(model.hooked.device)
+        if where == "cpu" and model.mesh.devices.item().platform != "cpu":
+            where += ", since the installed PyTorch cannot use this accelerator (docs/your_model.md, Devices)"
+        logging.info("%s runs in PyTorch on %s: --model.backend is %s", model_source.name, where, backend)
+        return model
     config_file = model_source.folder / "config.json"
     config = weights.untie_stored_head(model_source.folder, read_config(read_json(config_file), str(config_file)))
     tokenizer = source.find_tokenizer(model_source)

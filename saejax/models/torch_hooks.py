@@ -29,6 +29,7 @@ from torch import nn
 
 from saejax.errors import UserError
 from saejax.models.sites import HEAD_KINDS, AnySite, ModuleSite, Site
+from saejax.models.torch_devices import own_device, place_model
 
 Visit = Callable[[AnySite, torch.Tensor], torch.Tensor]  # from a site's value to the one that the model goes on with
 _PROBE_IDS = np.arange(1, 9, dtype=np.int32)[None]  # tokens of the pass that finds where sites are
@@ -78,19 +79,21 @@ class HookedModel:
     """A transformers model whose sites can be read and changed.
 
     Args:
-      model: a causal language model. It is moved to a GPU if torch has one, and its parameters take no gradients.
+      model: a causal language model. It is moved to a GPU if torch has one, or to several if one is too small, and its
+        parameters take no gradients.
       last_layer: if given, the model is cut after this layer, and later layers give back their memory.
+      device: where it runs; None: on the device of ``torch_devices.own_device``.
 
     Raises:
       UserError: the model is not causal.
 
     Attributes:
       model: the model, without its head where it was cut.
-      device: where it runs.
+      device: where it runs; of several GPUs, the one that embeds tokens.
       n_layers: number of its layers; 0 where no list of layers was found.
     """
 
-    def __init__(self, model: Any, last_layer: int | None = None):
+    def __init__(self, model: Any, last_layer: int | None = None, device: torch.device | None = None):
         self._name = type(model).__name__
         self._path = path = _layers_path(model)
         self.n_layers = len(model.get_submodule(path)) if path else 0
@@ -98,9 +101,9 @@ class HookedModel:
             model.set_submodule(path, model.get_submodule(path)[: last_layer + 1])
         self._layers = list(model.get_submodule(path)) if path else []
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self.model = model if last_layer is None else model.base_model
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device).requires_grad_(False).eval()
+        self.model = place_model(model if last_layer is None else model.base_model, device or own_device())
+        self.model.requires_grad_(False).eval()
+        self.device = self.model.get_input_embeddings().weight.device
         self._checked: set[AnySite] = set()
         self._skipped = threading.local()
         # Families differ in what they take: some know no mask, others no positions.
@@ -192,7 +195,7 @@ class HookedModel:
         returned_parts, _ = self._returned_parts, self._resolved  # by passes of all layers
         # Not by hooks, which cannot keep a module from running.
         for index, layer in enumerate(self._layers[:count]):
-            if "forward" not in vars(layer):
+            if getattr(layer.forward, "func", None) != self._forward:
                 layer.forward = functools.partial(self._forward, index, returned_parts[index], layer.forward)
         self._skipped.count = count
         try:
@@ -257,14 +260,15 @@ class HookedModel:
     def _hook_layer(self, layer: int, kinds: set[str], visit: Visit, shape: tuple[int, ...]) -> list[Any]:
         """Register hooks at the sites of one layer; the streams that other sites are made of are kept in ``stream``."""
         module, stream = self._layers[layer], dict[str, torch.Tensor]()
+        device = next((weight.device for weight in module.parameters()), self.device)
 
         def at(kind: str, value: torch.Tensor) -> torch.Tensor:
             """Visit a site of the layer if it is wanted."""
             return _visit_vectors(visit, Site(kind, layer), shape, value) if kind in kinds else value
 
         def enter(value: torch.Tensor) -> torch.Tensor:
-            """Visit the stream that enters the layer, and keep it."""
-            stream["pre"] = value = at("resid_pre", value)
+            """Visit the stream that enters the layer, and keep it; it may come from another GPU."""
+            stream["pre"] = value = at("resid_pre", value.to(device))
             return value
 
         handles = [_hook(module, False, enter)]
@@ -325,7 +329,7 @@ class HookedModel:
             # One vector for each token, in any shape: some MLPs take prompts and tokens as one dimension.
             if isinstance(value, torch.Tensor) and value.numel() == _PROBE_IDS.size * value.shape[-1]:
                 # A copy: some models add in place. Phi runs one dropout twice, which then is no module's output.
-                values[name] = unknown if name in values else value.reshape(*_PROBE_IDS.shape, -1).clone()
+                values[name] = unknown if name in values else value.reshape(*_PROBE_IDS.shape, -1).to("cpu", copy=True)
             return value
 
         for layer, values in zip(self._layers, seen, strict=True):

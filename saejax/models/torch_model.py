@@ -1,7 +1,8 @@
 """Any causal language model of transformers, behind the interface of ``LanguageModel``.
 
-It runs in PyTorch, on one device, with edits made in forward hooks by the same JAX functions. Whatever is written for
-the decoder's functions works on it too, through ``torch_bridge``, but for what goes into a layer's attention.
+It runs in PyTorch, beside one device of JAX, with edits made in forward hooks by the same JAX functions. Whatever is
+written for the decoder's functions works on it too, through ``torch_bridge``, but for what goes into a layer's
+attention.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from saejax.models.sites import KINDS, AnySite, Site
 from saejax.models.source import ModelSource, longest_input
 from saejax.models.tokens import Tokens, as_tokens, pad
 from saejax.models.torch_bridge import LayerSegment
+from saejax.models.torch_devices import own_device
 from saejax.models.torch_hooks import HookedModel
 from saejax.parallel.mesh import make_mesh, sharding
 
@@ -57,10 +59,10 @@ class TorchModel(LanguageModel):
         mesh = mesh or make_mesh(devices=jax.devices()[:1])
         if mesh.size > 1:
             raise UserError(
-                f"{source.name} runs in PyTorch, on one device, but there are {mesh.size}: let one be visible (such as "
-                "by CUDA_VISIBLE_DEVICES=0), or use a model of a JAX family"
+                f"{source.name} runs in PyTorch, beside one device of JAX, but there are {mesh.size}: let JAX see one "
+                "(JAX_CUDA_VISIBLE_DEVICES=0), or use a model of a JAX family"
             )
-        self.hooked = HookedModel(model)
+        self.hooked = HookedModel(model, device=own_device(mesh.devices.item()))
         config = _read_sizes(model, self.hooked.n_layers, longest_input(source))
         self._dtype = model.get_input_embeddings().weight.dtype
         # On the JAX side only the dtype of the parameters is asked for.
@@ -298,7 +300,7 @@ class TorchFunctions:
 
         def visit(site: AnySite, value: torch.Tensor) -> torch.Tensor:
             assert isinstance(site, Site)
-            value = put[site].clone() if site in put else value
+            value = put[site].to(value.device, copy=True) if site in put else value
             values[site] = value.clone()  # copies: models may add in place
             return value
 
@@ -385,6 +387,8 @@ def _tensor(buffer: Any) -> torch.Tensor:
 
 def _to_jax(value: torch.Tensor, mesh: Mesh) -> jax.Array:
     """Return a tensor as an array on the mesh's device, in the same memory where it is there."""
+    if mesh.devices.item().platform == "cpu":
+        value = value.cpu()  # JAX without GPUs does not know the device of a tensor there
     return jax.device_put(jnp.from_dlpack(value.detach().contiguous()), sharding(mesh))
 
 

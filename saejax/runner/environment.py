@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import glob
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -24,9 +25,10 @@ def for_devices(deterministic: bool, shares_gpu: bool) -> None:
 
     Args:
       deterministic: whether results on a GPU must be the same bits at every run.
-      shares_gpu: whether torch uses the GPU, too; JAX then takes memory as it needs it, not most of it at once.
+      shares_gpu: whether a model may run in PyTorch; if that can use the GPU, JAX takes memory as it needs it, not most
+        of it at once.
     """
-    if shares_gpu:
+    if shares_gpu and _has_cuda_torch():
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     flags = os.environ.get("XLA_FLAGS", "")
     if deterministic:
@@ -37,6 +39,12 @@ def for_devices(deterministic: bool, shares_gpu: bool) -> None:
         flags += " --xla_gpu_enable_triton_gemm=false"
     if flags:
         os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def _has_cuda_torch() -> bool:
+    """Return whether the installed PyTorch has CUDA, without importing it, which takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    return spec is not None and (Path(spec.origin or "").parent / "lib" / "libtorch_cuda.so").exists()
 
 
 def keep_programs(folder: Path) -> None:

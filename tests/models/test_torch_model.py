@@ -252,7 +252,7 @@ def test_sizes_that_differ_between_layers(tmp_path):
 
 def test_several_devices_are_refused(tmp_path):
     path = save(tmp_path, "olmo")
-    with pytest.raises(UserError, match=r"runs in PyTorch, on one device, but there are 8: .* JAX family$"):
+    with pytest.raises(UserError, match=r"runs in PyTorch, beside one device of JAX, but there are 8: .* JAX family$"):
         load_model(path, mesh=make_mesh())
     with pytest.raises(UserError, match="does not have the family 'olmo'"):
         load_model(path, backend="jax")
