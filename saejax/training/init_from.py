@@ -17,6 +17,7 @@ from saejax.dictionaries.formats.hooks import short_model_name
 from saejax.errors import UserError
 from saejax.links import member_folder
 from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import read_parts
 from saejax.training.members import Member
 from saejax.training.scales import ScaledRows, sample_rows
 from saejax.training.stack import TrainStack
@@ -83,12 +84,23 @@ def _state_from(stack: TrainStack, starts: Sequence[dict[str, np.ndarray] | None
     # Optimiser and counters start anew: those of another run were for other scales and data.
     state = init_state(stack)
     for name, array in state.params.items():
-        host_Mx = to_host(array).copy()
-        for member_x, start in zip(host_Mx, starts, strict=True):
-            if start:  # its features come first; those that it does not have stay random
-                member_x[tuple(map(slice, start[name].shape))] = start[name]
-        state.params[name] = jax.make_array_from_callback(array.shape, array.sharding, host_Mx.__getitem__)
+        state.params[name] = _put_members(array, [start[name] if start else None for start in starts])
     return state
+
+
+def _put_members(array_Mx: jax.Array, members: Sequence[np.ndarray | None]) -> jax.Array:
+    """Return an array with some members replaced, each device's part by itself: no host needs all members."""
+    parts = {str(shard.index): shard.data for shard in array_Mx.addressable_shards}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        part_Mx = np.array(parts[str(index)])
+        for part_x, member_x in zip(part_Mx, members[index[0]], strict=True):
+            if member_x is not None:  # its features come first; those that it does not have stay random
+                chosen_x = member_x[index[1:]]
+                part_x[tuple(map(slice, chosen_x.shape))] = chosen_x
+        return part_Mx
+
+    return read_parts(array_Mx.shape, array_Mx.sharding, read)
 
 
 def _load(folder: Path, member: Member, mesh: Mesh) -> Dictionary:
@@ -111,13 +123,14 @@ def _load(folder: Path, member: Member, mesh: Mesh) -> Dictionary:
 
 
 def _scale(stack: TrainStack, index: int, dictionary: Dictionary) -> dict[str, np.ndarray]:
-    """Return the member's parameters, float64, of which ``finish_dictionary`` makes this dictionary."""
+    """Return the member's parameters, of which ``finish_dictionary`` makes this dictionary; computed in float64."""
     _check(stack, index, dictionary)
     dictionary = _with_unit_rows(stack, rescale.scale_parts(dictionary, stack.scales[index].scales))
     dictionary = rescale.centre(dictionary, stack.dictionary.centred)
     arrays = {name: array.astype(np.float64) for name, array in rescale.host_arrays(dictionary).items()}
     scale, kind = stack.scales[index], dictionary.kind
-    return kind.resume(rescale.fold_input_scaling(kind, arrays, 1 / scale.input, 1 / scale.output))
+    resumed = kind.resume(rescale.fold_input_scaling(kind, arrays, 1 / scale.input, 1 / scale.output))
+    return {name: array.astype(stack.config.state_dtype) for name, array in resumed.items()}
 
 
 def _with_unit_rows(stack: TrainStack, dictionary: Dictionary) -> Dictionary:

@@ -11,7 +11,6 @@ from saejax.interventions.split_model import active_features
 from saejax.matching.track.stack import Stack
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import pad
-from saejax.parallel.mesh import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFiri
 
 def activations(lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array) -> np.ndarray:
     """Return the activations of a text where features fire, else 0, [T, F]."""
-    dictionary = jax.device_put(dictionary, sharding(lm.mesh))
+    dictionary = dictionary.on_mesh(lm.mesh)
     f_1xTxF = active_features(dictionary, x_1xTxD, dictionary.is_not_sink(x_1xTxD))
     return np.asarray(jax.numpy.where(dictionary.fires(f_1xTxF), f_1xTxF, 0.0))[0].astype(np.float32)
 

@@ -47,16 +47,18 @@ def _links_into(
 ) -> Iterator[Link]:
     """Yield the links into the dictionary at a place of the stack, of each target the strongest."""
     lower_U, upper_J = np.unique(low.feature_A), np.unique(high.feature_A)
-    W_dec_FxD = np.asarray(lower.arrays["W_dec_FxD"], np.float32)
-    column_JxD = np.asarray(upper.arrays["W_enc_DxF"], np.float32)[:, upper_J].T
+    low_UxD = np.asarray(lower.restrict(lower_U).W_dec_FxD[...], np.float32)
+    column_JxD = np.asarray(upper.restrict(upper_J).W_enc_DxF[...], np.float32).T
     if upper.config.input_norm in ("center", "layer_norm"):  # which read nothing of a token's mean
         column_JxD = column_JxD - column_JxD.mean(axis=1, keepdims=True)
-    dot_UxJ = W_dec_FxD[lower_U] @ column_JxD.T
-    length_U, norm_J = np.linalg.norm(W_dec_FxD[lower_U], axis=1), np.linalg.norm(column_JxD, axis=1)
+    dot_UxJ = low_UxD @ column_JxD.T
+    length_U, norm_J = np.linalg.norm(low_UxD, axis=1), np.linalg.norm(column_JxD, axis=1)
     cosine_UxJ = dot_UxJ / np.maximum(length_U[:, None] * norm_J[None], 1e-30)
     # Standard deviation of a random direction's cosine. Some thousand rows fix a second moment, and wide dictionaries
     # have hundreds of thousands.
-    sample_NxD = W_dec_FxD[np.unique(np.linspace(0, len(W_dec_FxD) - 1, min(len(W_dec_FxD), _SAMPLE)).astype(np.int64))]
+    features = lower.config.n_features
+    sampled = np.unique(np.linspace(0, features - 1, min(features, _SAMPLE)).astype(np.int64))
+    sample_NxD = np.asarray(lower.restrict(sampled).W_dec_FxD[...], np.float32)
     unit_JxD = column_JxD / np.maximum(norm_J, 1e-30)[:, None]
     spread_J = np.sqrt(np.square(sample_NxD @ unit_JxD.T).sum(axis=0) / max(np.square(sample_NxD).sum(), 1e-30))
     for position in np.intersect1d(low.position_A, high.position_A).tolist():

@@ -142,16 +142,17 @@ class _Ablation:
     def _edit(self, node: Node) -> tuple[SiteEdit, int]:
         """Return an edit of R rows, and R: nothing, without the feature, and without as much along each control."""
         place, position, feature = node
-        each, W_dec_FxD = self._stack[place], np.asarray(self._dictionary(place).W_dec_FxD[...], np.float32)
-        active = self._firings[place].at(position)
+        each, active = self._stack[place], self._firings[place].at(position)
         of = dict(zip(active.feature_A.tolist(), active.value_A.tolist(), strict=True))
-        change_D = of[feature] * W_dec_FxD[feature]
         candidates = np.array(sorted(set(of) - {feature}), np.int64)
         rng = np.random.default_rng([self._seed, *node])
         drawn = rng.choice(candidates, min(CONTROLS, len(candidates)), replace=False).tolist()
+        used = self._dictionary(place).restrict(np.array([feature, *drawn]))
+        row_D, *control_rows = np.asarray(used.W_dec_FxD[...], np.float32)
+        change_D = of[feature] * row_D
         changes = [np.zeros_like(change_D), change_D]
-        for control in drawn:
-            row_D = np.sign(of[control]) * W_dec_FxD[control]
+        for control, control_row_D in zip(drawn, control_rows, strict=True):
+            row_D = np.sign(of[control]) * control_row_D
             changes.append(row_D * np.linalg.norm(change_D) / max(float(np.linalg.norm(row_D)), 1e-30))
         site = each.config.target or each.config.site
         if site not in self._clean:

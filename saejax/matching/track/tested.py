@@ -99,7 +99,7 @@ class StepTester:
         seed = int(np.random.SeedSequence([self._config.seed, step.start, layer]).generate_state(1)[0])
         pool = choose_pool(fires_F, 1, features, 1.0, seed)
         features_K = np.unique([*tested, *pool.tolist()])
-        W_dec_KxD = to_host(self._split.dictionary.W_dec_FxD[...])[features_K].astype(np.float64)
+        W_dec_KxD = to_host(self._split.dictionary.restrict(features_K).W_dec_FxD[...]).astype(np.float64)
         # The change over all positions of the step, in float64 as lists of a dose are compared.
         changes = Changes(features_K, inner_products([f_WxF[:, features_K].astype(np.float64)], [W_dec_KxD]))
         dose = changes.dose(tested)

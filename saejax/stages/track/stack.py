@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saejax.attribution.local.dictionaries import check_dictionary
-from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.matching.track.stack import LayerDictionary, Stack
 from saejax.models.language_model import LanguageModel
@@ -32,7 +31,7 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], workdir: Path, m
     by_layer: dict[int, LayerDictionary] = {}
     for each in load_compared(names, units, _FLAG):
         root, name = trained_in(each, workdir)
-        page, load = root / "atlas" / name / "index.html", functools.partial(load_dictionary, each.folder)
+        page, load = root / "atlas" / name / "index.html", functools.partial(each.load, model.mesh)
         shown = page if page.exists() and is_of_trained(root, "atlas", name) else None
         dictionary = LayerDictionary(name, each.config, load, shown, labels_of(root, name))
         layer = dictionary.reads.check(model.config).layer
