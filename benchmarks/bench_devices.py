@@ -1,11 +1,13 @@
 """The share of each device: what it computes and holds of the programs of stages on eight devices, beside one.
 
 Run: python -m benchmarks.bench_devices [--layers 8] [--meshes 8x1x1,4x2x1,1x8x1,1x1x8]
-The programs of preflight (capture, training from the model, evaluate, ablate), the encoder of interpret, and the search
-of transfer for nearest features in as many pairs of dictionaries as devices are compiled for eight simulated devices of
-the processor, as member x data x model, and for one, with the same work in all: a dictionary for each layer of a model
-of Qwen3-0.6B's shape. A device's FLOPs are those of the matrix products of the compiled program, times the counts of
-its loops; 1.00 is an eighth of what one device alone does. Its bytes, in the program that takes most, are
+The programs of preflight (capture, training from the model, evaluate, ablate), the encoder of interpret, the rows of a
+graph of attribute, and the search of transfer for nearest features in as many pairs of dictionaries as devices are
+compiled for eight simulated devices of the processor, as member x data x model, and for one, with the same work in all:
+a dictionary for each layer of a model of Qwen3-0.6B's shape. A device's FLOPs are those of the matrix products of the
+compiled program, times the counts of its loops; 1.00 is an eighth of what one device alone does. Loops over the layers,
+chunks and blocks of a graph, whose counts depend on the prompt, run eight times each. Bytes, in the program that takes
+most, are
 arguments, results and temporaries by the compiler; 1.00 is an eighth of those of one device. Filler rows belong to no
 document: of the batches of capture, on the demo's text and on made-up web texts. Prints a table and, last, one line of
 JSON.
@@ -31,9 +33,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from saejax.activations.documents import COLUMNS, Documents, make_documents  # noqa: E402
 from saejax.activations.plan import Plan  # noqa: E402
 from saejax.activations.settings import CaptureConfig  # noqa: E402
+from saejax.attribution.local.layers import FrozenModel  # noqa: E402
+from saejax.attribution.local.rows import CHUNKS, TargetBatch, chunk_size, contributions, row_flops  # noqa: E402
+from saejax.attribution.local.sources import WIDTH, SourceBank  # noqa: E402
 from saejax.config import Configs  # noqa: E402
 from saejax.costs.plan import PlannedRun  # noqa: E402
-from saejax.costs.programs import Program, by_row  # noqa: E402
+from saejax.costs.programs import Program, abstract_params, by_row, whole  # noqa: E402
 from saejax.evaluation.settings import EvaluateConfig  # noqa: E402
 from saejax.flops import step_flops  # noqa: E402
 from saejax.interpret import firings  # noqa: E402
@@ -43,7 +48,7 @@ from saejax.models import source  # noqa: E402
 from saejax.models.config import DecoderConfig  # noqa: E402
 from saejax.models.families import read_config  # noqa: E402
 from saejax.models.settings import ModelConfig  # noqa: E402
-from saejax.parallel.mesh import AXES, document_devices, make_mesh  # noqa: E402
+from saejax.parallel.mesh import AXES, BY_DOCUMENT, document_devices, fitting_sharding, make_mesh  # noqa: E402
 from saejax.parallel.settings import MeshConfig  # noqa: E402
 from saejax.preflight.collectives import product_flops  # noqa: E402
 from saejax.preflight.plan import plan_run, stage_programs  # noqa: E402
@@ -55,7 +60,9 @@ from saejax.training.settings import TrainConfig  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "configs/shapes/qwen3-0.6b.json"
 BATCH = 8192  # tokens of a batch, on all devices together
-STAGES = ("capture", "train", "evaluate", "interpret", "ablate", "transfer")
+PROMPT = 64  # tokens of a graph's prompt
+ACTIVE = 64  # features that are active at each position of a layer, of eight times as many that are active somewhere
+STAGES = ("capture", "train", "evaluate", "interpret", "ablate", "attribute", "transfer")
 
 
 class Measured(NamedTuple):
@@ -95,6 +102,40 @@ def interpret_program(plan: PlannedRun, mesh: Mesh) -> Program:
     return Program("interpret: encode", f"{BATCH} tokens", firings._encode_batch, arguments, (), flops)
 
 
+def attribute_program(plan: PlannedRun, mesh: Mesh) -> Program:
+    """Return what attributes a batch of targets of a graph to its sources."""
+    model, places = plan.model, plan.model.n_layers + 1
+    blocks = places * PROMPT * ACTIVE // WIDTH
+    targets = CHUNKS, chunk_size("cpu", PROMPT, mesh)
+
+    def array(shape: tuple[int, ...], dtype: str, *axes) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
+
+    bank = SourceBank(
+        array((places * 8 * ACTIVE, model.d_model), "float32", None, "model"),
+        whole(mesh, (blocks, WIDTH), "int32"),
+        whole(mesh, (blocks,), "int32"),
+    )
+    batch = TargetBatch(
+        array((*targets, model.d_model), "float32", None, BY_DOCUMENT, None),
+        array(targets, "int32", None, BY_DOCUMENT),
+        array(targets, "int32", None, BY_DOCUMENT),
+        whole(mesh, (CHUNKS,), "int32"),
+    )
+    frozen = FrozenModel(model, abstract_params(model, mesh, plan.dtype))
+    stream_LxTxD = whole(mesh, (model.n_layers, PROMPT, model.d_model), "float32")
+    ends = [whole(mesh, (count,), "int32") for count in (places + 1, places)]
+    flops = float(np.prod(targets)) * row_flops(model, model.n_layers, PROMPT)
+    return Program(
+        "attribute: rows",
+        f"{targets[1]} targets",
+        contributions,
+        (frozen, mesh, stream_LxTxD, bank, *ends, batch),
+        (),
+        flops,
+    )
+
+
 def transfer_program(plan: PlannedRun, mesh: Mesh) -> Program:
     """Return what finds the nearest features of a pair of dictionaries for each device."""
     dictionary, where = plan.dictionary("ablate"), NamedSharding(mesh, PartitionSpec(AXES))
@@ -112,11 +153,13 @@ def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[st
     mesh = make_mesh(MeshConfig(member=member, data=data, model=tensor), jax.devices()[: int(np.prod(axes))])
     plan = plan_run("model", model, settings(layers, document_devices(mesh)), mesh)
     measured: dict[str, Measured] = {}
-    for program in (*stage_programs(plan), interpret_program(plan, mesh), transfer_program(plan, mesh)):
+    programs = (program_of(plan, mesh) for program_of in (interpret_program, attribute_program, transfer_program))
+    for program in (*stage_programs(plan), *programs):
         if (stage := stage_of(program)) not in STAGES:
             continue
         compiled, so_far = program.lower().compile(), measured.get(stage, Measured(0, 0, 0))
-        flops, size = product_flops(compiled.as_text()), device_bytes(program, compiled)
+        flops = product_flops(compiled.as_text(), unknown=8 if stage == "attribute" else 1)
+        size = device_bytes(program, compiled)
         measured[stage] = Measured(so_far.flops + flops, so_far.work + program.flops, max(so_far.bytes, size))
     return measured
 

@@ -8,8 +8,10 @@ Letters of the programs: B prompts with padding, P prompts, K gathered features,
 of a shard.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -158,26 +160,39 @@ def batches_of(
         shape_N = np.searchsorted(lengths, length_N)
         for shape in range(len(lengths) - 1, -1, -1):
             same_shape, length = rows[shape_N == shape], int(lengths[shape])
-            parts = _parts(same_shape, prompts, length, max(most // shards, 1))
+            most_of_shard = max(most // shards, 1)
+            parts = _parts(same_shape, prompts, length, most_of_shard, shards)
             # Shards without rows, so that every batch has one for each device.
             parts += [same_shape[:0]] * (-len(parts) % shards)
             size = few_rows(max(len(part.set_N) for part in parts))
-            full = full_batch(max(most // shards, 1), length)
-            tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), full)
+            tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), most_of_shard, length)
             for first in range(0, len(parts), shards):
                 batches.append(RowBatch(parts[first : first + shards], size, length, tokens, features_K))
     return batches
 
 
-def _parts(rows: SetRows, prompts: Prompts, length: int, most: int) -> list[SetRows]:
-    """Split rows into consecutive parts of about equally many distinct tokens: at most ``most``, or one row."""
+def _parts(rows: SetRows, prompts: Prompts, length: int, most: int, shards: int) -> list[SetRows]:
+    """Split rows into consecutive parts of at most ``most`` distinct tokens, or one row, about equal in all shards."""
     key_NxT, real_NxT = prompts.keys(rows, length)
     _, first_M = np.unique(key_NxT[real_NxT], return_index=True)
     new_N = np.bincount(np.nonzero(real_NxT)[0][first_M], minlength=len(rows.set_N))  # tokens no earlier row has
-    before_N = np.cumsum(new_N) - new_N
-    count = -(-int(new_N.sum()) // most)
-    part_N = before_N * count // max(int(new_N.sum()), 1)
-    return [rows[part_N == part] for part in np.unique(part_N)]
+    until_N = np.cumsum(new_N)
+
+    def starts(limit: int) -> list[int]:
+        """Return the first row of each part, where parts are filled one after the other."""
+        first = [0]
+        while True:
+            before = until_N[first[-1] - 1] if first[-1] else 0
+            after = max(int(np.searchsorted(until_N, before + limit, side="right")), first[-1] + 1)
+            if after >= len(until_N):
+                return first
+            first.append(after)
+
+    count = -(-len(starts(most)) // shards) * shards
+    # The smallest limit that takes no more batches: no shard of the last one stays empty while others are full.
+    limit = bisect.bisect_left(range(1, most), True, key=lambda limit: len(starts(limit)) <= count) + 1
+    first = starts(limit)
+    return [rows[start:end] for start, end in itertools.pairwise([*first, len(until_N)])]
 
 
 def _distinct(rows: SetRows, prompts: Prompts, length: int) -> int:
@@ -185,14 +200,15 @@ def _distinct(rows: SetRows, prompts: Prompts, length: int) -> int:
     return len(np.unique(key_NxT[real_NxT]))
 
 
-def full_batch(most: int, length: int) -> int:
-    """Return the tokens of a full shard: a part's last row, of ``length`` tokens, may reach beyond ``most``."""
-    return _filled(most + length)
+def full_batch(most: int) -> int:
+    """Return the tokens of a full shard."""
+    return _filled(most)
 
 
-def _few_tokens(count: int, full: int) -> int:
-    """Return ``count`` or more: a share of a full batch, or a little beyond it where parts begin alike."""
-    return next((size for share in (*_SHARES, 1) if (size := _filled(share * full)) >= count), _filled(count))
+def _few_tokens(count: int, most: int, length: int) -> int:
+    """Return ``count`` or more: a share of a full shard, all of it, or a row beyond it where parts begin alike."""
+    sizes = (*(share * most for share in _SHARES), most, most + length)
+    return next((size for tokens in sizes if (size := _filled(tokens)) >= count), _filled(count))
 
 
 def few_rows(count: int) -> int:

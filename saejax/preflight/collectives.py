@@ -71,14 +71,18 @@ def sent_bytes(text: str, devices: int, of_node: int) -> dict[str, int]:
     return {label: round(count) for label, count in sorted(sent.items())}
 
 
-def product_flops(text: str) -> float:
+def product_flops(text: str, unknown: int = 1) -> float:
     """Return the floating-point operations of one device in the matrix products of a program that runs once.
 
     Products that the compiler hands to a library of its own, as those of GPUs do, are not found.
+
+    Args:
+      text: as for ``sent_bytes``.
+      unknown: how often loops run whose length depends on the program's arguments.
     """
     lines, entry = _computations(text)
     total = 0.0
-    for name, times in _runs(lines, entry):
+    for name, times in _runs(lines, entry, unknown):
         shapes = {line.name: line.shapes for line in lines[name]}
         for line in lines[name]:
             if line.kind != "dot":
@@ -117,8 +121,8 @@ def _computations(text: str) -> tuple[dict[str, list[Line]], str]:
     return lines, entry
 
 
-def _runs(lines: Mapping[str, list[Line]], name: str, times: int = 1) -> Iterator[tuple[str, int]]:
-    """Yield the computations that run when ``name`` does, and how often; a loop of unknown length counts once."""
+def _runs(lines: Mapping[str, list[Line]], name: str, unknown: int = 1, times: int = 1) -> Iterator[tuple[str, int]]:
+    """Yield the computations that run when ``name`` does, and how often, with loops of unknown length as given."""
     yield name, times
     for _, _, kind, rest, _ in lines[name]:
         called = _CALLED.findall(rest)
@@ -126,13 +130,13 @@ def _runs(lines: Mapping[str, list[Line]], name: str, times: int = 1) -> Iterato
             called += [branch.strip().lstrip("%") for branch in branches.split(",")]
         for callee in called:
             if callee in lines and kind not in KINDS:
-                yield from _runs(lines, callee, times)
+                yield from _runs(lines, callee, unknown, times)
         for body in _BODY.findall(rest):
-            yield from _runs(lines, body, times * _trips(lines, rest))
+            yield from _runs(lines, body, unknown, times * (_trips(lines, rest) or unknown))
 
 
 def _trips(lines: Mapping[str, list[Line]], rest: str) -> int:
-    """Return how often a loop runs, from the rest of its line; 1 if that is not known.
+    """Return how often a loop runs, from the rest of its line; 0 if that is not known.
 
     A TPU's compiler says it by the loop's condition alone: that a count, which begins with 0, is below a constant.
     """
@@ -145,7 +149,7 @@ def _trips(lines: Mapping[str, list[Line]], rest: str) -> int:
         below = _BELOW.match(line.rest) if line.root and line.kind == "compare" else None
         if below and (count := re.match(r"(\d+)\)", constants.get(below[1], ""))):
             return int(count[1])
-    return 1
+    return 0
 
 
 def _bytes(shapes: str, kind: str) -> int:

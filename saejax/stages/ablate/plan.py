@@ -161,7 +161,7 @@ def _edited_rows(
     past = placed(jax.eval_shape(point.run_suffix_with_kv, params, value_PxTxD, value_PxTxD)[1], mesh)
     clean = CleanValues(value_PxTxD, value_PxTxD, f_PxTxK, W_dec_KxD, past, None, None)
     of_shard = -(-batch // shards)
-    row_count, tokens = few_rows(of_shard), full_batch(of_shard * length, length)
+    row_count, tokens = few_rows(of_shard), full_batch(of_shard * length)
     shapes = ((row_count,), (row_count,), (row_count, length), (tokens,), (tokens,))
     tree = SharedPrefixBatch(*(by_row(mesh, (shards, *shape), jnp.int32) for shape in shapes))
     answers_SxRx2 = by_row(mesh, (shards, row_count, 2), jnp.int32)
