@@ -1,7 +1,8 @@
 """A first run on an accelerator: is everything right, and is it as fast as the device allows?
 
 Run: python -m benchmarks.gpu_check [--small]
-Checks, in order: the devices; the rates of matrix products; logits of the embedded SmolLM2 against transformers;
+Checks, in order: the devices; the rates of matrix products; logits of the embedded SmolLM2 against transformers; fused
+attention against the decoder's own;
 gradients of one training step of each kind against finite differences in float64 on the CPU; then speeds of training
 steps, capture, ablation and a small attribution graph, in TFLOP/s and as a share of the measured matmul rate and of the
 device's peak (MFU, where the peak is known). It needs no network. ``--small`` uses shapes for two CPU cores, which is
@@ -10,10 +11,13 @@ may be, and prints one line of JSON last. Exit status 1: something is wrong; a l
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from saejax.runner import environment
@@ -30,13 +34,19 @@ from benchmarks.bench_attribute import graph_flops, random_transcoders  # noqa: 
 from benchmarks.train_setup import Stepper, make_stack, matmul_rate, sparse_sums  # noqa: E402
 from saejax.attribution.trace.prompt import trace_prompt  # noqa: E402
 from saejax.flops import pass_flops, peak_flops, step_flops  # noqa: E402
+from saejax.models.attention import attend, whole_prompt_tables  # noqa: E402
+from saejax.models.config import GRADIENT  # noqa: E402
+from saejax.models.families import read_config  # noqa: E402
+from saejax.models.fused_attention import attend_fused, find_kernel  # noqa: E402
 from saejax.models.source import ModelConfig, load_torch_model, resolve  # noqa: E402
+from saejax.parallel.mesh import mesh_of  # noqa: E402
 from saejax.training.stack import TrainStack  # noqa: E402
 from saejax.training.state import init_state  # noqa: E402
 from saejax.training.step import member_loss  # noqa: E402
 
 KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 TEXT = "The students went to the library because they had to read the books that their teacher had asked them to read. "
+ATTENTION_TOLERANCE = 0.02  # relative, of attended values and gradients in bfloat16
 LOGIT_TOLERANCE = 2e-3  # of logits in float32, on any device
 GRADIENT_TOLERANCE = 2e-3  # relative, of a directional derivative in float32
 #: Expected shares of the measured matmul rate, and the usual reasons for less.
@@ -95,6 +105,37 @@ def check_logits(lm: saejax.LanguageModel) -> bool:
         expected = model(torch.tensor(np.asarray(tokens.ids_BxT), dtype=torch.int64)).logits.numpy()
     error = float(np.abs(np.asarray(lm(tokens).logits_BxTxV) - expected).max())
     return report("logits", error < LOGIT_TOLERANCE, f"largest difference from transformers {error:.1e}")
+
+
+def check_attention() -> bool:
+    """Compare fused attention, where this device has it, with the decoder's own: values and gradients in bfloat16."""
+    shape = Path(__file__).parents[1] / "configs/shapes/qwen3-0.6b.json"
+    config = read_config(json.loads(shape.read_text()), shape.name)
+    config = dataclasses.replace(config, n_layers=2, sliding_layers=(True, False), sliding_window=100)
+    rng, heads = np.random.default_rng(0), (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 256, n, config.d_head)), jnp.bfloat16) for n in heads)
+    kernel = find_kernel(config, GRADIENT, mesh_of(q), jnp.zeros((1, 256, config.d_model), jnp.bfloat16))
+    if kernel is None:
+        return report("attention", True, "this device has no fused kernel")
+    tables, errors = whole_prompt_tables(config, 256), []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(fused: bool, layer: jax.Array, qkv: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        def loss(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            if fused:
+                z = attend_fused(kernel, config, mesh_of(qkv[0]), qkv, tables, layer)
+            else:
+                z = attend(config, GRADIENT, qkv[0], qkv[1], qkv[2], tables.at(config, layer))
+            return jnp.sum(jnp.sin(z.astype(jnp.float32))), z
+
+        gradients, z = jax.grad(loss, has_aux=True)(qkv)
+        return z, *gradients
+
+    for layer in range(2):
+        pairs = zip(*(run(fused, jnp.int32(layer), (q, k, v)) for fused in (True, False)), strict=True)
+        both = [[np.asarray(array, np.float64) for array in pair] for pair in pairs]
+        errors += [np.linalg.norm(fused - plain) / np.linalg.norm(plain) for fused, plain in both]
+    return report("attention", max(errors) < ATTENTION_TOLERANCE, f"{kernel}, largest relative error {max(errors):.1e}")
 
 
 def check_gradient(kind: str) -> bool:
@@ -200,7 +241,7 @@ def main() -> int:
     results: dict[str, Any] = dict(check="gpu", small=small, devices=check_devices())
     rates = check_rates((sizes["batch"], sizes["d"], sizes["features"]))
     lm = saejax.load_model("smollm2")
-    passed = [check_logits(lm), *[check_gradient(kind) for kind in KINDS]]
+    passed = [check_logits(lm), check_attention(), *[check_gradient(kind) for kind in KINDS]]
     results["training"] = {kind: measure_training(kind, sizes, dtype, rates[dtype]) for kind in KINDS}
     results["capture"] = measure_capture(lm, 2 if small else 64, rates["float32"])
     passed.append(check_ablation(lm, random_sae(lm)))

@@ -3,12 +3,14 @@
 import json
 import sys
 import types
+from dataclasses import replace
 
 import jax
 import pytest
 
 from benchmarks import bench_input, bench_quality, gpu_check
 from saejax.dictionaries.kinds import by_name
+from saejax.models import fused_attention
 from saejax.runner import command_line
 from saejax.training.settings import TrainConfig
 
@@ -50,3 +52,16 @@ def test_flags_of_the_comparison_with_sae_lens_exist(monkeypatch, tmp_path, kind
     assert configs[TrainConfig].kinds == (kind,)
     if kind == "jumprelu":
         assert configs[TrainConfig].of_kind(kind).target_l0 == (20.0, 30.0)
+
+
+def test_fused_attention_is_compared_where_there_is_a_kernel(monkeypatch, capsys):
+    """XLA stands in for cuDNN; a kernel with another scale is noticed."""
+    assert gpu_check.check_attention()
+    assert "no fused kernel" in capsys.readouterr().out
+    monkeypatch.setattr(fused_attention, "_CUDNN", "xla")
+    monkeypatch.setattr(gpu_check, "find_kernel", lambda *_: "cudnn")
+    assert gpu_check.check_attention()
+    attend_fused = gpu_check.attend_fused
+    wrong = lambda kernel, config, *rest: attend_fused(kernel, replace(config, score_scale=0.1), *rest)  # noqa: E731
+    monkeypatch.setattr(gpu_check, "attend_fused", wrong)
+    assert not gpu_check.check_attention()
