@@ -5,7 +5,7 @@ function makePins(graph, app) {
   const tools = document.getElementById("pin-tools");
   const [field, button] = [tools.querySelector("input"), tools.querySelector("button")];
   const ticked = new Set(); // keys of units
-  const keyOf = (unit) => unit.members.map((i) => graph.ids[i]).join(",");
+  const keyOf = (unit) => unitKey(graph, unit);
 
   const plainButton = (words, name, onclick) =>
     element("button", { type: "button", class: "plain", "aria-label": `${words} ${name}`, onclick }, words);

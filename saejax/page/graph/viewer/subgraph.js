@@ -30,8 +30,9 @@ function makeSubgraph(graph, app) {
     return `replacement ${replacement.toFixed(3)} and completeness ${completeness.toFixed(3)}`;
   };
   const all = [...graph.kind.keys()].filter((i) => graph.kind[i] !== ERROR);
-  const whole = graph.m ? written(all) : "";
+  let whole = ""; // once: of a large graph it takes a while
   const showScores = () => {
+    whole ||= written(all);
     document.getElementById("pin-scores").textContent =
       `With the pinned features alone, this graph has ${written(app.state.pinned)}; with all of its features, ${whole}. ` +
       "What the others write counts as error.";
