@@ -42,7 +42,7 @@ from saejax.models.source import ModelConfig, load_torch_model, resolve  # noqa:
 from saejax.parallel.mesh import mesh_of  # noqa: E402
 from saejax.training.stack import TrainStack  # noqa: E402
 from saejax.training.state import init_state  # noqa: E402
-from saejax.training.step import member_loss  # noqa: E402
+from saejax.training.step import MemberBatch, member_loss  # noqa: E402
 
 KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 TEXT = "The students went to the library because they had to read the books that their teacher had asked them to read. "
@@ -155,7 +155,7 @@ def check_gradient(kind: str) -> bool:
     def loss_of(stack: TrainStack, params: dict[str, Any]) -> jax.Array:
         hyper = jax.tree.map(lambda leaf: leaf[0], stack.hyperparams)
         x = jnp.asarray(x_BxD, params["b_dec_D"].dtype)
-        return member_loss(stack, params, x, x, hyper, jnp.int32(0), jnp.zeros(features, bool))[0]
+        return member_loss(stack, params, MemberBatch(x, x, hyper, jnp.int32(0), jnp.zeros(features, bool)))[0]
 
     stack = stack_of("float32")
     params = {name: leaf[0] for name, leaf in init_state(stack).params.items()}

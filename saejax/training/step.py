@@ -33,6 +33,21 @@ Batch = tuple[jax.Array, ...]
 Step = Callable[[TrainState, Hyperparams, Batch], tuple[TrainState, Arrays]]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MemberBatch:
+    """A batch of one member, and what else its loss depends on besides its arrays."""
+
+    #: x_BxD and y_BxD: scaled inputs and targets.
+    x_BxD: jax.Array
+    y_BxD: jax.Array
+    hyper: Hyperparams  #: the member's hyperparameters, scalars
+    step: jax.Array  #: number of steps done
+    dead_F: jax.Array  #: True for features that have been silent for too long
+    #: the largest number of dead features among the members computed together; None: this member's.
+    most_dead: jax.Array | None = None
+
+
 def compile_step(stack: TrainStack) -> Step:
     """Return ``train_step`` of a stack, jitted; the state is donated."""
     step = functools.partial(train_step, stack)
@@ -60,13 +75,13 @@ def train_step(stack: TrainStack, state: TrainState, hyper: Hyperparams, batch: 
         most_dead = []
         if stack.members_at_once > 1 or stack.mesh.shape["member"] > 1:
             most_dead = [jnp.max(jnp.sum(state.silent_MxF >= stack.config.dead_tokens, axis=-1))]
-        after, metrics = _map_over_batch(stack, _member_step, state, hyper, batch, *most_dead)
+        after, metrics = _map_over_batch(stack, _member_step, state, (hyper,), batch, *most_dead)
         if stack.config.resample_every:
             # All members have done the same number of steps, so the condition is one scalar.
             due = resampling.is_due(stack.config, stack.steps, after.step_M[0])
 
             def resample(state: TrainState) -> tuple[TrainState, tuple[()]]:
-                return _map_over_batch(stack, _resample, state, hyper, batch)
+                return _map_over_batch(stack, _resample, state, (hyper,), batch)
 
             after, _ = lax.cond(due, resample, lambda state: (state, ()), after)
     return after, metrics
@@ -86,7 +101,8 @@ def _member_step(
         # Whole again before the products: between steps parameters may lie as the optimiser's parts do.
         params = place_update(params, stack.dictionary, stack.mesh, over_data=False)
     gradient = jax.grad(functools.partial(member_loss, stack), has_aux=True)
-    grads, (metrics, fired_F) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, most_dead)
+    batch = MemberBatch(x_BxD, y_BxD, hyper, state.step_M, dead_F, most_dead)
+    grads, (metrics, fired_F) = gradient(params, batch)
     state, update_metrics = apply_update(stack, state, grads, fired_F, hyper.learning_rate, len(x_BxD))
     return state, metrics | update_metrics
 
@@ -100,34 +116,21 @@ def _resample(
     return resampling.resample(stack.config, stack.dictionary, state, hyper, *batch), ()
 
 
-def member_loss(
-    stack: TrainStack,
-    params: Arrays,
-    x_BxD: jax.Array,
-    y_BxD: jax.Array,
-    hyper: Hyperparams,
-    step: jax.Array,
-    dead_F: jax.Array,
-    most_dead: jax.Array | None = None,
-) -> tuple[jax.Array, tuple[Arrays, jax.Array]]:
+def member_loss(stack: TrainStack, params: Arrays, batch: MemberBatch) -> tuple[jax.Array, tuple[Arrays, jax.Array]]:
     """Return the loss of one member on one batch.
 
     Args:
       stack: what is trained.
       params: the member's arrays, as in ``parameter_table``.
-      x_BxD: scaled inputs.
-      y_BxD: scaled targets.
-      hyper: the member's hyperparameters, scalars.
-      step: number of steps done.
-      dead_F: True for features that have been silent for too long.
-      most_dead: the largest number of dead features among the members computed together; None: this member's.
+      batch: what it is trained on.
 
     Returns:
       The loss, and (metrics, whether each feature fired on any token).
     """
     config, member = stack.config, Dictionary(stack.dictionary, stack.config.matmul, **params)
     kind, settings = member.kind, config.of_kind(member.kind.name)
-    most_dead = jnp.sum(dead_F) if most_dead is None else most_dead
+    x_BxD, y_BxD, hyper, dead_F = batch.x_BxD, batch.y_BxD, batch.hyper, batch.dead_F
+    most_dead = jnp.sum(dead_F) if batch.most_dead is None else batch.most_dead
     pre_BxF, pre_for_auxk_BxF, acts, residuals = _encode(stack, member, x_BxD, y_BxD, hyper, most_dead > 0)
     if isinstance(acts, SparseCode):
         f_BxF, firings_F = acts.dense(), acts.firings()
@@ -137,12 +140,12 @@ def member_loss(
     errors = [losses.squared_size(error_BxD, hyper.metric_DxD, config.matmul) for error_BxD in residuals]
     error_BxD = residuals[-1]
 
-    batch = EncodedBatch(member, x_BxD, y_BxD, pre_BxF, f_BxF, dead_F, hyper.metric_DxD, hyper.kind_params, settings)
+    encoded = EncodedBatch(member, x_BxD, y_BxD, pre_BxF, f_BxF, dead_F, hyper.metric_DxD, hyper.kind_params, settings)
     terms = dict(error=sum(errors[1:], errors[0]))
-    penalty = kind.penalty(batch)
+    penalty = kind.penalty(encoded)
     if penalty is not None:
-        terms["sparsity"] = penalty * penalty_schedule(config, stack.steps)(step)
-    terms |= kind.losses(batch)
+        terms["sparsity"] = penalty * penalty_schedule(config, stack.steps)(batch.step)
+    terms |= kind.losses(encoded)
     if config.auxk:
         k = config.auxk_features or max(stack.dictionary.d_in // 2, 1)
         # Split features stay on their devices, and a TPU's vector units move no single columns.
@@ -222,30 +225,22 @@ def measure_members(
         return index, measure(params, hyper, x_BxD, y_BxD, *more)
 
     # Parameters are read only: as a state that turns write to they would be copied.
-    per_member = dataclasses.replace(hyper, metric_DxD=None)  # which is not read here, and may be of several members
+    per_member = dataclasses.replace(hyper, metric_DxD=None), params, *more  # the metric is not read here
+    one_by_one = dataclasses.replace(stack, config=dataclasses.replace(stack.config, members_at_once=1))
     with jax.sharding.use_abstract_mesh(stack.mesh.abstract_mesh):
-        _, measured = _map_over_batch(
-            stack, apply, hyper.site_index, per_member, batch, read_only=(params, *more), members_at_once=1
-        )
+        _, measured = _map_over_batch(one_by_one, apply, hyper.site_index, per_member, batch)
     return measured
 
 
 def _map_over_batch(
-    stack: TrainStack,
-    apply: Callable,
-    state: Any,
-    hyper: Hyperparams,
-    batch: Batch,
-    *common: jax.Array,
-    read_only: tuple[Any, ...] = (),
-    members_at_once: int = 0,
+    stack: TrainStack, apply: Callable, state: Any, per_member: tuple[Any, ...], batch: Batch, *common: jax.Array
 ) -> tuple[Any, Any]:
     """Map ``apply(stack, state, hyper, x_BxD, y_BxD, *common, *read_only)`` over members, each with its scaled values.
 
-    Of ``read_only``, arrays of all members, each gets its own. ``members_at_once``: 0: those of training.
+    ``per_member`` is (hyper, *read_only), arrays of all members, of which each gets its own.
     """
-    dtype, members_at_once = stack.config.state_dtype, members_at_once or stack.members_at_once
-    count, metric_SxDxD = len(common), hyper.metric_DxD
+    hyper, *read_only = per_member
+    count, dtype, metric_SxDxD = len(common), stack.config.state_dtype, hyper.metric_DxD
 
     def apply_to_member(state: Any, per_member: Any, *shared: jax.Array) -> tuple[Any, Any]:
         (hyper, values, read_only), common, shared = per_member, shared[:count], shared[count:]
@@ -260,7 +255,7 @@ def _map_over_batch(
         y_BxD = values[1].astype(dtype) * hyper.output_scale if len(values) > 1 else x_BxD
         return apply(stack, state, hyper, x_BxD, y_BxD, *common, *read_only)
 
-    placement = stack.mesh, members_at_once
+    placement = stack.mesh, stack.members_at_once
     if len(stack.sites) == len(stack.members):  # each member has its own values, on its own devices
         return map_over_members(apply_to_member, state, (hyper, batch, read_only), common, *placement)
     once = batch if metric_SxDxD is None else (*batch, metric_SxDxD)

@@ -140,6 +140,7 @@ def test_what_was_trained_as_something_else_says_so(tmp_path):
         ("standard", dict(metadata__hook_head_index=2), "hook_head_index is 2, expected null"),
         ("transcoder", dict(apply_b_dec_to_input=True), "apply_b_dec_to_input is True, expected False"),
         ("transcoder", dict(d_out=D + 4), r"d_out is 16, but the arrays"),
+        ("matching_pursuit", {}, "residual_threshold and stop_on_duplicate_support end its search early"),
         ("topk", dict(k=F + 1), "k is 41: expected a whole number from 1 to the 40"),
         ("topk", dict(k=...), "k is None"),
         ("topk", dict(k=0), "k is 0: expected a whole number above 0"),

@@ -17,7 +17,7 @@ from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.training.optimizer import penalty_schedule
 from saejax.training.state import init_state
-from saejax.training.step import member_loss
+from saejax.training.step import MemberBatch, member_loss
 from saejax.training.widening import alignment
 
 DECODER = ("W_dec_FxD", "b_dec_D")
@@ -45,7 +45,7 @@ def setting(kind, form="sae", **changes):
 
 def loss_of(stack, x, y, hyper, dead=None):
     dead = jnp.zeros(F, bool) if dead is None else dead
-    return lambda params: member_loss(stack, params, x, y, hyper, jnp.int32(1000), dead)[0]
+    return lambda params: member_loss(stack, params, MemberBatch(x, y, hyper, jnp.int32(1000), dead))[0]
 
 
 def slope(function, params, direction, step=1e-6):
@@ -247,7 +247,7 @@ def test_a_further_term_is_in_every_loss_by_its_coefficient(name):
 @pytest.mark.parametrize(("kind", "changes"), [("matryoshka", {}), ("jumprelu", dict(nested=(0.25, 0.5, 1.0)))])
 def test_nested_kinds_sum_the_errors_of_their_groups(kind, changes):
     stack, params, x, y, hyper = setting(kind, **changes)
-    loss, (metrics, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    loss, (metrics, _) = member_loss(stack, params, MemberBatch(x, y, hyper, jnp.int32(0), jnp.zeros(F, bool)))
     member, sizes = _member(stack, params), (16, 32, F)
     batch_topk = sparsity.batch_topk(member.encoder_inputs(x).pre_xF, 4)
     f, W_dec = np.asarray(batch_topk if kind == "matryoshka" else member.encode(x)), np.asarray(params["W_dec_FxD"])
@@ -279,7 +279,7 @@ def test_a_whitened_error_is_measured_after_its_matrix():
     stack, params, x, y, hyper = setting("topk")
     metric = np.random.default_rng(8).normal(size=(D, D))
     hyper = dataclasses.replace(hyper, metric_DxD=jnp.asarray(metric))
-    loss, (metrics, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    loss, (metrics, _) = member_loss(stack, params, MemberBatch(x, y, hyper, jnp.int32(0), jnp.zeros(F, bool)))
     error = np.asarray(y) - np.asarray(_member(stack, params)(x))
     np.testing.assert_allclose(loss, np.square(error @ metric).sum(1).mean(), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], np.square(error).sum(1).mean(), rtol=1e-10)

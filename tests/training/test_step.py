@@ -18,7 +18,7 @@ from saejax.dictionaries.kinds.settings import KIND_SETTINGS, KindSettings
 from saejax.dictionaries.kinds.topk import TopK
 from saejax.training import optimizer as updates
 from saejax.training.state import finish_dictionary, init_state
-from saejax.training.step import compile_step, member_loss
+from saejax.training.step import MemberBatch, compile_step, member_loss
 
 
 def host(state) -> dict[str, np.ndarray]:
@@ -166,7 +166,7 @@ def test_a_kind_has_the_same_gradients_by_every_form_of_products(kind, one_devic
         params, hyper = jax.tree.map(lambda array: array[0], (init_state(stack).params, stack.hyperparams))
         dead_F, steps = jnp.zeros(F, bool), jnp.int32(1000)
         gradient = jax.grad(functools.partial(member_loss, stack), has_aux=True)
-        gradients[products], _ = gradient(params, x, x, hyper, steps, dead_F)
+        gradients[products], _ = gradient(params, MemberBatch(x, x, hyper, steps, dead_F))
     for name, gradient in gradients["dense"].items():
         scale = np.abs(gradient).max()
         np.testing.assert_allclose(gradients["rows"][name], gradient, atol=1e-5 * scale, err_msg=name)
