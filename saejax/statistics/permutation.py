@@ -5,6 +5,8 @@ References:
   Phipson and Smyth, Permutation p-values should never be zero, 2010.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 _EXACT = 16  # up to this many prompts all sign patterns are counted: 65,536
@@ -61,6 +63,32 @@ def _sign_patterns(prompts: int, draws: int, seed: int) -> np.ndarray:
     # The measured pattern is one of those that could have been, so p is never 0 (Phipson and Smyth).
     drawn_RxP = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, prompts))
     return np.concatenate([np.ones((1, prompts)), drawn_RxP])
+
+
+def label_correlations(
+    value_NxF: np.ndarray, has_NxL: np.ndarray, order_SxN: Sequence[np.ndarray] | np.ndarray = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the correlation of numbers of N items with labels of theirs, and the largest of all where labels move.
+
+    The largest of a permutation corrects a correlation for the number of features and labels (Westfall and Young).
+
+    Args:
+      value_NxF: numbers of the items; constant ones correlate with nothing.
+      has_NxL: whether an item has each label.
+      order_SxN: permutations of the items.
+
+    Returns:
+      Float64 ``[F, L]`` and ``[S]``.
+    """
+    unit_NxF, unit_NxL = (_centred_unit(np.asarray(some_NxC, np.float64)) for some_NxC in (value_NxF, has_NxL))
+    # The correlations of one permutation are in memory at a time, those of all features with all labels.
+    largest_S = [(unit_NxF.T @ unit_NxL[order_N]).max(initial=-np.inf) for order_N in order_SxN]
+    return unit_NxF.T @ unit_NxL, np.array(largest_S)
+
+
+def _centred_unit(value_NxC: np.ndarray) -> np.ndarray:
+    centred_NxC = value_NxC - value_NxC.mean(axis=0)
+    return centred_NxC / np.maximum(np.linalg.norm(centred_NxC, axis=0), 1e-12)
 
 
 def correlations(a_RxN: np.ndarray, b_xN: np.ndarray) -> np.ndarray:

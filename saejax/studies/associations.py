@@ -23,6 +23,7 @@ import numpy as np
 from saejax.interventions.probing import ProbeTask, fit_probe
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.statistics.permutation import label_correlations
 from saejax.statistics.ranks import holm_by_key
 
 LEVEL = 0.05  # of all answers of a kind together: correlations of all features and labels, probes and drops of all rows
@@ -111,14 +112,13 @@ def associate(
     if not kept or not live_F.any():
         return BenchmarkAssociations((), ())
     has_QxL = np.stack([*kept.values()], axis=1).astype(np.float64)
-    unit_QxF, unit_QxL = _unit(np.where(live_F, test_QxF, 0.0).astype(np.float64)), _unit(has_QxL)
-    seen_FxL = unit_QxF.T @ unit_QxL
+    live_QxF = np.where(live_F, test_QxF, 0.0)
     order_SxQ = np.stack([rng.permutation(items) for _ in range(_PERMUTATIONS)])
-    # The correlations of one permutation are in memory at a time, those of all features with all labels.
-    largest_S = np.array([(unit_QxF.T @ unit_QxL[order_Q]).max() for order_Q in order_SxQ])
+    seen_FxL, largest_S = label_correlations(live_QxF, has_QxL, order_SxQ)
     cut = float(np.quantile(largest_S, 1 - LEVEL, method="higher"))
     # The few whose largest exceeds the cut are made again: no other has any association.
-    exceeding = [(unit_QxF.T @ unit_QxL[order_Q] > cut).sum(axis=0) for order_Q in order_SxQ[largest_S > cut]]
+    shuffled = [label_correlations(live_QxF, has_QxL[order_Q])[0] for order_Q in order_SxQ[largest_S > cut]]
+    exceeding = [(r_FxL > cut).sum(axis=0) for r_FxL in shuffled]
     shuffled_L = np.sum([np.zeros(len(kept)), *exceeding], axis=0) / _PERMUTATIONS
     labels = tuple(
         LabelAssociations(
@@ -135,7 +135,7 @@ def associate(
     if not names:
         return BenchmarkAssociations(labels, ())
     has_PxC = np.stack([train_labels[name] for name in names], axis=1).astype(np.float64)
-    trained_FxC = _unit(train_PxF.astype(np.float64)).T @ _unit(has_PxC)
+    trained_FxC, _ = label_correlations(train_PxF, has_PxC)
     rows = []
     for feature in tested:
         name = names[int(trained_FxC[feature].argmax())]
@@ -165,11 +165,6 @@ def associate(
 
 def _answer(p_value: float | None) -> str:
     return "not tested" if p_value is None else "yes" if p_value <= LEVEL else "no"
-
-
-def _unit(x_QxC: np.ndarray) -> np.ndarray:
-    centred_QxC = x_QxC - x_QxC.mean(axis=0)
-    return centred_QxC / np.maximum(np.linalg.norm(centred_QxC, axis=0), 1e-12)
 
 
 def _probe(

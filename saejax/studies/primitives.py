@@ -30,6 +30,7 @@ from saejax.interventions.table import EffectsTable, PromptDefinition
 from saejax.matching.clusters.groups import DISSOLVED, overlaps
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.statistics.permutation import label_correlations
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 
 GROUP = "primitive "  # and its number: the group of its edits
@@ -209,30 +210,12 @@ def category_contrasts(profile_GxP: np.ndarray, inside_CxP: np.ndarray, seed: in
     Returns:
       Contrasts and p-values, ``[G, C]``; those of a category that all items are of, or none, are 0 and 1.
     """
-    contrast_GxC = _contrasts(profile_GxP, inside_CxP)
-    rng = np.random.default_rng(seed)
-    largest_R = np.array(
-        [
-            _contrasts(profile_GxP[:, rng.permutation(inside_CxP.shape[1])], inside_CxP).max(initial=-np.inf)
-            for _ in range(_PERMUTATIONS)
-        ]
-    )
-    as_large_GxC = (largest_R[None, None, :] >= contrast_GxC[:, :, None] - 1e-12).sum(axis=2)
-    return contrast_GxC, (1 + as_large_GxC) / (1 + _PERMUTATIONS)
-
-
-def _contrasts(profile_GxP: np.ndarray, inside_CxP: np.ndarray) -> np.ndarray:
-    count_C, total = inside_CxP.sum(axis=1), inside_CxP.shape[1]
-    kept_C = (count_C > 0) & (count_C < total)
-    contrast_GxC = np.zeros((len(profile_GxP), len(count_C)))
-    if not len(profile_GxP) or not kept_C.any():
-        return contrast_GxC
-    inside_KxP, count_K = inside_CxP[kept_C], count_C[kept_C]
-    mean_GxK = profile_GxP @ inside_KxP.T / count_K
-    rest_GxK = profile_GxP @ ~inside_KxP.T / (total - count_K)
-    spread_Gx1 = np.maximum(profile_GxP.std(axis=1, ddof=1)[:, None], 1e-12)
-    contrast_GxC[:, kept_C] = (mean_GxK - rest_GxK) / (spread_Gx1 * np.sqrt(1 / count_K + 1 / (total - count_K)))
-    return contrast_GxC
+    rng, items = np.random.default_rng(seed), inside_CxP.shape[1]
+    order_SxP = [rng.permutation(items) for _ in range(_PERMUTATIONS)]
+    seen_GxC, largest_S = label_correlations(profile_GxP.T, inside_CxP.T, order_SxP)
+    as_large_GxC = (largest_S[None, None, :] >= seen_GxC[:, :, None] - 1e-12).sum(axis=2)
+    # This difference in these standard errors is the correlation with the category, times the root of N - 1.
+    return seen_GxC * np.sqrt(items - 1), (1 + as_large_GxC) / (1 + _PERMUTATIONS)
 
 
 def recurring(primitives: Sequence[FeaturePrimitive], elsewhere: Sequence[FeaturePrimitive]) -> tuple[bool, ...]:

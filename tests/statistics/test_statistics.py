@@ -171,3 +171,15 @@ def test_on_noise_few_prompts_are_often_sure(prompts, rate):
         for sample_R in sample_NxR
     ]
     assert np.mean(is_sure) == pytest.approx(rate, abs=0.015)
+
+
+def test_label_correlations_are_numpys_and_the_largest_of_moved_labels():
+    rng = np.random.default_rng(0)
+    value_NxF, has_NxL = rng.normal(size=(12, 3)), rng.random((12, 2)) < 0.5
+    value_NxF[:, 2] = 1.0
+    order_SxN = [rng.permutation(12) for _ in range(4)]
+    seen_FxL, largest_S = permutation.label_correlations(value_NxF, has_NxL, order_SxN)
+    expected_2xL = np.corrcoef(value_NxF[:, :2].T, has_NxL.T)[:2, 2:]
+    np.testing.assert_allclose(seen_FxL, [*expected_2xL, [0, 0]], atol=1e-12)
+    moved = [np.corrcoef(value_NxF[:, :2].T, has_NxL[order_N].T)[:2, 2:] for order_N in order_SxN]
+    np.testing.assert_allclose(largest_S, [max(r_2xL.max(), 0) for r_2xL in moved], atol=1e-12)

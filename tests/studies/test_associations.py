@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from saejax.matching.importance import ItemFeatures
 from saejax.matching.transfer.activity import Activity
 from saejax.stages.study.run import question_activations
+from saejax.statistics import permutation
 from saejax.studies import associations
 from saejax.studies.associations import RIGHT, associate, contrast_p, item_activations
 from saejax.tasks.benchmark_definitions import Item
@@ -64,7 +65,9 @@ def test_permutations_are_counted_without_being_kept():
     assert peak < 8 * acts_QxF.nbytes, "all permutations have 20 times the activations' size"
     order_rng = np.random.default_rng(7)
     orders = [order_rng.permutation(items) for _ in range(associations._PERMUTATIONS)]
-    unit_QxF, unit_QxL = (associations._unit(x) for x in (acts_QxF, np.stack([*labels.values()], 1).astype(float)))
+    unit_QxF, unit_QxL = (
+        permutation._centred_unit(x) for x in (acts_QxF, np.stack([*labels.values()], 1).astype(float))
+    )
     all_SxFxL = np.stack([unit_QxF.T @ unit_QxL[order] for order in orders])
     cut = np.quantile(all_SxFxL.max(axis=(1, 2)), 1 - associations.LEVEL, method="higher")
     expected_L = (all_SxFxL > cut).sum(axis=1).mean(axis=0)
