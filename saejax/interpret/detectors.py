@@ -153,7 +153,10 @@ def best_detectors(
             promoted = [_promoted(block, number, bases[family], pairs, ids) for number, ids in enumerate(output)]
             candidates.append(promoted or [None] * block.size)
     # Of equally good detectors the first family's is kept.
-    return [max(filter(None, each), key=lambda d: d.search_f1, default=None) for each in zip(*candidates, strict=True)]
+    return [
+        max(filter(None, detectors), key=lambda d: d.search_f1, default=None)
+        for detectors in zip(*candidates, strict=True)
+    ]
 
 
 def _promoted(block: Block, number: int, base: CodeCounts, pairs: PairCounts, codes: Codes) -> Detector | None:

@@ -92,7 +92,9 @@ def alignments(rows: Mapping[str, Findings], read: Mapping[str, Mapping[str, Rea
         for comparison in _pair((first, second), benchmark, rows, read.get(benchmark, {}))
     ]
     comparisons.sort(key=lambda comparison: (comparison.by, comparison.benchmark))
-    p_values = {number: each.p_value for number, each in enumerate(comparisons) if each.p_value is not None}
+    p_values = {
+        number: comparison.p_value for number, comparison in enumerate(comparisons) if comparison.p_value is not None
+    }
     for number, p in holm_by_key(p_values).items():
         correlation, control = comparisons[number].rank_correlation or 0.0, comparisons[number].control
         aligned = None if control is None else correlation >= LEAST and p <= LEVEL and correlation > control

@@ -62,7 +62,7 @@ def gate(row: str, benchmark: str, answers: Sequence[BehaviourVerdict], items: i
     tested = answers[0]
     smallest = SMALLEST * spread
     needed = items_needed(_effect(tested).effect, items, smallest)
-    holds = [[_effect(each).answer, each.random.answer, each.placebo.answer] for each in answers]
+    holds = [[_effect(verdict).answer, verdict.random.answer, verdict.placebo.answer] for verdict in answers]
     agreeing = sum(three == ["yes"] * 3 for three in holds)
     answer, reason = _decide(tested, len(answers), agreeing)
     if answer == "no signal" and holds[0][0] == "no" and needed is not None and needed > items:

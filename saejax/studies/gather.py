@@ -73,7 +73,7 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         done = [state.unit for state in states if state.row == row.name and state.state == "done"]
         findings[row.name] = read_findings({unit: root / ROWS / row.name / unit for unit in done}, root, {})
     # Benchmarks on which any row ablated features.
-    benchmarks = dict.fromkeys(name for each in findings.values() for name in each.each(StudyResults))
+    benchmarks = dict.fromkeys(name for some in findings.values() for name in some.each(StudyResults))
     read = {name: gather_features.read_benchmarks(findings, name) for name in benchmarks}
     figures = StudyFigures(
         fingerprint=mark,
@@ -114,7 +114,7 @@ def _collect(read: Callable[[str, Findings], Iterable[T]], findings: Mapping[str
 def _model(row: StudyRow, findings: Findings, states: Sequence[UnitState]) -> ModelFigures:
     model, task, train = row.configs[ModelConfig], row.configs[TaskConfig], row.configs[TrainConfig]
     row_states = [state for state in states if state.row == row.name]
-    checked = [each for results in findings.each(PreflightResults).values() for each in results.models]
+    checked = [model for results in findings.each(PreflightResults).values() for model in results.models]
     needs = checked[0] if checked else None  # of the row's model, the first of those that preflight looks at
     return ModelFigures(
         row=row.name,
@@ -298,7 +298,7 @@ def _gates(row: str, findings: Findings) -> Iterator[GateFigures]:
     for benchmark, results in findings.each(StudyResults).items():
         judged = results.verdict.dictionaries
         seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name != TESTED)]
-        answers = [each[benchmark] for each in seeds if benchmark in each]
+        answers = [verdicts[benchmark] for verdicts in seeds if benchmark in verdicts]
         yield criteria.gate(row, benchmark, answers, results.items.test, results.log_likelihood_spread)
 
 
@@ -321,9 +321,9 @@ def _domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
         for benchmark, results in findings.each(StudyResults).items()
         for chosen_on, transferred in (results.domains or {}).items()
     ]
-    p_values = {number: each.p_value for number, each in enumerate(figures) if each.p_value is not None}
+    p_values = {number: effect.p_value for number, effect in enumerate(figures) if effect.p_value is not None}
     corrected = holm_by_key(p_values)
-    return tuple(dataclasses.replace(each, p_holm=corrected.get(number)) for number, each in enumerate(figures))
+    return tuple(dataclasses.replace(effect, p_holm=corrected.get(number)) for number, effect in enumerate(figures))
 
 
 def _drivers(row: str, findings: Findings) -> Iterator[DriverFigures]:

@@ -140,7 +140,9 @@ def primitives(
         if (results := findings.each(StudyResults).get(benchmark)) and results.primitives
     }
     for row, some in every.items():
-        recurs_in = {name: recurring(some.primitives, each.primitives) for name, each in every.items() if name != row}
+        recurs_in = {
+            name: recurring(some.primitives, others.primitives) for name, others in every.items() if name != row
+        }
         effects = {effect.group: effect for effect in some.effects}
         for number, primitive in enumerate(some.primitives):
             effect, here = effects.get(number), read.get(row)

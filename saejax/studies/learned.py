@@ -70,8 +70,8 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
     for gate in select(figures.gates, **here):
         yield "gate", (by_gate.get(gate.gate, "no"), f"{gate.gate}: {gate.reason}")
     for drivers in select(figures.drivers, **here, group="tested"):
-        controls = [each for each in select(figures.drivers, **here) if each.group != "tested"]
-        shares = "".join(f"; {percent(each.context.mean)} of {each.features}, {each.group}" for each in controls)
+        controls = [group for group in select(figures.drivers, **here) if group.group != "tested"]
+        shares = "".join(f"; {percent(group.context.mean)} of {group.features}, {group.group}" for group in controls)
         evidence = f"{percent(drivers.context.mean)} of {drivers.features} by context{shares}"
         yield "context", (_driven(drivers, controls), evidence)
     groups = select(figures.primitives, **here)
@@ -119,8 +119,8 @@ def _driven(drivers: DriverFigures, controls: Sequence[DriverFigures]) -> Answer
         return "no"
     if drivers.context.low <= drivers.tokens.high or not controls:
         return "cannot tell"
-    counts = [(round(each.context.mean * each.features), each.features) for each in (drivers, *controls)]
-    tables = [[(hits, some - hits) for hits, some in (counts[0], each)] for each in counts[1:]]
+    counts = [(round(group.context.mean * group.features), group.features) for group in (drivers, *controls)]
+    tables = [[(hits, some - hits) for hits, some in (counts[0], control)] for control in counts[1:]]
     return plain(max(fisher_exact(table, "greater").pvalue for table in tables) <= LEVEL)
 
 

@@ -56,10 +56,10 @@ def _effects(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
 def _known_features(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
     results = [(row, truth) for row, findings in rows.items() for truth in findings.each(TruthResults).values()]
     for row, truth in results:
-        trained = [each.scores.f1 for each in truth.dictionaries if not each.control]
+        trained = [dictionary.scores.f1 for dictionary in truth.dictionaries if not dictionary.control]
         # Controls are a unit of their own, one for all kinds of a row.
-        units = [each for name, each in results if name == row]
-        controls = [each.scores.f1 for unit in units for each in unit.dictionaries if each.control]
+        units = [truth for name, truth in results if name == row]
+        controls = [dictionary.scores.f1 for unit in units for dictionary in unit.dictionaries if dictionary.control]
         for best in sorted(trained, key=lambda f1: -f1.mean)[:1]:
             control = max(controls, key=lambda f1: f1.mean, default=None)
             yield PhaseFigures(
@@ -156,7 +156,9 @@ def _layers(figures: StudyFigures) -> Iterator[PhaseFigures]:
 def disagreements(figures: StudyFigures) -> tuple[str, ...]:
     """Return where two phases disagree, in words: features that go with a label, but that it does not depend on."""
     lines = []
-    for row, benchmark in dict.fromkeys((each.row, each.benchmark) for each in figures.associations):
+    for row, benchmark in dict.fromkeys(
+        (association.row, association.benchmark) for association in figures.associations
+    ):
         where, here = f"{row} on {benchmark}", select(figures.associations, row=row, benchmark=benchmark)
         tested = [association for association in here if association.agree is not None]
         read = sum(association.probe == "yes" and association.causal == "no" for association in tested)

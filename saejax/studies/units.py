@@ -190,7 +190,7 @@ def _run_side_by_side(
                     waiting += [row] if row.left(first) else []
                 elif time.monotonic() - process.last_report > _SAY_EVERY:
                     process.last_report = time.monotonic()
-                    to_go = _time_to_go(longest, [each.seconds for each in running.values()], len(waiting), len(shares))
+                    to_go = _time_to_go(longest, [unit.seconds for unit in running.values()], len(waiting), len(shares))
                     say(f"{row.name}  {process.last_line or 'starting'}{to_go}")
             if not running and waiting:
                 time.sleep(_LOOK_EVERY)

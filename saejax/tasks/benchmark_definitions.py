@@ -111,7 +111,7 @@ def _math(row: Row) -> Item:
     # "subject" and 3 in MATH-500, "type" and "Level 3" as first published.
     subject, level = row.fields.get("subject", row.fields.get("type")), row.fields.get("level")
     numbered = f"level {level}" if isinstance(level, int) else level
-    kept = [str(each).strip().lower() for each in (subject, numbered) if isinstance(each, str)]
+    kept = [str(name).strip().lower() for name in (subject, numbered) if isinstance(name, str)]
     return Item(row.name, "", question, solution, answer, categories=_categories(row, *kept))
 
 

@@ -118,7 +118,7 @@ def _fitting(
             kept[prompt.text], tries = prompt, 0
         if tries < _PATIENCE:
             continue
-        available = sum(each.template == prompt.template for each in (*kept.values(), *left_out.values()))
+        available = sum(drawn.template == prompt.template for drawn in (*kept.values(), *left_out.values()))
         if templates * available < n:  # too few for any tokenizer
             raise UserError(
                 f"the word lists of {prompt.behaviour} give {len(kept)} {prompt.split} prompts of {n}, and no more of "

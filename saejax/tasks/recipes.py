@@ -231,7 +231,7 @@ def _addition(rng: np.random.Generator, pairs: list[tuple[int, int]]) -> Callabl
 
     def draft(i: int, template: str) -> Draft:
         pair = next(deck)
-        swapped = _pick(rng, [each for each in pairs if abs(sum(each) // 10 - sum(pair) // 10) > 1])
+        swapped = _pick(rng, [other for other in pairs if abs(sum(other) // 10 - sum(pair) // 10) > 1])
         texts = []
         for a, b in (pair, swapped):
             # In random order, since pairs have the smaller number first.
@@ -249,9 +249,9 @@ def _fact(rng: np.random.Generator, **pools: list[Fact]) -> Callable[[int, str],
 
     def draft(i: int, template: str) -> Draft:
         fact, pool = next(deck)
-        candidates = [each for each in pool if each.answer != fact.answer]
+        candidates = [other for other in pool if other.answer != fact.answer]
         # Another first letter is another first token in every tokenizer.
-        swapped = _pick(rng, [each for each in candidates if each.answer[1] != fact.answer[1]] or candidates)
+        swapped = _pick(rng, [other for other in candidates if other.answer[1] != fact.answer[1]] or candidates)
         text, counterpart = template.format(**fact.fields), template.format(**swapped.fields)
         return Draft(text, fact.answer, counterpart, swapped.answer, (fact.item, swapped.item))
 
@@ -265,9 +265,9 @@ def _partner(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> Callable
     def draft(i: int, template: str) -> Draft:
         pair = next(deck)
         word, answer = pair[:: 1 if rng.integers(2) else -1]
-        candidates = [(*each[::way], each[0]) for each in pairs if each != pair for way in (1, -1)]
+        candidates = [(*words[::way], words[0]) for words in pairs if words != pair for way in (1, -1)]
         # Another first letter is another first token in every tokenizer.
-        differing = [each for each in candidates if each[1][0] != answer[0]]
+        differing = [candidate for candidate in candidates if candidate[1][0] != answer[0]]
         swapped, wrong, first = _pick(rng, differing or candidates)
         text, counterpart = template.format(word=word), template.format(word=swapped)
         return Draft(text, f" {answer}", counterpart, f" {wrong}", (pair[0], first))

@@ -50,7 +50,7 @@ def make_questions() -> Iterator[dict[str, Any]]:
 
 def _problem(template: Mapping, data: Mapping, rng: np.random.Generator, number: int) -> tuple[str, str, list[str]]:
     right = template["steps"]
-    forms = list(dict.fromkeys(each["steps"] for each in data["problems"] if len(each["steps"]) == len(right)))
+    forms = list(dict.fromkeys(problem["steps"] for problem in data["problems"] if len(problem["steps"]) == len(right)))
     while True:
         numbers = {letter: int(rng.integers(low, high + 1)) for letter, (low, high) in _RANGES.items()}
         values = {steps: evaluate(steps, numbers) for steps in forms}

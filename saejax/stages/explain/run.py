@@ -114,8 +114,14 @@ def _explain(run: Run, member: str, store: Store, text: CodedText, endpoint: End
         held.feature: ExplainedFeature(label or "", is_kept(scored), scored)
         for held, label, scored in zip(chosen, labels, scores, strict=True)
     }
-    kept = {feature: Label(each.label, config.model) for feature, each in explained.items() if each.kept}
-    write_json(folder / EXPLAINED, {str(feature): to_json(each) for feature, each in explained.items()})
+    kept = {
+        feature: Label(feature_label.label, config.model)
+        for feature, feature_label in explained.items()
+        if feature_label.kept
+    }
+    write_json(
+        folder / EXPLAINED, {str(feature): to_json(feature_label) for feature, feature_label in explained.items()}
+    )
     write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in kept.items()})
     return ExplainedDictionary(
         name=member,
@@ -155,12 +161,16 @@ def _choose_features(
     able = np.flatnonzero(np.concatenate([block.counts for block in blocks(scratch, features)]) >= MIN_FIRINGS)
     # A feature that is silent in training text has no contexts to write a label from.
     interpreted = member_folder(run.inputs[f"interpret/{run.name}"], member)
-    able = np.intersect1d(able, [each["feature"] for each in iterate_records(interpreted) if each["fires"]])
+    able = np.intersect1d(
+        able, [feature_record["feature"] for feature_record in iterate_records(interpreted) if feature_record["fires"]]
+    )
     wanted = np.intersect1d(able, config.features or able)
     if not config.features and len(wanted) > config.sample:
         wanted = np.sort(np.random.default_rng(config.seed).choice(wanted, config.sample, replace=False))
     records = read_records(interpreted, set(wanted.tolist()))
-    similar = {feature: [other for other, _ in each["nearest"]] for feature, each in records.items()}
+    similar = {
+        feature: [other for other, _ in feature_record["nearest"]] for feature, feature_record in records.items()
+    }
     chosen = list(held_out(scratch, features, similar, place, text, config.seed))
     shutil.rmtree(scratch)
     return chosen, records, len(set(config.features)) - len(wanted) if config.features else 0

@@ -94,16 +94,18 @@ class Interpreter:
         searched.append(self._search(frozen_path, features, bases, self._output(frozen)))
         searched.append(self._search(random_path, random.config.n_features, bases, None))
         # 3. Scores of all detectors on held-out text, and the labels that pass.
-        firings = {scratch / f"held_out_{i}": each for i, each in enumerate((self.dictionary, frozen, random))}
+        firings = {
+            scratch / f"held_out_{i}": dictionary for i, dictionary in enumerate((self.dictionary, frozen, random))
+        }
         held_out_place = self._record("held_out", firings)
         held_out_bases = self._bases(held_out_place)
         scored = [
             Scored.of(path, detectors, self.text, held_out_bases, rates)
             for path, (detectors, rates) in zip(firings, searched, strict=True)
         ]
-        labels = [each.labels(random=scored[-1]) for each in scored]
+        labels = [detectors.labels(random=scored[-1]) for detectors in scored]
         counts, frozen_counts, random_counts = (
-            each.counts(rates > 0, of) for each, (_, rates), of in zip(scored, searched, labels, strict=True)
+            detectors.counts(rates > 0, of) for detectors, (_, rates), of in zip(scored, searched, labels, strict=True)
         )
         write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels[0].items()})
         # 4. Prompt categories.

@@ -162,7 +162,7 @@ def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) 
         as_piece = token_piece(load_tokenizer(resolve(run.configs[ModelConfig])))
         pieces = list(map(as_piece, range(int(store.documents.ids_T.max()) + 1)))
         searched = top_contexts(store, dictionary, features, count, pieces, mesh)
-    return {feature: [as_example(each, store.documents) for each in some] for feature, some in searched.items()}
+    return {feature: [as_example(context, store.documents) for context in some] for feature, some in searched.items()}
 
 
 def as_example(context: FeatureContext, documents: Documents) -> Example:
