@@ -29,6 +29,8 @@ GUIDES = (
     "docs/ground_truth.md",
     "docs/scaling.md",
     "docs/artifacts.md",
+    "docs/artifacts_causal.md",
+    "docs/artifacts_features.md",
     "docs/corrections.md",
     "docs/extending.md",
     "docs/troubleshooting.md",
@@ -60,15 +62,15 @@ def main(target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     (target / "docs").mkdir(parents=True)
     (target / "reference").mkdir()
-    guides = [name for name in GUIDES if (ROOT / name).exists()]
+    guides, filled = [name for name in GUIDES if (ROOT / name).exists()], result_fields.fill_pages()
     for name in guides:
         if name.endswith(".ipynb"):
             (target / page_of(name)).write_text(from_notebook(ROOT / name))
         else:
-            text = (ROOT / name).read_text("utf-8")
+            text = filled.get(ROOT / name) or (ROOT / name).read_text("utf-8")
             for notebook in (guide for guide in guides if guide.endswith(".ipynb")):
                 text = text.replace(f"{Path(notebook).name})", f"{Path(page_of(notebook)).name})")
-            (target / name).write_text(result_fields.fill_page(text) if name == "docs/artifacts.md" else text)
+            (target / name).write_text(text)
     for image in (ROOT / "docs").glob("*.png"):
         shutil.copy(image, target / "docs")
     pages = reference()

@@ -1,6 +1,6 @@
-"""The fields of the stages' results, for the page ``docs/artifacts.md`` of the site.
+"""The fields of the stages' results, for the pages of files (``docs/artifacts*.md``) of the site.
 
-They are read from the classes of results: the comment (``#:``) beside each field. Every stage has a place in the page,
+They are read from the classes of results: the comment (``#:``) beside each field. Every stage has a place in a page,
 ``<!-- results: STAGE -->`` followed by ``<!-- end -->``. A class is described where it first occurs; the place
 "common" has those of several stages, and "manifest" what a store says of itself.
 
@@ -25,7 +25,8 @@ from saejax.runner.registry import all_stages
 from saejax.runner.results import results_class
 from saejax.studies.results import StudyFigures
 
-PAGE = Path(__file__).parent / "artifacts.md"
+# In the order in which they are read: a class is described on the first page that has it.
+PAGES = tuple(Path(__file__).parent / f"{name}.md" for name in ("artifacts", "artifacts_causal", "artifacts_features"))
 COMMON = (results.Interval, results.MeshShape)
 _PLACE = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -93,8 +94,8 @@ def _container(hint: object) -> type | None:
     return tuple if origin is tuple else dict if origin else None
 
 
-def fill_page(text: str) -> str:
-    """Return the page with every place filled."""
+def fill_pages() -> dict[Path, str]:
+    """Return each page with every place filled."""
     described = set(COMMON)
 
     def fill(place: re.Match) -> str:
@@ -105,12 +106,13 @@ def fill_page(text: str) -> str:
             described.update(new)
         return place[1] + "".join(describe(cls) + "\n" for cls in new) + place[3]
 
-    return _PLACE.sub(fill, text)
+    return {page: _PLACE.sub(fill, page.read_text("utf-8")) for page in PAGES}
 
 
-def documented_stages(text: str) -> set[str]:
-    """Return the stages that have a place in the page."""
-    return {place[2] for place in _PLACE.finditer(text)} & set(all_stages())
+def documented_stages() -> set[str]:
+    """Return the stages that have a place in a page."""
+    places = [place[2] for page in PAGES for place in _PLACE.finditer(page.read_text("utf-8"))]
+    return set(places) & set(all_stages())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from saejax.activations.writer import write_store
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches
-from saejax.models.tokens import Tokens, tokenize_in_pieces
+from saejax.models.tokens import Tokens, bos_tokens, tokenize_in_pieces
 from saejax.parallel.mesh import document_devices
 from saejax.progress import show_progress
 from saejax.short_reprs import has_short_repr
@@ -97,7 +97,7 @@ def capture(
       UserError: a text is empty, a site does not exist, or a value is not finite.
     """
     most = lm.config.context
-    tokens = tokenize_in_pieces(lm.tokenizer, texts, most if context is None else min(context, most))
+    tokens = tokenize_in_pieces(lm.tokenizer, texts, most if context is None else min(context, most), lm.bos)
     offsets = np.concatenate([[0], np.cumsum(tokens.lengths_B)])
     values: dict[str, np.ndarray] = {}
     done = 0
@@ -120,7 +120,6 @@ def capture(
     text_N = np.repeat(np.arange(len(texts_ids)), tokens.lengths_B)
     index_Nx3 = np.stack([text_N, np.arange(offsets[-1]) - offsets[text_N], np.concatenate(texts_ids)], axis=1)
     model = CapturedModel.of(lm.source, str(lm.params["embed_VxD"].dtype))
-    # Some tokenizers have no BOS token at all.
-    bos_id = getattr(lm.tokenizer, "bos_token_id", None)
-    bos = bos_id is not None and all(ids[0] == bos_id for ids in texts_ids)
+    # As the stage records it: some tokenizers put another token in front, or have no BOS token.
+    bos = bool(bos_tokens(lm.tokenizer, lm.bos))
     return Activations(values, index_Nx3.astype(np.int32), texts_ids, sink_factor, model, bos)

@@ -121,7 +121,7 @@ def check_one_tokenizer(first: source.ModelSource, second: source.ModelSource) -
 def begins_with_bos(request: CaptureRequest, bos: str) -> bool:
     """Return whether every document begins with the tokenizer's BOS token, with ``--capture.bos=...``."""
     tokenizer = source.load_tokenizer(request.source)
-    return tokenizer.bos_token_id is not None and bos_tokens(tokenizer, bos)[:1] == [tokenizer.bos_token_id]
+    return bool(bos_tokens(tokenizer, bos))
 
 
 def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:

@@ -46,7 +46,7 @@ class CaptureResults:
     """The activation store."""
 
     sites: Mapping[str, CapturedSite]  #: facts about each site
-    documents: Mapping[str, int]  #: documents by split
+    documents: Mapping[str, int]  #: texts, or pieces of them that fit the context, by split
     tokens: Mapping[str, int]  #: recorded tokens by split
     tokens_per_second: float  #: speed, padding excluded; 0 if nothing was left to do
     padding_share: float  #: share of padding in the tokens that the model ran on

@@ -21,6 +21,7 @@ from saejax.circuits.edges import judge_edges
 from saejax.circuits.groups import Group, Key, find_returning, influence_by_key, position_roles, propose_groups
 from saejax.circuits.measure import PromptEffects, measure_prompt
 from saejax.circuits.results import CircuitResults
+from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
 from saejax.interventions.slopes import neutral_tokens
 from saejax.models.language_model import LanguageModel
@@ -73,6 +74,7 @@ def find_circuit(
             f"effects are measured on {len(measured)} prompts: expected 2 or more; raise --circuits.measured or "
             "--task.test_prompts"
         )
+    model = follow_bos(model, transcoders.configs)
     # 1. Trace.
     total, answers, placebo = len(traced) + len(measured), [], defaultdict[Key, float](float)
     pairs = _draw_placebo_pairs(model, traced, measured, seed)

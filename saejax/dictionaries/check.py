@@ -8,10 +8,11 @@ import numpy as np
 from absl import logging
 
 from saejax.dictionaries import joined
+from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.modules import Dictionary
 from saejax.errors import UserError
 from saejax.models.sites import is_joined, site_parts
-from saejax.models.tokens import encode, pad
+from saejax.models.tokens import pad
 
 TOKENS = 64
 _TEXT = (
@@ -48,9 +49,8 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
     """
     config = dictionary.config
     read, written = site_parts(config.site), site_parts(config.target or config.site)
-    # With BOS only where the tokenizer has one: some dictionaries' files name a convention of another tokenizer.
-    bos = config.bos if getattr(lm.tokenizer, "bos_token_id", None) is not None else "auto"
-    tokens = pad([encode(lm.tokenizer, _TEXT, bos)[: min(TOKENS, lm.config.context)]])
+    lm = follow_bos(lm, [config], logging.debug)
+    tokens = pad([lm.encode(_TEXT)[: min(TOKENS, lm.config.context)]])
     try:
         sites = lm(tokens, capture=list(dict.fromkeys((*read, *written))), logits=False).sites
     except UserError as error:

@@ -62,7 +62,7 @@ class BenchmarkItems:
 
     def references(self, items: Sequence[Item]) -> list[Reference]:
         """Return each item's prompt and reference answer as token ids."""
-        prompter = make_prompter(self.name, self.task, self.lm.tokenizer)
+        prompter = make_prompter(self.name, self.task, self.lm.tokenizer, self.lm.bos)
         pairs = (
             benchmark_scores.encode_answer(self.lm, prompter, item, prompter.prompt(item), item.solution)
             for item in items
@@ -74,14 +74,14 @@ class BenchmarkItems:
 
         Empty where the solution does not hold the answer as it is, or no other answer has its form.
         """
-        prompter, every = make_prompter(self.name, self.task, self.lm.tokenizer), []
+        prompter, every = make_prompter(self.name, self.task, self.lm.tokenizer, self.lm.bos), []
         for item in items:
             start = find_final_answer(item.solution, item.answer)
             before = prompter.prompt(item) + prompter.delimiter + item.solution[:start]
             # Formulas take long to compare: none where the answer is not found.
             others = [] if start is None else self._corrupted(item, seed)
             texts = [item.answer, *others] if others else []
-            pairs = [encode_pair(self.lm.tokenizer, before, text, special_tokens=not prompter.chat) for text in texts]
+            pairs = [encode_pair(self.lm.tokenizer, before, text, prompter.bos) for text in texts]
             every.append([Reference(*pair) for pair in pairs if pair[1]])
         return every
 

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError, one_of
 from saejax.interventions.controls import Changes, inner_products
@@ -51,7 +52,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.split import SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import document_devices, sharding
-from saejax.progress import OnProgress, silent
+from saejax.progress import OnProgress, show_progress, silent
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.likelihood import encode_pair
 
@@ -72,7 +73,7 @@ def effects(
     positions: str = "all",
     error: str = "keep",
     batch_rows: int = BATCH_ROWS,
-    on_progress: OnProgress = silent,
+    on_progress: OnProgress | None = None,
 ) -> np.ndarray:
     """Return readouts of each edit on each prompt.
 
@@ -85,7 +86,8 @@ def effects(
       positions: the editable positions: all, last, or a slice such as 1:4 or -3:.
       error: "keep", or "drop": the clean run, too, goes through the dictionary.
       batch_rows: a batch holds as many tokens as this number of whole prompts: the bound of the memory in use.
-      on_progress: called at the start and after each batch.
+      on_progress: called with the rows done and to do, at the start and after each batch; None: a bar, where somebody
+        looks on.
 
     Returns:
       Float64 array ``[E, P, R]``: logits, nats or 0/1.
@@ -113,6 +115,7 @@ def effects(
             "the dictionary normalises each token, so an activation adds another length at each: give amounts in "
             "units of the site, and the edits the dictionary saejax.dictionaries.rescale.to_output_units(dictionary)"
         )
+    lm = follow_bos(lm, [edits.dictionary.config])
     split = SplitModel(lm, edits.dictionary, positions, error)
     values = {name: _whole_texts(lm, split, prompts, edits, name) for name in TEXT_READOUTS if name in readouts}
     # Readouts of whole texts have a program of their own: without others, prompts need not be run as well.
@@ -120,7 +123,8 @@ def effects(
         return np.stack([values[name] for name in readouts], axis=-1)
     runs = split.run(prompts, counterparts=edits.replacement.kind == "counterpart")
     needs_vocabulary = any(name in READOUTS[1:] for name in readouts)
-    measured = run_edits(split, runs, edits, batch_rows, on_progress, needs_vocabulary)
+    with show_progress("effects") as bar:
+        measured = run_edits(split, runs, edits, batch_rows, on_progress or bar, needs_vocabulary)
     if "change_norm" in readouts:
         values["change_norm"] = change_norms(split, runs, edits)
     values |= {name: value_ExP[1:] for name, value_ExP in measured.items()}
@@ -132,7 +136,7 @@ def _whole_texts(
 ) -> np.ndarray:
     """Return one of ``TEXT_READOUTS`` of each edit on each prompt, float64 ``[E, P]``."""
     if readout == "answer_log_prob":
-        pairs = [encode_pair(lm.tokenizer, prompt.text, prompt.correct) for prompt in prompts]
+        pairs = [encode_pair(lm.tokenizer, prompt.text, prompt.correct, lm.bos) for prompt in prompts]
     else:
         tokens = lm.tokenize([prompt.text for prompt in prompts])
         ids = [ids_T[:length].tolist() for ids_T, length in zip(tokens.ids_BxT, tokens.lengths_B, strict=True)]

@@ -25,12 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries import Dictionary
+from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
 from saejax.interventions.answers import mean_interval
 from saejax.interventions.edits import mask
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
-from saejax.models.tokens import Tokens, encode, token_piece
+from saejax.models.tokens import Tokens, token_piece
 from saejax.results import Interval
 from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
@@ -138,6 +139,7 @@ def falsify(
         exist or appears twice.
     """
     mask(dictionary, [features])  # refuses features that do not exist, or appear twice
+    lm = follow_bos(lm, [dictionary.config])
     if not test_texts:
         # Tokens are chosen on other texts than test them: the largest of many is large by chance on its own texts.
         texts, test_texts = texts[::2], texts[1::2]
@@ -303,7 +305,7 @@ def _draw_live(
 def _encode_texts(lm: LanguageModel, texts: Sequence[str], length: int) -> list[list[int]]:
     """Return the token ids of texts, cut to ``length`` tokens; texts of one token are left out."""
     # A token has fewer than 16 characters in the mean: the rest of a long document need not be tokenised.
-    ids = [encode(lm.tokenizer, text[: 16 * length])[:length] for text in texts]
+    ids = [lm.encode(text[: 16 * length])[:length] for text in texts]
     return [some for some in ids if len(some) > 1]
 
 

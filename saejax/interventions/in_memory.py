@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saejax.dictionaries import Dictionary
-from saejax.dictionaries.bos import warn_of_bos
+from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError, one_of
 from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, verdict_config
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
@@ -22,7 +23,6 @@ from saejax.interventions.table import EffectsTable, merge_tables
 from saejax.interventions.text import LENGTH, HeldOutText
 from saejax.interventions.verdict import verdict
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import encode
 from saejax.progress import show_progress
 from saejax.settings_from_keywords import make_config
 from saejax.short_reprs import has_short_repr
@@ -102,7 +102,7 @@ def ablate(
       UserError: a setting is unknown or out of range, or a split has no prompts.
     """
     by_behaviour = _group(prompts)
-    warn_of_bos(lm, dictionary)
+    lm = follow_bos(lm, [dictionary.config, *(each.config for each in (repeats or {}).values())])
     if features is not None:
         if len(by_behaviour) > 1:
             raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
@@ -190,7 +190,7 @@ def steer(
       UserError: a setting is unknown or out of range, or there are no prompts.
     """
     config = make_config(SteerConfig, **settings)
-    warn_of_bos(lm, dictionary)
+    lm = follow_bos(lm, [dictionary.config])
     text = _held_out_text(lm, documents, LENGTH)
     measured = {}
     for name, behaviour_prompts in _group(prompts).items():
@@ -222,15 +222,17 @@ def probe(
     """
     config, prompts = make_config(ProbeConfig, labels=labels, **settings), list(prompts)
     _group(prompts)
-    warn_of_bos(lm, dictionary)
+    lm = follow_bos(lm, [dictionary.config])
     split = SplitModel(lm, dictionary)
     diffs = [0.0] * len(prompts)
     if "correct" in config.labels:
         diffs = run_edits(split, split.run(prompts), mask(split.dictionary, [[]]))["logit_diff"][0].tolist()
-    probed = []
-    for labelled in label_all(config, (prompts, diffs)).values():
-        ablation = functools.partial(ablation_of, split, labelled)
-        probed.append(probe_label(config, labelled, *probe_inputs(split, labelled.prompts), ablation))
+    probed, fitted = [], itertools.count(1)
+    with show_progress("probe") as on_progress:
+        for labelled in label_all(config, (prompts, diffs)).values():
+            ablation, inputs = functools.partial(ablation_of, split, labelled), probe_inputs(split, labelled.prompts)
+            # How many probes there will be depends on the inputs and settings of each label.
+            probed.append(probe_label(config, labelled, *inputs, ablation, lambda: on_progress(next(fitted), 0)))
     return correct(probed)
 
 
@@ -252,7 +254,7 @@ def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
 def _held_out_text(lm: LanguageModel, documents: Sequence[str], length: int) -> HeldOutText | None:
     """Return documents cut to ``length`` tokens; None if there are none."""
     length = min(length, lm.config.context)
-    ids = [encode(lm.tokenizer, document)[:length] for document in documents]
+    ids = [lm.encode(document)[:length] for document in documents]
     read = [document for document in ids if len(document) > 1]
     if ids and not read:
         raise UserError("none of the documents has two tokens, of which the second is predicted: give longer ones")

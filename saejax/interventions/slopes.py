@@ -36,7 +36,7 @@ from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row, sharding
-from saejax.progress import OnProgress, silent
+from saejax.progress import OnProgress, show_progress, silent
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
@@ -44,7 +44,9 @@ TARGETS = 16  # targets whose slopes are computed together: as many times the to
 TARGET_PROMPTS = 8  # prompts of that batch, at most: a power of two
 
 
-def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str) -> np.ndarray:
+def slopes(
+    lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str, on_progress: OnProgress | None = None
+) -> np.ndarray:
     """Return the gradient of a readout with respect to the value of a site.
 
     Args:
@@ -52,6 +54,7 @@ def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str
       prompts: P prompts with a correct and a wrong answer.
       readout: ``logit_diff``, or ``log_prob`` of the correct answer's first token.
       site: such as ``resid_post.15``.
+      on_progress: called with the prompts done and to do; None: a bar, where somebody looks on.
 
     Returns:
       Float32 array ``[P, T, D]``, in logits or nats per unit of the site; 0 beyond a prompt's last token.
@@ -65,11 +68,13 @@ def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str
     tokens = lm.tokenize([prompt.text for prompt in prompts])
     answers_Px2 = first_answer_ids(lm.tokenizer, prompts)
     parts, size = [], prompts_at_once(tokens.ids_BxT.shape[1])
-    for first in range(0, len(prompts), size):
-        # The last batch is padded with copies, so that one program serves all.
-        rows_B = np.minimum(np.arange(first, first + size), len(prompts) - 1)
-        arrays = by_row(lm.mesh, *(array[rows_B] for array in (tokens.ids_BxT, tokens.last_B, answers_Px2)))
-        parts.append(to_host(_readout_slopes(point, readout, lm.params, *arrays))[: len(prompts) - first])
+    with show_progress("slopes") as bar:
+        for first in range(0, len(prompts), size):
+            # The last batch is padded with copies, so that one program serves all.
+            rows_B = np.minimum(np.arange(first, first + size), len(prompts) - 1)
+            arrays = by_row(lm.mesh, *(array[rows_B] for array in (tokens.ids_BxT, tokens.last_B, answers_Px2)))
+            parts.append(to_host(_readout_slopes(point, readout, lm.params, *arrays))[: len(prompts) - first])
+            (on_progress or bar)(min(first + size, len(prompts)), len(prompts))
     slope_PxTxD = np.concatenate(parts).astype(np.float32, copy=False)
     if not np.isfinite(slope_PxTxD).all():
         raise UserError(_not_finite(point))

@@ -88,7 +88,7 @@ class AnswerTexts:
         ]
         texts = [*prompts, *turned]
         last_N = lm.tokenize([text.text for text in texts]).last_B
-        slope_NxD = slopes(lm, texts, "logit_diff", str(split.point.site))[np.arange(len(texts)), last_N]
+        slope_NxD = slopes(lm, texts, "logit_diff", str(split.point.site), silent)[np.arange(len(texts)), last_N]
         answer_N, value_NxD = np.zeros(len(texts), np.int64), np.zeros(slope_NxD.shape, np.float32)
         f_NxF, norms = np.zeros((len(texts), split.dictionary.config.n_features), np.float32), []
         for run in split.run(texts):

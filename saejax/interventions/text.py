@@ -20,7 +20,7 @@ from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.split import SplitPoint
-from saejax.models.tokens import encode, pad
+from saejax.models.tokens import pad
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import sharding
 from saejax.tasks import corpora
@@ -74,7 +74,7 @@ class HeldOutText:
         chosen = [held_out[place] for place in np.unique(np.arange(count) * len(held_out) // count)]
         length = min(length, model.config.context)
         # Cut before it is split: long documents would otherwise be split into tokens as a whole.
-        ids = [encode(model.tokenizer, document.text[: 16 * length])[:length] for document in chosen]
+        ids = [model.encode(document.text[: 16 * length])[:length] for document in chosen]
         read = [document for document in ids if len(document) > 1]
         return cls(read) if read else None
 

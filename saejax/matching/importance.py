@@ -108,7 +108,7 @@ def read_features(
       importance_F: attribution for the right answers.
       placebo_RxF: attribution for corrupted answers.
     """
-    read = read_text(lm.tokenizer, list(texts.values()), lm.config.context)
+    read = read_text(lm.tokenizer, list(texts.values()), lm.config.context, lm.bos)
     value_NxD = site_values(lm, read, [dictionary.site], _BATCH_TOKENS)[dictionary.site]
     activity = encode(dictionary.with_sink_norms(lm.sink_norm), value_NxD, _BATCH_TOKENS)
     return ItemFeatures(tuple(texts), activity, read.text_N, read.end_N, importance_F, placebo_RxF)

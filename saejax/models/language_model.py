@@ -4,8 +4,10 @@
 returns the same ``Output`` and ``Generated`` under the same edits.
 """
 
+import copy
 import dataclasses
 import functools
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -26,7 +28,7 @@ from saejax.models.lengths import round_length
 from saejax.models.lens import LensOutput
 from saejax.models.sites import AnySite, Site, parse_site
 from saejax.models.source import ModelSource
-from saejax.models.tokens import Tokens, as_tokens, continuation_ids, single_token_id, tokenize
+from saejax.models.tokens import Tokens, as_tokens, continuation_ids, encode, single_token_id, tokenize
 from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding, sharding
 from saejax.short_reprs import has_short_repr
 
@@ -74,6 +76,7 @@ class LanguageModel:
       source: where it came from.
       mesh: the devices it is on.
       rules: how its gradients are taken.
+      bos: how its texts begin, as ``tokenize`` takes it; see ``with_bos``.
     """
 
     def __init__(
@@ -87,6 +90,8 @@ class LanguageModel:
     ):
         self.config, self.params, self.tokenizer, self.source, self.mesh = config, params, tokenizer, source, mesh
         self.rules = rules
+        self.bos = "auto"
+        self._by_bos: weakref.WeakValueDictionary[str, LanguageModel] = weakref.WeakValueDictionary({self.bos: self})
 
     def __repr__(self) -> str:
         config, dtype = self.config, self.params["embed_VxD"].dtype
@@ -96,17 +101,35 @@ class LanguageModel:
             f"{dtype}>"
         )
 
-    def tokenize(self, texts: Sequence[str], bos: str = "auto") -> Tokens:
+    def with_bos(self, bos: str) -> "LanguageModel":
+        """Return this model with texts that begin otherwise; nothing is copied.
+
+        Args:
+          bos: "auto", "always" or "never"; see ``tokens.encode``.
+        """
+        # The same object each time: what is kept of a model is kept by its identity.
+        lm = self._by_bos.get(bos)
+        if lm is None:
+            lm = copy.copy(self)
+            lm.bos = bos
+            self._by_bos[bos] = lm
+        return lm
+
+    def tokenize(self, texts: Sequence[str], bos: str | None = None) -> Tokens:
         """Return the token ids of texts.
 
         Args:
           texts: at least one.
-          bos: "auto" (what the tokenizer puts in front, once), "always" or "never".
+          bos: "auto" (what the tokenizer puts in front, once), "always" or "never"; None: as the model's ``bos``.
 
         Raises:
           UserError: a text is empty or longer than the context, or the model has no tokenizer.
         """
-        return tokenize(self.tokenizer, texts, self.config.context, bos)
+        return tokenize(self.tokenizer, texts, self.config.context, bos or self.bos)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of one text of any length; see ``tokens.encode``."""
+        return encode(self.tokenizer, text, self.bos)
 
     def token_id(self, text: str) -> int:
         """Return the id of the token with which an answer continues a text: " Paris" and "Paris" differ."""

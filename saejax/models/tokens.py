@@ -90,7 +90,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "aut
     return pad(sequences)
 
 
-def tokenize_in_pieces(tokenizer: Any, texts: Sequence[str], context: int) -> Tokens:
+def tokenize_in_pieces(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "auto") -> Tokens:
     """Tokenise texts as ``tokenize`` does, each split into pieces of at most ``context`` tokens.
 
     Every piece begins with the special tokens with which a text begins, as documents of ``--corpus.path`` do.
@@ -98,18 +98,18 @@ def tokenize_in_pieces(tokenizer: Any, texts: Sequence[str], context: int) -> To
     Raises:
       UserError: there is no tokenizer, a text is empty, or the context has no room for text.
     """
-    sequences, front = _encode_all(tokenizer, texts), bos_tokens(tokenizer)
+    sequences, front = _encode_all(tokenizer, texts, bos), bos_tokens(tokenizer, bos)
     size = context - len(front)
     if size < 1:
         raise UserError(f"context is {context}: expected at least {len(front) + 1} tokens")
     pieces = []
     for sequence in sequences:
-        text = sequence[len(front) :]
+        text = sequence[len(front) :] if sequence[: len(front)] == front else sequence
         pieces += [front + text[start : start + size] for start in range(0, max(len(text), 1), size)]
     return pad(pieces)
 
 
-def _encode_all(tokenizer: Any, texts: Sequence[str], bos: str = "auto") -> list[list[int]]:
+def _encode_all(tokenizer: Any, texts: Sequence[str], bos: str) -> list[list[int]]:
     """Return the token ids of each text; raise a ``UserError`` if there is none, or one of them is empty."""
     if isinstance(texts, str):
         raise TypeError("texts is one string: expected a list of them")
@@ -138,7 +138,8 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
       tokenizer: tokenizer of the model; None: it has none.
       text: may begin with the text of the BOS token, as chat templates and Neuronpedia's prompts do; it then gets no
         second one.
-      bos: "auto", the tokenizer's own special tokens in front; "always", the BOS token; "never", neither.
+      bos: "auto", the special tokens that the tokenizer puts in front; "always", these or, where it puts none and the
+        text begins with no special token, the BOS token, as circuit-tracer does; "never", none.
 
     Raises:
       UserError: there is no tokenizer, or no BOS token though one is asked for, or the text is not valid Unicode.
@@ -157,25 +158,32 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
             raise
         raise UserError(f"the model's tokenizer cannot read the text {text!r:.60}: {error}") from None
     front = bos_tokens(tokenizer, bos)
+    if bos == "always" and ids and ids[0] in tokenizer.all_special_ids and not bos_tokens(tokenizer):
+        return ids
     return ids if ids[: len(front)] == front else front + ids
 
 
 def bos_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:
     """Return the special tokens with which every text begins; for ``bos`` see ``encode``.
 
+    In place of a BOS token that the tokenizer lacks stands the one of padding, else the one that ends a text.
+
     Raises:
-      UserError: there is no BOS token though one is asked for.
+      UserError: there is none of them though one is asked for.
     """
     if bos == "never":
         return []
-    if bos == "always":
-        if tokenizer.bos_token_id is None:
-            raise UserError("the tokenizer has no BOS token: expected bos='auto' or 'never'")
-        return [tokenizer.bos_token_id]
     # Compared, as tokenizers have no attribute that says what they put in front, and some put tokens behind, too.
     whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     starts = range(len(whole) - len(plain), -1, -1)
-    return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])
+    fronts: list[list[int]] = [whole[:start] for start in starts if whole[start : start + len(plain)] == plain]
+    if any(fronts[:1]) or bos == "auto":
+        return fronts[0] if fronts else []
+    # In the order of circuit-tracer.
+    for name in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        if (token := getattr(tokenizer, name)) is not None:
+            return [token]
+    raise UserError("the tokenizer has no BOS token: expected bos='auto' or 'never'")
 
 
 # What an answer is appended to where no context is given: the first of these with which it does not merge.

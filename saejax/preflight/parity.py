@@ -18,7 +18,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_model
 from saejax.models.settings import ModelConfig
 from saejax.models.sites import KINDS, Site
-from saejax.models.tokens import Tokens, encode, pad
+from saejax.models.tokens import Tokens, pad
 from saejax.tasks.corpora import documents
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
@@ -73,7 +73,7 @@ def _real(lm: LanguageModel, configs: Configs) -> Tokens:
     longest = min(_LENGTH, lm.config.context)
     first = itertools.islice(documents(configs[CorpusConfig], configs[TaskConfig]), _PROMPTS)
     texts = [document.text[: 8 * longest] for document in first]
-    return pad([encode(lm.tokenizer, text)[:longest] for text in texts])
+    return pad([lm.encode(text)[:longest] for text in texts])
 
 
 def _decoder(lm: LanguageModel, tokens: Tokens) -> tuple[np.ndarray, dict[Site, np.ndarray]]:

@@ -50,8 +50,6 @@ def load_results(folder: str | Path, unit: str = "") -> Any:
       folder: the unit's folder, such as "runs/demo/ablate/topk"; or a workdir.
       unit: name of a unit in that workdir, such as "ablate/topk".
 
-    A warning says if the workdir has another dictionary in place of the one that the unit read.
-
     A warning is logged if the workdir has another dictionary by now in place of the one that the unit read.
 
     Raises:

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from saejax.dictionaries import Dictionary
-from saejax.dictionaries.bos import bos_conflict
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.bos import follow_bos
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
 from saejax.models.settings import ModelConfig
-from saejax.models.source import load_tokenizer, resolve
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner import stacks
@@ -18,10 +17,10 @@ from saejax.tasks.behaviours import Prompt
 from saejax.tasks.gate import read_tested
 
 
-def load_run_model(run: Run) -> LanguageModel:
-    """Return the model that a stage runs, on the mesh of its configuration."""
-    config = run.configs[ModelConfig]
-    return load_configured_model(config, run_mesh(run))
+def load_run_model(run: Run, *dictionaries: DictionaryConfig) -> LanguageModel:
+    """Return the model that a stage runs, on the configured mesh, with texts as ``follow_bos`` begins them."""
+    lm = load_configured_model(run.configs[ModelConfig], run_mesh(run))
+    return follow_bos(lm, dictionaries, lambda line: run.say(f"{run.stage}: {line}"))
 
 
 def run_mesh(run: Run) -> Mesh:
@@ -43,9 +42,6 @@ def load_run_dictionary(run: Run) -> Dictionary:
             f"{run.stage}: the dictionary names {named} and records no revision of it; check that it was trained on "
             "this model"
         )
-    tokenizer = load_tokenizer(resolve(run.configs[ModelConfig])) if dictionary.config.bos != "auto" else None
-    if conflict := bos_conflict(dictionary, tokenizer):
-        run.say(f"{run.stage}: {conflict}")
     return dictionary
 
 

@@ -28,6 +28,7 @@ class Prompter:
     shots: int  #: worked examples before each question
     chat: bool  #: whether the prompt is put into the chat template
     tokenizer: Any  #: of the model
+    bos: str  #: how prompts begin, see ``tokens.encode``; a chat template writes the special tokens itself
 
     @property
     def delimiter(self) -> str:
@@ -53,12 +54,12 @@ class Prompter:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a prompt; a chat template writes the special tokens itself, so none are added."""
-        return encode(self.tokenizer, text, bos="never" if self.chat else "auto")
+        """Return the token ids of a prompt."""
+        return encode(self.tokenizer, text, self.bos)
 
 
-def make_prompter(name: str, task: TaskConfig, tokenizer: Any) -> Prompter:
-    """Return the prompts of a benchmark as the settings want them.
+def make_prompter(name: str, task: TaskConfig, tokenizer: Any, bos: str = "auto") -> Prompter:
+    """Return the prompts of a benchmark as the settings want them; for ``bos`` see ``tokens.encode``.
 
     Raises:
       UserError: there are not so many worked examples, or the tokenizer has no chat template.
@@ -72,7 +73,7 @@ def make_prompter(name: str, task: TaskConfig, tokenizer: Any) -> Prompter:
         raise UserError(
             "--task.chat_template: the model's tokenizer has no chat template (base models have none): leave it out"
         )
-    return Prompter(name, shots, task.chat_template, tokenizer)
+    return Prompter(name, shots, task.chat_template, tokenizer, "never" if task.chat_template else bos)
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def score_items(
     Raises:
       UserError: a prompt and its answer are longer than the model's context, or an option does not fit.
     """
-    prompter, scored, edits = make_prompter(name, task, lm.tokenizer), scored or way(name, task), tuple(edits)
+    prompter, scored, edits = make_prompter(name, task, lm.tokenizer, lm.bos), scored or way(name, task), tuple(edits)
     if not items:
         return []
     prompts = [prompter.prompt(item) for item in items]
@@ -119,7 +119,7 @@ def encode_answer(
     lm: LanguageModel, prompter: Prompter, item: Item, prompt: str, answer: str
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of an item's prompt and of an answer after it; refuse more than the model reads."""
-    pair = encode_pair(lm.tokenizer, prompt, prompter.delimiter + answer, special_tokens=not prompter.chat)
+    pair = encode_pair(lm.tokenizer, prompt, prompter.delimiter + answer, prompter.bos)
     _check_length(lm, prompter, item, len(pair[0]), len(pair[1]))
     return pair
 

@@ -44,9 +44,7 @@ class Likelihood:
         return self.total / self.tokens
 
 
-def encode_pair(
-    tokenizer: Any, context: str, continuation: str, special_tokens: bool = True
-) -> tuple[list[int], list[int]]:
+def encode_pair(tokenizer: Any, context: str, continuation: str, bos: str = "auto") -> tuple[list[int], list[int]]:
     """Token ids of a context and of what follows it, split as lm-evaluation-harness does.
 
     White space at the end of the context is moved to the continuation, because most vocabularies keep a space with
@@ -57,13 +55,12 @@ def encode_pair(
       tokenizer: of the model.
       context: the text before, not empty.
       continuation: the text to score.
-      special_tokens: False where the context holds them already, as the text of a chat template does.
+      bos: how the context begins, see ``tokens.encode``; "never" where it holds special tokens already, as the text of
+        a chat template does.
     """
     kept = context.rstrip()
     context, continuation = kept, context[len(kept) :] + continuation
-    context_ids, whole_ids = (
-        encode(tokenizer, text, bos="auto" if special_tokens else "never") for text in (context, context + continuation)
-    )
+    context_ids, whole_ids = (encode(tokenizer, text, bos) for text in (context, context + continuation))
     return context_ids, whole_ids[len(context_ids) :]
 
 

@@ -13,7 +13,7 @@ from saejax.activations.in_memory import Activations, capture
 from saejax.activations.joined import single_sites
 from saejax.activations.store import INDEX, Store, shard_file
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
-from saejax.dictionaries.bos import warn_of_bos
+from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.joined import join
 from saejax.dictionaries.kinds.settings import PRETRAINED
@@ -174,7 +174,7 @@ def evaluate(
     Raises:
       UserError: the dictionary, or the mean, has another width than the model's site.
     """
-    warn_of_bos(lm, dictionary)
+    lm = follow_bos(lm, [dictionary.config])
     config, site = dictionary.config, dictionary.site
     target = config.target or site
     of_second = [part for part in site_parts(site) if OtherSite.names(part)]

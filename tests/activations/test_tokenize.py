@@ -133,6 +133,8 @@ def test_a_run_reads_what_was_tokenized_and_notices_damage(stream):
 class WordTokenizer:
     """A word is a token; in front of a text comes "<s>", 0, and after it "</s>", 1."""
 
+    pad_token_id = eos_token_id = None
+
     def __init__(self, bos_token_id=0, adds=True):
         self.bos_token_id, self._adds, self._ids = bos_token_id, adds, {"<s>": 0, "</s>": 1}
 
@@ -180,7 +182,7 @@ def test_of_many_documents_a_sample_takes_little_memory():
 
 def test_what_cannot_be_tokenized(stream, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the tokenizer has no BOS token"):
-        Chunker(CorpusConfig(), WordTokenizer(bos_token_id=None), 256, TaskConfig(), "always")
+        Chunker(CorpusConfig(), WordTokenizer(bos_token_id=None, adds=False), 256, TaskConfig(), "always")
     with pytest.raises(UserError, match="the held_out split has no text"):
         stream(["only one"])
     with pytest.raises(UserError, match="exceeds the model's context of 256"):

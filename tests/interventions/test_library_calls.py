@@ -5,6 +5,7 @@ import logging
 import numbers
 
 import jax
+import numpy as np
 import pytest
 
 import saejax
@@ -131,13 +132,26 @@ def test_prompts_that_stand_twice_and_documents_without_text_are_refused(tiny, d
             call(tiny, dictionary, answered, documents=["", "a"])
 
 
-def test_calls_warn_of_texts_that_begin_otherwise_than_those_of_the_training(tiny, dictionary, answered, caplog):
+def test_texts_begin_as_those_of_the_training(tiny, dictionary, answered, caplog):
     trained = dictionary.with_config(dataclasses.replace(dictionary.config, bos="always"))
+    begun, texts = tiny.with_bos("always"), [f"<end>{text}" for text in DOCUMENTS]
     with caplog.at_level(logging.WARNING, "absl"):
-        saejax.evaluate(tiny, trained, DOCUMENTS)
-        saejax.probe(tiny, trained, answered, "length", **PROBE)
-    told = "the dictionary was trained on texts with a BOS token in front, and these are without"
-    assert sum(line.startswith(told) for line in caplog.messages) == 2
+        scores = saejax.evaluate(tiny, trained, DOCUMENTS)
+        probed = saejax.probe(tiny, trained, answered, "length", **PROBE)
+        effects_ExPxR = saejax.effects(
+            tiny, answered, edits.mask(trained, [[3], [5]]), ("logit_diff", "answer_log_prob")
+        )
+    told = "'<end>' is put in front of texts, as the dictionary was trained (bos=always) and unlike the tokenizer"
+    assert caplog.messages == [told] * 3
+    assert begun.tokenize(DOCUMENTS).ids_BxT.tolist() == tiny.tokenize(texts).ids_BxT.tolist()
+    assert tiny.with_bos("always") is begun and begun.with_bos("auto") is tiny
+    assert scores.losses.ce == saejax.evaluate(tiny, dictionary, texts).losses.ce
+    assert to_json(probed) == to_json(saejax.probe(begun, dictionary, answered, "length", **PROBE))
+    prefixed = [dataclasses.replace(prompt, text=f"<end>{prompt.text}") for prompt in answered]
+    readouts = ("logit_diff", "answer_log_prob")
+    np.testing.assert_array_equal(
+        effects_ExPxR, saejax.effects(tiny, prefixed, edits.mask(dictionary, [[3], [5]]), readouts)
+    )
 
 
 def test_controls_are_drawn_by_the_seed_of_interventions():

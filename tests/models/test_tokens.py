@@ -42,8 +42,12 @@ def test_special_tokens_of_other_templates():
     tokenizer = word_tokenizer(template="$A")
     assert bos_tokens(tokenizer) == [] and 0 not in encode(tokenizer, "the city")
     assert encode(tokenizer, "the city", "always") == [0, *encode(tokenizer, "the city")]
+    assert encode(tokenizer, "</s>the city", "always")[0] == 1  # as in circuit-tracer: it begins with a special token
+    without = word_tokenizer(template="$A", bos=None)
+    assert bos_tokens(without, "always") == [1]
+    without.eos_token = None
     with pytest.raises(UserError, match="has no BOS token: expected bos='auto' or 'never'"):
-        encode(word_tokenizer(template="$A", bos=None), "the city", "always")
+        encode(without, "the city", "always")
     tokenizer = word_tokenizer(template="<s> $A </s>")
     assert tokenizer("the city")["input_ids"][-1] == 1
     tokens = tokenize(tokenizer, ["the city of", "the"], 10)

@@ -124,4 +124,4 @@ def test_spaces_between_the_two_belong_to_the_continuation_and_special_tokens_co
 
     plain = encode_pair(tokenizer, "a b", " c")
     assert encode_pair(with_start, "a b", " c") == ([1, *plain[0]], plain[1])
-    assert encode_pair(with_start, "a b", " c", special_tokens=False) == plain
+    assert encode_pair(with_start, "a b", " c", "never") == plain

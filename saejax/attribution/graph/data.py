@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.graph.nodes import FEATURE, LOGIT, Nodes
+from saejax.attribution.graph.nodes import FEATURE, KINDS, LOGIT, Nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +66,14 @@ class GraphData:
     #: for a pruned graph, what it was cut from; then ``value_R`` and its parts are those of the whole one.
     pruning: Pruning | None = None
 
-    def count(self, *kinds: int) -> int:
-        """Return number of nodes of these kinds."""
+    def count(self, *kinds: str) -> int:
+        """Return the number of nodes of some kinds, such as "feature"; see ``nodes.KINDS``."""
         return int(np.isin(self.nodes.kind_N, kinds).sum())
 
-    def slice_of(self, kind: int) -> slice:
+    def slice_of(self, kind: str) -> slice:
         """Return the slice of the node table that holds the nodes of a kind."""
-        start, stop = np.searchsorted(self.nodes.kind_N, [kind, kind + 1])
-        return slice(int(start), int(stop))
+        start = self.count(*KINDS[: KINDS.index(kind)])
+        return slice(start, start + self.count(kind))
 
     @property
     def target_R(self) -> np.ndarray:

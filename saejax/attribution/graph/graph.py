@@ -195,7 +195,7 @@ class Graph(GraphData):
         rows = zip(ids, *(column.tolist() for column in columns), strict=True)
         for node, (name, kind, layer, position, index, value) in enumerate(rows):
             token = self.labels[node - first] if kind == LOGIT else self.tokens[position]
-            facts = dict(kind=KINDS[kind], layer=layer, position=position, index=index, value=value, token=token)
+            facts = dict(kind=kind, layer=layer, position=position, index=index, value=value, token=token)
             if self.pruning:
                 facts["influence"] = float(self.pruning.influence_N[node])
             digraph.add_node(name, **facts)
@@ -213,6 +213,8 @@ class Graph(GraphData):
         arrays = {stored: getattr(self, name) for name, stored in _ARRAYS.items()}
         arrays |= dict(edge_bits=np.packbits(is_edge_RxS.reshape(-1)), edge_weights=self.adjacency_RxS[is_edge_RxS])
         arrays |= {f"nodes.{name}": getattr(self.nodes, name) for name in _COLUMNS}
+        # Safetensors holds no text: the place of each kind in ``KINDS``.
+        arrays["nodes.kind_N"] = np.repeat(np.arange(len(KINDS), dtype=np.int8), [self.count(kind) for kind in KINDS])
         description = dict(schema_version=SCHEMA_VERSION, **{name: getattr(self, name) for name in _TEXTS})
         if pruning := self.pruning:
             arrays |= dict(node_N=pruning.node_N, influence_N=pruning.influence_N)
@@ -268,7 +270,9 @@ def _read_fields(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
     fields: dict[str, Any] = {name: description[name] for name in _TEXTS}
     fields |= {name: tuple(fields[name]) for name in ("tokens", "labels")}
     fields |= {name: arrays[stored] for name, stored in _ARRAYS.items()}
-    fields["nodes"] = nodes = Nodes(*(arrays[f"nodes.{name}"] for name in _COLUMNS))
+    kind_N, *columns = (arrays[f"nodes.{name}"] for name in _COLUMNS)
+    is_kind_N = (kind_N >= 0) & (kind_N < len(KINDS))
+    fields["nodes"] = nodes = Nodes(np.array([*KINDS, ""])[np.where(is_kind_N, kind_N, len(KINDS))], *columns)
     if stored := description.get("pruning"):
         shares, kept = (stored["node_threshold"], stored["edge_threshold"]), (arrays["node_N"], arrays["influence_N"])
         scores = GraphScores(stored["replacement"], stored["completeness"])
@@ -299,12 +303,11 @@ def _problem(graph: GraphData) -> str:
         dtype = np.dtype(_DTYPES.get(name, np.float32))
         if array.shape != (length,) or array.dtype != dtype:
             return f"{name} has the shape {array.shape} in {array.dtype}, expected ({length},) in {dtype}"
-        if not np.isfinite(array).all():
+        if array.dtype.kind != "U" and not np.isfinite(array).all():
             return f"{name} is not finite"
     if not np.isfinite(graph.adjacency_RxS).all():
         return "adjacency_RxS is not finite"
-    # Slices of kinds are found by bisection, which needs this order.
-    if (np.diff(nodes.kind_N) < 0).any() or (count and not 0 <= nodes.kind_N[0] <= nodes.kind_N[-1] < len(KINDS)):
+    if nodes.kind_N.tolist() != [kind for kind in KINDS for _ in range(graph.count(kind))]:
         return "the nodes are not in the order of their kinds"
     if count and not 0 <= nodes.position_N.min() <= nodes.position_N.max() < positions:
         return "a node stands outside the prompt"

@@ -1,4 +1,4 @@
-"""The nodes of an attribution graph: one table, kind after kind.
+"""The nodes of an attribution graph: one table, kind after kind, in this order.
 
 feature     an active feature at a position, in the order (layer, position, feature)
 error       what a layer's transcoder does not explain of the MLP's output at a position, or an SAE of its site's
@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 KINDS = ("feature", "error", "token", "first_mlp", "bias", "logit")
-DTYPES = (np.int8, np.int32, np.int32, np.int32, np.float32)  # of the columns of ``Nodes``
-FEATURE, ERROR, TOKEN, FIRST_MLP, BIAS, LOGIT = range(len(KINDS))  # places in ``KINDS``
+DTYPES: tuple[Any, ...] = (np.dtype("U9"), np.int32, np.int32, np.int32, np.float32)  # of the columns of ``Nodes``
+FEATURE, ERROR, TOKEN, FIRST_MLP, BIAS, LOGIT = KINDS
 
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
     """The table of nodes; plain arrays of one length N."""
 
-    kind_N: np.ndarray  #: int8 index into ``KINDS``, ascending
+    kind_N: np.ndarray  #: kind in words, in the order of ``KINDS``
     layer_N: np.ndarray  #: int32 layer; -1 for tokens, the number of layers for logits
     position_N: np.ndarray  #: int32 position in the prompt; 0 for biases, the last one for logits
     #: int32 number of the feature, id of the token, or id of the logit's token; -1 where there is none.
@@ -37,11 +37,11 @@ class Nodes:
         return Nodes(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
 
     @classmethod
-    def of(cls, kind: int, layer: Any, position: Any, index: Any = -1, value: Any = 0) -> "Nodes":
+    def of(cls, kind: str, layer: Any, position: Any, index: Any = -1, value: Any = 0) -> "Nodes":
         """Return nodes of one kind.
 
         Args:
-          kind: its place in ``KINDS``.
+          kind: one of ``KINDS``.
           layer: the column of layers [N]; in all columns a number stands for an array of it.
           position: of tokens [N].
           index: of features [N], or the node's number among those of its kind.
@@ -75,5 +75,5 @@ class Nodes:
                 differences += index < 0  # a difference is no token: -1, -2, ...
                 ids.append(f"{n_layers + 1}_{index if index >= 0 else -differences}_{position}")
             else:
-                ids.append(f"{KINDS[kind]}_{layer}")
+                ids.append(f"{kind}_{layer}")
         return ids

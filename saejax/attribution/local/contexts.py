@@ -17,7 +17,7 @@ from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import encode, token_piece
+from saejax.models.tokens import token_piece
 from saejax.parallel.collectives import to_host
 from saejax.progress import OnProgress, silent
 from saejax.unicode import join_pieces
@@ -132,7 +132,7 @@ class _TextRun:
 
     def __init__(self, model: LanguageModel, reads: str, texts: Sequence[str]):
         most = min(_TOKENS, model.config.context)
-        self.ids = [list(encode(model.tokenizer, text)[:most]) for text in texts]
+        self.ids = [model.encode(text)[:most] for text in texts]
         ids_RxT = np.zeros((len(texts), padded(max(map(len, self.ids)))), np.int32)
         self.is_used_RxT = np.zeros(ids_RxT.shape, bool)
         for row, ids in enumerate(self.ids):

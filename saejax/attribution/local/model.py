@@ -29,6 +29,7 @@ from saejax.attribution.local.sources import Sources
 from saejax.attribution.local.state import LocalState
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.dictionaries import Dictionary
+from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
 from saejax.models.generation import eos_ids
 from saejax.models.language_model import LanguageModel
@@ -72,7 +73,9 @@ class LocalModel(LocalState):
         *,
         chat: bool = False,
     ):
-        super().__init__(lm, open_set(transcoders), prompt_ids(lm, prompt, chat))
+        opened = open_set(transcoders)
+        lm = follow_bos(lm, opened.configs)
+        super().__init__(lm, opened, prompt_ids(lm, prompt, chat))
 
     @functools.cached_property
     def sources(self) -> Sources:

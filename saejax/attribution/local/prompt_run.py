@@ -190,8 +190,8 @@ def prompt_ids(model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, c
 
     Args:
       model: whose tokenizer reads a text.
-      prompt: the text, before which the tokenizer's first special token is put if it begins with none; or its token
-        ids, which are taken as they are.
+      prompt: the text, which begins as all texts of the model (``LanguageModel.bos``); or its token ids, which are
+        taken as they are.
       chat: put a text into the tokenizer's chat template.
 
     Raises:
@@ -209,11 +209,6 @@ def prompt_ids(model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, c
         ids = np.clip(ids.reshape(-1), -1, np.iinfo(np.int32).max).astype(np.int32)  # the check below names them
     else:
         ids = model.tokenize([prompt]).ids_BxT[0]
-        tokenizer = model.tokenizer
-        specials = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
-        specials = [token for token in specials if token is not None]
-        if specials and ids[0] not in tokenizer.all_special_ids:
-            ids = np.concatenate([specials[:1], ids]).astype(np.int32)
     Tokens(ids[None], np.array([len(ids)], np.int32)).check(model.config.vocab, model.config.context)
     return ids
 

@@ -42,6 +42,7 @@ from saejax.attribution.trace.rounds import (
     make_graph,
 )
 from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
@@ -232,8 +233,8 @@ def trace_prompt(
       model: the language model.
       dictionaries: a transcoder for each layer: an open set, dictionaries in memory, or what ``open_transcoders``
         opens; or SAEs of some layers, whose features are used at all positions but attention sinks.
-      prompt: the text, before which the tokenizer's first special token is put if it begins with none, or its token
-        ids, which are taken as they are. At the first position no feature of a transcoder is used.
+      prompt: the text, which begins as those of the dictionaries' training (``follow_bos``), or its token ids, which
+        are taken as they are. At the first position no feature of a transcoder is used.
       targets: what is explained: a token, as its id or a text; or several; pairs of them, for the difference of their
         logits; or a ``Direction`` of the stream, by its name. (): the most probable next tokens.
       max_logits: maximum number of tokens that are explained, if no targets are named; 1 or more.
@@ -259,13 +260,15 @@ def trace_prompt(
     targets = [targets] if isinstance(targets, str | int | Direction) else list(targets)
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     # 1. The run.
+    opened = dictionaries if isinstance(dictionaries, LayerSaes) else open_set(dictionaries)
+    model = follow_bos(model, opened.configs)
     ids_P = prompt_ids(model, prompt, chat)
-    if isinstance(dictionaries, LayerSaes):
-        run: LocalModel | SaeRun = SaeRun.of(model, dictionaries, ids_P)
-        kind = "direct" if dictionaries.direct else "total"
-        settings["edges"] = f"{kind} {dictionaries.estimate} x activation, first-order estimates"
+    if isinstance(opened, LayerSaes):
+        run: LocalModel | SaeRun = SaeRun.of(model, opened, ids_P)
+        kind = "direct" if opened.direct else "total"
+        settings["edges"] = f"{kind} {opened.estimate} x activation, first-order estimates"
     else:
-        run = _run(model, open_set(dictionaries), ids_P, max_features, len(targets) or max_logits)
+        run = _run(model, opened, ids_P, max_features, len(targets) or max_logits)
     # 2. The targets.
     readouts = read_targets(run, targets, max_logits, logit_mass)
     # 3. The rows.

@@ -32,6 +32,7 @@ import yaml
 from jax.sharding import Mesh
 
 from saejax.dictionaries import rescale
+from saejax.dictionaries.description import BOS
 from saejax.dictionaries.formats import gemma_scope, hooks, place, tensors
 from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
@@ -235,7 +236,15 @@ def _parse_layer(
         signed=kind == "topk" and bool((facts or {}).get("signed", True)),
         centred=False,
         model=model,
+        bos=_bos(settings),
     )
+
+
+def _bos(settings: Mapping[str, Any]) -> str:
+    """Return how texts begin that a set is for: with BOS, as circuit-tracer's do, unless a folder of ours says more."""
+    facts = settings.get(FACTS)
+    bos = facts.get("bos") if isinstance(facts, dict) else None
+    return bos if bos in BOS else "always"
 
 
 def _listed_files(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
@@ -319,7 +328,7 @@ def _open_cross_layer(folder: Path, site: str, target: str) -> TranscoderSet:
                 f"{folder / DESCRIPTION}: {_HOOKS[1]} is {settings[_HOOKS[1]]!r}, but a cross-layer transcoder writes "
                 "to what MLPs add to the stream here: expected hook_mlp_out"
             )
-        facts[layer] |= dict(site=read, target=written, model=str(settings.get("model_name") or ""))
+        facts[layer] |= dict(site=read, target=written, model=str(settings.get("model_name") or ""), bos=_bos(settings))
         parsed, decoder = _parse_cross_layer(file, state, layer, len(states), facts[layer])
         layers.append(parsed)
         writes.append(decoder)
@@ -440,7 +449,7 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
     """Write a cross-layer transcoder, a layer at a time; all processes of a run must call it.
 
     ``config.yaml`` also has a key ``saejax``, which circuit-tracer does not read: the model's revision and fingerprint,
-    of each layer the norm above which what it reads is an attention sink, and a stamp that all files of the set have.
+    how texts begin, of each layer the norm above which what it reads is an attention sink, and a stamp of all files.
 
     Args:
       folder: made if missing; ``config.yaml`` is written last.
@@ -472,9 +481,11 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
                 tensors.write(unfinished / pattern.format(layer), of_layer, stamp)
             configs.append(config)
         check(configs)
-        facts = dict(revision=configs[0].revision, fingerprint=configs[0].fingerprint)
-        settings = _describe(configs[0]) | dict(model_kind=CROSS_LAYER)
-        settings |= {FACTS: facts | dict(stamp=stamp, max_norms=[config.max_norm for config in configs])}
+        facts: dict[str, Any] = dict(
+            revision=configs[0].revision, fingerprint=configs[0].fingerprint, bos=configs[0].bos
+        )
+        facts |= dict(stamp=stamp, max_norms=[config.max_norm for config in configs])
+        settings = _describe(configs[0]) | {"model_kind": CROSS_LAYER, FACTS: facts}
         write_text(unfinished / DESCRIPTION, yaml.safe_dump(settings, allow_unicode=True))
 
 
@@ -552,8 +563,10 @@ def _stamp(config: DictionaryConfig, first: Mapping[str, np.ndarray]) -> str:
 def _describe(config: DictionaryConfig) -> dict[str, Any]:
     """Return the content of ``config.yaml`` for a set of such transcoders."""
     settings = dict(model_name=config.model, model_kind=PER_LAYER) | _hooks(config) | _sparsity(config)
-    # circuit-tracer's TopK keeps negative activations, too; ours are read again as they are.
-    return settings | ({FACTS: dict(signed=False)} if config.kind == "topk" and not config.signed else {})
+    # circuit-tracer's TopK keeps negative activations, too, and its texts begin with BOS; ours are read as they are.
+    facts: dict[str, Any] = dict(signed=False) if config.kind == "topk" and not config.signed else {}
+    facts |= dict(bos=config.bos) if config.bos != "always" else {}
+    return settings | ({FACTS: facts} if facts else {})
 
 
 def _sparsity(config: DictionaryConfig) -> dict[str, Any]:

@@ -45,13 +45,14 @@ def first_texts(texts: Sequence[str], tokens: int) -> list[str]:
     return list(texts[: int(np.searchsorted(ends, _CHARACTERS * tokens)) + 1])
 
 
-def read_text(tokenizer: Any, texts: Sequence[str], context: int) -> ReadText:
+def read_text(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "auto") -> ReadText:
     """Split texts into tokens and these into pieces.
 
     Args:
       tokenizer: tokenizer of the model.
       texts: the texts.
       context: largest number of tokens of a piece, special ones included.
+      bos: how a piece begins, see ``tokens.encode``.
 
     Raises:
       UserError: the tokenizer reports no offsets.
@@ -61,7 +62,7 @@ def read_text(tokenizer: Any, texts: Sequence[str], context: int) -> ReadText:
             "this model's tokenizer reports no character offsets, so its features cannot be compared by activity: "
             "use a fast tokenizer"
         )
-    front = bos_tokens(tokenizer)
+    front = bos_tokens(tokenizer, bos)
     as_text, size = token_text(tokenizer), max(context - len(front), 1)
     pieces, numbers, places = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for number, text in enumerate(texts):

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.formats import hooks
 from saejax.errors import UserError
 from saejax.matching.rows import CentredRows
@@ -96,7 +97,8 @@ def read_shared_text(
     for model in dict.fromkeys(each.model_key for each in compared):
         members = [(index, each) for index, each in enumerate(compared) if each.model_key == model]
         lm = load_model_of(config, members[0][1], mesh, by_name)
-        read = shared.reads[model] = read_text(lm.tokenizer, texts, min(context, lm.config.context))
+        lm = follow_bos(lm, [each.config for _, each in members], say)
+        read = shared.reads[model] = read_text(lm.tokenizer, texts, min(context, lm.config.context), lm.bos)
         sites = list(dict.fromkeys(each.config.site for _, each in members))
         # All sites of a model in as few passes as memory allows.
         at_once = max(1, _VALUE_BYTES // max(4 * len(read.text_N) * lm.config.d_model, 1))

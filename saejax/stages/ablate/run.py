@@ -64,7 +64,7 @@ def run_ablate(run: Run) -> AblateResults:
     repeats = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats", mesh) for name in config.repeats}
 
     def begin() -> parts.Measure:
-        lm = run_inputs.load_run_model(run)
+        lm = run_inputs.load_run_model(run, dictionary.config, *(each.config for each in repeats.values()))
         corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
         text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
 

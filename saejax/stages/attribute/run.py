@@ -59,7 +59,7 @@ Parts = Callable[[], tuple[LanguageModel, Any]]
 def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
     """Return the model that a run traces, and its transcoders or SAEs; they go together."""
     dictionaries = open_set(run.configs[GraphConfig])
-    model = load_run_model(run)
+    model = load_run_model(run, *dictionaries.configs)
     dictionaries.check(model)
     return model, dictionaries
 

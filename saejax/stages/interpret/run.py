@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from saejax.activations.progress import TextProgress
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary
+from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.labels import LABELS
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted
@@ -112,7 +113,8 @@ class Interpreter:
         categories: dict[int, list[FeatureCategory]] = {}
         category_counts, prompts = None, read_prompts(self.run.inputs)
         if prompts:  # these units are read with --interpret.categories alone
-            categories, category_counts = categorise(self.lm, self.dictionary, prompts, config.seed)
+            lm = follow_bos(self.lm, [self.dictionary.config], self.run.say)
+            categories, category_counts = categorise(lm, self.dictionary, prompts, config.seed)
         # 5. Records of all features.
         nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
         describer = Describer(self.text, place, bases["token"], _EXAMPLES, _DRAWS, output, nearest, self._heads())

@@ -88,7 +88,7 @@ def run_patch(run: Run) -> PatchResults:
     dictionary = None if run.name in config.kinds else run_inputs.load_run_dictionary(run)
 
     def begin() -> parts.Measure:
-        lm = run_inputs.load_run_model(run)
+        lm = run_inputs.load_run_model(run, *([dictionary.config] if dictionary else []))
         pairs = {
             name: BehaviourPairs(fitting_pairs(lm, each, "train")[0], *fitting_pairs(lm, each))
             for name, each in prompts.items()

@@ -60,7 +60,7 @@ def run_probe(run: Run) -> ProbeResults:
     dictionary = run_inputs.load_run_dictionary(run)
 
     def begin() -> parts.Measure:
-        lm = run_inputs.load_run_model(run)
+        lm = run_inputs.load_run_model(run, dictionary.config)
         split = SplitModel(lm, dictionary)
         # Labels of the same prompts share their inputs, whose computation takes most of the time.
         inputs_of = functools.cache(lambda prompts: probe_inputs(split, prompts))

@@ -29,7 +29,7 @@ def run_steer(run: Run) -> SteerResults:
     prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
 
     def begin() -> parts.Measure:
-        lm = run_inputs.load_run_model(run)
+        lm = run_inputs.load_run_model(run, dictionary.config)
         text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], lm, TEXT_DOCUMENTS)
 
         def measure(name: str, on_progress: OnProgress) -> parts.Measured:

@@ -55,7 +55,7 @@ from saejax.results import from_json, to_json
 from saejax.runner import stacks
 from saejax.runner.parts import Progress
 from saejax.runner.workspace import Run
-from saejax.stages.inputs import load_run_dictionary, load_run_model
+from saejax.stages.inputs import load_run_dictionary, load_run_model, run_mesh
 from saejax.stages.study.results import (
     AnswerScores,
     BenchmarkActivations,
@@ -118,8 +118,9 @@ def run_study(run: Run) -> StudyResults:
     """
     config, task = run.configs[StudyConfig], run.configs[TaskConfig]
     score = way(run.name, task)
-    dictionary, lm = load_run_dictionary(run), load_run_model(run)
-    repeats = {name: stacks.load_trained(name, run.inputs, "--study.repeats", lm.mesh) for name in config.repeats}
+    dictionary, mesh = load_run_dictionary(run), run_mesh(run)
+    repeats = {name: stacks.load_trained(name, run.inputs, "--study.repeats", mesh) for name in config.repeats}
+    lm = load_run_model(run, dictionary.config, *(each.config for each in repeats.values()))
     items = _read_benchmark(run.name, lm, task, config)
     train, test = items.train, items.test
     run.say(f"{run.name}: {describe_power(len(test), config.min_accuracy_drop)}")

@@ -8,6 +8,7 @@ import dataclasses
 
 import numpy as np
 
+from saejax.dictionaries.bos import follow_bos
 from saejax.files import read_json, write_json, write_text
 from saejax.matching.track.firings import follow, step_features
 from saejax.matching.track.links import find_links
@@ -45,6 +46,7 @@ def run_track(run: Run) -> TrackResults:
     def begin() -> Measure:
         lm = load_run_model(run)
         stack = open_stack(config.dictionaries, run.inputs, run.folder.parent.parent, lm)
+        lm = follow_bos(lm, [each.config for each in stack], lambda line: run.say(f"track: {line}"))
         # All, before the first is followed: what is wrong with one is said at once.
         texts = {slug: encode(lm, write_solution(lm, problem, config.generate)) for slug, problem in problems.items()}
 

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import json
 from collections import Counter
-from types import SimpleNamespace
 from unittest import mock
 
 import jax.numpy as jnp
@@ -24,7 +23,6 @@ from saejax.attribution.local import dictionaries, edits, layers, model
 from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.layers import FREEZE_MODES, embed
 from saejax.attribution.local.model import LocalModel, LocalRun
-from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.readouts import read_targets
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
@@ -94,22 +92,18 @@ def test_pushing_a_source_up_gives_what_pulling_a_target_down_does(traced):
     np.testing.assert_allclose(pulled_RxS, graph.adjacency_RxS[-3:], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("text", "ids", "wanted"),
-    [
-        ("The cat", [2, 5, 6], [2, 5, 6]),
-        ("The cat", [5, 6], [2, 5, 6]),  # the tokenizer puts none
-        ("<bos>The cat", [2, 5, 6], [2, 5, 6]),
-        ("<bos>", [2], [2]),
-    ],
-)
-def test_a_prompt_begins_with_one_bos(text, ids, wanted):
-    tokenizer = SimpleNamespace(bos_token_id=2, pad_token_id=0, eos_token_id=1, all_special_ids=[0, 1, 2])
-    model = SimpleNamespace(
-        tokenizer=tokenizer, tokenize=lambda texts: SimpleNamespace(ids_BxT=np.array([ids], np.int32)),
-        config=SimpleNamespace(vocab=10, context=8),
-    )  # fmt: skip
-    assert prompt_ids(model, text).tolist() == wanted
+def test_a_prompt_begins_as_the_texts_of_the_training(lm, caplog):
+    """The tokenizer puts nothing in front, and has no BOS token but one that ends texts."""
+    made, ids = made_set(lm), lm.tokenize(["The cat near"], "never").ids_BxT[0].tolist()
+    told = "'<end>' is put in front of texts, as the dictionary was trained (bos=always) and unlike the tokenizer"
+    for bos, fronts in (("always", 1), ("never", 0), ("auto", 0)):
+        transcoders = [each.with_config(dataclasses.replace(each.config, bos=bos)) for each in made]
+        caplog.clear()
+        assert LocalModel(lm, transcoders, "The cat near").ids_P.tolist() == [0] * fronts + ids
+        assert LocalModel(lm, transcoders, "<end>The cat near").ids_P.tolist() == [0, *ids]
+        if fronts:
+            assert len(trace(lm, transcoders, "The cat near", targets=[7], max_features=2).tokens) == 1 + len(ids)
+        assert caplog.messages == [told] * 3 * fronts
 
 
 def some_rows(local, rng):

@@ -16,7 +16,7 @@ from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph, circuit_tracer
 from saejax.attribution.graph.data import GraphScores, Pruning
 from saejax.attribution.graph.graph import ARRAYS, DESCRIPTION
-from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
+from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT
 from saejax.errors import UserError
 from saejax.runner import command_line
 from saejax.serving.session import ModelSession
@@ -48,9 +48,10 @@ def test_a_graph_comes_back_as_it_was(pruned, tmp_path):
 
 def test_nodes_rows_and_columns(tmp_path):
     graph = make_graph(features=2, layers=1)
-    assert graph.nodes.kind_N.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 4, 5, 5]
+    kinds = ["feature"] * 2 + ["error"] * 3 + ["token"] * 3 + ["bias"] + ["logit"] * 2
+    assert graph.nodes.kind_N.tolist() == kinds and graph.count("token", "logit") == 5
     assert graph.target_R.tolist() == [0, 1, 9, 10]
-    assert graph.slice_of(TOKEN) == slice(5, 8) and graph.count(TOKEN, LOGIT) == 5
+    assert graph.slice_of("token") == slice(5, 8) and graph.slice_of("first_mlp") == slice(8, 8)
     assert graph.probability_K.tolist() == pytest.approx([0.6, 0.3])
     graph.adjacency_RxS[1:] = 0
     source_E, target_E, weight_E = graph.edges()
