@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from saejax.activations.plan import Batch, CapturedValues
-from saejax.activations.store import DTYPES, ON_DISK
+from saejax.activations.store import BITS, DTYPES
 from saejax.activations.writer import SiteShard
 from saejax.models.sites import AnySite
 
@@ -21,7 +21,7 @@ THREADS = min(4, os.cpu_count() or 1)  # that copy rows, and as many that write 
 class _Rows:
     """The rows of a site in the shard in progress."""
 
-    vectors_RxD: np.ndarray  #: of the dtype on disk
+    vectors_RxD: np.ndarray  #: bits, ``BITS`` of the dtype on disk
     norms_R: np.ndarray  #: float32
     train_sum_D: np.ndarray  #: float64
     #: of the last batch: rows are copied by a thread, which the next batch of the site waits for
@@ -37,14 +37,14 @@ class ShardBuffers:
     Args:
       widths: width of every site.
       rows: rows of the largest shard.
-      dtype: "float32" or "bfloat16", as stored.
+      dtype: dtype on disk, a key of ``DTYPES``.
       sets: how many buffers of each site there may be: with two, one is filled while the other is written. Memory is
         taken when it is needed.
     """
 
     def __init__(self, widths: Mapping[AnySite, int], rows: int, dtype: str, sets: int = 1):
         self._widths, self._rows = {str(site): width for site, width in widths.items()}, rows
-        self._dtype, self._disk_dtype = DTYPES[dtype], ON_DISK[dtype]
+        self._dtype, self._disk_dtype = DTYPES[dtype], BITS[dtype]
         self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, "copy")
         self._sites: dict[str, _Rows] = {}
         # Those last given back are taken first; None: one that has no memory yet.

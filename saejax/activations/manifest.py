@@ -63,7 +63,7 @@ class Manifest:
     """A store. It holds no times, so that it is the same for every run of the same work."""
 
     sites: Mapping[str, StoredSite]  #: by name
-    dtype: str  #: of the vectors on disk: float32 or bfloat16
+    dtype: str  #: of the vectors on disk: float32, bfloat16 or int8
     tokens: Mapping[str, int]  #: rows of each split: those of train are the first ones
     shard_rows: int  #: rows of each shard, but for the last
     model: CapturedModel  #: the model

@@ -10,6 +10,7 @@ from typing import cast
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Batch, Reader, Take
 from saejax.activations.settings import CaptureConfig
+from saejax.activations.store import DTYPES
 from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.models import source
@@ -158,13 +159,14 @@ def load_reader(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig
         first = dataclasses.replace(request, sites=first_sites, second=None)
         # Each model by itself: the two may run in different backends.
         return PairReader(*(load_reader(mesh, each, config) for each in (first, request.second)))
+    hand_over = DTYPES[config.store_dtype].name
     if config.backend == "torch" or request.needs_torch:
         from saejax.activations.torch_capture import SiteReader
 
-        return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites, config.store_dtype)
+        return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites, hand_over)
     decoder = cast(DecoderConfig, request.decoder)
     sites = [site for site in request.sites if isinstance(site, Site)]  # all of them: modules were refused
-    return DecoderReader(request.source, decoder, sites, make_mesh(mesh), config.dtype, config.store_dtype)
+    return DecoderReader(request.source, decoder, sites, make_mesh(mesh), config.dtype, hand_over)
 
 
 class PairReader:

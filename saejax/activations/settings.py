@@ -39,7 +39,11 @@ class CaptureConfig(Config):
         "whether every document begins with a BOS token: 'auto' (as the tokenizer itself does), 'always' or 'never'",
         choices=("auto", "always", "never"),
     )
-    store_dtype: str = setting("bfloat16", "dtype of activations on disk", choices=("float32", "bfloat16"))
+    store_dtype: str = setting(
+        "bfloat16",
+        "dtype of activations on disk; int8 takes half of bfloat16, with a scale for each row, and is read as bfloat16",
+        choices=("float32", "bfloat16", "int8"),
+    )
     batch_tokens: int = setting(
         2048, "tokens of a forward pass on each device, padding included", low=1, changes_results=False
     )

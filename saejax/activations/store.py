@@ -1,7 +1,9 @@
 """The activation store: vectors of several sites, row by row, and the token of each row.
 
     manifest.json               written last: a folder without it is not a store
-    <site>/shard-00000.npy      [rows, d] float32, or bfloat16 kept as uint16 (npy has no bfloat16)
+    <site>/shard-00000.npy      [rows, d] float32, bfloat16 kept as uint16 (npy has no bfloat16), or int8
+    <site>/scales-00000.npy     of int8, [rows] float32: a value is its number times the row's scale plus the centre
+    <site>/centre-00000.npy     of int8, [d] float32
     <site>/norms-00000.npy      [rows] float32, Euclidean norms of those vectors
     <site>/record-00000.json    checksums of the blocks of both, written after them: the shard is done
     <site>/sinks.npy            int64 rows, ascending, that are attention sinks
@@ -37,8 +39,12 @@ from saejax.models.source import ModelSource
 if TYPE_CHECKING:
     import grain
 
-DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-ON_DISK: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+#: dtype of values that are read; the same as bits, in which they are copied; and as they are on disk.
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32)} | dict.fromkeys(
+    ("bfloat16", "int8"), np.dtype(ml_dtypes.bfloat16)
+)
+BITS = {name: np.dtype(np.uint16 if dtype.itemsize == 2 else np.float32) for name, dtype in DTYPES.items()}
+ON_DISK: dict[str, np.dtype] = BITS | {"int8": np.dtype(np.int8)}
 INDEX = "index"  # the folder of documents, positions and token ids, beside those of sites
 _MAX_MAPS = 4096  # open at once; each takes a file descriptor
 _SUMMED_ROWS = 8192  # that are read together
@@ -56,7 +62,23 @@ def shard_arrays(part: str, rows: int, d: int, dtype: str) -> dict[str, tuple[tu
     """
     if part == INDEX:
         return dict(shard=((rows, 3), np.dtype(np.int32)))
-    return dict(shard=((rows, d), ON_DISK[dtype]), norms=((rows,), np.dtype(np.float32)))
+    arrays = dict(shard=((rows, d), ON_DISK[dtype]), norms=((rows,), np.dtype(np.float32)))
+    if dtype == "int8":
+        arrays |= dict(scales=((rows,), np.dtype(np.float32)), centre=((d,), np.dtype(np.float32)))
+    return arrays
+
+
+def quantize(values_RxD: np.ndarray, centre_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return values in 8 bits: int8 numbers [R, D] and the scale of each row, float32 [R]; see ``dequantize``."""
+    # Less a centre: coordinates that are large in all rows would set the scale, and the others be rounded to nothing.
+    centred_RxD = values_RxD.astype(np.float32) - centre_D
+    scale_R = np.abs(centred_RxD).max(axis=1, initial=0) / 127
+    return np.rint(centred_RxD / np.where(scale_R > 0, scale_R, 1)[:, None]).astype(np.int8), scale_R
+
+
+def dequantize(numbers_RxD: np.ndarray, scale_R: np.ndarray, centre_D: np.ndarray) -> np.ndarray:
+    """Return ``numbers * scale + centre`` in bfloat16, [R, D]."""
+    return (numbers_RxD * scale_R[:, None] + centre_D).astype(ml_dtypes.bfloat16)
 
 
 class Store:
@@ -169,8 +191,21 @@ class Store:
           UserError: the store is damaged where it was read; the line names shard and block.
         """
         if out is not None:
-            out = out.view(ON_DISK[self.manifest.dtype])
+            out = out.view(BITS[self.manifest.dtype])
+        if self.manifest.dtype == "int8":
+            return self._read_int8(self._check_site(site), np.asarray(rows, np.int64), out).view(self.dtype)
         return self._gather(self._check_site(site), "shard", rows, out).view(self.dtype)
+
+    def _read_int8(self, site: str, rows: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+        """Return the bits of what ``read`` does, of values in 8 bits."""
+        numbers_NxD, scale_N = (self._gather(site, kind, rows) for kind in ("shard", "scales"))
+        out = np.empty(numbers_NxD.shape, np.uint16) if out is None else out
+        shard_N, centre_D = rows // self.manifest.shard_rows, np.empty(self.d(site), np.float32)
+        for shard in np.unique(shard_N).tolist():
+            here_N = shard_N == shard
+            self._map(site, "centre", shard).take(np.arange(len(centre_D)), centre_D)
+            out[here_N] = dequantize(numbers_NxD[here_N], scale_N[here_N], centre_D).view(np.uint16)
+        return out
 
     def held_out(self, count: int, *sites: str) -> dict[str, np.ndarray]:
         """Return the vectors [n, d] of at most ``count`` held-out rows, spread over all, that are sinks at no site."""

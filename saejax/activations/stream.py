@@ -89,7 +89,7 @@ class ModelStream:
         self._seed, self._devices = configs[CorpusConfig].seed, devices
         self._plan = self._make_plan(self.documents.training(), rows)
         self._reader = load_reader(configs[MeshConfig], request, config)
-        self._dtype, largest = config.store_dtype, max(map(self.size, range(len(self))))
+        self._dtype, largest = DTYPES[config.store_dtype].name, max(map(self.size, range(len(self))))
         self._on_devices = _device_buffers(self._reader, parts, largest, self._dtype)
         self._buffers = self._on_devices or ShardBuffers(self._reader.widths, largest, self._dtype)
         self._norms: dict[str, np.ndarray] = {}

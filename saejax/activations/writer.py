@@ -17,7 +17,7 @@ from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.manifest import MANIFEST, CapturedModel, FileFacts, Manifest, StoredDocuments, StoredSite
 from saejax.activations.plan import Plan
 from saejax.activations.results import SinkCounts, SiteNorms
-from saejax.activations.store import DTYPES, INDEX, ON_DISK, shard_arrays, shard_file
+from saejax.activations.store import BITS, DTYPES, INDEX, dequantize, quantize, shard_arrays, shard_file
 from saejax.errors import UserError, out_of_room
 from saejax.files import remove_unfinished, whole_file, write_json
 from saejax.results import to_json
@@ -29,7 +29,7 @@ _BLOCK = 4096  # documents, or rows, that are copied together
 class SiteShard:
     """The rows of a shard at a site."""
 
-    vectors_RxD: np.ndarray  #: of ``ON_DISK[dtype]``
+    vectors_RxD: np.ndarray  #: of ``BITS[dtype]``
     norms_R: np.ndarray  #: float32 Euclidean norms
     train_sum_D: np.ndarray  #: float64 sum of the rows of the train split, sinks included
 
@@ -38,7 +38,7 @@ class SiteShard:
         """Return the shard of values of ``DTYPES[dtype]`` whose first ``train_rows`` rows are of the train split."""
         wide_RxD = values_RxD.astype(np.float64)
         norms_R = np.linalg.norm(wide_RxD, axis=1).astype(np.float32)
-        return cls(values_RxD.view(ON_DISK[dtype]), norms_R, wide_RxD[:train_rows].sum(0))
+        return cls(values_RxD.view(BITS[dtype]), norms_R, wide_RxD[:train_rows].sum(0))
 
 
 class StoreWriter:
@@ -50,7 +50,7 @@ class StoreWriter:
       folder: the store's folder.
       plan: the plan of shards.
       widths: width of every site.
-      dtype: dtype on disk, "float32" or "bfloat16".
+      dtype: dtype on disk, a key of ``DTYPES``.
       work: identifies what the shards of every site, and of ``INDEX``, depend on: shards that were written for other
         work do not count as finished.
     """
@@ -120,8 +120,10 @@ class StoreWriter:
 
     def write_site(self, site: str, shard: int, rows: SiteShard) -> None:
         """Write a shard of a site, then its record. See ``write_index`` for errors."""
-        arrays = dict(shard=rows.vectors_RxD, norms=rows.norms_R)
-        self._write_shard(site, shard, arrays, dict(train_sum=rows.train_sum_D.tolist()))
+        arrays, train_sum_D = dict(shard=rows.vectors_RxD, norms=rows.norms_R), rows.train_sum_D
+        if self.dtype == "int8":
+            arrays, train_sum_D = _in_8_bits(rows, self.plan.train_size(shard))
+        self._write_shard(site, shard, arrays, dict(train_sum=train_sum_D.tolist()))
 
     def write_documents(self) -> None:
         """Write the documents, one after the other. See ``write_index`` for errors."""
@@ -206,7 +208,12 @@ class StoreWriter:
             if len(local_sinks):
                 vectors_RxD = self._load(site, "shard", shard, "r")
                 for start in range(0, len(local_sinks), _BLOCK):
-                    values_NxD = vectors_RxD[local_sinks[start : start + _BLOCK]].view(DTYPES[self.dtype])
+                    chosen = local_sinks[start : start + _BLOCK]
+                    if self.dtype == "int8":
+                        scale_R, centre_D = (self._load(site, kind, shard) for kind in ("scales", "centre"))
+                        values_NxD = dequantize(vectors_RxD[chosen], scale_R[chosen], centre_D)
+                    else:
+                        values_NxD = vectors_RxD[chosen].view(DTYPES[self.dtype])
                     total_D -= values_NxD.astype(np.float64).sum(0)
         return total_D
 
@@ -267,6 +274,26 @@ class StoreWriter:
                     file.write(chunk)
 
 
+def _in_8_bits(shard: SiteShard, train_rows: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the arrays of a shard in 8 bits by their kinds, and the sum of its train rows, both as they are read."""
+    values_RxD = shard.vectors_RxD.view(DTYPES["int8"])
+    # Of usual rows: the few attention sinks are so long that they would move it.
+    usual_R = shard.norms_R <= 10 * np.median(shard.norms_R)
+    starts, width = range(0, len(values_RxD), _BLOCK), values_RxD.shape[1]
+    total_D = sum(values_RxD[i : i + _BLOCK][usual_R[i : i + _BLOCK]].sum(0, dtype=np.float32) for i in starts)
+    centre_D = (total_D / usual_R.sum()).astype(np.float32)
+    numbers_RxD, scale_R = np.empty(values_RxD.shape, np.int8), np.empty(len(values_RxD), np.float32)
+    norms_R, train_sum_D = np.empty(len(values_RxD), np.float32), np.zeros(width)
+    for i in starts:
+        block = slice(i, i + _BLOCK)
+        numbers_RxD[block], scale_R[block] = quantize(values_RxD[block], centre_D)
+        read_RxD = dequantize(numbers_RxD[block], scale_R[block], centre_D)
+        part = SiteShard.of(read_RxD, max(min(train_rows - i, _BLOCK), 0), "int8")
+        norms_R[block] = part.norms_R
+        train_sum_D += part.train_sum_D
+    return dict(shard=numbers_RxD, scales=scale_R, centre=centre_D, norms=norms_R), train_sum_D
+
+
 def write_store(
     folder: Path,
     documents: Documents,
@@ -287,7 +314,7 @@ def write_store(
       values: values at every site, [T, D] of ``DTYPES[dtype]``; row t is the token ``documents.ids_T[t]``.
       model: the values' model.
       bos: whether every document begins with a BOS token.
-      dtype: "float32" or "bfloat16".
+      dtype: dtype on disk.
       shard_rows: rows of a shard.
       sink_factor: rows with norms above so many times the median of their site are attention sinks.
       seed: seed of the order of rows within a shard.

@@ -21,7 +21,7 @@ from saejax.parallel.mesh import alone_config, make_mesh
 from saejax.runner.stage import Stage
 from saejax.stages.preflight.settings import PreflightConfig
 
-WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
+WIDTH = {"int8": 1, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
 
 

@@ -1,5 +1,6 @@
 """Transcoder sets of circuit-tracer: layout, the function they describe, real sets, and what is refused."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -83,6 +84,11 @@ def test_the_layout_is_that_of_circuit_tracer(tmp_path):
     assert description == dict(model_name="some/model", model_kind="transcoder_set") | hooks
     opened = circuit_tracer.open_set(tmp_path)
     assert len(opened.layers) == 12 and opened.configs[10].site == "mlp_in.10"
+    # Circuit-tracer puts BOS in front of all texts; a set that was trained without says so.
+    assert opened.configs[10].bos == "always"
+    without = [each.with_config(dataclasses.replace(each.config, bos="never")) for each in make_set("topk", layers=2)]
+    save_transcoders(tmp_path / "without", without)
+    assert circuit_tracer.open_set(tmp_path / "without").configs[1].bos == "never"
     rows = opened.rows(10, "W_dec", np.array([3, 5]))
     np.testing.assert_array_equal(rows, opened.load(10).W_dec_FxD[...][np.array([3, 5])])
 

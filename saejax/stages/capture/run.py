@@ -267,9 +267,9 @@ def _make_shards(
 def _check_disk(folder: Path, plan: Plan, missing: Missing, widths: Mapping[str, int], config: CaptureConfig) -> None:
     """Raise a ``UserError`` unless the missing shards fit on the disk."""
     size = ON_DISK[config.store_dtype].itemsize
-    # A row of the index is three int32, that of a site its vector and an fp32 norm.
+    # A row of the index is three int32, that of a site its vector, an fp32 norm, and in 8 bits a scale.
     needed = sum(
-        plan.size(shard) * sum(12 if part == INDEX else widths[part] * size + 4 for part in parts)
+        plan.size(shard) * sum(12 if part == INDEX else widths[part] * size + 8 for part in parts)
         for shard, parts in missing.items()
     )
     free = shutil.disk_usage(folder).free

@@ -12,6 +12,7 @@ from saejax.activations.batches import sites_of
 from saejax.activations.device_buffers import buffer_shapes, buffer_writer
 from saejax.activations.joined import single_sites
 from saejax.activations.settings import CaptureConfig
+from saejax.activations.store import DTYPES
 from saejax.costs.plan import WIDTH, PlannedRun, PlannedStack
 from saejax.costs.programs import Program, abstract_params, whole
 from saejax.dictionaries import DictionaryConfig
@@ -139,7 +140,7 @@ def resident_bytes(plan: PlannedRun) -> int:
 def _row_bytes(plan: PlannedRun) -> int:
     sites = single_sites(site for stack in plan.stacks.values() for m in stack.members for site in (m.site, m.target))
     width = sum(decoder_site(site).width(plan.model) for site in sites)
-    return width * WIDTH[plan.configs[CaptureConfig].store_dtype]
+    return width * DTYPES[plan.configs[CaptureConfig].store_dtype].itemsize
 
 
 def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
@@ -166,7 +167,7 @@ def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
 def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     """Return the program that fills a buffer; its first arguments are the model's parameters, the buffer and norms."""
-    parts, dtype = batch_parts(stack.members), plan.configs[CaptureConfig].store_dtype
+    parts, dtype = batch_parts(stack.members), DTYPES[plan.configs[CaptureConfig].store_dtype].name
     rows = min(plan.configs[TrainConfig].buffer_rows, recorded_rows(plan) or plan.configs[TrainConfig].buffer_rows)
     (count, length), layers = batch_shape(plan, mesh), 1 + max(Site.parse(site).layer for site in sites_of(parts))
 
@@ -207,7 +208,9 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
     trained = TrainStack(config, dictionary, members, [scale] * len(members), _STEPS, mesh)
     shape = (len(trained.sites), config.batch, d_in)
-    batch = jax.ShapeDtypeStruct(shape, plan.configs[CaptureConfig].store_dtype, sharding=trained.batch_sharding)
+    batch = jax.ShapeDtypeStruct(
+        shape, DTYPES[plan.configs[CaptureConfig].store_dtype], sharding=trained.batch_sharding
+    )
     many = f"{len(members)} members, " if len(members) > 1 else ""
     return Program(
         f"train: {dictionary.kind} step",

@@ -101,9 +101,7 @@ def test_a_prompt_begins_as_the_texts_of_the_training(lm, caplog):
         caplog.clear()
         assert LocalModel(lm, transcoders, "The cat near").ids_P.tolist() == [0] * fronts + ids
         assert LocalModel(lm, transcoders, "<end>The cat near").ids_P.tolist() == [0, *ids]
-        if fronts:
-            assert len(trace(lm, transcoders, "The cat near", targets=[7], max_features=2).tokens) == 1 + len(ids)
-        assert caplog.messages == [told] * 3 * fronts
+        assert caplog.messages == [told] * 2 * fronts
 
 
 def some_rows(local, rng):

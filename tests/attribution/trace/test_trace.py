@@ -1,5 +1,6 @@
 """Tracing: targets, how many features are kept, devices, and what is refused."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -259,9 +260,11 @@ def test_a_chat_prefix_of_sinks_has_no_features_and_sums_stay_whole(tiny_model, 
 
 
 def test_a_text_begins_with_a_special_token_or_stands_in_the_chat_template(tiny, made, monkeypatch):
-    text = trace(tiny, made, "The cat near the dogs", max_logits=2)
+    begun = [each.with_config(dataclasses.replace(each.config, bos="always")) for each in made]
+    text = trace(tiny, begun, "The cat near the dogs", max_logits=2)
     assert text.tokens[0] == "<end>" and "".join(text.tokens[1:]) == text.prompt == "The cat near the dogs"
-    assert trace(tiny, made, "<end>The cat", max_logits=2).ids_P[1] != text.ids_P[0]
+    assert trace(tiny, begun, "<end>The cat", max_logits=2).ids_P[1] != text.ids_P[0]
+    assert "".join(trace(tiny, made, "The cat near the dogs", max_logits=2).tokens) == text.prompt
     with pytest.raises(UserError, match="has no chat template: leave --graph.chat_template out"):
         trace(tiny, made, "The war", chat=True)
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}>"
