@@ -23,10 +23,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "docs_check"
 PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
-LINKED = ("benchmarks", "configs", "docs", "experiments", "launch", "scripts", "tests", "Makefile", "constraints.txt")
+LINKED = ("benchmarks", "configs", "docs", "experiments", "launch", "scripts", "tests", "Makefile")
+LINKED += ("constraints.txt", "pyproject.toml")
 PYTHON = shlex.quote(sys.executable)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`((?:\.venv/bin/|python -m |make |experiments\.\w+ )[^`]+)`")
+INLINE = re.compile(r"`((?:\.venv/bin/\w+|python -m|make|experiments\.\w+) [^`]+)`")
 # What stands in for what a reader has to have.
 STAND_INS = {
     "hf://google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82": "runs/demo/train/topk",
@@ -44,6 +45,7 @@ STAND_INS = {
     "--track.prompts=FILE": "--track.prompts=configs/solution.jsonl",
     "=NEW": "=runs/new",
     "DIR": "runs/demo",
+    "result_fields.py STAGE": "result_fields.py ablate",
     '"RUN/': '"runs/demo/',
     "runs/mine,": "runs/mine/train/topk,",
     "--rows=FOLDER": "--rows=configs/study",
@@ -69,7 +71,8 @@ PRELUDE = (
 def read_commands(text: str) -> Iterator[tuple[int, str]]:
     """Yield the commands of a page, of its blocks and in its lines, each with its line's number."""
     for block in FENCE.finditer(text):
-        if block[1]:
+        # A block of single flags is a flag file, which the commands after it read.
+        if block[1] or re.fullmatch(r"(--\S+\n)+", block[2]):
             continue
         line = text.count("\n", 0, block.start(2)) + 1
         for command in re.findall(r"(?:.*\\\n)*.*\n", block[2]):
@@ -119,10 +122,13 @@ def to_shell(command: str) -> str:
         return " && ".join([f"{PYTHON} {benchmark[0]} --help > help.txt", *looked_up])
     if "-m pytest" in command:
         return f"{command} --collect-only -q"
-    if re.search(r"experiments\.(study_run|serve|compare)", command):
+    # Those have no --dry_run, and these models are not here: tests read the flags.
+    if re.search(r"experiments\.(study_run|serve|compare)|configs/large", command):
         return f"{command} --help"
-    is_program = re.search(r"-m (experiments|saejax\.cli)", command) and not any(words in command for words in RUN)
-    return f"{command} --dry_run" if is_program and " runs " not in command else command
+    if not re.search(r"-m (experiments|saejax\.cli)", command) or " runs " in command:
+        return command
+    command += "" if re.search("--(workdir|flagfile)", command) else " --workdir=runs/demo --flagfile=demo.flags"
+    return command if any(words in command for words in RUN) else f"{command} --dry_run"
 
 
 def run(line: str, about: str) -> bool:
@@ -189,16 +195,17 @@ def main(pages: list[str]) -> int:
     """Check pages; return how many failed."""
     if not prepare():
         return 1
-    failed = 0
+    failed, checked = 0, set[str]()
     for page in pages or PAGES:
         text, ok = (ROOT / page).read_text("utf-8"), True
         program, files = read_python(text)
         for name, content in files.items():
             if "/" not in name:  # others go into the package, which tests do
                 (FOLDER / name).write_text(content, "utf-8")
-        for line, command in dict((command, (line, command)) for line, command in read_commands(text)).values():
-            checked = to_shell(command)
-            ok &= not checked or run(checked, f"{page}:{line}  {command[:90]}")
+        for line, command in read_commands(text):
+            if (shell := to_shell(command)) and shell not in checked:
+                ok &= run(shell, f"{page}:{line}  {command[:90]}")
+                checked.add(shell)
         if program:
             script = FOLDER / f"{Path(page).stem}_page.py"
             script.write_text(PRELUDE + GIVEN.get(page, "") + substitute(program), "utf-8")
