@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries import Dictionary
+from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
 from saejax.interventions.bases import untrained
 from saejax.models.language_model import LanguageModel
@@ -99,6 +100,7 @@ def measure_absorption(
     """
     if dictionary.config.target or dictionary.config.widths:
         raise UserError(f"absorption is measured along one site, and {dictionary!r} is no SAE of one: give an SAE")
+    lm = follow_bos(lm, [dictionary.config])
     ids_N, letter_N = draw_words(lm, words, seed)
     x_NxD = _read_words(lm, dictionary.site, ids_N, letter_N)
     f_NxF = _encode(dictionary, x_NxD)
@@ -283,7 +285,7 @@ def _read_words(lm: LanguageModel, site: str, ids_N: np.ndarray, letter_N: np.nd
     """Return activations [N, D] at the tokens of words, each after the same few words with their letters."""
     chosen = np.linspace(0, len(ids_N) - 1, _EXAMPLES).astype(int)
     lines = [f"{lm.tokenizer.decode([int(ids_N[i])])} has the first letter: {chr(65 + letter_N[i])}\n" for i in chosen]
-    prefix = encode(lm.tokenizer, "".join(lines))
+    prefix = lm.encode("".join(lines))
     read = []
     for first in range(0, len(ids_N), _BATCH):
         # All batches in one shape, which is compiled once.
