@@ -4,8 +4,9 @@ From the repository's root, ``python -m experiments.STAGE`` does the same. A sta
 ``saejax STAGE --plugins=FILE``.
 """
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -14,19 +15,18 @@ from saejax.runner import environment
 environment.for_libraries()  # before the imports below load libraries that read the variables
 
 from saejax.errors import UserError, one_of  # noqa: E402
-from saejax.runner import command, plugins, runs  # noqa: E402
+from saejax.runner import command, plugins  # noqa: E402
 from saejax.runner.flag_files import read_flag_files  # noqa: E402
 from saejax.runner.registry import all_stages  # noqa: E402
-from saejax.serving import run as serving  # noqa: E402
-from saejax.studies import run as studies  # noqa: E402
 
 PIPELINE = "pipeline"
 ABOUT_PIPELINE = "pipeline: runs every stage; what is finished and unchanged is not run again."
-#: programs that are more than stages: what they do, and the function that runs one and returns the exit status.
-OTHERS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
-    "study_run": ("runs the pipeline on several models, and writes one report of them all", studies.run),
-    "runs": ("lists the units of a workdir, and removes those that nobody needs", runs.run),
-    "serve": ("shows the attribution graphs of a folder as living pages", serving.run),
+#: programs that are more than stages: what they do, and the module whose function ``run`` runs one and returns the exit
+#: status. It is loaded then: the study's takes as long to import as all stages.
+OTHERS = {
+    "study_run": ("runs the pipeline on several models, and writes one report of them all", "saejax.studies.run"),
+    "runs": ("lists the units of a workdir, and removes those that nobody needs", "saejax.runner.runs"),
+    "serve": ("shows the attribution graphs of a folder as living pages", "saejax.serving.run"),
 }
 #: programs that run further stages besides that of their name, which have no program of their own.
 ALSO = dict(baseline=("benchmark",))
@@ -63,7 +63,7 @@ def run(program: str, argv: Sequence[str]) -> int:
       argv: the program's name and arguments.
     """
     if program in OTHERS:
-        return OTHERS[program][1](argv)
+        return importlib.import_module(OTHERS[program][1]).run(argv)
     if program == PIPELINE:
         return command.run(list(all_stages()), ABOUT_PIPELINE, argv)
     stages = (program, *ALSO.get(program, ()))

@@ -5,13 +5,14 @@ its fields is made with ``setting`` and becomes the flag ``--train.<field>``. Fi
 float, bool and ``tuple[...]`` of those (written as a comma-separated list on the command line). One field may be made
 with ``nested``: groups by name, whose settings become ``--train.<name>.<field>``. A setting that several groups have in
 common, such as the seed of all causal tests, is *shared*: one flag, ``--causal.seed``, gives its value to all of them.
+A field that is not made with ``setting`` is no flag: code alone sets it.
 """
 
 import dataclasses
 import json
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from saejax.errors import UserError
@@ -25,7 +26,6 @@ def setting(
     high=None,
     choices: Sequence[Any] | Callable[[], Sequence[Any]] | None = None,
     changes_results: bool = True,
-    only: tuple[str, ...] | Callable[[str], bool] = (),
     swept: bool = False,
     shared: str = "",
 ) -> Any:
@@ -39,17 +39,16 @@ def setting(
       choices: the allowed values, or a function that gives them.
       changes_results: False for what only affects speed, logging or which units there are; such a field does not
         make a finished unit run again.
-      only: names of the units whose results it changes, such as ("gsm8k",), or a test of the name; empty: of all.
       swept: whether several values make as many members of a stack.
       shared: prefix of the flag that sets this field in every group that shares it, with one default and help; empty:
         the group's name, for a flag of the group alone.
     """
-    metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results, only=only)
+    metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results)
     return dataclasses.field(default=default, metadata=metadata | dict(swept=swept, shared=shared))
 
 
 def nested(groups: Callable[[], Mapping[str, type["Config"]]]) -> Any:
-    """Declare a dataclass field of groups by name, dict[str, Config]; a unit depends only on the group of its own name.
+    """Declare a dataclass field of groups by name, dict[str, Config].
 
     Args:
       groups: returns the classes by name.
@@ -68,10 +67,6 @@ class Config:
                 raise UserError(f"{field.name} is empty: name a value, or several")
             for item in value if isinstance(value, tuple) else (value,):
                 _check(field, item)
-
-    def also(self, unit: str) -> dict[str, Any]:
-        """Return what the results of the named unit depend on besides settings, as JSON data."""
-        return {}
 
 
 C = TypeVar("C", bound=Config)
@@ -107,8 +102,8 @@ class Configs:
 
 
 def own_settings(cls: type) -> dict[str, dataclasses.Field]:
-    """Return the fields that are settings of the group itself."""
-    return {field.name: field for field in dataclasses.fields(cls) if "nested" not in field.metadata}
+    """Return the settings of the group itself that flags set; a plain field is set by code alone."""
+    return {field.name: field for field in dataclasses.fields(cls) if "help" in field.metadata}
 
 
 def nested_groups(cls: type) -> Iterator[tuple[str, str, type[Config]]]:
@@ -145,23 +140,24 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def identity(config: Any, unit: str = "") -> dict[str, Any]:
-    """Return the part of ``to_json`` that the results of the named unit depend on, its own nested group included."""
-    inside = [
-        getattr(config, field).get(name, inner()) for field, name, inner in nested_groups(type(config)) if name == unit
-    ]
-    values = config.also(unit)
-    for group in (config, *inside):
-        data = to_json(group)
-        values |= {
-            name: data[name] for name, field in own_settings(type(group)).items() if _changes_results(field, unit)
-        }
-    return values
+def counted(*configs: Config, but: Collection[str] = ()) -> dict[str, Any]:
+    """Return the settings of groups that results may depend on, those of code alone too, as JSON data by "group.field".
 
-
-def _changes_results(field: dataclasses.Field, unit: str) -> bool:
-    only = field.metadata["only"]
-    return field.metadata["changes_results"] and (only(unit) if callable(only) else not only or unit in only)
+    Args:
+      configs: the groups; a setting of a group inside of one is "group.inner.field".
+      but: names of settings to leave out.
+    """
+    values: dict[str, Any] = {}
+    for config in configs:
+        label = group_name(type(config))
+        groups = {label: config}
+        for field, name, inner in nested_groups(type(config)):
+            groups[f"{label}.{name}"] = getattr(config, field).get(name) or inner()
+        for prefix, group in groups.items():
+            data = to_json(group)
+            fields = (field for field in dataclasses.fields(group) if "nested" not in field.metadata)
+            values |= {f"{prefix}.{f.name}": data[f.name] for f in fields if f.metadata.get("changes_results", True)}
+    return {name: value for name, value in values.items() if name not in but}
 
 
 def from_json(cls: type, data: Mapping[str, Any]) -> Any:

@@ -29,8 +29,8 @@ def random_sets() -> Any:
     """Return the field ``random_sets`` of a causal test."""
     return setting(
         79,
-        "random lists of features of the same dose that the top ones are compared with; a yes needs 19 with one "
-        "behaviour, 39 with two, and 20 more for each further one",
+        "random lists of features, or of steering random directions, of the same dose that the top ones are compared "
+        "with; a yes needs 19 with one behaviour, 39 with two, and 20 more for each further one",
         low=1,
         shared="causal",
     )
@@ -40,7 +40,8 @@ def placebo_targets() -> Any:
     """Return the field ``placebo_targets`` of a causal test."""
     return setting(
         79,
-        "pairs of likely tokens that are no answers, whose top features, at the same dose, they are compared with",
+        "pairs of likely tokens that are no answers, of benchmarks corrupted final answers, whose top features, at the "
+        "same dose, they are compared with",
         low=0,
         shared="causal",
     )

@@ -60,10 +60,13 @@ import jax
 import numpy as np
 import pytest
 import runs
+import settings_read
 from jax.sharding import AxisType, Mesh
 from tiny_models import save_identity_llama, save_tiny_llama, save_tiny_tokenizer
 
 from saejax.parallel.mesh import AXES
+
+settings_read.install()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Programs of child processes are kept, which later children run again. Of those of this process only the large ones

@@ -254,7 +254,6 @@ def test_settings_that_do_not_fit_the_store(refuse, workdir):
     streamed = dict(TRANSCODER, train__source="model", train__alignment=0.3)
     for message, changes in {
         "fewer than one batch": dict(train__batch=80000),
-        "--train.accumulate=9 is more than the 8 steps": dict(train__accumulate=9, train__max_steps=8),
         "is more than the 128 features": dict(train__k=129),
         "--train.alignment=0.3 aligns encoder and decoder": streamed,
         "not divisible by the 2 devices": dict(train__batch=63),

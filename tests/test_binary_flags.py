@@ -57,7 +57,7 @@ def test_a_shared_flag_is_accepted_where_a_group_that_shares_it_is():
         read(["capture"], "--causal.seed=7")
     with pytest.raises(UserError, match=r"--causal.batch_rows is 0: expected at least 1"):
         read(["ablate"], "--causal.batch_rows=0")
-    assert [flag_of(*field) for field in (("ablate", "seed"), ("ablate", "top"), ("train.topk", "k"))] == [
+    assert [flag_of(setting) for setting in ("ablate.seed", "ablate.top", "train.topk.k")] == [
         "causal.seed", "ablate.top", "train.topk.k",
     ]  # fmt: skip
 
@@ -184,5 +184,5 @@ def test_every_stage_comes_after_those_whose_units_it_reads(everything):
     for name, declared in all_stages().items():
         names = declared.names(configs)
         assert names, f"{name} has no unit here"
-        for need in (need.partition("/")[0] for unit in names for need in declared.needs(configs, unit)):
+        for need in (need.partition("/")[0] for unit in names for need in declared.units_read(configs, unit)):
             assert order.index(need) < order.index(name), f"{name} reads {need}"

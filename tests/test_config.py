@@ -76,11 +76,12 @@ def test_ranges_of_layers_are_written_out():
             all_groups()["train"](sites=(wrong,))
 
 
-def test_json_round_trip_and_identity():
+def test_json_round_trip_and_settings_that_count():
     example = Example(kinds=("c",), sizes=(4, 5), speed=9)
     data = config.to_json(example)
     assert data["kinds"] == ["c"] and config.from_json(Example, data) == example
-    assert "speed" not in config.identity(example) and config.identity(example)["number"] == 3
+    counted = config.counted(example, but=["example.share"])
+    assert counted == {"example.number": 3, "example.kinds": ["c"], "example.sizes": [4, 5], "example.on": False}
     without = {name: value for name, value in data.items() if name != "number"}
     assert config.from_json(Example, without) == example, "a field of a later version has its default"
     with pytest.raises(UserError, match="unknown: a newer version"):

@@ -240,7 +240,7 @@ def test_what_cannot_be_trained_on(acts):
             saejax.train(changed, SITE, batch=64, **settings)
 
 
-QUICK = dict(random_sets=3, placebo_targets=3, baselines=(), untrained=False, bootstrap=100)
+QUICK = dict(random_sets=3, placebo_targets=3, baselines=(), untrained_dictionaries=0, bootstrap=100)
 
 
 def test_named_features_are_ablated_as_by_an_edit(lm, sae):

@@ -32,8 +32,9 @@ def go(workdir, stages=(), say=lambda line: None, refused=(), stopped=(), option
         (run.folder / "out.txt").write_text(unit)
         return dict(unit=unit)
 
-    made_up = dict(run=run_unit, identity={}, unit_identity={})
-    stand_ins = {name: dataclasses.replace(stage, **made_up) for name, stage in all_stages().items()}
+    stand_ins = {
+        name: dataclasses.replace(stage, run=run_unit, inputs=stage.units_read) for name, stage in all_stages().items()
+    }
     with pytest.MonkeyPatch.context() as patch:
         for module in (pipeline, workplan):
             patch.setattr(module, "all_stages", lambda: stand_ins)
@@ -87,7 +88,7 @@ def test_what_is_begun_says_with_which_settings_and_versions(tmp_path):
     with pytest.raises(Interrupted):
         go(tmp_path, ["capture", "train"], **batch)
     started = json.loads((tmp_path / "train/topk/started.json").read_text())
-    assert started["config"]["train"]["batch"] == started["depends_on"]["settings"]["train"]["batch"] == 7
+    assert started["config"]["train"]["batch"] == started["depends_on"]["settings"]["train.batch"] == 7
     assert workplan.fingerprint(started["depends_on"]) == started["fingerprint"] and "jax" in started["packages"]
     started["start"] = "2026-01-01T00:00:00+00:00"
     (tmp_path / "train/topk/started.json").write_text(json.dumps(started))
@@ -98,10 +99,10 @@ def test_what_is_begun_says_with_which_settings_and_versions(tmp_path):
 
 def test_differences_are_named_as_flags():
     def depends(**changes) -> dict:
-        settings = dict(train=dict(k=[32], form="", l1=0.5))
+        settings = {"train.k": [32], "train.form": "", "train.l1": 0.5}
         return dict(settings=settings, needs=dict(capture="a"), sources={}, revision=1) | changes
 
-    settings = dict(train=dict(k=[32, 64], form="sae"))
+    settings = {"train.k": [32, 64], "train.form": "sae"}
     changed = depends(settings=settings, needs=dict(capture="b"), sources=dict(text="c"))
     assert ", ".join(changes._changes(depends(), changed)) == (
         "--train.form was empty, is sae, --train.k was 32, is 32,64, --train.l1 was 0.5, is unread, "

@@ -24,7 +24,7 @@ from saejax.runner.registry import all_stages
 
 # As many behaviours and dictionaries as processes, and one simpler basis: more of either add time alone.
 TWO = dict(task__behaviours="agreement,capital", ablate__baselines="pca", train__kinds="topk", train__k="4,8")
-TWO |= dict(ablate__dictionary="topk/k8", ablate__untrained=False, train__checkpoint_every=5)
+TWO |= dict(ablate__dictionary="topk/k8", ablate__untrained_dictionaries=0, train__checkpoint_every=5)
 
 # Preflight and the report take half of the time, and nothing of them is compared.
 REPORTED = [stage for stage in all_stages() if stage != "preflight"]
@@ -225,7 +225,7 @@ def test_two_processes_run_a_whole_pipeline_as_one(inputs, whole, tmp_path):
 
 WIDE = dict(
     task__behaviours="agreement,capital", task__benchmarks="gsm8k", task__examples=4, task__shots=0,
-    task__max_new_tokens=4, task__batch=1, study__benchmarks="gsm8k", study__random_sets=2, study__placebo_targets=2,
+    task__max_new_tokens=4, task__batch=1, study__benchmarks="gsm8k", causal__random_sets=2, causal__placebo_targets=2,
     probe__labels="answer", patch__kinds="resid_post,mlp_out", steer__dictionary="topk",
     interpret__attention_tokens=256,
 )  # fmt: skip

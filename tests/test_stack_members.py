@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
@@ -142,6 +143,25 @@ def test_members_depend_on_what_their_training_reads(inputs, tmp_path):
         (first, dict(train__sites="resid_post.1,resid_post.0")),
     ):
         assert stack.fingerprint(first) == plan(inputs, tmp_path, **base | setting).fingerprint(name)
+
+
+def test_the_hash_of_a_stack_is_made_of_what_the_page_says(inputs, tmp_path):
+    """The table of WORKSPACE.md."""
+    text = (runs.ROOT / "WORKSPACE.md").read_text()
+    table = text[text.index("For example, `--train.kinds=topk") :].split("\n\n")[1]
+    stack = plan(inputs, tmp_path, train__k="16,32")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) == 4
+    for unit, settings, read in rows:
+        depends = stack.dependencies(unit.strip("`"))
+        assert (settings == "none") == (not depends["settings"])
+        assert {*depends["needs"]} <= {*re.findall("`([^`]+)`", read)} and "log_every" not in str(depends["settings"])
+    assert depends["needs"] == {f"evaluate/topk/k{k}": stack.fingerprint(f"evaluate/topk/k{k}") for k in (16, 32)}
+    assert stack.dependencies("train/topk/k16")["settings"]["train.k"] == [16]
+    assert stack.dependencies("evaluate/topk/k16")["needs"]["train/topk"] == stack.fingerprint("train/topk/k16")
+    assert stack.fingerprint("train/topk/k16") == plan(inputs, tmp_path, train__k=16).fingerprint("train/topk")
+    seeds = plan(inputs, tmp_path, train__k=16, train__seed="1,2")
+    assert [seeds.dependencies(f"train/topk/seed{n}")["sources"].get("order_seed") for n in (1, 2)] == [None, "1"]
 
 
 def test_a_stack_in_place_of_one_dictionary_is_no_list_of_settings(inputs, tmp_path):

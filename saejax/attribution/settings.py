@@ -58,9 +58,6 @@ class GraphConfig(Config):
         "empty: none",
     )
     max_logits: int = setting(10, "maximum number of next tokens to explain", low=1)
-    logit_mass: float = setting(
-        0.95, "explain the smallest set of next tokens with this total probability", low=0.0, high=1.0
-    )
     max_features: int = setting(4096, "maximum number of features to trace, the most influential first; 0: all", low=0)
     node_threshold: float = setting(0.8, "share of the total influence that the kept nodes have", low=0.0, high=1.0)
     edge_threshold: float = setting(0.98, "share of the total influence that the kept edges have", low=0.0, high=1.0)

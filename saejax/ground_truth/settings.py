@@ -21,27 +21,21 @@ class TruthConfig(Config):
     samples: int = setting(1_000_000, "vectors to train on, --train.epochs times over", low=1)
     held_out: int = setting(100_000, "further vectors, on which dictionaries are judged", low=100)
     seed: int = setting(42, "seed of the world and of its vectors", low=0, high=2**31 - 1)
-    rate_exponent: float = setting(
-        0.5,
-        "exponent of the firing rates: feature i fires at a rate of i^-exponent, rescaled to lie between "
-        "--truth.rate_max and --truth.rate_min",
-        low=0.0,
-    )
     rate_max: float = setting(0.4, "rate of the first feature", low=0.0, high=1.0)
     rate_min: float = setting(5e-4, "rate of the last feature", low=0.0, high=1.0)
     roots: int = setting(8, "trees of the hierarchy, in which a feature fires only with its parent; 0: none", low=0)
-    branching: int = setting(4, "children of a feature in a tree", low=1)
     depth: int = setting(3, "generations below a tree's root", low=0)
-    exclusive: bool = setting(True, "let at most one of a feature's children fire at a time")
-    scaled: bool = setting(True, "multiply a child's activation by its parent's, relative to the parent's mean")
-    magnitude_first: float = setting(5.0, "mean activation of the first feature where it fires", low=0.0)
-    magnitude_last: float = setting(
-        4.0, "mean activation of the last feature where it fires; the others are interpolated linearly", low=0.0
-    )
-    magnitude_std: float = setting(0.5, "standard deviation of a feature's activation, mean over features", low=0.0)
-    magnitude_spread: float = setting(0.5, "standard deviation over features of --truth.magnitude_std", low=0.0)
     factors: int = setting(25, "hidden factors that make features fire together; 0: independent", low=0)
     correlation: float = setting(0.1, "standard deviation of features' loadings on the factors", low=0.0, high=1.0)
-    orthogonalise: int = setting(100, "steps of Adam that make directions more orthogonal", low=0)
-    bias: float = setting(0.5, "norm of a fixed vector that is added to all vectors", low=0.0)
     noise: float = setting(0.0, "standard deviation of noise in every dimension", low=0.0)
+    # The rest of the benchmark's construction, which no flag changes.
+    rate_exponent: float = 0.5  #: feature i fires at a rate of i^-exponent, rescaled to lie between the rates above
+    branching: int = 4  #: children of a feature in a tree
+    exclusive: bool = True  #: at most one of a feature's children fires at a time
+    scaled: bool = True  #: a child's activation is multiplied by its parent's, relative to the parent's mean
+    magnitude_first: float = 5.0  #: mean activation of the first feature where it fires
+    magnitude_last: float = 4.0  #: the same of the last feature; the others are interpolated linearly
+    magnitude_std: float = 0.5  #: standard deviation of a feature's activation, mean over features
+    magnitude_spread: float = 0.5  #: standard deviation over features of ``magnitude_std``
+    orthogonalise: int = 100  #: steps of Adam that make directions more orthogonal
+    bias: float = 0.5  #: norm of a fixed vector that is added to all vectors

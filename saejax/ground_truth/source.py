@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from saejax.activations.manifest import CapturedModel
-from saejax.config import identity
+from saejax.config import counted
 from saejax.files import fingerprint
 from saejax.ground_truth.settings import TruthConfig
 from saejax.ground_truth.world import HELD_OUT, TRAIN, World, batch_key, sample
@@ -20,7 +20,7 @@ from saejax.training.stack import TrainStack
 
 SITE = "synthetic.0"
 _SCALE_VECTORS = 65_536  # for the trainer's estimates of scales
-_NOT_OF_THE_WORLD = ("samples", "held_out")  # settings of training and scoring
+_NOT_OF_THE_WORLD = ("truth.samples", "truth.held_out")  # settings of training and scoring
 
 
 class SyntheticRows:
@@ -32,8 +32,7 @@ class SyntheticRows:
         self._world, self._batch, self._seed = world, batch, config.seed
         self._key = functools.partial(batch_key, config.seed, TRAIN)
         self._count = max(min(config.samples, _SCALE_VECTORS) // batch, 1) * batch
-        settings = {name: value for name, value in identity(config).items() if name not in _NOT_OF_THE_WORLD}
-        self.model = CapturedModel("synthetic", "", fingerprint(settings))
+        self.model = CapturedModel("synthetic", "", fingerprint(counted(config, but=_NOT_OF_THE_WORLD)))
 
     def d(self, site: str) -> int:
         """Return the width of a vector."""

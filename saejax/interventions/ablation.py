@@ -461,7 +461,7 @@ def measure_all(
         tables += _measure_dictionary(other, name, prompts, text)[0]
     tables += _measure_kept(tested, "top", [_by_attribution(tested)])
     tables += _measure_kept(tested, "placebo", [members for _, members in tested.placebo_orders() if members])
-    if keeps_error and config.untrained:
+    if keeps_error and config.untrained_dictionaries:
         tables += _measure_untrained(tested, dose)
     for name in config.baselines if keeps_error else ():
         on_basis = _on_basis(tested, name)
@@ -490,9 +490,9 @@ def expected_rows(
     train = sum(prompt.split == "train" for prompt in prompts[behaviour])
     trainings = 1 + len(config.repeats)
     edits = trainings * (len(FRACTIONS) + config.random_sets + config.placebo_targets + len(prompts) - 1)
-    edits += config.top + len(config.baselines) + config.untrained * (1 + config.untrained_dictionaries)
+    edits += config.top + len(config.baselines) + config.untrained_dictionaries + bool(config.untrained_dictionaries)
     edits += features // 4 * (config.effects == "all")  # about a quarter of the features fire
-    kept = 1 + sufficiency.CONTROLS * (bool(config.placebo_targets) + config.untrained)
+    kept = 1 + sufficiency.CONTROLS * (bool(config.placebo_targets) + bool(config.untrained_dictionaries))
     edits += 2 * len(sufficiency.SIZES) * kept
     tokens = max(TOKENS, config.placebo_targets) if config.placebo_targets else 0
     chosen = tokens * min(train, config.attribution_prompts or train)  # for all dictionaries at once

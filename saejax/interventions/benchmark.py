@@ -321,7 +321,7 @@ class BenchmarkAblation(BehaviourAblation):
 
 def ablate_config(config: StudyConfig) -> AblateConfig:
     """Return the settings of an ablation that a study makes."""
-    names = ("top", "random_sets", "placebo_targets", "untrained", "untrained_dictionaries", "baselines", "repeats")
+    names = ("top", "random_sets", "placebo_targets", "untrained_dictionaries", "baselines", "repeats")
     every = (*names, "min_accuracy_drop", "seed", "bootstrap")
     shared: dict[str, Any] = {name: getattr(config, name) for name in every}
     return AblateConfig(attribution_prompts=config.attribution_items, **shared)

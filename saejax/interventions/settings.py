@@ -59,12 +59,11 @@ class AblateConfig(Config):
     attribution_prompts: int = setting(
         24, "number of train prompts that rank features, for the answers and for placebo targets alike; 0: all", low=0
     )
-    untrained: bool = setting(True, "ask whether training mattered: compare with untrained dictionaries")
     untrained_dictionaries: int = setting(
         79,
-        "untrained dictionaries to compare with; a yes needs 19 with one behaviour, 39 with two, and 20 more for each "
-        "further one",
-        low=1,
+        "untrained dictionaries to compare with, to see whether training mattered; a yes needs 19 with one behaviour, "
+        "39 with two, and 20 more for each further one; 0: it is not asked",
+        low=0,
     )
     baselines: tuple[str, ...] = setting(
         BASES,
@@ -165,24 +164,14 @@ class SteerConfig(Config):
         "or hub address as in --ablate.dictionary; empty: no steering",
         changes_results=False,
     )
-    top: int = setting(
-        10, "number of features that steer together for each pair of answers, ranked on train texts", low=1
-    )
-    doses: tuple[float, ...] = setting(
-        (0.1, 0.2, 0.4, 0.6, 0.8),
-        "norms of the added vectors, in units of the site's mean norm; features are clamped at 1, 2, 4 and 8 times "
-        "their mean on texts of the target answer instead",
-        low=1e-6,
-    )
-    random_sets: int = setting(
-        99,
-        "maximum number of random sets of features, or random directions, that each method is compared with at equal "
-        "dose; a yes needs 19 with one behaviour, 39 with two, and 20 more for each further one",
-        low=1,
-    )
+    random_sets: int = shared.random_sets()
     seed: int = shared.causal_seed()
     bootstrap: int = shared.causal_bootstrap()
     batch_rows: int = shared.causal_batch_rows()
+    top: int = 10  #: features that steer together for each pair of answers, ranked on train texts; no flag
+    #: norms of the added vectors, in units of the site's mean norm; features are clamped at 1, 2, 4 and 8 times their
+    #: mean on texts of the target answer instead; no flag.
+    doses: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,23 +195,17 @@ class StudyConfig(Config):
         low=2,
     )
     top: int = setting(10, "number of features, ranked by attribution on train items, that are ablated", low=1)
-    random_sets: int = setting(
-        79, "random lists of features of the same dose that the top ones are compared with", low=1
-    )
-    placebo_targets: int = setting(
-        79,
-        "placebo targets, pairs of corrupted final answers of each item, whose top features the top ones are compared "
-        "with",
-        low=0,
-    )
+    random_sets: int = shared.random_sets()
+    placebo_targets: int = shared.placebo_targets()
     attribution_items: int = setting(
         32, "train items that rank features, for the answers and for placebo targets alike; 0: all", low=0
     )
     scored_sets: int = setting(
         19, "random sets, and as many placebo sets, under which answers are generated or chosen and scored, too", low=0
     )
-    untrained: bool = setting(True, "ask whether training mattered: compare with untrained dictionaries")
-    untrained_dictionaries: int = setting(39, "untrained dictionaries to compare with", low=1)
+    untrained_dictionaries: int = setting(
+        39, "untrained dictionaries to compare with, to see whether training mattered; 0: it is not asked", low=0
+    )
     baselines: tuple[str, ...] = setting(
         ("neurons", "pca"),
         "simpler bases to compare with at equal dose: neurons, pca, or the folder of a dictionary; see "

@@ -278,7 +278,7 @@ class SteeringTest:
         on_progress: OnProgress = silent,
     ):
         if not config.doses:
-            raise UserError("--steer.doses is empty: name at least one, such as 0.4")
+            raise UserError("doses is empty: name at least one, such as 0.4")
         config = dataclasses.replace(config, doses=tuple(sorted(set(config.doses))))
         self._lm, self._text, self._config, self._on_progress = lm, text, config, on_progress
         self._split = SplitModel(lm, dictionary)

@@ -50,11 +50,8 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
 
 def flat_dependencies(depends: Mapping[str, Any]) -> dict[str, str]:
     """Return settings by their flags, and the hashes of everything else."""
-    flags = {
-        f"--{flag_of(group, name)}": _flag_value(value)
-        for group, fields in depends.get("settings", {}).items()
-        for name, value in fields.items()
-    }
+    settings: Mapping[str, Any] = depends.get("settings", {})
+    flags = {f"--{flag_of(name)}": _flag_value(value) for name, value in settings.items()}
     code = {"the revision of the stage": str(depends.get("revision"))}
     return flags | depends.get("needs", {}) | depends.get("sources", {}) | code
 

@@ -143,9 +143,7 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
         names = {flag, flag.removeprefix("no")}  # absl writes a false flag as --noNAME
         groups = {name for name, group in all_groups().items() if names & flag_fields(name, group).keys()}
         if groups and not groups & {*accepted}:
-            read_by = {
-                name: {*map(group_name, (*stage.groups, *stage.placement))} for name, stage in all_stages().items()
-            }
+            read_by = {name: {*map(group_name, stage.groups)} for name, stage in all_stages().items()}
             # First the stage that has the name of the group.
             owners = sorted(
                 (name for name in all_stages() if groups & read_by[name]), key=lambda name: name not in groups

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import time
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +28,11 @@ from saejax.results import to_json
 from saejax.runner.changes import describe_changes
 from saejax.runner.plan import describe_plan, inputs_to_compare, is_read_later, plan_units
 from saejax.runner.profiling import Profiler
-from saejax.runner.registry import all_stages, flag_of, groups_of
+from saejax.runner.registry import all_stages, flag_of
 from saejax.runner.stage import split_unit
 from saejax.runner.usage import check_budget, count_hours, forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
-from saejax.runner.workspace import STARTED, SUMMARY, Run, StackWork, Workspace, now
+from saejax.runner.workspace import STARTED, SUMMARY, Run, Stack, Workspace, now
 from saejax.versions import package_versions
 
 _OF_PROCESS = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between processes of a run
@@ -175,7 +174,7 @@ def _expected_mesh(mesh: MeshConfig, workspace: Workspace, say: Callable[[str], 
     if mesh.distributed != "auto" or previous is None:
         return mesh
     settings = read_object(previous / STARTED, "depends_on")["depends_on"]["settings"]
-    count = settings["mesh"]["processes"]
+    count = settings["mesh.processes"]
     say(f"--mesh.distributed=auto: the plan is for {count} processes, as many as the last preflight here had")
     return dataclasses.replace(mesh, processes=count)
 
@@ -200,7 +199,7 @@ def without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callabl
 def _settings_to_compare(configs: Configs, units: Sequence[str]) -> dict[str, str]:
     """Return what must be equal in all processes of a run: settings by their flags, units, versions."""
     flags = {
-        f"--{flag_of(group, name)}": json.dumps(value)
+        f"--{flag_of(f'{group}.{name}')}": json.dumps(value)
         for config in configs
         for group in (configuration.group_name(type(config)),)
         for name, value in configuration.to_json(config).items()
@@ -222,12 +221,13 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
             pipeline.say(f"{unit}: done before, {done}")
         return
     inputs = {need: _input_folder(pipeline, unit, need) for need in plan.needs(unit)}
+    stack = _make_stack(pipeline, unit, inputs) if plan.members(unit) else None
     if pipeline.leads:
         with contextlib.ExitStack() as claims:
             claims.enter_context(workspace.claim(unit, mark, pipeline.options.take_over))
-            _run_claimed(pipeline, unit, inputs, claims)
+            _run_claimed(pipeline, unit, inputs, stack, claims)
     else:
-        _run_together(pipeline, unit, inputs)
+        _run_together(pipeline, unit, inputs, stack)
     if processes:
         processes.barrier(f"{unit}: done")
 
@@ -242,7 +242,20 @@ def _find_done(pipeline: _Pipeline, unit: str) -> str:
     return ""
 
 
-def _run_claimed(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], claims: contextlib.ExitStack) -> None:
+def _make_stack(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path]) -> Stack:
+    """Return the stack that a unit is."""
+    plan, members = pipeline.plan, pipeline.plan.members(unit)
+    marks = {member: plan.fingerprint(f"{unit}/{member}") for member in members}
+
+    def describe(member: str) -> dict[str, Any]:
+        return _describe(plan, unit.partition("/")[0], inputs, members[member])
+
+    return Stack(pipeline.workspace, unit, plan.fingerprint(unit), marks, describe if pipeline.leads else None)
+
+
+def _run_claimed(
+    pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], stack: Stack | None, claims: contextlib.ExitStack
+) -> None:
     """Begin a claimed unit and run its stage; after bad input no folder is left in which nothing was made."""
     workspace, plan = pipeline.workspace, pipeline.plan
     if pipeline.processes is None and plan.is_done(workspace, unit):  # another run has made it meanwhile
@@ -252,43 +265,41 @@ def _run_claimed(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], cla
     resumed = workspace.begin(unit, mark, _start(plan, unit, plan.configs))
     differences = "" if resumed or previous is None else describe_changes(plan, unit, previous)
     pipeline.report(unit, f"{unit}: {'resumed' if resumed else 'started'}{differences}")
-    stack: StackWork | None = None
     try:
-        stack = _open_stack(pipeline, unit, claims) if plan.members(unit) else None
+        if stack:
+            _begin_members(pipeline, unit, stack, claims)
         _run_together(pipeline, unit, inputs, stack)
     except UserError:
-        for member in stack.missing if stack else ():
-            workspace.discard_if_empty(unit, plan.fingerprint(f"{unit}/{member}"))
+        if stack:
+            for member in stack.missing:
+                workspace.discard_if_empty(unit, stack.marks[member])
         workspace.discard_if_empty(unit, mark)
         raise
 
 
-def _open_stack(pipeline: _Pipeline, unit: str, claims: contextlib.ExitStack) -> StackWork:
+def _begin_members(pipeline: _Pipeline, unit: str, stack: Stack, claims: contextlib.ExitStack) -> None:
     """Find out which members of a stack are missing, and claim and begin these."""
     plan, workspace = pipeline.plan, pipeline.workspace
-    marks = {member: plan.fingerprint(f"{unit}/{member}") for member in plan.members(unit)}
-    work = workspace.open_stack(unit, plan.fingerprint(unit), marks)
-    for member in work.missing:
-        claims.enter_context(workspace.claim(unit, marks[member], pipeline.options.take_over))
-        about = _start(plan, f"{unit}/{member}", plan.members(unit)[member].configs)
-        workspace.begin(unit, marks[member], about, current=False)
-    if reused := len(marks) - len(work.missing):
-        pipeline.report(unit, f"  {unit}: {reused} of {len(marks)} members done before")
-    return work
+    stack.find_missing()
+    for member in stack.missing:
+        claims.enter_context(workspace.claim(unit, stack.marks[member], pipeline.options.take_over))
+        about = _start(plan, f"{unit}/{member}", plan.members(unit)[member])
+        workspace.begin(unit, stack.marks[member], about, current=False)
+    if reused := len(stack.marks) - len(stack.missing):
+        pipeline.report(unit, f"  {unit}: {reused} of {len(stack.marks)} members done before")
 
 
-def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], stack: StackWork | None = None) -> None:
+def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], stack: Stack | None) -> None:
     """Run a unit's stage in this process where it takes part; the first process writes the summary."""
     stage = all_stages()[unit.partition("/")[0]]
     processes = pipeline.processes
     if processes is None:
         return _run_stage(pipeline, unit, inputs, ProcessShare(), stack)
     processes.barrier(f"{unit}: begun")  # from here on its folder exists
-    if pipeline.plan.members(unit):
+    if stack:
         # All processes train the members that the first process found missing.
-        members = [stack.together, stack.missing] if stack else []
-        together, missing = json.loads(processes.broadcast(f"{unit}: members", json.dumps(members)))
-        stack = StackWork(_member_folders(pipeline, unit), together, missing)
+        members = json.dumps([stack.together, stack.missing])
+        stack.together, stack.missing = json.loads(processes.broadcast(f"{unit}: members", members))
     if stage.processes == "all":
         from saejax.parallel.collectives import wait_for_all
 
@@ -302,14 +313,8 @@ def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], st
             _run_stage(pipeline, unit, inputs, share, stack)
 
 
-def _member_folders(pipeline: _Pipeline, unit: str) -> dict[str, Path]:
-    """Return the folders of a stack's members, by name."""
-    plan, workspace = pipeline.plan, pipeline.workspace
-    return {member: workspace.folder(unit, plan.fingerprint(f"{unit}/{member}")) for member in plan.members(unit)}
-
-
 def _run_stage(
-    pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], share: ProcessShare, stack: StackWork | None
+    pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], share: ProcessShare, stack: Stack | None
 ) -> None:
     """Run a stage's function; the first process writes the unit's summary."""
     workspace, plan, (stage, _, name) = pipeline.workspace, pipeline.plan, unit.partition("/")
@@ -320,27 +325,14 @@ def _run_stage(
             pipeline.say(f"  {unit}: {line}")
             pipeline.log(unit, line)
 
-    started, clock = now(), time.monotonic()
+    started = now()
     forget_peak()
     profiler, stopping = None, pipeline.stopping
     if pipeline.options.profile:
         stopping = profiler = Profiler(Path(pipeline.options.profile) / unit, stopping, say)
 
-    shares: list[float] = []  # seconds of the members that are finished
-
-    def finish_member(member: str, results: Any) -> None:
-        """Write a member's summary; it and those that are left share the time that is not counted yet."""
-        if not pipeline.leads or not stack or member not in stack.missing:
-            return
-        seconds = (time.monotonic() - clock - sum(shares)) / (len(stack.missing) - len(shares))
-        shares.append(seconds)
-        configs = plan.members(unit)[member].configs
-        about = _describe(plan, stage, inputs, configs) | dict(start=started, seconds=round(seconds, 2))
-        member_mark = plan.fingerprint(f"{unit}/{member}")
-        workspace.finish(unit, member_mark, about | dict(results=to_json(results)), current=False)
-
     folder = workspace.folder(unit, mark)
-    run = Run(stage, name, folder, plan.configs, inputs, say, stopping, share, stack, finish_member)
+    run = Run(stage, name, folder, plan.configs, inputs, say, stopping, share, stack)
     with contextlib.ExitStack() as ending:
         # The others hold their devices as long as the first process works on the unit, which counts for all of them.
         attempt = ending.enter_context(count_hours(workspace, unit, mark)) if pipeline.leads else None
@@ -353,7 +345,7 @@ def _run_stage(
     if attempt is None:
         return
     if stack:
-        workspace.link_members(unit, mark, stack)
+        stack.link()
     about = _describe(plan, stage, inputs, plan.configs)
     measured = dict(
         start=started,
@@ -394,8 +386,8 @@ def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path], configs: C
 
 def _settings(configs: Configs, stage: str) -> dict[str, dict[str, Any]]:
     """Return all settings of the groups that a stage reads, JSON data."""
-    # Those that place a computation are recorded, too, though they are no part of the fingerprint.
-    groups = (*groups_of(all_stages()[stage]), *all_stages()[stage].placement)
+    # The mesh, which says where it was computed, is recorded, too, though it is no part of the fingerprint.
+    groups = (*all_stages()[stage].groups, MeshConfig)
     return {configuration.group_name(group): configuration.to_json(configs[group]) for group in groups}
 
 

@@ -15,7 +15,7 @@ from saejax.dictionaries import kinds
 from saejax.dictionaries.kinds.settings import KIND_SETTINGS
 from saejax.errors import UserError
 from saejax.runner import registry
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Input, Stage
 
 
 def load_named(argv: Sequence[str]) -> None:
@@ -72,10 +72,10 @@ def _add_stages(file: Path, stages: Mapping[str, Stage], source: str) -> None:
                     "give the class another name"
                 )
 
-        def hash_of_file(configs: Configs) -> str:
-            return source
+        def read(configs: Configs, unit: str, of_stage: Stage = stage) -> dict[str, Input]:
+            return {**of_stage.inputs(configs, unit), "plugin": source}
 
-        registry.add_stage(dataclasses.replace(stage, identity={**stage.identity, "plugin": hash_of_file}))
+        registry.add_stage(dataclasses.replace(stage, inputs=read))
 
 
 def _run(file: Path, name: str) -> types.ModuleType:

@@ -93,12 +93,8 @@ def all_stages() -> dict[str, Stage]:
 def all_groups() -> Mapping[str, type[Config]]:
     """Return the groups of configuration that stages read, by name."""
     stages = all_stages().values()
-    return {group_name(group): group for stage in stages for group in (*stage.groups, *stage.placement)}
-
-
-def groups_of(stage: Stage) -> tuple[type[Config], ...]:
-    """Return the groups that a stage's result depends on."""
-    return tuple(all_groups().values()) if stage.reads_all else stage.groups
+    groups = [*(group for stage in stages for group in stage.groups), MeshConfig]
+    return {group_name(group): group for group in groups}
 
 
 def with_inputs(stages: Iterable[str]) -> list[str]:
@@ -108,28 +104,22 @@ def with_inputs(stages: Iterable[str]) -> list[str]:
         name = waiting.pop()
         if name not in reached:
             reached.add(name)
-            waiting += (
-                all_stages()
-                if "*" in all_stages()[name].reads or all_stages()[name].reads_all
-                else all_stages()[name].reads
-            )
+            stage = all_stages()[name]
+            waiting += all_stages() if stage.first or "*" in stage.reads else stage.reads
     return [name for name in all_stages() if name in reached]
 
 
 def accepted_groups(stages: Iterable[str]) -> list[str]:
     """Return the names of the groups whose flags a binary accepts: those of its stages and of all that they read."""
-    accepted = {
-        group_name(group)
-        for name in with_inputs(stages)
-        for group in (*all_stages()[name].groups, *all_stages()[name].placement, MeshConfig)
-    }
+    accepted = {group_name(group) for name in with_inputs(stages) for group in (*all_stages()[name].groups, MeshConfig)}
     return [group for group in all_groups() if group in accepted]
 
 
-def flag_of(group: str, name: str) -> str:
-    """Return the flag of a setting by the names in saved files, those of the group, such as "ablate", and the field."""
+def flag_of(setting: str) -> str:
+    """Return the flag of a setting by its name in saved files, "group.field"."""
+    group, _, name = setting.rpartition(".")
     fields = {field.name: field for field in dataclasses.fields(all_groups()[group])} if group in all_groups() else {}
-    return flag_name(group, fields[name]) if name in fields and "shared" in fields[name].metadata else f"{group}.{name}"
+    return flag_name(group, fields[name]) if name in fields and "shared" in fields[name].metadata else setting
 
 
 def default_configs() -> Configs:

@@ -8,62 +8,52 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from saejax.config import Config, Configs
+from saejax.config import Config, Configs, counted
 from saejax.dictionaries.names import is_folder
 from saejax.runner.workspace import Run
 
-
-@dataclasses.dataclass(frozen=True)
-class UnitMember:
-    """A member of a unit that is a stack: a unit of its own."""
-
-    configs: Configs  #: the settings of a run in which it is alone
-    #: what else its result depends on, by name; its fingerprint counts them.
-    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
+#: What a unit reads: another unit as these settings make it, or what is outside of the workdir, by its fingerprint or
+#: by a function that returns that, given all settings.
+Input = Configs | str | Callable[[Configs], str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage: what it reads, which units it has, and its functions."""
+    """A stage: what it reads, which units it has, and its functions.
+
+    The hash of a unit is made from ``settings``, ``inputs`` and ``revision``.
+    """
 
     name: str  #: name of its folder in a workdir, and of its binary
     summary: str  #: what it does, one line
     run: Callable[[Run], Any]  #: does it: takes a ``workspace.Run``, returns the results
-    groups: tuple[type[Config], ...]  #: the groups of configuration that its result depends on, as classes
-    reads_all: bool = False  #: whether its result depends on all other stages' groups, too
-    #: groups it reads of which the fingerprint takes nothing: they say where and how fast it is computed, or
-    #: ``identity`` covers what counts.
-    placement: tuple[type[Config], ...] = ()
+    #: the groups of configuration that it reads, as classes; its binary accepts their flags, and those of the mesh.
+    groups: tuple[type[Config], ...]
+    #: the settings that the code of a unit reads and its result depends on, by "group.field" (see ``settings_of``),
+    #: given the configuration and the unit's name; None: all settings of ``groups`` that change results.
+    settings: Callable[[Configs, str], Mapping[str, Any]] | None = None
+    #: what a unit reads (see ``inputs_of``): units as "stage" or "stage/name", everything else by any name; given the
+    #: configuration and the unit's name.
+    inputs: Callable[[Configs, str], Mapping[str, Input]] = lambda configs, name: {}
     #: the stages whose units it may read; "*": all others. Its binary accepts their flags, too.
     reads: tuple[str, ...] = ()
     #: further stages that run before it, because they may write what its flags name as folders.
     follows: tuple[str, ...] = ()
-    first: bool = False  #: whether it runs before all stages that are not ``first``
+    #: whether it runs before all stages that are not ``first``, and looks at the settings of all of them.
+    first: bool = False
     makes_model: bool = False  #: whether what it examines is made in it, and is not the model that the settings name
     needs_decoder: bool = False  #: whether it is left out of a pipeline whose model runs in PyTorch
-    #: the units it reads, given the configuration and the unit's name, as "stage" or "stage/name".
-    needs: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
-    #: the configuration with which the units it reads count for its fingerprint, given the configuration and the unit's
-    #: name; where it reads a part of a unit, such as some sites of a store, other parts may change.
-    inputs: Callable[[Configs, str], Configs] = lambda configs, name: configs
     #: its units' names, given the configuration; [""] for one unit.
     names: Callable[[Configs], Sequence[str]] = lambda configs: ("",)
-    #: what it reads from outside the workdir: its fingerprint, given the configuration.
-    identity: Mapping[str, Callable[[Configs], str]] = dataclasses.field(default_factory=dict)
-    #: the same for what only one unit reads, given that unit's name, too.
-    unit_identity: Mapping[str, Callable[[Configs, str], str]] = dataclasses.field(default_factory=dict)
     #: a ``UserError`` where settings name what is not there, though no unit makes it: asked for before any stage runs,
     #: so that no hours are spent first.
     check: Callable[[Configs], None] = lambda configs: None
     #: writes its part of the report: takes ``Findings`` and ``Draw``, returns sections.
     section: Callable[[Any, Any], Sequence[Any]] | None = None
     results: Any = None  #: the class of the results; None: they are plain JSON data
-    #: settings of its groups, as "group.field", that a unit's code does not read, given the configuration and the
-    #: unit's name: what only another value of a setting makes count.
-    unread: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
-    #: the members of a unit, each of which is a unit of its own, given the configuration and the unit's name; the one
-    #: member "" is the unit itself. Empty: the unit is made as a whole.
-    members: Callable[[Configs, str], Mapping[str, UnitMember]] = lambda configs, name: {}
+    #: the members of a unit, each a unit of its own, with the settings of a run of it alone, given the configuration
+    #: and the unit's name; the one member "" is the unit itself. Empty: the unit is made as a whole.
+    members: Callable[[Configs, str], Mapping[str, Configs]] = lambda configs, name: {}
     #: version of what it computes, raised when a code change alters its results; units of an earlier revision are made
     #: anew.
     revision: int = 1
@@ -74,6 +64,31 @@ class Stage:
     def units(self, configs: Configs) -> list[str]:
         """Return the stage's units, as "stage" or "stage/name"."""
         return [f"{self.name}/{name}" if name else self.name for name in self.names(configs)]
+
+    def settings_read(self, configs: Configs, name: str) -> dict[str, Any]:
+        """Return the settings that the result of a unit of this name depends on, by "group.field"."""
+        return dict((self.settings or settings_of(*self.groups))(configs, name))
+
+    def units_read(self, configs: Configs, name: str) -> dict[str, Configs]:
+        """Return the units that a unit of this name reads, with the settings by which they count for its hash."""
+        return {unit: read for unit, read in self.inputs(configs, name).items() if isinstance(read, Configs)}
+
+
+def settings_of(*groups: type[Config], but: Sequence[str] = ()) -> Callable[[Configs, str], dict[str, Any]]:
+    """Return a function for ``Stage.settings``: all settings of groups but some, named as "group.field"."""
+    return lambda configs, name: counted(*(configs[group] for group in groups), but=but)
+
+
+def inputs_of(configs: Configs, *units: str, **outside: str | Callable[[Configs], str]) -> dict[str, Input]:
+    """Return the value of ``Stage.inputs``.
+
+    Args:
+      configs: the settings by which units count for the hash; where a unit is read in part, such as some sites of a
+        store, the settings of that part.
+      units: such as "train/topk".
+      outside: what is read from outside of the workdir, by name.
+    """
+    return dict.fromkeys(units, configs) | outside
 
 
 def train_units(*dictionaries: str) -> tuple[str, ...]:

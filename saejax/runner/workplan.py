@@ -1,23 +1,22 @@
 """Dependencies of the units of a configuration, and the fingerprints made from them.
 
 A unit's fingerprint is a hash of exactly what its result depends on: the settings that its code reads
-(``settings_read``), the fingerprints of the units that it reads, the content of the model and the text, and the
-``revision`` of its stage, which is raised whenever its code computes something else.
+(``Stage.settings``), the fingerprints of all that it reads (``Stage.inputs``), and the ``revision`` of its stage, which
+is raised whenever its code computes something else.
 
 Each member of a stack, such as ``train/topk/k16``, is a unit of its own, which depends on what it would depend on in a
 run of it alone. A stack depends on its members.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from saejax import config as configuration
-from saejax.config import Configs, group_name
+from saejax.config import Configs
 from saejax.dictionaries.names import check_member
 from saejax.errors import UserError, one_of
 from saejax.files import fingerprint
-from saejax.runner.registry import all_stages, groups_of
-from saejax.runner.stage import Stage, UnitMember, split_unit
+from saejax.runner.registry import all_stages
+from saejax.runner.stage import split_unit
 from saejax.runner.workspace import Workspace
 
 
@@ -25,7 +24,7 @@ class Dependencies(TypedDict):
     """The dependencies of a unit; its fingerprint is a hash of this as JSON."""
 
     unit: str
-    settings: dict[str, dict[str, Any]]  #: group -> field -> value, of those that the unit's code reads
+    settings: dict[str, Any]  #: those that the unit's code reads, by "group.field"
     needs: dict[str, str]  #: fingerprints of the units that it reads
     sources: dict[str, str]  #: fingerprints of what it reads from outside of the workdir
     revision: int  #: of its stage
@@ -38,15 +37,15 @@ class Workplan:
         self.configs = configs
         self._dependencies: dict[str, Dependencies] = {}
         self._sources: dict[Any, str] = {}
-        self._members: dict[str, Mapping[str, UnitMember]] = {}
+        self._members: dict[str, Mapping[str, Configs]] = {}
         self._partial: list[Workplan] = []
 
-    def members(self, unit: str) -> Mapping[str, UnitMember]:
-        """Return the members of a unit that is a stack, by name; empty for any other unit."""
+    def members(self, unit: str) -> Mapping[str, Configs]:
+        """Return the members of a unit that is a stack, with the settings of each alone; empty for any other unit."""
         members = self._all_members(unit)
         return {} if [*members] == [""] else members
 
-    def _all_members(self, unit: str) -> Mapping[str, UnitMember]:
+    def _all_members(self, unit: str) -> Mapping[str, Configs]:
         """Return the members of a unit as its stage names them: a dictionary alone is the one member ""."""
         if unit not in self._members:
             stage, _, name = unit.partition("/")
@@ -59,9 +58,13 @@ class Workplan:
         Raises:
           UserError: no flag asks for one of them.
         """
+        return [*self._units_read(unit, self.configs)]
+
+    def _units_read(self, unit: str, configs: Configs) -> dict[str, Configs]:
+        """Return the units that a unit reads, with the settings by which they count for its hash."""
         stage, _, name = unit.partition("/")
-        needs = []
-        for need in all_stages()[stage].needs(self.configs, name):
+        units = {}
+        for need, read in all_stages()[stage].units_read(configs, name).items():
             whole, member = split_unit(need)
             needed_stage, _, needed_name = whole.partition("/")
             if not {needed_stage, "*"} & set(all_stages()[stage].reads):
@@ -78,8 +81,8 @@ class Workplan:
                 flag = f"--{stage}.{_naming_field(self.configs.named(stage), dictionary)}"
                 check_member(dictionary, list(self._all_members(whole)), flag)
             # Members that are no units of their own are read from the whole.
-            needs.append(need if self.members(whole) else whole)
-        return list(dict.fromkeys(needs))
+            units[need if self.members(whole) else whole] = read
+        return units
 
     def check(self, units: Sequence[str]) -> None:
         """Refuse settings of units that contradict each other, before any of them is made.
@@ -115,21 +118,20 @@ class Workplan:
         if members and member not in members:  # the whole stack
             marks = {f"{unit}/{key}": self.fingerprint(f"{unit}/{key}") for key in members}
             return Dependencies(unit=unit, settings={}, needs=marks, sources={}, revision=stage.revision)
-        lone = members.get(member, UnitMember(self.configs))
-        # A reader of some sites of a store does not depend on the others.
-        inputs = self._with(stage.inputs(lone.configs, name))
+        alone = members.get(member, self.configs)
         needs = {
             # Of a stack that this member was made from, it reads its namesake.
             need: self.fingerprint(f"{need}/{member}")
             if members and member in self._all_members(need)
-            else inputs.fingerprint(need)
-            for need in self.needs(unit)
+            else self._with(read).fingerprint(need)
+            for need, read in self._units_read(unit, alone).items()
         }
+        read = stage.inputs(alone, name)
         return Dependencies(
             unit=unit,
-            settings=settings_read(stage, lone.configs, name),
+            settings=stage.settings_read(alone, name),
             needs=needs,
-            sources={**self._sources_of(stage, name), **lone.sources},
+            sources={source: self._hash(by) for source, by in read.items() if not isinstance(by, Configs)},
             revision=stage.revision,
         )
 
@@ -145,33 +147,16 @@ class Workplan:
             self._partial.append(plan)
         return plan
 
-    def _sources_of(self, stage: Stage, name: str) -> dict[str, str]:
-        """Return the fingerprints of what a unit reads from outside; what units share is hashed once."""
-        for identity in stage.identity.values():
-            if identity not in self._sources:
-                self._sources[identity] = identity(self.configs)
-        shared = {source: self._sources[identity] for source, identity in stage.identity.items()}
-        return shared | {source: identity(self.configs, name) for source, identity in stage.unit_identity.items()}
+    def _hash(self, source: str | Callable[[Configs], str]) -> str:
+        """Return the fingerprint of what is outside of the workdir; what units share is hashed once."""
+        if isinstance(source, str):
+            return source
+        if source not in self._sources:
+            self._sources[source] = source(self.configs)
+        return self._sources[source]
 
 
 def _naming_field(config: Any, dictionary: str) -> str:
     """Return the field of a group whose value names a dictionary."""
     values = {name: value if isinstance(value, tuple) else (value,) for name, value in vars(config).items()}
     return next((name for name, value in values.items() if dictionary in value), "dictionary")
-
-
-def settings_read(stage: Stage, configs: Configs, name: str) -> dict[str, dict[str, Any]]:
-    """Return the settings that the code of a unit reads and its result depends on, by group; a pure function.
-
-    Args:
-      stage: the unit's stage.
-      configs: all settings.
-      name: name of the unit, such as "topk".
-    """
-    unread = set(stage.unread(configs, name))
-    settings = {}
-    for group in groups_of(stage):
-        label = group_name(group)
-        fields: Mapping[str, Any] = configuration.identity(configs[group], name)
-        settings[label] = {field: value for field, value in fields.items() if f"{label}.{field}" not in unread}
-    return settings

@@ -37,6 +37,7 @@ from saejax.errors import UserError
 from saejax.files import read_object, remove_unfinished, write_json
 from saejax.links import STAND_IN, linked_folder, write_link
 from saejax.parallel.processes import ProcessShare
+from saejax.results import to_json
 
 T = TypeVar("T")
 SCHEMA_VERSION = 1
@@ -231,37 +232,6 @@ class Workspace:
         if self.current(unit) != self.folder(unit, mark):
             write_link(self.root / unit, self.folder(unit, mark).name)
 
-    def open_stack(self, unit: str, mark: str, marks: Mapping[str, str]) -> "StackWork":
-        """Prepare the claimed folder of a stack for work.
-
-        Members that are not finished are made together. A killed run goes on with the members that it began with, even
-        if some of them are finished: the bits of a member may depend on which others are in the program.
-
-        Args:
-          unit: such as "train/topk".
-          mark: its fingerprint.
-          marks: the fingerprints of its members, by name.
-        """
-        folder = self.folder(unit, mark)
-        folders = {member: self.folder(unit, fingerprint) for member, fingerprint in marks.items()}
-        missing = tuple(member for member, fingerprint in marks.items() if not self.is_done(unit, fingerprint))
-        recorded = read_object(folder / STACK, "together")["together"] if (folder / STACK).exists() else []
-        together = tuple(recorded)
-        if not {*missing} <= {*together}:
-            for path in folder.iterdir():  # work on other members
-                if path.name not in (STARTED, CLAIM):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            together = missing
-        together = together if missing else ()
-        names = {member: path.name for member, path in folders.items()}
-        write_json(folder / STACK, dict(members=names, together=together))
-        return StackWork(folders, together, missing)
-
-    def link_members(self, unit: str, mark: str, work: "StackWork") -> None:
-        """Link the finished members of a stack from its folder."""
-        for member, folder in work.folders.items():
-            write_link(self.folder(unit, mark) / member, f"../{folder.name}")
-
     def log(self, unit: str, text: str, rank: int = 0) -> None:
         """Append a line to ``DIR/logs/<stage>-<name>.log``; a log that cannot be written stops no run.
 
@@ -397,13 +367,71 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-@dataclasses.dataclass(frozen=True)
-class StackWork:
-    """The members of a stack as a run finds them."""
+class Stack:
+    """The members of a unit that is a stack, each a unit of its own, as a run finds, makes and finishes them.
 
-    folders: Mapping[str, Path]  #: the folders of all members, by name
-    together: Sequence[str]  #: names of those that are computed in one program
-    missing: Sequence[str]  #: names of those of them that are not finished
+    Args:
+      workspace: the folder of the run.
+      unit: such as "train/topk".
+      mark: its fingerprint.
+      marks: the fingerprints of its members, by name.
+      describe: returns what a member's summary says besides times and results, given its name; None in a process that
+        writes no summaries.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        unit: str,
+        mark: str,
+        marks: Mapping[str, str],
+        describe: Callable[[str], Mapping[str, Any]] | None = None,
+    ):
+        self.marks = marks
+        self.folders = {member: workspace.folder(unit, fingerprint) for member, fingerprint in marks.items()}
+        self.together: Sequence[str] = ()  # names of members that are computed in one program
+        self.missing: Sequence[str] = ()  # names of those of them that are not finished
+        self._workspace, self._unit, self._folder, self._describe = (
+            workspace,
+            unit,
+            workspace.folder(unit, mark),
+            describe,
+        )
+        self._start, self._clock = now(), time.monotonic()
+        self._seconds: list[float] = []  # of the members that are finished
+
+    def find_missing(self) -> None:
+        """Find the members that are to be made, and record them in the claimed folder of the stack.
+
+        Members that are not finished are made together. A killed run goes on with the members that it began with, even
+        if some of them are finished: the bits of a member may depend on which others are in the program.
+        """
+        missing = tuple(name for name, mark in self.marks.items() if not self._workspace.is_done(self._unit, mark))
+        path = self._folder / STACK
+        together = tuple(read_object(path, "together")["together"]) if path.exists() else ()
+        if not {*missing} <= {*together}:
+            for file in self._folder.iterdir():  # work on other members
+                if file.name not in (STARTED, CLAIM):
+                    shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+            together = missing
+        self.together, self.missing = together if missing else (), missing
+        names = {member: folder.name for member, folder in self.folders.items()}
+        write_json(path, dict(members=names, together=self.together))
+
+    def finish(self, member: str, results: Any) -> None:
+        """Write the summary of a member whose files are written; it and those that are left share the time so far."""
+        if self._describe is None or member not in self.missing:
+            return
+        left = len(self.missing) - len(self._seconds)
+        seconds = (time.monotonic() - self._clock - sum(self._seconds)) / left
+        self._seconds.append(seconds)
+        summary = {**self._describe(member), "start": self._start, "seconds": round(seconds, 2)}
+        self._workspace.finish(self._unit, self.marks[member], summary | dict(results=to_json(results)), current=False)
+
+    def link(self) -> None:
+        """Link the finished members from the folder of the stack."""
+        for member, folder in self.folders.items():
+            write_link(self._folder / member, f"../{folder.name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,21 +448,11 @@ class Run:
     stopping: Callable[[], bool] = lambda: False
     share: ProcessShare = dataclasses.field(default_factory=ProcessShare)  #: the processes among which items are split
     #: the members of a unit that is a stack; None for any other unit, whose parts are folders in its own.
-    stack: StackWork | None = None
-    #: writes the summary of a member whose files are written, given its name and its results.
-    finish_member: Callable[[str, Any], None] = lambda name, results: None
+    stack: Stack | None = None
 
     def member_folder(self, name: str) -> Path:
         """Return the folder in which a member's files are; the unit's own for the one member ""."""
         return self.stack.folders[name] if self.stack else self.folder / name
-
-    def computes(self, member: str) -> bool:
-        """Return whether a member is in the program of this run."""
-        return not self.stack or member in self.stack.together
-
-    def writes(self, member: str) -> bool:
-        """Return whether this run writes a member's files: not those of a finished one."""
-        return not self.stack or member in self.stack.missing
 
     def each(self, items: Sequence[T], file: Callable[[T], Path], make: Callable[[T], None], last: bool = True) -> None:
         """Make every item whose file is not there; of several processes each makes a fixed part.

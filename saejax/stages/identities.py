@@ -1,5 +1,7 @@
 """Fingerprints of what stages read from outside the workdir, for their declarations."""
 
+from collections.abc import Callable
+
 from saejax.config import Configs
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.names import is_folder
@@ -32,15 +34,21 @@ def training_text(configs: Configs) -> tuple[str, ...]:
     return ("tokenize",) if configs[CorpusConfig].stream else ()
 
 
-def dictionary(configs: Configs, stage: str) -> str:
-    """Fingerprint the folder that ``--<stage>.dictionary`` names; "" if the dictionary is trained here."""
-    name = configs.named(stage).dictionary
-    return hash_dictionaries(name) if is_folder(name) else ""
+def dictionary(stage: str) -> Callable[[Configs], str]:
+    """Return a function that fingerprints the folder of ``--<stage>.dictionary``; "" if it is trained here."""
+
+    def identity(configs: Configs) -> str:
+        name = configs.named(stage).dictionary
+        return hash_dictionaries(name) if is_folder(name) else ""
+
+    return identity
 
 
-def dictionaries(configs: Configs, stage: str) -> str:
-    """Fingerprint the folders that ``--<stage>.dictionaries`` names."""
-    return fingerprint([hash_dictionaries(name) for name in configs.named(stage).dictionaries if is_folder(name)])
+def dictionaries(stage: str) -> Callable[[Configs], str]:
+    """Return a function that fingerprints the folders that ``--<stage>.dictionaries`` names."""
+    return lambda configs: fingerprint(
+        [hash_dictionaries(name) for name in configs.named(stage).dictionaries if is_folder(name)]
+    )
 
 
 def prompts(configs: Configs) -> str:
@@ -48,6 +56,6 @@ def prompts(configs: Configs) -> str:
     return own_prompts.identity(configs[TaskConfig])
 
 
-def benchmark(configs: Configs, name: str) -> str:
-    """Fingerprint the items of the benchmark of this name."""
-    return benchmarks.identity(name, configs[TaskConfig])
+def benchmark(name: str) -> Callable[[Configs], str]:
+    """Return a function that fingerprints the items of the benchmark of this name."""
+    return lambda configs: benchmarks.identity(name, configs[TaskConfig])

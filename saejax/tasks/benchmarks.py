@@ -33,9 +33,10 @@ def origin(name: str, task: TaskConfig) -> Origin:
         )
         if files is not None:
             return Origin(files=files)
-    hub, names = task.path or benchmark.hub, benchmark.configurations
+    (hub, _, revision), names = (task.path or benchmark.hub).partition("@"), benchmark.configurations
+    revision = revision or "main"
     if hub != benchmark.hub:
-        available = hub_configurations(hub, task.revision)
+        available = hub_configurations(hub, revision)
         missing = [wanted for wanted in names if wanted not in available]
         if missing and len(benchmark.parts) > 1:
             raise UserError(
@@ -45,7 +46,7 @@ def origin(name: str, task: TaskConfig) -> Origin:
         # A copy of a benchmark with configurations of other names is read as a whole.
         names = tuple(available) if missing else names
     by_part = {part: (part,) for part in benchmark.parts} if len(benchmark.parts) > 1 else {"": names}
-    return Origin(hub=hub, configurations=by_part, revision=task.revision, split=benchmark.splits[0])
+    return Origin(hub=hub, configurations=by_part, revision=revision, split=benchmark.splits[0])
 
 
 def identity(name: str, task: TaskConfig) -> str:

@@ -8,13 +8,16 @@ DEMO_BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
 PUBLISHED_BEHAVIOURS = ("two_hop", "antonym", "antonym_french", "antonym_spanish", "rhyme", "acronym", "sport", "ioi")
 BEHAVIOURS = DEMO_BEHAVIOURS + PUBLISHED_BEHAVIOURS
 BENCHMARKS = ("gsm8k", "math", "logic", "logiqa", "commonsense", "word_problems")
+# Settings of --task that count for baseline alone, and for benchmarks alone.
+OF_BEHAVIOURS = ("task.behaviours", "task.train_prompts", "task.test_prompts", "task.gate")
+OF_BENCHMARKS = ("task.examples", "task.shots", "task.chat_template", "task.score", "task.max_new_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig(Config):
     """The behaviours to explain, and the benchmarks to score the model on."""
 
-    behaviours: tuple[str, ...] = setting(DEMO_BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS, only=("",))
+    behaviours: tuple[str, ...] = setting(DEMO_BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS)
     prompts: str = setting(
         "",
         "a .jsonl or .jsonl.gz file with your own behaviours, tested together with --task.behaviours (which may be "
@@ -22,7 +25,6 @@ class TaskConfig(Config):
         "continue the text), and optionally 'counterpart' (a text for which the wrong answer is right), 'split' "
         "(train or test) and 'template' (a name shared by prompts with the same words around their content)",
         changes_results=False,  # what is in it counts, not its place
-        only=("",),
     )
     ioi: str = setting(
         "",
@@ -30,12 +32,9 @@ class TaskConfig(Config):
         "'templates' (texts with {one}, {two} and {giver}, and perhaps {place} and {object}; the last is for test "
         "prompts), 'names', 'places' and 'objects'",
         changes_results=False,  # what is in it counts, not its place
-        only=("",),
     )
-    train_prompts: int = setting(80, "prompts per behaviour that select features", low=2, only=("",))
-    test_prompts: int = setting(
-        20, "prompts per behaviour on which the selected features are tested", low=2, only=("",)
-    )
+    train_prompts: int = setting(80, "prompts per behaviour that select features", low=2)
+    test_prompts: int = setting(20, "prompts per behaviour on which the selected features are tested", low=2)
     seed: int = setting(42, "seed of the choice of prompts, of benchmark examples and of the bootstrap", low=0)
     gate: float = setting(
         0.05,
@@ -43,7 +42,6 @@ class TaskConfig(Config):
         "train prompts; a behaviour that fails it is left out of the causal tests; 1: none is left out",
         low=0.0,
         high=1.0,
-        only=("",),
     )
     benchmarks: tuple[str, ...] = setting(
         (),
@@ -56,24 +54,21 @@ class TaskConfig(Config):
         "",
         "where benchmark items are: a .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow file, a folder "
         "laid out as it is published (of several benchmarks: with a file or folder named after each), or the hub id of "
-        "a data set; empty: the benchmark's own hub id",
+        "a data set, ORG/NAME or ORG/NAME@REVISION; empty: the benchmark's own hub id",
         changes_results=False,  # what is found there counts, not its place
     )
-    revision: str = setting("main", "revision (branch, tag or commit) of a benchmark on the hub", changes_results=False)
     examples: int = setting(
-        0, "examples per benchmark, chosen by seed; 0: 500 of gsm8k, 100 of math, 200 of others", low=0, only=BENCHMARKS
+        0, "examples per benchmark, chosen by seed; 0: 500 of gsm8k, 100 of math, 200 of others", low=0
     )
     shots: int = setting(
         -1,
         "worked examples, made for this project, before each benchmark question; -1: as is usual, 5 for gsm8k, 4 for "
         "math, 3 for others",
         low=-1,
-        only=BENCHMARKS,
     )
     chat_template: bool = setting(
         False,
         "put benchmark prompts into the tokenizer's chat template, with an instruction and without thinking",
-        only=BENCHMARKS,
     )
     score: str = setting(
         "auto",
@@ -81,10 +76,9 @@ class TaskConfig(Config):
         "given answers), 'likelihood' (log-likelihood per token of the reference, for weak models); 'auto': generate "
         "for gsm8k and math, choice for others",
         choices=("auto", "generate", "choice", "likelihood"),
-        only=BENCHMARKS,
     )
     max_new_tokens: int = setting(
-        0, "maximum number of tokens of a generated answer; 0: 256 for gsm8k, 1,024 for math", low=0, only=BENCHMARKS
+        0, "maximum number of tokens of a generated answer; 0: 256 for gsm8k, 1,024 for math", low=0
     )
     batch: int = setting(16, "number of benchmark answers generated together", low=1, changes_results=False)
 

@@ -19,7 +19,7 @@ from saejax.training.optimizer import decay_start
 from saejax.training.stack import TrainStack
 
 CHECKPOINTS = "checkpoints"
-LENGTH = ("epochs", "max_steps")  # the settings that say how long a run is
+LENGTH = ("train.epochs", "train.max_steps")  # the settings that say how long a run is
 
 
 def go_on_from_shorter(
@@ -44,7 +44,7 @@ def go_on_from_shorter(
         return
     usable: dict[int, Path] = {}
     reason = f"{next(iter(shorter))} has no checkpoint from before its learning rate fell"
-    if stack.config.penalty_warmup and type(stack.kind).penalty is not kinds.Kind.penalty:
+    if type(stack.kind).penalty is not kinds.Kind.penalty and stack.config.penalty_warmup:
         shorter, reason = {}, "--train.penalty_warmup is a share of all steps, which are others now"
     for place, before in shorter.items():
         last = min(decay_start(stack.config, before["steps"]), decay_start(stack.config, stack.steps))

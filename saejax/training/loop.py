@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.config import identity
+from saejax.config import counted
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.formats import circuit_tracer, own
 from saejax.dictionaries.kinds.base import Arrays
@@ -112,11 +112,6 @@ def train_stack(
     if source.per_epoch == 0:
         raise UserError(f"the training tokens are fewer than one batch: lower --train.batch={config.batch}")
     steps = config.count_steps(source.per_epoch)
-    if steps < config.accumulate:
-        raise UserError(
-            f"--train.accumulate={config.accumulate} is more than the {steps} steps of the run: nothing would be "
-            "trained: lower it"
-        )
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
     # Scales are estimated anew on resuming: they are a function of data and seed alone.
     scales = estimate_scales(source.rows, config, [(member.site, member.target) for member in members])
@@ -150,7 +145,7 @@ def train_stack(
 
 def _describe_run(stack: TrainStack, kind: str) -> dict[str, Any]:
     """Return what the states of a run depend on besides its inputs, as JSON data."""
-    described: dict[str, Any] = dict(settings=identity(stack.config, kind), dictionary=identity(stack.dictionary))
+    described: dict[str, Any] = dict(settings=stack.config.read_by(kind), dictionary=counted(stack.dictionary))
     return described | dict(members=[member.name for member in stack.members], steps=stack.steps, state=STATE_VERSION)
 
 
@@ -186,7 +181,7 @@ def _train(
     midway = Midway(stack, calibrate, _make_scorer(stack, source, say), loss_scorer, folders)
     logs_to_wandb = config.wandb and is_first_process()
     # The workdir tells runs of one project apart.
-    name = config.wandb_name or "/".join([folders.wandb.absolute().name, *folder.relative_to(folders.root).parts, kind])
+    name = "/".join([folders.wandb.absolute().name, *folder.relative_to(folders.root).parts, kind])
     run = Wandb(config, folder, name, folders.wandb, folders.started) if logs_to_wandb else contextlib.nullcontext()
     with run as wandb:
         metrics = Metrics(stack, folder / METRICS, first_step, say, wandb)

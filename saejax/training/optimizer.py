@@ -1,7 +1,7 @@
 """The optimiser of a member: one chain of Optax, the constraints that hold after every step, and the schedules.
 
-    freeze -> project out radial gradient -> measure norm -> (mean over ``accumulate`` steps) -> clip -> Adam
-           -> weight decay -> learning rate
+    freeze -> project out radial gradient -> measure norm -> clip -> Adam -> weight decay
+           -> learning rate
 
 Learning rates are the members' own, so the chain's update takes them as an argument: ``update(grads, state, params,
 learning_rate=...)``.
@@ -47,10 +47,6 @@ def make_optimizer(config: TrainConfig, widths: Sequence[int] = ()) -> optax.Gra
         decayed = {"W_enc_DxF"} - {*frozen}
         update.append(optax.add_decayed_weights(config.weight_decay, mask=lambda params: _named(params, decayed)))
     whole = optax.chain(*update, scale_by_learning_rate())
-    if config.accumulate > 1:
-        # The whole tail is skipped on the steps between, so that Adam sees one mean gradient.
-        steps = optax.MultiSteps(whole, config.accumulate)
-        whole = optax.GradientTransformationExtraArgs(steps.init, steps.update)
     # Frozen arrays are zeroed before the norm is measured: it is that of what is trained.
     first = [optax.masked(optax.set_to_zero(), lambda params: _named(params, frozen))] if frozen else []
     if config.decoder_norm == "unit":

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from saejax.config import Config, nested, setting
-from saejax.dictionaries.kinds.settings import KIND_SETTINGS, PRETRAINED, read_by_kind, settings_of_kinds, unit_names
+from saejax.config import Config, counted, nested, setting
+from saejax.dictionaries.kinds.settings import KIND_SETTINGS, PRETRAINED, settings_of_kinds, unit_names
 from saejax.errors import UserError
 from saejax.models.site_ranges import expand_ranges
 
@@ -41,7 +41,6 @@ class TrainConfig(Config):
         (),
         f"published or earlier dictionaries for --train.kinds={PRETRAINED}, in any format that saejax reads: folders "
         "or hub addresses hf://ORG/NAME/FOLDER@REVISION, each with dictionaries of one layer or more",
-        only=lambda unit: unit == PRETRAINED,
         changes_results=False,  # what is found there counts, not its place
     )
     sites: tuple[str, ...] = setting(
@@ -64,21 +63,17 @@ class TrainConfig(Config):
         low=1,
     )
     features: int = setting(0, "number of features, such as 16384; 0: --train.expansion times the site's width", low=0)
-    k: tuple[int, ...] = setting(
-        (32,), "active features per token (or a list)", low=1, swept=True, only=read_by_kind("k")
-    )
+    k: tuple[int, ...] = setting((32,), "active features per token (or a list)", low=1, swept=True)
     l1: tuple[float, ...] = setting(
         (2.0,),
         "L1 coefficient on decoder-norm-weighted activations, inputs scaled to mean norm sqrt(d) (or a list)",
         low=0.0,
         swept=True,
-        only=read_by_kind("l1"),
     )
     l1_by_depth: tuple[float, ...] = setting(
         (),
         "L1 coefficients of early, middle and late layers (thirds of the sites' layers); replaces l1",
         low=0.0,
-        only=read_by_kind("l1"),
     )
     by_kind: Mapping[str, Config] = nested(settings_of_kinds)
     auxk: float = setting(
@@ -186,9 +181,6 @@ class TrainConfig(Config):
     decay: float = setting(
         0.2, "share of the steps, at the end, over which the learning rate falls linearly to 0", low=0.0, high=1.0
     )
-    accumulate: int = setting(
-        1, "number of steps whose gradients are averaged into one update, like a batch that many times as large", low=1
-    )
     weight_decay: float = setting(
         0.0,
         "decay of the encoder's weights per step, times the learning rate; on little text about 1 helps",
@@ -271,9 +263,6 @@ class TrainConfig(Config):
         "project, or entity/project, of Weights & Biases that also gets the metrics (needs saejax[wandb]); empty: none",
         changes_results=False,
     )
-    wandb_name: str = setting(
-        "", "name of the run there; empty: those of workdir and kind, such as demo/topk", changes_results=False
-    )
     max_steps: int = setting(0, "stop after this many steps; 0: all epochs", low=0)
 
     def __post_init__(self):
@@ -308,7 +297,21 @@ class TrainConfig(Config):
         """Return the settings that only this kind has."""
         return self.by_kind.get(kind) or KIND_SETTINGS[kind].config()
 
-    def also(self, unit: str) -> dict[str, Any]:
-        """Return the hash of a plugin's source, so that a changed kind is trained anew."""
-        source = KIND_SETTINGS[unit].source if unit in KIND_SETTINGS else ""
-        return dict(plugin=source) if source else {}
+    def read_by(self, kind: str) -> dict[str, Any]:
+        """Return the settings that training of a kind reads and results depend on, see ``counted``."""
+        shared, source = KIND_SETTINGS[kind].reads, KIND_SETTINGS[kind].source
+        conditions = {
+            "k": "k" in shared,
+            "l1": "l1" in shared,
+            "l1_by_depth": "l1" in shared,
+            "auxk_features": self.auxk > 0,
+            "resample_from": self.resample_every > 0,
+            # Kinds that keep the k largest have no penalty; a plugin's may have one.
+            "penalty_warmup": "k" not in shared or bool(source),
+            "expansion": not (self.expansions or self.features),
+            "features": not self.expansions,
+        }
+        values = counted(self, but=[f"train.{name}" for name, is_read in conditions.items() if not is_read])
+        prefix = f"train.{kind}."  # settings of other kinds are not read
+        values = {name: value for name, value in values.items() if name.count(".") == 1 or name.startswith(prefix)}
+        return values | ({"train.plugin": source} if source else {})  # a changed kind is trained anew

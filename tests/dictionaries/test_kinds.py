@@ -10,7 +10,6 @@ import runs
 from absl import flags
 from every_kind import KINDS, MADE_UP, OWN_KINDS, PLUGIN
 
-from saejax import config
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, load_dictionary, save_dictionary
 from saejax.dictionaries.kinds.settings import KIND_SETTINGS
 from saejax.errors import UserError
@@ -68,13 +67,13 @@ def test_settings_of_a_kind_have_its_name():
 
 
 def test_a_unit_depends_on_the_settings_that_its_kind_reads():
-    plain, changed = config.identity(TrainConfig(), "topk"), parse("--train.jumprelu.bandwidth=1")
-    assert plain == config.identity(changed, "topk") and plain["k"] == [32]
-    assert "l1" not in plain and "plugin" not in plain
-    assert {"b1", "b2", "eps", "accumulate", "decay"} <= plain.keys(), "recorded at their defaults too"
-    assert config.identity(parse("--train.b1=0.8"), "topk")["b1"] == 0.8
-    assert config.identity(changed, "jumprelu")["bandwidth"] == 1.0
-    assert config.identity(TrainConfig(), "standard")["l1"] == [2.0]
+    plain, changed = TrainConfig().read_by("topk"), parse("--train.jumprelu.bandwidth=1")
+    assert plain == changed.read_by("topk") and plain["train.k"] == [32]
+    assert not {"train.l1", "train.plugin", "train.jumprelu.bandwidth"} & plain.keys()
+    assert {"train.b1", "train.b2", "train.eps", "train.decay"} <= plain.keys(), "recorded at their defaults too"
+    assert parse("--train.b1=0.8").read_by("topk")["train.b1"] == 0.8
+    assert changed.read_by("jumprelu")["train.jumprelu.bandwidth"] == 1.0
+    assert TrainConfig().read_by("standard")["train.l1"] == [2.0]
 
 
 @pytest.fixture
@@ -92,10 +91,10 @@ def load_plugin(tmp_path):
 
 
 def test_a_changed_file_is_another_unit(load_plugin):
-    before = config.identity(TrainConfig(), MADE_UP)
+    before = TrainConfig().read_by(MADE_UP)
     load_plugin(PLUGIN.read_text() + "\n# changed\n")
-    after = config.identity(TrainConfig(), MADE_UP)
-    assert before.pop("plugin") != after.pop("plugin") and before == after
+    after = TrainConfig().read_by(MADE_UP)
+    assert before.pop("train.plugin") != after.pop("train.plugin") and before == after
 
 
 def initial(kind: str, **vectors: float) -> Dictionary:
@@ -166,7 +165,7 @@ def trained(inputs, single_device, tmp_path_factory):
     """A workdir of all stages on a stack of a user's kind, which a process of its own trained."""
     workdir = tmp_path_factory.mktemp("plugin") / "run"
     changes = SETTINGS | dict(train__shrunk__strength="0.2,0.4", ablate__dictionary=f"{MADE_UP}/strength0.2")
-    changes |= dict(ablate__baselines="", ablate__untrained=False)
+    changes |= dict(ablate__baselines="", ablate__untrained_dictionaries=0)
     flags = runs.small_flags(*inputs, workdir, **changes)
     assert command.run(["baseline", "capture"], "", ["program", *flags]) == 0
     runs.finish(runs.start("train", flags))

@@ -130,7 +130,7 @@ def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path, mon
     for name, value in dict(_TEXTS=100, _PROMPTS=10, _FRESH=200, _WIDTH=32).items():
         monkeypatch.setattr(algorithms_run, name, value)
     monkeypatch.setitem(algorithms_run._DICTIONARY, "expansion", 2)
-    flags = ["--task.behaviours=", "--algorithm.names=addition", "--algorithm.digits=2", "--algorithm.steps=10"]
+    flags = ["--task.behaviours=", "--algorithm.names=addition", "--algorithm.steps=10"]
     made = []
     for name in ("first", "second"):
         arguments = ["program", f"--workdir={tmp_path / name}", runs.flag_file(flags, tmp_path)]

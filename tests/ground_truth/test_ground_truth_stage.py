@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("two_devices")
 
 FLAGS = (
     "--task.behaviours= --truth.features=32 --truth.dimensions=16 --truth.samples=2000 --truth.held_out=1000 "
-    "--truth.roots=2 --truth.depth=1 --truth.rate_max=0.2 --truth.rate_min=0.02 --truth.orthogonalise=2 "
+    "--truth.roots=2 --truth.depth=1 --truth.rate_max=0.2 --truth.rate_min=0.02 "
     "--train.kinds=batchtopk --train.expansion=2 --train.k=2 --train.batch=200 --train.epochs=3 --train.seed=0,1 "
     "--mesh.data=2"
 )
@@ -104,7 +104,6 @@ def test_verdict():
         ("ground_truth", dict(train__k=99), "--train.k=99 is more than the 32 features"),
         ("ground_truth", dict(truth__features=0), "nothing to make"),
         ("known_circuits", dict(known__circuits="sorting"), "expected one of induction, logic"),
-        ("algorithm", dict(algorithm__names="addition", algorithm__digits=1), "digits is 1: expected at least 2"),
     ],
 )
 def test_bad_settings_are_one_line(tmp_path, capsys, stage, changes, message):

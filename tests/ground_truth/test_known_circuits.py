@@ -207,8 +207,8 @@ def test_the_stage_finds_what_is_known(tmp_path):
 def test_a_report_of_what_is_made_here_asks_for_no_baseline(config, unit):
     configs = default_configs() | config
     without = configs | dataclasses.replace(configs[TaskConfig], behaviours=())
-    assert all_stages()["report"].needs(without, "") == [unit]
-    assert {"baseline", unit} < set(all_stages()["report"].needs(configs, ""))
+    assert [*all_stages()["report"].units_read(without, "")] == [unit]
+    assert {"baseline", unit} < {*all_stages()["report"].units_read(configs, "")}
 
 
 def test_prompts_tell_labels_to_probes(tmp_path):

@@ -97,7 +97,10 @@ def test_features_are_ranked_by_the_chosen_estimate(tiny, dictionary, make_promp
 
 
 def test_draws_of_another_behaviour_do_not_depend_on_a_third(tiny, dictionary, make_prompt):
-    names, settings = ("first", "second", "third"), dict(top=TOP, random_sets=1, placebo_targets=1, untrained=False)
+    names, settings = (
+        ("first", "second", "third"),
+        dict(top=TOP, random_sets=1, placebo_targets=1, untrained_dictionaries=0),
+    )
     prompts = {name: [make_prompt(i, "train" if i < 6 else "test", name, False) for i in range(10)] for name in names}
     config = AblateConfig(**settings, baselines=(), replacement="random")
     values = []
@@ -232,7 +235,7 @@ def test_the_verdict_is_that_of_the_table(ablation):
 
 
 def test_no_untrained_dictionary_where_none_is_wanted(tiny, dictionary, make_prompt):
-    options = dict(random_sets=2, placebo_targets=0, untrained=False, bootstrap=200)
+    options = dict(random_sets=2, placebo_targets=0, untrained_dictionaries=0, bootstrap=200)
     ablation = saejax.ablate(tiny, dictionary, make_prompts(make_prompt, "only"), top=TOP, **options)
     groups = {edit.group for edit in ablation.table.edits}
     assert not any("trained" in group for group in groups)
@@ -265,7 +268,7 @@ def test_effects_of_top_features_have_intervals_within_templates(ablation):
 
 def test_named_features_are_those_that_are_ablated(tiny, dictionary, make_prompt):
     prompts = make_prompts(make_prompt, "only")
-    options = dict(placebo_targets=0, baselines=(), untrained=False, bootstrap=200)
+    options = dict(placebo_targets=0, baselines=(), untrained_dictionaries=0, bootstrap=200)
     ablation = saejax.ablate(tiny, dictionary, prompts, features=[5, 60], **options)
     answers = ablation.verdict.dictionaries[TESTED]["only"]
     assert answers.features == (5, 60) and answers.selective.answer == "not tested"  # there is no other behaviour
@@ -283,7 +286,7 @@ def test_prompts_for_attribution_are_spread_over_templates():
 
 
 SETTINGS = dict(
-    top=4, random_sets=12, placebo_targets=8, bootstrap=500, batch_rows=32, baselines=("pca",), untrained=False
+    top=4, random_sets=12, placebo_targets=8, bootstrap=500, batch_rows=32, baselines=("pca",), untrained_dictionaries=0
 )
 CONFIG = AblateConfig(**SETTINGS, text_documents=2)
 

@@ -22,7 +22,7 @@ from saejax.tasks.settings import CorpusConfig, TaskConfig
 SITE = "resid_post.1"
 SETS = [[3], [8, 20, 51], []]
 DOCUMENTS = ["The river follows the teacher.", "The garden carries the engine and so on."]
-ABLATE = dict(top=3, random_sets=12, placebo_targets=6, bootstrap=200, untrained=False, baselines=("pca",))
+ABLATE = dict(top=3, random_sets=12, placebo_targets=6, bootstrap=200, untrained_dictionaries=0, baselines=("pca",))
 STEER = dict(top=3, doses=(0.4, 0.1), random_sets=3, bootstrap=200)
 PROBE = dict(sparse=(1, 2), shuffles=2, strengths=(0.01, 1.0))
 

@@ -167,7 +167,9 @@ def test_general_damage_is_more_than_random_and_not_specific(worlds):
 
 
 SITE, TOP, TRAIN, TEST, DROP = "resid_post.1", 3, 10, 12, 0.6  # logits that planted features carry
-CONFIG = AblateConfig(top=TOP, random_sets=39, placebo_targets=39, untrained=False, baselines=(), bootstrap=200)
+CONFIG = AblateConfig(
+    top=TOP, random_sets=39, placebo_targets=39, untrained_dictionaries=0, baselines=(), bootstrap=200
+)
 TEMPLATES = ("The {} near the {}", "One day the {} and the {}", "She said that {} was {}", "If the {} is not {}")
 WORDS = (" the", " runs", " far", " way", " was", " and", " near", " cat", " war", " year", " went", " said")
 SUBJECTS = ("cat", "dogs", "water", "year", "war", "capital", "way", "she", "France", "Paris", "went", "far")

@@ -238,7 +238,7 @@ def test_what_cannot_be_steered(make_test, answered, tiny):
     assert len(steering.group_by_swap(tiny, new)) > 1
     result = make_test(new).results()
     assert result.reason.startswith("0 of its test prompts are answered correctly") and not result.methods
-    with pytest.raises(UserError, match="--steer.doses is empty"):
+    with pytest.raises(UserError, match="doses is empty"):
         make_test(answered, dataclasses.replace(CONFIG, doses=()))
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("two_devices")
 
 @pytest.fixture(scope="module")
 def workdir(inputs, tmp_path_factory):
-    changes = dict(cluster__dictionaries="topk/resid_post.0-k4,topk/resid_post.0-k8", cluster__tokens=2000)
+    changes = dict(cluster__dictionaries="topk/resid_post.0-k4,topk/resid_post.0-k8")
     folder, flags = trained_stack.copy(inputs, tmp_path_factory, **changes)
     assert command.run(["cluster"], "", ["test", *flags]) == 0
     return folder, flags

@@ -16,13 +16,13 @@ UNITS += [f"{stage}/topk" for stage in ("train", "evaluate", "interpret", "ablat
 SETTINGS = dict(train__kinds="topk", train__epochs=2, interpret__dictionaries="topk", interpret__attention_tokens=0)
 SETTINGS |= dict(task__train_prompts=12, task__test_prompts=24, task__behaviours="agreement", task__shots=0)
 SETTINGS |= dict(task__benchmarks="gsm8k", task__examples=6, task__max_new_tokens=4)
-SETTINGS |= dict(ablate__baselines="pca,diff_means", ablate__untrained=False, ablate__attribution_prompts=2)
+SETTINGS |= dict(ablate__baselines="pca,diff_means", ablate__untrained_dictionaries=0, ablate__attribution_prompts=2)
 SETTINGS |= dict(patch__kinds="mlp_out", patch__dictionary="topk", patch__top=2)
 SETTINGS |= dict(causal__random_sets=4, causal__placebo_targets=2)
 SETTINGS |= dict(probe__labels="answer", probe__sparse="1", probe__shuffles=2)
-SETTINGS |= dict(steer__dictionary="topk", steer__random_sets=3)
-SETTINGS |= dict(study__benchmarks="gsm8k", study__random_sets=2, study__placebo_targets=2)
-SETTINGS |= dict(study__baselines="", study__untrained=False)
+SETTINGS |= dict(steer__dictionary="topk")
+SETTINGS |= dict(study__benchmarks="gsm8k")
+SETTINGS |= dict(study__baselines="", study__untrained_dictionaries=0)
 # Rotary parallel layers, ALiBi, a mixture of experts, and linear attention between layers of full attention.
 FAMILIES = {
     "olmo": dict(max_position_embeddings=256),

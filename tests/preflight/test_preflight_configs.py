@@ -58,7 +58,7 @@ def test_every_file_is_commented_and_no_stage_refuses_it(path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     configs = read(path)
     # Files of the hub and of earlier runs are not here: what they hold counts as nothing.
-    here = {name: dataclasses.replace(stage, identity={}, unit_identity={}) for name, stage in all_stages().items()}
+    here = {name: dataclasses.replace(stage, inputs=stage.units_read) for name, stage in all_stages().items()}
     for name, stage in here.items():
         monkeypatch.setitem(all_stages(), name, stage)
     units = [unit for name in STAGES_OF.get(path.stem, here) for unit in here[name].units(configs)]

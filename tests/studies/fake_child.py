@@ -16,8 +16,10 @@ from saejax.runner import command, pipeline, workplan
 
 def fake_stages() -> dict:
     """The stages with ``fake_stage`` in place of their work, which read nothing from outside."""
-    changes = dict(run=fake_stage, identity={}, unit_identity={}, results=None)
-    return {name: dataclasses.replace(stage, **changes) for name, stage in pipeline.all_stages().items()}
+    return {
+        name: dataclasses.replace(stage, run=fake_stage, inputs=stage.units_read, results=None)
+        for name, stage in pipeline.all_stages().items()
+    }
 
 
 def fake_stage(run) -> dict:

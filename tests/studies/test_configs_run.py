@@ -80,9 +80,9 @@ SMALL = """
 --task.train_prompts=6 --task.test_prompts=4 --task.gate=1 --task.examples=12 --task.shots=0 --task.max_new_tokens=3
 --corpus.max_tokens=1500 --corpus.held_out=0.3 --capture.max_sink_share=0.5 --preflight.models=
 --train.expansion=2 --train.epochs=1 --train.k=8 --evaluate.ce_documents=2
---ablate.top=2 --ablate.baselines=pca --ablate.untrained=False --ablate.text_documents=2
+--ablate.top=2 --ablate.baselines=pca --ablate.untrained_dictionaries=0 --ablate.text_documents=2
 --causal.random_sets=6 --causal.placebo_targets=4 --causal.bootstrap=100
---study.items=6 --study.top=2 --study.random_sets=2 --study.placebo_targets=2 --study.scored_sets=1
+--study.items=6 --study.top=2 --study.scored_sets=1
 """
 
 
@@ -170,7 +170,7 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     own += [flag for flag in SMALL.split() if flag.startswith(("--task.t", "--task.g", "--causal", "--ablate.t"))]
     layer = transcoders / "layer_1.safetensors"  # its features are ablated and patched one layer at a time
     own += ["--model.dtype=float32", f"--ablate.dictionary={layer}", f"--patch.dictionary={layer}"]
-    own += ["--ablate.baselines=", "--ablate.untrained=False"]
+    own += ["--ablate.baselines=", "--ablate.untrained_dictionaries=0"]
     stages = ["baseline", "patch", "attribute", "circuits", "ablate"]
     flagfile = f"--flagfile={CONFIGS / PUBLISHED}.flags"
     assert command.run(stages, "", ["pipeline", flagfile, *own]) == 0, capsys.readouterr().err

@@ -149,7 +149,8 @@ def test_rows_whose_files_cannot_be_read(fake, monkeypatch, capsys):
     def missing(configs):
         raise UserError("there is no model folder here")
 
-    capture = dataclasses.replace(pipeline.all_stages()["capture"], identity=dict(model=missing))
+    capture = pipeline.all_stages()["capture"]
+    capture = dataclasses.replace(capture, inputs=lambda configs, name: dict(model=missing))
     stages = pipeline.all_stages() | dict(capture=capture)
     for module in (pipeline, workplan):
         monkeypatch.setattr(module, "all_stages", lambda: stages)

@@ -284,7 +284,7 @@ def hub(monkeypatch):
 
 
 def test_the_hub_is_asked_for_the_test_split_at_the_revision(hub):
-    items = read_items("gsm8k", TaskConfig(examples=12, revision="abc"))
+    items = read_items("gsm8k", TaskConfig(examples=12, path="openai/gsm8k@abc"))
     assert hub == [("openai/gsm8k", "main", "test", "commit of abc")]
     assert {item.question for item in items} == {row["question"] for row in GSM8K}
     assert sorted(int(item.id.removeprefix("main:")) for item in items) == list(range(1, 13))
@@ -306,7 +306,7 @@ def test_identity_is_of_the_content(tmp_path, hub, monkeypatch):
     assert len(mark) == 16 and identity("gsm8k", TaskConfig(path=str(copy))) == mark
     write_lines(copy, GSM8K[1:])
     assert identity("gsm8k", TaskConfig(path=str(copy))) != mark
-    hubs = [TaskConfig(), TaskConfig(revision="abc"), TaskConfig(path="me/copy")]
+    hubs = [TaskConfig(), TaskConfig(path="openai/gsm8k@abc"), TaskConfig(path="me/copy")]
     assert len({identity("gsm8k", task) for task in hubs} | {mark}) == 4
     assert not hub, "nothing is fetched for it"
     # A data set that moved on is another.
@@ -314,7 +314,9 @@ def test_identity_is_of_the_content(tmp_path, hub, monkeypatch):
     hub_module.hub_commit.cache_clear()
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **more: SimpleNamespace(sha="0" * 40))
     assert identity("gsm8k", TaskConfig()) != before
-    assert identity("gsm8k", TaskConfig(revision="0" * 40)) == identity("gsm8k", TaskConfig()), "a branch is its commit"
+    assert identity("gsm8k", TaskConfig(path="openai/gsm8k@" + "0" * 40)) == identity("gsm8k", TaskConfig()), (
+        "a branch is its commit"
+    )
 
 
 def test_without_the_hub_the_commit_is_that_of_the_last_fetch_and_retries_are_quiet(tmp_path, monkeypatch):

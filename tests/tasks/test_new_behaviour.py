@@ -13,7 +13,9 @@ pytestmark = pytest.mark.usefixtures("single_device")
 
 
 def go(stages, inputs, workdir, **changes):
-    small = dict(train__epochs=1, patch__top=2, causal__random_sets=2, ablate__baselines="", ablate__untrained=False)
+    small = dict(
+        train__epochs=1, patch__top=2, causal__random_sets=2, ablate__baselines="", ablate__untrained_dictionaries=0
+    )
     changes = dict(train__kinds="topk") | small | changes
     return command.run(stages, "", ["program", *runs.small_flags(*inputs, workdir, **changes)])
 

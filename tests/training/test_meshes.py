@@ -13,7 +13,7 @@ from small_stacks import D, F, batches, compiled, make_stack, run, train
 from saejax.config import Configs
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
-from saejax.runner.workspace import Run, StackWork
+from saejax.runner.workspace import Run, Stack, Workspace
 from saejax.stages.train.run import _fitting_mesh
 from saejax.training.stack import choose_members_at_once
 from saejax.training.state import abstract_state, init_state
@@ -134,7 +134,8 @@ def test_layers_of_a_stack_train_on_their_own_values(one_device):
 )
 def test_members_that_are_left_are_trained_on_a_mesh_that_divides_them(tmp_path, together, members, shape):
     names = [f"k{k}" for k in range(6)]
-    stack = StackWork({name: tmp_path / name for name in names}, names[:together], names[:together])
+    stack = Stack(Workspace(tmp_path), "train/topk", "", dict.fromkeys(names, ""))
+    stack.together = stack.missing = names[:together]
     run = Run("train", "topk", tmp_path, Configs(MeshConfig(member=4, data=2)), {}, stack=stack)
     assert tuple(_fitting_mesh(run, members).shape.values()) == shape
 

@@ -104,7 +104,7 @@ def test_bad_input_is_one_line(train, capsys):
 
 def test_it_is_evaluated_and_reported_with_a_sample_in_place_of_a_store(inputs, tmp_path, capsys):
     changes = dict(capture__backend="jax", corpus__stream=True, capture__tokens=150, train__kinds="topk")
-    changes |= dict(task__behaviours="agreement", ablate__baselines="", ablate__untrained=False)
+    changes |= dict(task__behaviours="agreement", ablate__baselines="", ablate__untrained_dictionaries=0)
     flags = runs.small_flags(*inputs, tmp_path / "run", **CHANGES | changes, ablate__text_documents=0)
     stages = ["preflight", "baseline", "tokenize", "capture", "train", "evaluate", "ablate", "report"]
     assert command.run(stages, "", ["program", *flags]) == 0, capsys.readouterr().err

@@ -264,18 +264,6 @@ def test_defaults_that_follow_from_sizes():
         assert make_config(dead_tokens=7).with_dead_tokens(1).dead_tokens == 7
 
 
-def test_accumulated_steps_are_one_of_all_their_tokens(one_device):
-    data, fixed = batches(4), dict(mesh=one_device, warmup=0, decay=0.0)
-    state, _ = run(make_stack("standard", accumulate=2, **fixed), data)
-    large, _ = run(make_stack("standard", batch=2 * B, **fixed), data.reshape(2, 2 * B, D))
-    for name, array in host(state).items():
-        np.testing.assert_allclose(array, host(large)[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    first, _ = run(make_stack("standard", accumulate=2, **fixed), data[:1])
-    start = host(init_state(make_stack("standard", **fixed)))
-    for name, array in host(first).items():
-        np.testing.assert_allclose(array, start[name], rtol=1e-6, atol=1e-7, err_msg=name)
-
-
 @pytest.mark.parametrize("limit", [0.0, 1e3, 0.5])
 def test_updates_are_adams_on_clipped_gradients_and_the_encoder_alone_decays(limit):
     b1, b2, eps, mean, square = 0.6, 0.7, 0.1, 0.0, 0.0

@@ -5,7 +5,6 @@ added to both when its class is registered.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 from saejax.config import Config, setting
 
@@ -96,8 +95,3 @@ def unit_names() -> tuple[str, ...]:
 def settings_of_kinds() -> dict[str, type[Config]]:
     """Return, by kind, the class of the settings that only this kind has."""
     return {name: kind.config for name, kind in KIND_SETTINGS.items()}
-
-
-def read_by_kind(setting: str) -> Callable[[str], bool]:
-    """Return a predicate on the name of a unit: whether its kind reads a setting that only some kinds read."""
-    return lambda unit: unit in KIND_SETTINGS and setting in KIND_SETTINGS[unit].reads

@@ -21,7 +21,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.tasks.scoring import wilson
 
 # The vocabulary is small and mostly answers, so there are no placebo targets.
-_ABLATION: Mapping[str, Any] = dict(bootstrap=1000, baselines=(), placebo_targets=0, untrained=False)
+_ABLATION: Mapping[str, Any] = dict(bootstrap=1000, baselines=(), placebo_targets=0, untrained_dictionaries=0)
 
 
 def judge_features(

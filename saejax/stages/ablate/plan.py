@@ -96,7 +96,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     points = STEPS if ablate.attribution == "integrated" else 1
     attributions = ranked * points * (trainings + len(ablate.baselines))
     if points > 1:  # slopes are not shared
-        attributions += ranked * points * ablate.untrained * (1 + ablate.untrained_dictionaries)
+        attributions += ranked * points * (ablate.untrained_dictionaries + bool(ablate.untrained_dictionaries))
     size = f"{PROMPTS} prompts of {length} tokens"
     counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
 
@@ -134,7 +134,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     chosen = (point, dictionary, source, sides, whole(mesh, (gathered,), jnp.int32), prompts)
     flops = len(sides) / 2 * encode_flops(prompts)
     # Each untrained dictionary encodes the train prompts for its attribution, and the test prompts for its edit.
-    gathers = attributions + (ranked + behaviours) * ablate.untrained * ablate.untrained_dictionaries
+    gathers = attributions + (ranked + behaviours) * ablate.untrained_dictionaries
     programs.append(program("features", f"{prompts} prompts, {gathered} features", gather, chosen, flops, gathers))
 
     # Rows that share no tokens, each changed from its start on: batches are full.

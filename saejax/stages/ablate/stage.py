@@ -8,8 +8,7 @@ from saejax.files import fingerprint
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.settings import BASES, AblateConfig
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, train_units
 from saejax.stages import identities
 from saejax.stages.ablate.run import run_ablate
 from saejax.tasks.settings import CorpusConfig, TaskConfig
@@ -42,18 +41,21 @@ def _names(configs: Configs) -> tuple[str, ...]:
     return (folder_name(tested),) if configs[TaskConfig].has_behaviours and not crosscoders else ()
 
 
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    units = ("baseline", *train_units(*_dictionaries(configs)))
+    return inputs_of(configs, *units, model=identities.model, corpus=identities.corpus, bases=_bases)
+
+
 ABLATE = Stage(
     name="ablate",
     summary="ablates top features and control sets, and says whether the features cause the behaviours",
     run=run_ablate,
     results=AblateResults,
     groups=(ModelConfig, CorpusConfig, AblateConfig),
-    placement=(MeshConfig,),
     reads=("baseline", "train"),
     follows=("evaluate",),
-    needs=lambda configs, name: ("baseline", *train_units(*_dictionaries(configs))),
+    inputs=_inputs,
     names=_names,
-    identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
     check=_check,
     revision=4,  # controls of one dose, measured there; whether training mattered; other answers
     processes="all",

@@ -18,6 +18,6 @@ class AlgorithmConfig(Config):
         choices=ALGORITHMS,
         changes_results=False,
     )
-    digits: int = setting(3, "digits of each number to add", low=2, high=8, only=("addition",))
     steps: int = setting(800, "training steps; the report says whether they were enough", low=1)
-    seed: int = setting(0, "seed of weights, questions and prompts", low=0, high=2**31 - 1)
+    seed: int = 0  #: of weights, questions and prompts; no flag
+    digits: int = 3  #: of each number to add; no flag

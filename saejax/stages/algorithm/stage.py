@@ -1,7 +1,6 @@
 """The stage ``algorithm``."""
 
 from saejax.ground_truth.results import AlgorithmResults
-from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages.algorithm.run import run_algorithm
 from saejax.stages.algorithm.settings import AlgorithmConfig
@@ -14,7 +13,6 @@ ALGORITHM = Stage(
     results=AlgorithmResults,
     groups=(AlgorithmConfig,),
     makes_model=True,
-    placement=(MeshConfig,),
     names=lambda configs: configs[AlgorithmConfig].names,
     section=algorithm_sections,
     revision=4,  # features are compared with the algorithm's variables

@@ -1,6 +1,5 @@
 """The stage ``atlas``."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.config import Configs
@@ -11,7 +10,7 @@ from saejax.interpret.labels import label_files
 from saejax.interpret.results import AtlasResults
 from saejax.interventions.settings import AblateConfig
 from saejax.runner.registry import all_stages
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages.atlas.run import run_atlas
 from saejax.stages.atlas.settings import AtlasConfig
 from saejax.stages.interpret.report import links
@@ -35,14 +34,16 @@ def _check(configs: Configs) -> None:
         )
 
 
-def _shown(configs: Configs, name: str) -> Sequence[str]:
-    """Return the units shown: descriptions, labels by a language model, and effects where they were measured."""
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    """Return what is shown: descriptions, labels by a language model and by people, and effects that were measured."""
     tested, judged = configs[AblateConfig].dictionary, f"explain/{name}"
     measured = configs[TaskConfig].has_behaviours and tested.partition("/")[0] == name
-    return (
+    return inputs_of(
+        configs,
         f"interpret/{name}",
         *([judged] if judged in all_stages()["explain"].units(configs) else []),
         *([f"ablate/{folder_name(tested)}"] if measured else []),
+        labels=_labels,
     )
 
 
@@ -54,9 +55,8 @@ ATLAS = Stage(
     results=AtlasResults,
     groups=(AtlasConfig,),
     reads=("interpret", "explain", "ablate"),
-    needs=_shown,
+    inputs=_inputs,
     names=_names,
-    identity=dict(labels=_labels),
     check=_check,
     section=links,
 )

@@ -277,7 +277,6 @@ def trace_request(
         request.prompt,
         targets=_targets(model, request),
         max_logits=config.max_logits,
-        logit_mass=config.logit_mass,
         max_features=config.max_features or None,
         chat=config.chat_template,
         on_progress=on_progress,

@@ -6,8 +6,7 @@ from saejax.attribution.results import AttributeResults
 from saejax.attribution.settings import GraphConfig
 from saejax.config import Configs
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages import identities
 from saejax.stages.attribute import requests
 from saejax.stages.attribute.report import sections
@@ -32,18 +31,21 @@ def _dictionaries(configs: Configs) -> str:
     return requests.identity(configs[GraphConfig])
 
 
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    units = ("baseline",) if configs[GraphConfig].behaviours else ()
+    return inputs_of(configs, *units, model=identities.model, graph=_dictionaries)
+
+
 ATTRIBUTE = Stage(
     name="attribute",
     summary="traces prompts into attribution graphs, if --graph.prompt, prompts or behaviours is set",
     run=run_attribute,
     results=AttributeResults,
     groups=(ModelConfig, GraphConfig),
-    placement=(MeshConfig,),
     reads=("baseline",),
     follows=("train", "ablate"),  # --graph.transcoders may name what this run trains
-    needs=lambda configs, name: ("baseline",) if configs[GraphConfig].behaviours else (),
+    inputs=_inputs,
     names=_names,
-    identity=dict(model=identities.model, graph=_dictionaries),
     revision=5,  # names of graphs tell all prompts apart, weights of improbable targets do not vanish
     section=sections,
     processes="all",

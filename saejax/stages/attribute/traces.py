@@ -7,10 +7,9 @@ of the trace. A unit that wants the same trace takes it, whatever it prunes, nam
 import shutil
 from pathlib import Path
 
-from saejax import config as configuration
 from saejax.attribution.graph import Graph
 from saejax.attribution.settings import GraphConfig
-from saejax.config import Configs
+from saejax.config import Configs, counted
 from saejax.errors import UserError
 from saejax.files import fingerprint, read_json, write_json
 from saejax.models.settings import ModelConfig
@@ -27,9 +26,9 @@ _SEARCHED = "searched.json"  # of a unit: the features that were searched, in ho
 def trace_key(configs: Configs, request: Request) -> str:
     """Return a fingerprint of all that the numbers of a request's graph depend on."""
     config = configs[GraphConfig]
-    names = ("chat_template", "max_logits", "logit_mass", "max_features", "estimate", "direct")
+    names = ("chat_template", "max_logits", "max_features", "estimate", "direct")
     settings = [getattr(config, name) for name in names]
-    model = identities.model(configs), configuration.identity(configs[ModelConfig])
+    model = identities.model(configs), counted(configs[ModelConfig])
     return fingerprint(
         [_REVISION, model, set_identity(config), settings, request.prompt, request.targets, request.answers]
     )

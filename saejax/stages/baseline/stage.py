@@ -2,13 +2,12 @@
 
 from saejax.config import Configs
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Stage, inputs_of, settings_of
 from saejax.stages import identities
 from saejax.stages.baseline.run import run_baseline
 from saejax.tasks.own_prompts import check_own_prompts, read_ioi
 from saejax.tasks.results import BaselineResults
-from saejax.tasks.settings import TaskConfig
+from saejax.tasks.settings import OF_BENCHMARKS, TaskConfig
 
 
 def _check(configs: Configs) -> None:
@@ -24,8 +23,8 @@ BASELINE = Stage(
     run=run_baseline,
     results=BaselineResults,
     groups=(ModelConfig, TaskConfig),
-    placement=(MeshConfig,),
-    identity=dict(model=identities.model, prompts=identities.prompts),
+    settings=settings_of(ModelConfig, TaskConfig, but=OF_BENCHMARKS),
+    inputs=lambda configs, name: inputs_of(configs, model=identities.model, prompts=identities.prompts),
     processes="items",
     check=_check,
 )

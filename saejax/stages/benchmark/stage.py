@@ -1,12 +1,17 @@
 """The stage ``benchmark``."""
 
+from saejax.config import Configs
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Input, Stage, inputs_of, settings_of
 from saejax.stages import identities
 from saejax.stages.benchmark.run import run_benchmark
 from saejax.tasks.results import BenchmarkResults
-from saejax.tasks.settings import TaskConfig
+from saejax.tasks.settings import OF_BEHAVIOURS, TaskConfig
+
+
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    return inputs_of(configs, model=identities.model, benchmark=identities.benchmark(name))
+
 
 BENCHMARK = Stage(
     name="benchmark",
@@ -14,10 +19,9 @@ BENCHMARK = Stage(
     run=run_benchmark,
     results=BenchmarkResults,
     groups=(ModelConfig, TaskConfig),
-    placement=(MeshConfig,),
+    settings=settings_of(ModelConfig, TaskConfig, but=OF_BEHAVIOURS),
+    inputs=_inputs,
     names=lambda configs: configs[TaskConfig].benchmarks,
-    identity=dict(model=identities.model),
-    unit_identity=dict(benchmark=identities.benchmark),
     revision=3,  # questions beside prompts
     processes="items",
 )

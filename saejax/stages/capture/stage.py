@@ -1,25 +1,29 @@
-"""The stages ``tokenize`` and ``capture``."""
+"""The stage ``capture``."""
 
 from saejax.activations.results import CaptureResults
 from saejax.activations.settings import CaptureConfig
+from saejax.config import Configs
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Input, Stage, inputs_of, settings_of
 from saejax.stages import identities
 from saejax.stages.capture.run import run_capture
 from saejax.tasks.settings import CorpusConfig, TaskConfig
+
+
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    text = identities.training_text(configs)
+    return inputs_of(configs, *text, model=identities.model, corpus=identities.corpus)
+
 
 CAPTURE = Stage(
     name="capture",
     summary="records activations of the model at the wanted sites",
     run=run_capture,
     results=CaptureResults,
-    groups=(ModelConfig, CorpusConfig, CaptureConfig),
-    placement=(MeshConfig, TaskConfig),
-    reads=("tokenize",),
-    needs=lambda configs, name: identities.training_text(configs),
-    identity=dict(model=identities.model, corpus=identities.corpus),
+    groups=(ModelConfig, CorpusConfig, CaptureConfig, TaskConfig),
     # --capture.dtype is read in place of the first; the other says which unit is read.
-    unread=lambda configs, name: ("model.dtype", "corpus.stream"),
+    settings=settings_of(ModelConfig, CorpusConfig, CaptureConfig, but=("model.dtype", "corpus.stream")),
+    reads=("tokenize",),
+    inputs=_inputs,
     processes="all",
 )

@@ -9,8 +9,7 @@ from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.files import file_sha256
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Stage, inputs_of, settings_of
 from saejax.stages import identities
 from saejax.stages.attribute import requests
 from saejax.stages.circuits.report import sections
@@ -45,14 +44,12 @@ CIRCUITS = Stage(
     run=run_circuits,
     results=CircuitsResults,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),
-    placement=(MeshConfig,),
     reads=("baseline",),
     follows=("train", "ablate", "attribute"),  # --graph.transcoders may name what this run trains
-    needs=lambda configs, name: ("baseline",),
+    settings=settings_of(ModelConfig, GraphConfig, CircuitsConfig, but=_UNREAD),
+    inputs=lambda configs, name: inputs_of(configs, "baseline", model=identities.model, graph=_files),
     names=lambda configs: ("",) if configs[CircuitsConfig].behaviours else (),
-    identity=dict(model=identities.model, graph=_files),
     check=check,
     section=sections,
-    unread=lambda configs, name: _UNREAD,
     processes="all",
 )

@@ -15,6 +15,6 @@ class ClusterConfig(Config):
         "dictionaries whose features to group: kinds trained here with all members of their stacks (topk), members "
         "(topk/seed5), or folders; empty: none",
     )
-    tokens: int = setting(32768, "approximate number of tokens of the text on which firings are compared", low=64)
     batch_tokens: int = shared.analysis_batch_tokens()
     seed: int = shared.analysis_seed()
+    tokens: int = 32768  #: approximate number of tokens of the text on which firings are compared; no flag

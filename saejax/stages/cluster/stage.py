@@ -1,12 +1,9 @@
 """The stage ``cluster``."""
 
-from collections.abc import Sequence
-
 from saejax.config import Configs
 from saejax.matching.clusters.results import ClusterResults
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, train_units
 from saejax.stages import identities
 from saejax.stages.cluster.report import sections
 from saejax.stages.cluster.run import run_cluster
@@ -16,11 +13,17 @@ from saejax.tasks.settings import CorpusConfig
 from saejax.training.settings import TrainConfig
 
 
-def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """Return the units of the dictionaries, and of their store."""
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     trained = train_units(*configs[ClusterConfig].dictionaries)
     stored = ("capture",) if trained and configs[TrainConfig].source == "store" else ()
-    return (*stored, *trained)
+    return inputs_of(
+        trained_sites(configs),
+        *stored,
+        *trained,
+        model=identities.model,
+        corpus=identities.corpus,
+        folders=identities.dictionaries("cluster"),
+    )
 
 
 CLUSTER = Stage(
@@ -29,17 +32,10 @@ CLUSTER = Stage(
     run=run_cluster,
     results=ClusterResults,
     groups=(ModelConfig, CorpusConfig, ClusterConfig),
-    placement=(MeshConfig,),
     reads=("capture", "train"),
     follows=("interpret", "atlas"),
-    needs=_needs,
-    inputs=trained_sites,
+    inputs=_inputs,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
-    identity=dict(
-        model=identities.model,
-        corpus=identities.corpus,
-        folders=lambda configs: identities.dictionaries(configs, "cluster"),
-    ),
     revision=4,  # groups by co-activation alone
     processes="items",
     section=sections,

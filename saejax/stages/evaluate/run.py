@@ -88,12 +88,13 @@ def run_evaluate(run: Run) -> EvaluateResults:
             run, config, store, (lm, second), mesh, sites, {name: member_folder(trained, name) for name in names}
         )
 
-    run.each(_together(trained, [member for member in stack if run.computes(member.name)]), file, score)
+    scored = [member for member in stack if not run.stack or member.name in run.stack.together]
+    run.each(_together(trained, scored), file, score)
     paths = {member.name: run.member_folder(member.name) / SCORES for member in stack}
     scores = {name: from_json(DictionaryScores, read_json(path), path) for name, path in paths.items()}
     if run.stack:  # where each has no name
         for name in run.stack.missing:
-            run.finish_member(name, EvaluateResults(run.name, (scores[name],)))
+            run.stack.finish(name, EvaluateResults(run.name, (scores[name],)))
     named = [dataclasses.replace(score, name=name) for name, score in scores.items()]
     return EvaluateResults(run.name, tuple(named))
 

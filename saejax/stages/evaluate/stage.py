@@ -1,14 +1,19 @@
 """The stage ``evaluate``."""
 
+from saejax.config import Configs
 from saejax.evaluation.results import EvaluateResults
 from saejax.evaluation.settings import EvaluateConfig
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages import identities
 from saejax.stages.evaluate.run import run_evaluate
 from saejax.stages.train.members import store_and_dictionaries, trained_sites, units_of_members
 from saejax.training.settings import TrainConfig
+
+
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    return inputs_of(trained_sites(configs), *store_and_dictionaries(configs, name), model=identities.model)
+
 
 EVALUATE = Stage(
     name="evaluate",
@@ -16,12 +21,9 @@ EVALUATE = Stage(
     run=run_evaluate,
     results=EvaluateResults,
     groups=(ModelConfig, EvaluateConfig),
-    placement=(MeshConfig,),
     reads=("capture", "train"),
-    needs=store_and_dictionaries,
-    inputs=trained_sites,
+    inputs=_inputs,
     names=lambda configs: configs[TrainConfig].kinds,
-    identity=dict(model=identities.model),
     members=units_of_members,
     revision=2,  # dictionaries that normalise tokens are scored with their normalisation
     processes="items",

@@ -1,12 +1,17 @@
 """The stage ``explain``."""
 
+from saejax.config import Configs
 from saejax.interpret.results import ExplainResults
 from saejax.interpret.settings import ExplainConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages.explain.run import check, run_explain
 from saejax.stages.interpret.report import explain_sections
 from saejax.stages.train.members import trained_sites
+
+
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    return inputs_of(trained_sites(configs), "capture", f"train/{name}", f"interpret/{name}")
+
 
 EXPLAIN = Stage(
     name="explain",
@@ -16,10 +21,8 @@ EXPLAIN = Stage(
     run=run_explain,
     results=ExplainResults,
     groups=(ExplainConfig,),
-    placement=(MeshConfig,),
     reads=("capture", "train", "interpret"),
-    needs=lambda configs, name: ("capture", f"train/{name}", f"interpret/{name}"),
-    inputs=trained_sites,
+    inputs=_inputs,
     names=lambda configs: configs[ExplainConfig].dictionaries,
     check=check,
     section=explain_sections,

@@ -6,10 +6,6 @@ from saejax.config import Config, setting
 from saejax.dictionaries.kinds.settings import unit_names
 
 
-def _is_for_neuronpedia(unit: str) -> bool:
-    return unit.startswith("neuronpedia-")
-
-
 @dataclasses.dataclass(frozen=True)
 class ExportConfig(Config):
     """Export of trained dictionaries to the formats of other tools."""
@@ -30,15 +26,12 @@ class ExportConfig(Config):
         "",
         "repository of the Hugging Face hub, such as org/name, to which SAELens folders are pushed with a model card "
         "and the scores of the stage evaluate; takes a token; empty: none",
-        only=lambda unit: unit.startswith("saelens-"),
     )
     model_id: str = setting(
         "",
         "the model's id at Neuronpedia; empty: the last part of its name in lower case",
-        only=_is_for_neuronpedia,
     )
     source_set: str = setting(
         "",
         "name of the source set at Neuronpedia; empty: site and kind, such as res-topk",
-        only=_is_for_neuronpedia,
     )

@@ -1,14 +1,13 @@
 """The stage ``ground_truth``."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from saejax.config import Configs, identity
+from saejax.config import Configs, counted
 from saejax.dictionaries.hashes import hash_dictionaries
-from saejax.files import fingerprint
 from saejax.ground_truth.results import TruthResults
 from saejax.ground_truth.settings import CONTROLS, TruthConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Stage, inputs_of
 from saejax.stages.ground_truth.report import sections
 from saejax.stages.ground_truth.run import run_ground_truth
 from saejax.training.settings import TrainConfig
@@ -24,10 +23,11 @@ def _initial(configs: Configs) -> str:
     return hash_dictionaries(folder) if folder else ""
 
 
-def _of_controls(configs: Configs, name: str) -> str:
-    """Return a hash of the settings of the controls' kind, which the name of their unit does not tell."""
+def _settings(configs: Configs, name: str) -> dict[str, Any]:
+    """Return the settings that are read; the name of the unit of controls does not tell their kind."""
     train = configs[TrainConfig]
-    return fingerprint(identity(train, train.kinds[0]) | dict(kind=train.kinds[0])) if name == CONTROLS else ""
+    kind = train.kinds[0] if name == CONTROLS else name
+    return counted(configs[TruthConfig]) | train.read_by(kind) | {"train.kinds": [kind]}
 
 
 GROUND_TRUTH = Stage(
@@ -37,10 +37,9 @@ GROUND_TRUTH = Stage(
     results=TruthResults,
     groups=(TruthConfig, TrainConfig),
     makes_model=True,
-    placement=(MeshConfig,),
     names=_names,
-    identity=dict(initial=_initial),
-    unit_identity=dict(controls=_of_controls),
+    settings=_settings,
+    inputs=lambda configs, name: inputs_of(configs, initial=_initial),
     section=sections,
     revision=2,  # one control: the frozen decoder
 )

@@ -252,8 +252,9 @@ def run_interpret(run: Run) -> InterpretResults:
 
     run.each(stack, lambda member: path[member.name], interpret)
     interpreted = {name: from_json(InterpretedDictionary, read_json(done), done) for name, done in path.items()}
-    for name in run.stack.missing if run.stack else ():
-        run.finish_member(name, InterpretResults(run.name, (interpreted[name],)))
+    if run.stack:
+        for name in run.stack.missing:
+            run.stack.finish(name, InterpretResults(run.name, (interpreted[name],)))
     named = tuple(dataclasses.replace(dictionary, name=name) for name, dictionary in interpreted.items())
     return InterpretResults(run.name, named)
 

@@ -1,12 +1,11 @@
-"""The stages ``interpret`` and ``atlas``."""
+"""The stage ``interpret``."""
 
 from collections.abc import Sequence
 
 from saejax.config import Configs
 from saejax.interpret.results import InterpretResults
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages import identities
 from saejax.stages.interpret.report import sections
 from saejax.stages.interpret.run import run_interpret
@@ -19,11 +18,12 @@ def _names(configs: Configs) -> Sequence[str]:
     return configs[InterpretConfig].dictionaries
 
 
-def _read(configs: Configs, name: str) -> Sequence[str]:
-    """Return the units read: text, dictionaries, and prompts if they are asked for."""
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    """Return what is read: the model, text, dictionaries, and prompts if they are asked for."""
     task = configs[TaskConfig]
     prompts = [*(["baseline"] if task.has_behaviours else []), *(f"benchmark/{name}" for name in task.benchmarks)]
-    return (*store_and_dictionaries(configs, name), *(prompts if configs[InterpretConfig].categories else ()))
+    units = (*store_and_dictionaries(configs, name), *(prompts if configs[InterpretConfig].categories else ()))
+    return inputs_of(trained_sites(configs), *units, model=identities.model)
 
 
 INTERPRET = Stage(
@@ -34,12 +34,9 @@ INTERPRET = Stage(
     run=run_interpret,
     results=InterpretResults,
     groups=(ModelConfig, InterpretConfig),
-    placement=(MeshConfig,),
     reads=("baseline", "benchmark", "capture", "train"),
-    needs=_read,
-    inputs=trained_sites,
+    inputs=_inputs,
     names=_names,
-    identity=dict(model=identities.model),
     members=units_of_members,
     processes="items",
     section=sections,

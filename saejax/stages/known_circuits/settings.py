@@ -21,4 +21,4 @@ class KnownConfig(Config):
         40, "prompts of each behaviour that choose features, and as many that judge", low=10, high=100
     )
     graphs: int = setting(5, "prompts of each behaviour that are traced", low=2, high=100)
-    seed: int = setting(0, "seed of weights, prompts and texts", low=0, high=2**31 - 1)
+    seed: int = 0  #: of weights, prompts and texts; no flag

@@ -1,7 +1,6 @@
 """The stage ``known_circuits``."""
 
 from saejax.ground_truth.results import KnownCircuitResults
-from saejax.parallel.settings import MeshConfig
 from saejax.runner.stage import Stage
 from saejax.stages.known_circuits.report import sections
 from saejax.stages.known_circuits.run import run_known_circuits
@@ -14,7 +13,6 @@ KNOWN_CIRCUITS = Stage(
     results=KnownCircuitResults,
     groups=(KnownConfig,),
     makes_model=True,
-    placement=(MeshConfig,),
     names=lambda configs: configs[KnownConfig].circuits,
     section=sections,
     revision=3,  # without the accuracy and the logits of transformers that are right by construction

@@ -176,7 +176,7 @@ def _measure_features(
         replacement="counterpart",
         random_sets=config.random_sets,
         placebo_targets=config.placebo_targets,
-        untrained=False,
+        untrained_dictionaries=0,
         baselines=(),
         seed=config.seed,
         bootstrap=config.bootstrap,

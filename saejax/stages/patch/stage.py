@@ -1,14 +1,14 @@
 """The stage ``patch``."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from saejax.config import Configs
+from saejax.config import Configs, counted
 from saejax.dictionaries.names import folder_name
 from saejax.interventions.patching import PatchResults
 from saejax.interventions.settings import PatchConfig
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, train_units
 from saejax.stages import identities
 from saejax.stages.patch.report import sections
 from saejax.stages.patch.run import run_patch
@@ -22,20 +22,18 @@ def _names(configs: Configs) -> Sequence[str]:
     return wanted if configs[TaskConfig].has_behaviours else ()
 
 
-def _needs(configs: Configs, name: str) -> Sequence[str]:
+def _settings(configs: Configs, name: str) -> dict[str, Any]:
+    of_features = ("patch.top", "patch.random_sets", "patch.placebo_targets")
+    unread = of_features if name in configs[PatchConfig].kinds else ("patch.positions",)
+    return counted(configs[ModelConfig], configs[PatchConfig], but=unread)
+
+
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     patch = configs[PatchConfig]
-    return ("baseline",) if name in patch.kinds else ("baseline", *train_units(patch.dictionary))
-
-
-def _dictionary(configs: Configs, name: str) -> str:
-    return "" if name in configs[PatchConfig].kinds else identities.dictionary(configs, "patch")
-
-
-def _unread(configs: Configs, name: str) -> Sequence[str]:
-    """Return the settings that the unit's code does not read."""
-    of_features = ("top", "random_sets", "placebo_targets")
-    unread = of_features if name in configs[PatchConfig].kinds else ("positions",)
-    return [f"patch.{setting}" for setting in unread]
+    if name in patch.kinds:
+        return inputs_of(configs, "baseline", model=identities.model)
+    units = ("baseline", *train_units(patch.dictionary))
+    return inputs_of(configs, *units, model=identities.model, dictionary=identities.dictionary("patch"))
 
 
 PATCH = Stage(
@@ -44,14 +42,11 @@ PATCH = Stage(
     run=run_patch,
     results=PatchResults,
     groups=(ModelConfig, PatchConfig),
-    placement=(MeshConfig,),
     reads=("baseline", "train"),
     follows=("ablate",),
-    needs=_needs,
+    settings=_settings,
+    inputs=_inputs,
     names=_names,
-    identity=dict(model=identities.model),
-    unit_identity=dict(dictionary=_dictionary),
-    unread=_unread,
     revision=6,  # controls of one dose, measured there; other answers
     processes="items",
     section=sections,

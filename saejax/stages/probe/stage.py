@@ -7,8 +7,7 @@ from saejax.dictionaries.names import folder_name
 from saejax.interventions.probing import ProbeResults
 from saejax.interventions.settings import ProbeConfig
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, train_units
 from saejax.stages import identities
 from saejax.stages.probe.report import sections
 from saejax.stages.probe.run import run_probe
@@ -21,11 +20,12 @@ def _names(configs: Configs) -> Sequence[str]:
     return (folder_name(probe.dictionary),) if probe.labels and has_prompts else ()
 
 
-def _needs(configs: Configs, name: str) -> Sequence[str]:
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     probe, task = configs[ProbeConfig], configs[TaskConfig]
     behaviours = ("baseline",) if task.has_behaviours else ()
     benchmarks = (f"benchmark/{name}" for name in (task.benchmarks if probe.benchmarks else ()))
-    return (*behaviours, *benchmarks, *train_units(probe.dictionary))
+    units = (*behaviours, *benchmarks, *train_units(probe.dictionary))
+    return inputs_of(configs, *units, model=identities.model, dictionary=identities.dictionary("probe"))
 
 
 PROBE = Stage(
@@ -34,12 +34,10 @@ PROBE = Stage(
     run=run_probe,
     results=ProbeResults,
     groups=(ModelConfig, ProbeConfig),
-    placement=(MeshConfig, TaskConfig),
     reads=("baseline", "benchmark", "train"),
     follows=("ablate",),
-    needs=_needs,
+    inputs=_inputs,
     names=_names,
-    identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
     revision=5,  # few prompts, or few of a class, are not testable
     processes="items",
     section=sections,

@@ -13,7 +13,8 @@ from saejax.page.findings import Findings
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.page.words import BEHAVIOURS, behaviour, place
 from saejax.results import Devices, Settings
-from saejax.runner.registry import flag_of
+from saejax.runner.flags import flag_fields
+from saejax.runner.registry import all_groups, flag_of
 from saejax.stages.ablate.report import held_out
 from saejax.stages.train.report import scores_of
 from saejax.tasks.results import BaselineResults
@@ -147,12 +148,13 @@ def _devices(devices: Devices | None) -> str:
 
 def _flags(settings: Settings) -> Iterator[str]:
     """Return a line for each setting; the field that holds a group inside a group is not part of the flag's name."""
+    names = {flag for group, cls in all_groups().items() for flag in flag_fields(group, cls)}
     for group, fields in settings.items():
         for field, value in fields.items():
             if isinstance(value, Mapping):
                 yield from _flags({f"{group}.{name}": inside for name, inside in value.items()})
-            else:
-                yield f"--{flag_of(group, field)}={_flag(value)}"
+            elif (flag := flag_of(f"{group}.{field}")) in names:
+                yield f"--{flag}={_flag(value)}"
 
 
 def _flag(value: object) -> str:

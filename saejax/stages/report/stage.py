@@ -1,13 +1,10 @@
 """The stage ``report``."""
 
-from collections.abc import Sequence
-
 from saejax.config import Configs
 from saejax.dictionaries.names import is_folder
 from saejax.interventions.settings import AblateConfig
-from saejax.parallel.settings import MeshConfig
 from saejax.runner.registry import all_stages
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages.report.results import ReportResults
 from saejax.stages.report.run import run_report
 from saejax.stages.report.settings import ReportConfig
@@ -17,7 +14,7 @@ _OF_DICTIONARY = ("capture", "train", "evaluate")
 _READ = ("baseline", "benchmark", *_OF_DICTIONARY, "ablate")  # by the sections there always are
 
 
-def _needs(configs: Configs, name: str) -> Sequence[str]:
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     """Return the units of the stages in ``_READ``, and of every stage that writes a section.
 
     A dictionary that is named by its folder was trained elsewhere, and is described there.
@@ -27,7 +24,7 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     of_model = configs[TaskConfig].has_behaviours or not made_here  # not of what is made here alone
     always = set(_READ if of_model else ()) - {*elsewhere}
     read = [stage for stage in all_stages().values() if stage.name in always or stage.section]
-    return [unit for stage in read for unit in stage.units(configs)]
+    return inputs_of(configs, *(unit for stage in read for unit in stage.units(configs)))
 
 
 REPORT = Stage(
@@ -36,7 +33,6 @@ REPORT = Stage(
     run=run_report,
     results=ReportResults,
     groups=(ReportConfig,),
-    placement=(MeshConfig,),
     reads=("*",),
-    needs=_needs,
+    inputs=_inputs,
 )

@@ -7,8 +7,7 @@ from saejax.dictionaries.names import folder_name
 from saejax.interventions.settings import SteerConfig
 from saejax.interventions.steering import SteerResults
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, train_units
 from saejax.stages import identities
 from saejax.stages.steer.report import sections
 from saejax.stages.steer.run import run_steer
@@ -20,22 +19,27 @@ def _names(configs: Configs) -> Sequence[str]:
     return (folder_name(dictionary),) if dictionary and configs[TaskConfig].has_behaviours else ()
 
 
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    return inputs_of(
+        configs,
+        "baseline",
+        *train_units(configs[SteerConfig].dictionary),
+        model=identities.model,
+        corpus=identities.corpus,
+        dictionary=identities.dictionary("steer"),
+    )
+
+
 STEER = Stage(
     name="steer",
     summary="steers prompts to another answer by features and differences of means, if --steer.dictionary is set",
     run=run_steer,
     results=SteerResults,
     groups=(ModelConfig, CorpusConfig, SteerConfig),
-    placement=(MeshConfig, TaskConfig),
     reads=("baseline", "train"),
     follows=("ablate",),
-    needs=lambda configs, name: ("baseline", *train_units(configs[SteerConfig].dictionary)),
+    inputs=_inputs,
     names=_names,
-    identity=dict(
-        model=identities.model,
-        corpus=identities.corpus,
-        dictionary=lambda configs: identities.dictionary(configs, "steer"),
-    ),
     revision=3,
     processes="items",
     section=sections,

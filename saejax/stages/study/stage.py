@@ -7,14 +7,13 @@ from saejax.errors import one_of
 from saejax.files import fingerprint
 from saejax.interventions.settings import BASES, StudyConfig
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, settings_of, train_units
 from saejax.stages import identities
 from saejax.stages.study.report import sections
 from saejax.stages.study.results import StudyResults
 from saejax.stages.study.run import run_study
 from saejax.tasks import corpora
-from saejax.tasks.settings import CorpusConfig, TaskConfig
+from saejax.tasks.settings import OF_BEHAVIOURS, CorpusConfig, TaskConfig
 
 
 def _dictionaries(configs: Configs) -> tuple[str, ...]:
@@ -31,7 +30,7 @@ def _bases(configs: Configs) -> str:
 
 def _benchmarks(configs: Configs) -> str:
     """Return the identity of all benchmarks: features chosen on each are ablated on the others."""
-    return fingerprint([identities.benchmark(configs, name) for name in configs[StudyConfig].benchmarks])
+    return fingerprint([identities.benchmark(name)(configs) for name in configs[StudyConfig].benchmarks])
 
 
 def _ordinary_text(configs: Configs) -> str:
@@ -46,19 +45,29 @@ def _check(configs: Configs) -> None:
             one_of(name, BASES, "basis (--study.baselines), and no folder of a dictionary:")
 
 
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    return inputs_of(
+        configs,
+        *train_units(*_dictionaries(configs)),
+        model=identities.model,
+        bases=_bases,
+        benchmark=identities.benchmark(name),
+        benchmarks=_benchmarks,
+        ordinary_text=_ordinary_text,
+    )
+
+
 STUDY = Stage(
     name="study",
     summary="ablates top features and control sets on benchmarks, if --study.benchmarks names any",
     run=run_study,
     results=StudyResults,
     groups=(ModelConfig, TaskConfig, StudyConfig),
-    placement=(MeshConfig,),
     reads=("train",),
     follows=("ablate",),
-    needs=lambda configs, name: train_units(*_dictionaries(configs)),
+    settings=settings_of(ModelConfig, TaskConfig, StudyConfig, but=OF_BEHAVIOURS),
+    inputs=_inputs,
     names=lambda configs: configs[StudyConfig].benchmarks,
-    identity=dict(model=identities.model, bases=_bases, benchmarks=_benchmarks, ordinary_text=_ordinary_text),
-    unit_identity=dict(benchmark=identities.benchmark),
     check=_check,
     revision=9,  # injected contexts are read in whole characters
     processes="items",

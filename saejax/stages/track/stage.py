@@ -13,8 +13,7 @@ from saejax.matching.track.results import TrackResults
 from saejax.matching.track.settings import TrackConfig
 from saejax.matching.track.texts import name_text, read_problems
 from saejax.models.settings import ModelConfig
-from saejax.parallel.settings import MeshConfig
-from saejax.runner.stage import Stage, split_unit, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, split_unit, train_units
 from saejax.stages import identities
 from saejax.stages.interpret.settings import InterpretConfig
 from saejax.stages.track.report import sections
@@ -33,12 +32,13 @@ def _names(configs: Configs) -> Sequence[str]:
     return (folder_name(Path(config.prompts).name.split(".")[0]) if config.prompts else name_text(config.prompt),)
 
 
-def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """Return the units of the dictionaries, and of their features' descriptions where this run makes them."""
+def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    """Return what is read, descriptions of the dictionaries' features where this run makes them."""
     units = train_units(*configs[TrackConfig].dictionaries)
     tracked = {split_unit(unit)[0] for unit in units}
     labelled = [f"interpret/{kind}" for kind in configs[InterpretConfig].dictionaries if f"train/{kind}" in tracked]
-    return (*units, *labelled, *(unit.replace("interpret", "atlas", 1) for unit in labelled))
+    shown = [unit.replace("interpret", "atlas", 1) for unit in labelled]
+    return inputs_of(configs, *units, *labelled, *shown, model=identities.model, track=_files)
 
 
 def _files(configs: Configs) -> str:
@@ -64,11 +64,9 @@ TRACK = Stage(
     run=run_track,
     results=TrackResults,
     groups=(ModelConfig, TrackConfig),
-    placement=(MeshConfig,),
     reads=("train", "interpret", "atlas"),
-    needs=_needs,
+    inputs=_inputs,
     names=_names,
-    identity=dict(model=identities.model, track=_files),
     revision=10,  # random lists of the dose of a step's features
     processes="items",
     check=_check,

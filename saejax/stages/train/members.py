@@ -5,15 +5,28 @@ from typing import Any
 
 from saejax.activations.joined import single_sites
 from saejax.activations.settings import CaptureConfig
-from saejax.config import Configs
+from saejax.config import Config, Configs, setting
 from saejax.dictionaries.kinds.settings import PRETRAINED
 from saejax.errors import UserError
-from saejax.runner.stage import UnitMember
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.settings import TrainConfig
 
 
-def units_of_members(configs: Configs, kind: str) -> dict[str, UnitMember]:
+@dataclasses.dataclass(frozen=True)
+class PlaceConfig(Config):
+    """The influence of a stack on a member's result, beside the settings of a run of it alone; "": none."""
+
+    site_seed: str = setting("", "seed of initial values that the name of its site gives, where it is one of several")
+    order_seed: str = setting("", "seed of the order of tokens, that of the first member")
+    init_from: str = setting("", "name of the member that it starts from in --train.init_from")
+
+
+def place_in_stack(configs: Configs) -> dict[str, str]:
+    """Return what a member takes from its stack, by name, given the settings of the member."""
+    return {name: value for name, value in vars(configs.get(PlaceConfig) or PlaceConfig()).items() if value}
+
+
+def units_of_members(configs: Configs, kind: str) -> dict[str, Configs]:
     """Return the members of a train unit as units of their own, by name.
 
     A member alone has the name "" and the same hash, so that a stack takes a dictionary that was trained before it.
@@ -23,8 +36,7 @@ def units_of_members(configs: Configs, kind: str) -> dict[str, UnitMember]:
       kind: name of the train unit.
 
     Returns:
-      Each member's settings, as of a run of it alone, and what else its result depends on: whether its site is one of
-      several, the seed of the order of tokens, and the dictionary that it starts from. Empty for a
+      Each member's settings, as of a run of it alone, with its ``PlaceConfig``. Empty for a
       cross-layer transcoder, which is one dictionary, and for pretrained ones, which are copied.
 
     Raises:
@@ -38,15 +50,12 @@ def units_of_members(configs: Configs, kind: str) -> dict[str, UnitMember]:
     units = {}
     for config in train.each_expansion():
         for member in make_members(config, kind, choose_sites(config, captured)):
-            # Nothing is added where it is what a run of this member alone would have.
-            seed, sources = member.settings["seed"], {}
-            if member.site_seed:
-                sources["site_seed"] = str(member.site_seed)
-            if seed != train.seed[0]:
-                sources["order_seed"] = str(train.seed[0])
-            if train.init_from and member.name:
-                sources["init_from"] = member.name
-            units[member.name] = UnitMember(configs | _settings_alone(config, kind, member), sources)
+            place = PlaceConfig(
+                site_seed=str(member.site_seed or ""),
+                order_seed=str(train.seed[0]) if member.settings["seed"] != train.seed[0] else "",
+                init_from=member.name if train.init_from else "",
+            )
+            units[member.name] = configs | _settings_alone(config, kind, member) | place
     return units
 
 

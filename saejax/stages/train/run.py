@@ -122,13 +122,14 @@ def train_members(run: Run, config: TrainConfig, members: Sequence[Member], sour
             split_metrics(log_folder(run.folder, config) / METRICS, folders.members)
         for index, member in enumerate(members):
             if member.name in folders.members:
-                run.finish_member(member.name, results.of_member(index))
+                run.stack.finish(member.name, results.of_member(index))
     return results
 
 
 def _folders(run: Run, members: Sequence[Member]) -> TrainFolders:
     """Return the folders in which a run trains members, of which it writes those that are not finished."""
-    written = {member.name: run.member_folder(member.name) for member in members if run.writes(member.name)}
+    names = [member.name for member in members if not run.stack or member.name in run.stack.missing]
+    written = {name: run.member_folder(name) for name in names}
     if not (run.folder / STARTED).exists():  # a folder inside of a unit
         return TrainFolders(run.folder, written, run.folder)
     # Files of wandb change after the run: they are in ``wandb/`` in the workdir, not among those of the unit.
@@ -157,7 +158,7 @@ def _but_length(unit: Path, members: Sequence[str]) -> list[Any]:
         # The name of the unit is that of its folder, and says nothing about its content.
         depends.append({**read_object(folder / STARTED).get("depends_on", {}), "unit": ""})
         for name in LENGTH:
-            depends[-1].get("settings", {}).get("train", {}).pop(name, None)
+            depends[-1].get("settings", {}).pop(name, None)
     return depends
 
 
