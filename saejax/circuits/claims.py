@@ -7,9 +7,8 @@ this study has no test.
 """
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -25,7 +24,7 @@ _LANGUAGES = ("antonym", "antonym_french", "antonym_spanish")
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A published claim."""
+    """A published claim, as ``data/claims.json`` has it."""
 
     id: str  #: its name
     behaviour: str  #: that it is about; "": none of ours
@@ -40,9 +39,9 @@ class JudgedClaim:
     """The outcome of a claim here, and the measurements that decide it."""
 
     outcome: str  #: confirmed, not seen or not testable
-    edges: tuple[Edge, ...] = ()  #: the drawn edges that the claim predicts; (): there are none
-    related: tuple[float, ...] = ()  #: shares of the features that return which two languages have in common
-    unrelated: tuple[float, ...] = ()  #: the same of a language and an unrelated behaviour
+    edges: Sequence[Edge] = ()  #: the drawn edges that the claim predicts; (): there are none
+    related: Sequence[float] = ()  #: shares of the features that return which two languages have in common
+    unrelated: Sequence[float] = ()  #: the same of a language and an unrelated behaviour
     #: by third of the layers, what languages share on average beyond what unrelated behaviours do.
     beyond: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -57,7 +56,9 @@ def judge_claim(claim: Claim, results: CircuitsResults) -> JudgedClaim:
     circuit = results.behaviours.get(claim.behaviour)
     if not claim.test or not circuit or not circuit.groups:
         return JudgedClaim(NOT_TESTABLE)
-    return TESTS[claim.test](results, circuit)
+    judged = TESTS[claim.test](results, circuit)
+    # Of edges the outcome is whether there are any.
+    return judged if isinstance(judged, JudgedClaim) else JudgedClaim(CONFIRMED if judged else NOT_SEEN, judged)
 
 
 def _supporting(circuit: CircuitResults, edit: str = "direct") -> list[Edge]:
@@ -65,19 +66,10 @@ def _supporting(circuit: CircuitResults, edit: str = "direct") -> list[Edge]:
     return [edge for edge in circuit.drawn(edit) if edge.effect.mean > 0]
 
 
-def _judge(edges: Sequence[Edge]) -> JudgedClaim:
-    """Judge a claim by the drawn edges that it predicts: confirmed, or not seen if there are none."""
-    return JudgedClaim(CONFIRMED if edges else NOT_SEEN, tuple(edges))
+def _step(circuit: CircuitResults, roles: set[str], carries: bool = False) -> list[Edge]:
+    """Return a drawn path to the answer through a group on which groups of all these roles act; [] if there is none.
 
-
-def _step(roles: Collection[str], carries: bool, results: CircuitsResults, circuit: CircuitResults) -> JudgedClaim:
-    """Judge a step before the answer: a group on a drawn path to it, on which groups of all these roles act.
-
-    Args:
-      roles: of the groups that act on it.
-      carries: whether the group must also carry which answer it is, and be none of those that say it.
-      results: of all behaviours.
-      circuit: of the claim's behaviour.
+    With ``carries`` the group must also carry which answer it is, and be none of those that say it.
     """
     drawn, role_of = _supporting(circuit), {group.name: group.role for group in circuit.groups}
     onward = {edge.source: edge for edge in drawn if edge.target == ANSWER}
@@ -87,33 +79,31 @@ def _step(roles: Collection[str], carries: bool, results: CircuitsResults, circu
     exchanged = {edge.source: edge for edge in _supporting(circuit, "swap")}
     for group in circuit.groups:
         acting = {role_of[edge.source]: edge for edge in drawn if edge.target == group.name}
-        if group.name in onward and acting.keys() >= set(roles):
-            path = [*(acting[role] for role in roles), onward[group.name]]
+        if group.name in onward and acting.keys() >= roles:
+            path = [*(acting[role] for role in sorted(roles)), onward[group.name]]
             if not carries:
-                return _judge(path)
+                return path
             if group.name in exchanged and not is_output(group, circuit.layers):
-                return _judge([*path, exchanged[group.name]])
-    return _judge([])
+                return [*path, exchanged[group.name]]
+    return []
 
 
-def _direct(results: CircuitsResults, circuit: CircuitResults) -> JudgedClaim:
+def _direct(circuit: CircuitResults) -> list[Edge]:
     content = [group.name for group in circuit.groups if group.role == "content"]
-    edges = [edge for edge in _supporting(circuit) if edge.target == ANSWER and edge.source in content]
-    return _judge(edges)
+    return [edge for edge in _supporting(circuit) if edge.target == ANSWER and edge.source in content]
 
 
-def _swap(results: CircuitsResults, circuit: CircuitResults) -> JudgedClaim:
+def _swap(circuit: CircuitResults) -> JudgedClaim:
     if not circuit.swapped or circuit.swapped_logit_diff is None:
         return JudgedClaim(NOT_TESTABLE)
     best = sorted(_supporting(circuit, "swap"), key=lambda edge: -edge.effect.mean)[:1]
     # The logit difference of the same prompts: others differ from their counterparts in length, and in difficulty.
-    if best and best[0].effect.mean <= circuit.swapped_logit_diff:  # it does not turn the answer around
-        return JudgedClaim(NOT_SEEN, tuple(best))
-    return _judge(best)
+    turns = best and best[0].effect.mean > circuit.swapped_logit_diff
+    return JudgedClaim(CONFIRMED if turns else NOT_SEEN, best)
 
 
 def _overlaps(results: CircuitsResults, *thirds: str) -> tuple[list[float], list[float]]:
-    """Return the shared parts of the features that return in some thirds of the layers, of their union.
+    """Return the shared parts, of their union, of the features that return in some thirds of the layers.
 
     Returns:
       Those of pairs of languages, and of a language with every unrelated behaviour.
@@ -122,25 +112,23 @@ def _overlaps(results: CircuitsResults, *thirds: str) -> tuple[list[float], list
         name: {key.address for key in circuit.returning if third_of(key.layer, circuit.layers) in thirds}
         for name, circuit in results.behaviours.items()
     }
-    languages = [name for name in _LANGUAGES if name in features]
-    others = [name for name in features if name not in _LANGUAGES]
-    pairs = itertools.combinations(languages, 2), itertools.product(languages, others)
+    languages, others = [name for name in _LANGUAGES if name in features], features.keys() - {*_LANGUAGES}
+    pairs = itertools.combinations(languages, 2), itertools.product(languages, sorted(others))
     related, unrelated = (
         [len(features[a] & features[b]) / max(len(features[a] | features[b]), 1) for a, b in some] for some in pairs
     )
     return related, unrelated
 
 
-def _shared(results: CircuitsResults, circuit: CircuitResults) -> JudgedClaim:
+def _shared(results: CircuitsResults) -> JudgedClaim:
     related, unrelated = _overlaps(results, *THIRDS)
     if not related or not unrelated:
         return JudgedClaim(NOT_TESTABLE)
     # The least similar languages must share more than any unrelated pair: of so few pairs there is no test.
-    outcome = CONFIRMED if min(related) > max(unrelated) else NOT_SEEN
-    return JudgedClaim(outcome, related=tuple(related), unrelated=tuple(unrelated))
+    return JudgedClaim(CONFIRMED if min(related) > max(unrelated) else NOT_SEEN, (), related, unrelated)
 
 
-def _shared_middle(results: CircuitsResults, circuit: CircuitResults) -> JudgedClaim:
+def _shared_middle(results: CircuitsResults) -> JudgedClaim:
     overlaps = {third: _overlaps(results, third) for third in THIRDS}
     if not all(map(all, overlaps.values())):
         return JudgedClaim(NOT_TESTABLE)
@@ -150,12 +138,12 @@ def _shared_middle(results: CircuitsResults, circuit: CircuitResults) -> JudgedC
     return JudgedClaim(outcome, beyond=beyond)
 
 
-TESTS: Mapping[str, Callable[[CircuitsResults, CircuitResults], JudgedClaim]] = dict(
-    through=functools.partial(_step, ("content",), False),
-    through_entity=functools.partial(_step, ("content",), True),
-    meeting=functools.partial(_step, ("content", "context"), False),
-    direct=_direct,
-    swap=_swap,
-    shared=_shared,
-    shared_middle=_shared_middle,
+TESTS: Mapping[str, Callable[[CircuitsResults, CircuitResults], JudgedClaim | list[Edge]]] = dict(
+    through=lambda _, circuit: _step(circuit, {"content"}),
+    through_entity=lambda _, circuit: _step(circuit, {"content"}, carries=True),
+    meeting=lambda _, circuit: _step(circuit, {"content", "context"}),
+    direct=lambda _, circuit: _direct(circuit),
+    swap=lambda _, circuit: _swap(circuit),
+    shared=lambda results, _: _shared(results),
+    shared_middle=lambda results, _: _shared_middle(results),
 )

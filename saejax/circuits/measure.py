@@ -11,7 +11,7 @@ swap     its features take the activations that they have in the counterpart pro
 Each edit is repeated with control sets of the same *dose*, the norm of all changes of what features write to the
 stream, over layers and positions. Control sets are drawn from features of no group at the group's roles, in its span
 of layers: *random* ones, and *placebo* ones, the most influential ones on the difference of two tokens that are no
-answers. Features are added until the dose is reached; then all are edited partially, so that doses are equal.
+answers. They are lists to the dose (``saejax.interventions.controls``), so that doses are equal.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.readouts import Readouts
 from saejax.circuits.groups import Group, Key
+from saejax.interventions.controls import shortest_beginning
 from saejax.parallel.collectives import to_host
 
 EDITS = ("total", "direct", "swap")
@@ -187,21 +188,22 @@ def _draw_sets(
 
 def _reach(local: LocalModel, edits: Sequence[KeyEdit], dose: float) -> tuple[list[Change], float]:
     """Return as many of the first edits as reach a dose, made partially where they exceed it, and their dose."""
+    # A group that is silent in the prompt has no dose to reach.
+    size, fraction, reached = shortest_beginning(_squares(local, edits), dose) if dose > 0 else (0, 1.0, 0.0)
+    return [edit.change(fraction) for edit in edits[:size]], reached
+
+
+def _squares(local: LocalModel, edits: Sequence[KeyEdit]) -> Iterator[float]:
+    """Yield the square of the dose of each beginning of a list of edits."""
     sums: dict[tuple[int, int], np.ndarray] = {}
-    taken, square = 0, 0.0
+    square = 0.0
     for edit, vector_XxD in zip(edits, _written(local, edits), strict=True):
-        if square >= dose**2:
-            break
         place = edit.key.layer, edit.position
         before_XxD = sums.get(place, np.zeros_like(vector_XxD))
         # Changes at one place are summed as vectors: the dose is the norm of what reaches the stream.
         sums[place] = before_XxD + (edit.new - edit.old) * vector_XxD
         square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
-        taken += 1
-    reached = max(square, 0.0) ** 0.5
-    # Never beyond what the features are.
-    fraction = min(dose / reached, 1.0) if reached > 0 else 1.0
-    return [edit.change(fraction) for edit in edits[:taken]], reached * fraction
+        yield square
 
 
 def _written(local: LocalModel, edits: Sequence[KeyEdit]) -> Iterator[np.ndarray]:

@@ -6,6 +6,7 @@
 4. Judge which effects are edges.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -23,6 +24,7 @@ from saejax.circuits.measure import PromptEffects, measure_prompt
 from saejax.circuits.results import CircuitResults
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
+from saejax.interventions.controls import token_pairs
 from saejax.interventions.slopes import neutral_tokens
 from saejax.models.language_model import LanguageModel
 from saejax.progress import OnProgress, silent
@@ -156,5 +158,5 @@ def _draw_placebo_pairs(
             f"{len(pool)} of the likely next tokens are no answers of {traced[0].behaviour}: expected 2 or more, of "
             "which placebo targets are made; raise --circuits.traced, or give other prompts"
         )
-    rng = np.random.default_rng(seed)
-    return [tuple(rng.choice(pool, 2, replace=False).tolist()) for _ in traced]
+    pairs = itertools.cycle(token_pairs(pool, seed).tolist())
+    return [(first, second) for _, (first, second) in zip(traced, pairs, strict=False)]

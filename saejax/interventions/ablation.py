@@ -20,7 +20,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -31,15 +31,16 @@ from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_interval
 from saejax.interventions.controls import (
     LONGEST,
+    MIN_FIRING,
     Changes,
     choose_pool,
-    random_lists,
-    scaled_sets,
+    control_edits,
     token_pairs,
 )
 from saejax.interventions.edits import ActivationReplacement, mask
 from saejax.interventions.engine import change_norms, measure_changes, rank_logits, run_edits
 from saejax.interventions.settings import BASES, AblateConfig
+from saejax.interventions.several_sites import SeveralSites, untrained_saes
 from saejax.interventions.slopes import (
     answer_slopes,
     attribute_slopes,
@@ -66,12 +67,12 @@ from saejax.interventions.text import HeldOutText
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
+from saejax.models.split import Readout
 from saejax.progress import OnProgress, silent
 from saejax.statistics.bootstrap import resampling_weights
 from saejax.tasks.behaviours import Prompt
 
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)  # of T, for the figure
-MIN_FIRING = 0.05  # share of test prompts on which a feature of a random list fires, at least
 LIKELY = 40  # a placebo token is among this many most likely ones
 TOKENS = 80  # placebo tokens, at least: each is in at most four pairs
 STEPS = 10  # of the path of integrated attribution: Marks et al. use as many
@@ -81,6 +82,14 @@ TEXT_LENGTH = 32  # tokens of a held-out document
 EQUIVALENTS: Mapping[str, tuple[str, ...]] = dict(
     agreement=(" was", " were", " has", " have", " does", " do", "'s", "'re", " isn", " aren", " wasn", " weren")
 )
+
+
+class PlaceboTargets(NamedTuple):
+    """R placebo targets, as sums of S targets whose attribution is measured."""
+
+    ids_Sx2: np.ndarray  #: two tokens, whose logits are subtracted, or in the first column the number of a readout
+    weight_RxS: np.ndarray  #: attribution is linear in the target: the weight of each in the sum
+    names: Sequence[tuple[str, str] | None]  #: of the R targets, two tokens as text; None of a readout
 
 
 class RowProgress:
@@ -152,6 +161,8 @@ class BehaviourAblation:
     progress: RowProgress  #: progress of the behaviour
     features: Sequence[int] | None = None  #: T, if it is not chosen by attribution
     like: "BehaviourAblation | None" = None  #: an ablation whose clean runs and slopes are used again where they fit
+    readout: Readout | None = None  #: what is measured; None: the logit difference
+    placebo_readout: Readout | None = None  #: readouts of whose top features placebo sets are made; None: of tokens
     _placebos: Sequence[tuple[tuple[str, str] | None, list[int]]] | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self):
@@ -163,7 +174,7 @@ class BehaviourAblation:
                 "of each; give both in --task.prompts, or run the stage baseline again"
             )
         config = self.config
-        self.split = SplitModel(self.lm, self.basis, config.positions, config.error)
+        self.split = SplitModel(self.lm, self.basis, config.positions, config.error, self.readout)
         self.train: list[Any] = spread_over_templates(train, config.attribution_prompts)
         shared = self.like if self.like and self._reads_like(self.like) else None
         # Counterparts double the clean runs, so they are run where they are needed only.
@@ -239,8 +250,10 @@ class BehaviourAblation:
 
         Args:
           edits: what is run.
-          full: whether all readouts are measured, which takes the logits of the whole vocabulary.
+          full: whether all readouts are measured, which takes the logits of the whole vocabulary; of a user's readout
+            there are no others.
         """
+        full = full and not self.readout
         values = self.run(edits, readouts=full)
         if full:
             values["two_way"] = (values["logit_diff"] > 0).astype(np.float64)
@@ -324,29 +337,51 @@ class BehaviourAblation:
         """
         # Slopes depend on the site and not on the dictionary.
         sharing = [self, *(each for each in ablations if each.split.point == self.split.point)]
-        tokens = self.placebo_tokens()
-        pairs_Rx2 = token_pairs(np.arange(len(tokens)), self.config.seed)
-        texts = [self.lm.tokenizer.decode([int(token)]) for token in tokens]
+        targets = self._readout_targets() if self.readout else self._token_targets()
+        if not targets:
+            return
         # A swapped activation is one draw of a random one: targets are ranked by what zero ablation would do.
         source = ActivationReplacement() if self.replacement.kind == "counterpart" else self.replacement
         # Mean activations are those of each dictionary's features, and so is the path.
         groups = [[each] for each in sharing] if source.kind == "mean" or self.steps else [sharing]
-        for group in groups if len(pairs_Rx2) else ():
-            # Attribution is linear in the target: that of a pair is the difference of both tokens' against a third.
+        for group in groups:
+            splits = [each.split for each in group]
+            if self.placebo_readout:
+                splits = [split.with_readout(self.placebo_readout) for split in splits]
             attributions = target_attributions(
-                [each.split for each in group],
+                splits,
                 [each.train_runs for each in group],
-                np.stack([tokens[1:], np.broadcast_to(tokens[0], len(tokens) - 1)], axis=1),
+                targets.ids_Sx2,
                 group[0].replacement if source.kind == "mean" else source,
-                self.progress.of_call(len(tokens) * len(self.train) * max(self.steps, 1)),
+                self.progress.of_call(len(targets.ids_Sx2) * len(self.train) * max(self.steps, 1)),
                 self.steps,
             )
+            longest = self.config.top * sufficiency.SIZES[-1]
             for each, attribution_SxF in zip(group, attributions, strict=True):
-                score_NxF = np.concatenate([0 * attribution_SxF[:1], attribution_SxF])
-                longest = self.config.top * sufficiency.SIZES[-1]
-                sets = [leaders(score_NxF[right] - score_NxF[wrong], longest) for right, wrong in pairs_Rx2]
-                named = zip(pairs_Rx2.tolist(), sets, strict=True)
-                each._placebos = [((texts[right], texts[wrong]), members) for (right, wrong), members in named]
+                # Attribution is linear in the target.
+                sets = (leaders(weight_S @ attribution_SxF, longest) for weight_S in targets.weight_RxS)
+                each._placebos = list(zip(targets.names, sets, strict=True))
+
+    def _readout_targets(self) -> PlaceboTargets | None:
+        """Return the user's placebo readouts; None if there are none."""
+        if not self.placebo_readout:
+            return None
+        count = len(self.placebo_readout.functions)
+        ids_Sx2 = np.stack([np.arange(count), np.zeros(count, np.int64)], axis=1)
+        return PlaceboTargets(ids_Sx2, np.eye(count), [None] * count)
+
+    def _token_targets(self) -> PlaceboTargets | None:
+        """Return pairs of likely tokens; None if no targets are wanted, or there are too few tokens."""
+        tokens = self.placebo_tokens()
+        pairs_Rx2 = token_pairs(np.arange(len(tokens)), self.config.seed)
+        if not len(pairs_Rx2):
+            return None
+        texts = [self.lm.tokenizer.decode([int(token)]) for token in tokens]
+        # A pair's attribution is the difference of both tokens' against a third.
+        ids_Sx2 = np.stack([tokens[1:], np.broadcast_to(tokens[0], len(tokens) - 1)], axis=1)
+        one_NxS = np.eye(len(tokens))[:, 1:]
+        weight_RxS = one_NxS[pairs_Rx2[:, 0]] - one_NxS[pairs_Rx2[:, 1]]
+        return PlaceboTargets(ids_Sx2, weight_RxS, [(texts[right], texts[wrong]) for right, wrong in pairs_Rx2])
 
     def placebo_tokens(self) -> np.ndarray:
         """Return likely tokens that are no answers, drawn at random; none if no targets are wanted."""
@@ -378,6 +413,8 @@ class BehaviourAblation:
 
     def keep(self, sets: Sequence[Sequence[int]]) -> np.ndarray | None:
         """Return the logit differences where some features alone are kept, as ``sufficiency.keep_features`` does."""
+        if isinstance(self.basis, SeveralSites):  # what a site of features alone holds is not what its edits leave
+            return None
         mean_F = activity.statistics(self.split, self.train_runs).mean_F.astype(np.float32)
         values_2xExP = sufficiency.keep_features(self.split, self.runs, mean_F, sets)
         self.progress.of_call(2 * len(sets) * len(self.test))(1, 1)
@@ -385,6 +422,8 @@ class BehaviourAblation:
 
     def ranks(self, edit: EditDefinition) -> EffectsTable | None:
         """Return the logits of the likeliest tokens that are no answers, without and with an edit."""
+        if self.readout:  # which is no difference of tokens
+            return None
         is_allowed_V = self.ranked_tokens()
         most = min(len(RANKS), int(is_allowed_V.sum()))
         if not most:
@@ -404,6 +443,7 @@ def measure_behaviour(
     repeats: Mapping[str, Dictionary] | None = None,
     on_progress: OnProgress = silent,
     features: Sequence[int] | None = None,
+    readouts: tuple[Readout | None, Readout | None] = (None, None),
 ) -> tuple[EffectsTable, BehaviourAblation]:
     """Measure what the verdict on a behaviour needs.
 
@@ -417,6 +457,7 @@ def measure_behaviour(
       repeats: dictionaries of other seeds, by name.
       on_progress: called with rows done and expected; may raise to stop.
       features: T of the tested dictionary, if it is not chosen by attribution.
+      readouts: what is measured in place of the logit difference, and what placebo sets are chosen for.
 
     Returns:
       The table of the behaviour, and the tested dictionary's ablation for further measurements.
@@ -428,7 +469,9 @@ def measure_behaviour(
     progress = RowProgress(
         on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features, documents)
     )
-    tested = BehaviourAblation(lm, dictionary, behaviour, prompts[behaviour], config, progress, features)
+    tested = BehaviourAblation(
+        lm, dictionary, behaviour, prompts[behaviour], config, progress, features, None, *readouts
+    )
     return measure_all(tested, prompts, text, repeats), tested
 
 
@@ -523,7 +566,11 @@ def _measure_dictionary(
     # The change is linear in the fraction, and so is its norm.
     norms = np.concatenate([np.outer(FRACTIONS, norm_ExP[0]), norm_ExP[1:]])
     tables = [ablation.table([*grid, *singles], norms, full=True)]
-    controls = _define_controls(ablation, define, dose) if dose > 0 else []
+    config, controls = ablation.config, list[EditDefinition]()
+    if dose > 0:
+        counts = config.random_sets, config.placebo_targets
+        sets = ablation.placebo_sets()
+        controls = control_edits(define, ablation.changes, ablation.pool(top), sets, dose, counts, config.seed)
     run = [edit for edit in controls if edit.group != "pool"]
     if run:
         # Without the readouts that take the logits of the whole vocabulary: they are compared on the objective.
@@ -533,34 +580,18 @@ def _measure_dictionary(
         tables.append(ranks)
     behaviours = [item for item in prompts.items() if item[0] != ablation.behaviour]
     # Together, so that few programs are compiled; but random activations are drawn from all prompts of a call.
-    for group in [[item] for item in behaviours] if ablation.config.replacement == "random" else [behaviours]:
+    for group in [[item] for item in behaviours] if config.replacement == "random" else [behaviours]:
         tests = [prompt for _, each in group for prompt in each if prompt.split == "test"]
         if tests:
-            diff_ExP = ablation.run(grid[-1:], tests)["logit_diff"][1:]
+            values = ablation.run(grid[-1:], tests)
             definitions = [prompt for item in group for prompt in define_prompts(*item) if prompt.split == "test"]
-            tables.append(EffectsTable.block(grid[-1:], definitions, dict(logit_diff=diff_ExP)))
+            edited = {name: value_ExP[1:] for name, value_ExP in values.items()}
+            tables.append(EffectsTable.block(grid[-1:], definitions, edited))
     if text:
         tables.append(_measure_text(ablation, grid[-1], text))
-    if name == TESTED and ablation.config.effects == "all":
+    if name == TESTED and config.effects == "all":
         tables.append(_measure_every(ablation))
     return tables, dose
-
-
-def _define_controls(ablation: BehaviourAblation, define: Any, dose: float) -> list[EditDefinition]:
-    """Return the random lists and placebo sets of a dictionary at the dose of T, and the pool of the lists."""
-    config, pool = ablation.config, ablation.pool(ablation.top())
-    controls = [define("pool", pool)]
-    if len(pool):
-        lists = random_lists(ablation.changes(pool), pool, dose, config.random_sets, config.seed)
-        controls += [define("random", members, index, share) for index, (members, share) in enumerate(lists)]
-    placebos = ablation.placebo_sets()
-    features = {feature for _, members in placebos for feature in members}
-    if features:
-        changes, sets = ablation.changes(sorted(features)), [members for _, members in placebos]
-        for place, (index, factor) in enumerate(scaled_sets(changes, sets, dose, config.placebo_targets)):
-            target, members = placebos[index]
-            controls.append(define("placebo", members, place, factor, target))
-    return controls
 
 
 def _measure_untrained(tested: BehaviourAblation, dose: float) -> list[EffectsTable]:
@@ -570,11 +601,16 @@ def _measure_untrained(tested: BehaviourAblation, dose: float) -> list[EffectsTa
     active = round(statistics.fires_F.sum() / max(statistics.positions, 1))
     tables, like = _measure_list(tested.with_basis(tested.basis, like=tested), "trained", 0, dose), tested
     for index in range(config.untrained_dictionaries):
-        basis = bases.untrained(tested.basis, active, config.seed + index)
+        basis = (
+            untrained_saes(tested.basis, statistics.fires_F, statistics.positions, config.seed + index)
+            if isinstance(tested.basis, SeveralSites)
+            else bases.untrained(tested.basis, active, config.seed + index)
+        )
         untrained = tested.with_basis(basis, like=like)
         # Of a transcoder they read another site: its runs and slopes are shared among them.
         like = like if untrained.split.point == like.split.point else untrained
-        tables += _measure_list(untrained, "untrained", index, dose)
+        site = basis.site if basis.site != tested.basis.site else ""
+        tables += _measure_list(untrained, "untrained", index, dose, site)
         if index < sufficiency.CONTROLS and (order := _by_attribution(untrained)):
             tables += _measure_kept(untrained, "untrained", [order], index)
     return tables
@@ -615,19 +651,21 @@ def _measure_kept(
                 for (number, step), members in sets.items()
             ],
             ablation.tests,
-            dict(logit_diff=values_ExP),
+            {ablation.split.objective: values_ExP},
         )
         for ending, values_ExP in zip(endings, values_2xExP, strict=False)
     ]
 
 
-def _measure_list(ablation: BehaviourAblation, group: str, index: int, dose: float) -> list[EffectsTable]:
+def _measure_list(
+    ablation: BehaviourAblation, group: str, index: int, dose: float, site: str = ""
+) -> list[EffectsTable]:
     """Measure the list of a basis to a dose: its directions in the order of their attribution on train prompts."""
     order = leaders(ablation.attribution_F, LONGEST)
     if not order or not dose:
         return []
     members, fraction = ablation.changes(order).beginning(order, dose)
-    edit = EditDefinition(ablation.behaviour, group, index, members, fraction)
+    edit = EditDefinition(ablation.behaviour, group, index, members, fraction, site=site)
     return [ablation.table([edit], ablation.norms([edit]))]
 
 
@@ -655,6 +693,8 @@ def root_mean_square(norm_P: np.ndarray) -> float:
 def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
     """Return a simpler basis on the behaviour of a dictionary; None where it cannot be had."""
     dictionary, lm = tested.basis, tested.lm
+    if isinstance(dictionary, SeveralSites):  # there is no such basis of several sites
+        return None
     if name not in BASES:
         return tested.with_basis(load_dictionary(name, mesh=lm.mesh))
     if name == "neurons":

@@ -9,8 +9,8 @@ from saejax.results import Interval
 from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval
 
-#: The readouts of question 1: their names, and the factor and unit in which they are printed. The last two are those
-#: of benchmarks; ``answer_margin`` is that of question 3 there.
+#: The readouts of question 1: their names, and the factor and unit in which they are printed. Those of whole
+#: answers and ``accuracy`` are of benchmarks; ``answer_margin`` is that of question 3 there.
 ABLATION_READOUTS = dict(
     logit_diff=("the logit difference", 1, "logits"),
     log_prob=("the log-probability of the correct answer", 1, "nats"),
@@ -23,6 +23,7 @@ ABLATION_READOUTS = dict(
         "nats of the final answer's margin",
     ),
     accuracy=("accuracy", 100, "points"),
+    readout=("the readout", 1, "units"),
 )
 #: What follows the name of a readout in which T was not set to zero.
 RESAMPLED = "_resampled"
@@ -36,6 +37,7 @@ NO_SHARES = (
     "Not testable: what the features take from other answers is unknown, because the logit difference is not above "
     "zero without the edit, or too few other tokens were ranked."
 )
+NO_PLACEBO_READOUTS = "Not asked: no placebo readouts were given, whose features the top ones could be compared with."
 NO_DOSE = (
     "Not testable: no list of directions, of the tested or of an untrained dictionary, changes the site as much as the "
     "top features do."
@@ -259,7 +261,9 @@ def too_few_prompts(count: int, least: int) -> str:
     return f"not testable with {count} prompts, {least} are needed" if count < least else ""
 
 
-def among_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, objective: str = "logit_diff") -> str:
+def among_sentence(
+    answer: CausalAnswer, group: str, k: int, behaviours: int, objective: str = "logit_diff", site: str = ""
+) -> str:
     """Return the sentence of questions 2 (``group`` random), 3 (placebo) and 4 (untrained).
 
     Args:
@@ -268,9 +272,12 @@ def among_sentence(answer: CausalAnswer, group: str, k: int, behaviours: int, ob
       k: number of top features.
       behaviours: number of behaviours that the correction is over.
       objective: the readout whose drop is the effect.
+      site: that the controls read, if another than the tested dictionary's.
     """
     assert answer.numbers and answer.p_value is not None
     numbers, words = answer.numbers, CONTROLS[group]
+    if site:  # of a transcoder, which reads another site than it writes to
+        words = f"untrained SAEs of the transcoder's output {site}, of random directions,"
     count, needed = int(numbers["sets"]), int(numbers["needed"])
     if answer.answer == "not testable" and count < needed:
         return f"Not testable: {count} {words} of {needed} needed; raise their number."
@@ -333,13 +340,14 @@ def fooled_sentence(count: int | None, placebo_sets: int) -> str:
     )
 
 
-def basis_sentence(answer: CausalAnswer, name: str, objective: str) -> str:
+def basis_sentence(answer: CausalAnswer, name: str, objective: str, reason: str = "") -> str:
     """Return the sentence about a simpler basis.
 
     Args:
       answer: the answer without its sentence; its effect is the features' minus the basis's.
       name: name of the basis.
       objective: the readout whose drop is the effect.
+      reason: why it is not testable, if it is not.
     """
     assert answer.numbers and answer.effect
     endings = {
@@ -347,7 +355,7 @@ def basis_sentence(answer: CausalAnswer, name: str, objective: str) -> str:
         "less": "the features have the smaller effect",
         "equivalent": "equivalent",
         "no significant difference": "no significant difference, which is not equality",
-        "not testable": "not testable with so few prompts, bootstrap resamples or directions",
+        "not testable": reason,
     }
     at = answer.effect
     return (

@@ -6,8 +6,8 @@ as another number of as many digits. A placebo target is a pair of corrupted ans
 
 1. T is also resampled: where a feature fires, its activation is drawn from those where it fires on train items.
 2. Answers are generated, or chosen among those given, and scored: without an edit, with T set to zero and resampled,
-   and under some random and placebo sets. The flexible rule judges generated answers; the share in which the strict
-   rule finds no answer, and the share cut off, are measured, too.
+   and under some random lists, placebo sets and lists of untrained dictionaries. The flexible rule judges generated
+   answers; the share in which the strict rule finds no answer, and the share cut off, are measured, too.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.ablation import (
-    MIN_FIRING,
     BehaviourAblation,
     RowProgress,
     expected_rows,
@@ -28,7 +27,7 @@ from saejax.interventions.ablation import (
     root_mean_square,
 )
 from saejax.interventions.activity import FeatureStatistics
-from saejax.interventions.controls import Changes, choose_pool, random_lists, scaled_sets
+from saejax.interventions.controls import MIN_FIRING, Changes, choose_pool, control_edits
 from saejax.interventions.edits import ZERO
 from saejax.interventions.references import Reference, References, answer_pairs, attribution_sums, attributions
 from saejax.interventions.settings import AblateConfig, StudyConfig
@@ -269,24 +268,16 @@ class BenchmarkAblation(BehaviourAblation):
         if not dose:
             return EffectsTable((), (), *np.zeros((4, 0), np.int64))
 
-        def define(
-            kind: str, members: Sequence[int] | np.ndarray, index: int = 0, fraction: float = 1.0
-        ) -> EditDefinition:
+        def define(kind: str, members: Sequence[int], index: int, fraction: float, target: Any) -> EditDefinition:
             features = tuple(map(int, members))
             return EditDefinition(self.behaviour, control_group(kind, whole.group), index, features, fraction)
 
         firing_F = references.statistics().prompts_F
         pool = choose_pool(firing_F, len(places), whole.features, MIN_FIRING, config.seed)
-        edits: list[EditDefinition] = []
-        if "random" in groups and len(pool):
-            lists = random_lists(references.changes(pool), pool, dose, config.random_sets, config.seed)
-            edits += [define("random", members, index, share) for index, (members, share) in enumerate(lists)]
-        sets = [members for _, members in self.placebo_sets()] if "placebo" in groups else []
-        if sets:
-            changes = references.changes(sorted({feature for members in sets for feature in members}))
-            scaled = scaled_sets(changes, sets, dose, config.placebo_targets)
-            edits += [define("placebo", sets[index], place, factor) for place, (index, factor) in enumerate(scaled)]
-        unmeasured = EffectsTable((define("pool", pool),), (), *np.zeros((4, 0), np.int64))
+        sets = self.placebo_sets() if "placebo" in groups else []
+        counts = config.random_sets * ("random" in groups), config.placebo_targets
+        not_run, *edits = control_edits(define, references.changes, pool, sets, dose, counts, config.seed)
+        unmeasured = EffectsTable((not_run,), (), *np.zeros((4, 0), np.int64))
         if not edits:
             return unmeasured
         on_progress = self.progress.of_call(len(edits) * len(places))
@@ -395,6 +386,8 @@ def control_group(kind: str, group: str) -> str:
     return f"{kind} of {group}"
 
 
+#: Groups of control sets under which answers are scored, some sets of each.
+SCORED = ("random", "placebo", "untrained")
 #: A condition under which answers are scored: its edit, or None for the unedited model.
 Conditions = dict[str, EditDefinition | None]
 
@@ -405,11 +398,11 @@ def scored_conditions(table: EffectsTable, name: str, sets: int) -> Conditions:
     Args:
       table: measured log-likelihoods.
       name: the benchmark.
-      sets: number of random, and of placebo sets.
+      sets: number of control sets of each group in ``SCORED``.
     """
     (top,) = table.select_whole_edits(name, "top")
     conditions: Conditions = {"clean": None, "top": top, "resample": dataclasses.replace(top, group="resample")}
-    for group in ("random", "placebo"):
+    for group in SCORED:
         conditions |= {f"{group}-{edit.index}": edit for edit in table.select_whole_edits(name, group)[:sets]}
     return conditions
 

@@ -1,8 +1,10 @@
-"""Control lists at a dose: what the top features T are compared with, each built to T's full dose and measured there.
+"""Control lists at a dose: what a tested change T is compared with, each built to T's full dose and measured there.
 
 A *list to a dose* is the shortest beginning of an ordered list of features, or of directions, whose dose is at least
-that of T, the whole then scaled down to T's dose. Nothing is interpolated. Doses of all beginnings come from the mean
-inner products of the changes that single features make (``Changes``): the change of a set is the sum of its features'.
+that of T, the whole then scaled down to T's dose (``shortest_beginning``). Nothing is interpolated. Ablation,
+benchmarks, steering, the tracker and circuits build their controls here; they differ in what a feature changes. Doses
+of all beginnings come from the mean inner products of the changes that single features make (``Changes``): the change
+of a set is the sum of its features'.
 
 - *Random lists*: features that fire, without T, in random order.
 - *Placebo sets*: the top features of two likely tokens that are no answers, scaled either way to T's dose.
@@ -10,20 +12,41 @@ inner products of the changes that single features make (``Changes``): the chang
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.interventions.table import TESTED, EffectsTable
+from saejax.interventions.table import TESTED, EditDefinition, EffectsTable
 
 LARGEST_POOL = 4096  # features of which random lists are made: their inner products take 128 MB
 LONGEST = 512  # directions of a list by attribution, at most
+MIN_FIRING = 0.05  # share of the test prompts on which a feature of a random list fires, at least
 _FACTORS = (0.5, 2.0)  # by which a placebo set may be scaled: further from what is measured it would be another set
 _TOKEN_PAIRS = 4  # placebo pairs that a token is in, at most
 _BLOCK = 256  # features of a list whose doses are computed at first
 _TOLERANCE = 0.1  # relative, within which a control has the dose of T
 _ROUNDING = 1e-6  # relative: doses are sums of many numbers
+
+
+def shortest_beginning(squares: Iterable[float], dose: float) -> tuple[int, float, float]:
+    """Return how many elements of an ordered list reach a dose, and the fraction that brings these to it.
+
+    Args:
+      squares: square of the dose of each beginning, the shortest first; read as far as it is needed.
+      dose: above 0.
+
+    Returns:
+      The number, the fraction, in (0, 1], and the dose that this gives; the whole list and 1 if it does not reach the
+      dose.
+    """
+    size, square = 0, 0.0
+    for size, square in enumerate(squares, 1):
+        if square >= (dose * (1 - _ROUNDING)) ** 2:
+            fraction = min(dose / math.sqrt(square), 1.0)
+            return size, fraction, fraction * math.sqrt(square)
+    return size, 1.0, math.sqrt(max(square, 0.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +69,21 @@ class Changes:
           dose: above 0.
 
         Returns:
-          The features and the fraction, in (0, 1]; the whole list and 1 if it does not reach the dose.
+          The features and the fraction; see ``shortest_beginning``.
         """
-        at_N, count = np.searchsorted(self.features_K, np.asarray(order, np.int64)), _BLOCK
-        while True:
+        size, fraction, _ = shortest_beginning(self._squares(order), dose)
+        return tuple(int(feature) for feature in order[:size]), fraction
+
+    def _squares(self, order: Sequence[int] | np.ndarray) -> Iterator[float]:
+        """Yield the square of the dose of each beginning of a list."""
+        at_N, done, count = np.searchsorted(self.features_K, np.asarray(order, np.int64)), 0, _BLOCK
+        while done < len(at_N):  # most lists are short, so the first ones are computed first
             some_L = at_N[:count]
             product_LxL = self.product_KxK[np.ix_(some_L, some_L)]
             # Each feature adds its own square, and twice its products with those before it.
             square_L = np.cumsum(2 * np.tril(product_LxL, -1).sum(axis=1) + np.diagonal(product_LxL))
-            reaches_L = square_L >= (dose * (1 - _ROUNDING)) ** 2
-            if reaches_L.any() or count >= len(at_N):
-                break
-            count *= 2
-        size = int(np.argmax(reaches_L)) + 1 if reaches_L.any() else len(at_N)
-        fraction = dose / np.sqrt(square_L[size - 1]) if reaches_L.any() else 1.0
-        return tuple(int(feature) for feature in order[:size]), min(float(fraction), 1.0)
+            yield from square_L[done:].tolist()
+            done, count = count, 2 * count
 
 
 def inner_products(falls: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -121,6 +144,40 @@ def scaled_sets(changes: Changes, sets: Sequence[Sequence[int]], dose: float, co
         if size > 0 and _FACTORS[0] <= dose / size <= _FACTORS[1]:
             chosen.append((index, dose / size))
     return chosen[:count]
+
+
+def control_edits(
+    define: Callable[..., EditDefinition],
+    changes_of: Callable[[Sequence[int] | np.ndarray], Changes],
+    pool: np.ndarray,
+    placebos: Sequence[tuple[tuple[str, str] | None, Sequence[int]]],
+    dose: float,
+    counts: tuple[int, int],
+    seed: int,
+) -> list[EditDefinition]:
+    """Return the random lists and placebo sets to a dose as edits, after the pool of the lists, which is not run.
+
+    Args:
+      define: group, features, index in the group, fraction and placebo target -> the edit.
+      changes_of: features -> the changes that ablating them makes.
+      pool: features to draw from; see ``choose_pool``.
+      placebos: the target, if it is two tokens, and the features of each placebo set.
+      dose: the dose, above 0.
+      counts: random lists and placebo sets, at most.
+      seed: seed of the draws.
+    """
+    edits = [define("pool", pool, 0, 1.0, None)]
+    if len(pool) and counts[0]:
+        lists = random_lists(changes_of(pool), pool, dose, counts[0], seed)
+        edits += [define("random", members, index, share, None) for index, (members, share) in enumerate(lists)]
+    sets = [members for _, members in placebos]
+    if features := sorted({feature for members in sets for feature in members}):
+        scaled = scaled_sets(changes_of(features), sets, dose, counts[1])
+        edits += [
+            define("placebo", sets[index], place, factor, placebos[index][0])
+            for place, (index, factor) in enumerate(scaled)
+        ]
+    return edits
 
 
 def token_pairs(tokens: np.ndarray, seed: int) -> np.ndarray:

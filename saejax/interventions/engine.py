@@ -24,7 +24,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries.bos import follow_bos
@@ -172,17 +171,18 @@ def run_edits(
       edits: edits of the split's dictionary.
       batch_rows: as for ``effects``.
       on_progress: as for ``effects``.
-      readouts: whether all of ``READOUTS`` are measured, which takes the logits of the whole vocabulary.
+      readouts: whether all of ``READOUTS`` are measured, which takes the logits of the whole vocabulary; not with a
+        readout of the user's.
       snap_rounding: whether changes of a logit difference that may be rounding are taken for none.
 
     Returns:
-      The logit difference and, if asked for, the other readouts, float64 ``[1 + S, P]`` each: without an edit, then
-      with each edit; equal to the last bit where the edit changes nothing.
+      The logit difference, or the user's readout, and, if asked for, the other readouts, float64 ``[1 + S, P]`` each:
+      without an edit, then with each edit; equal to the last bit where the edit changes nothing.
 
     Raises:
       UserError: a readout is not finite, or both answers of a prompt begin with the same token.
     """
-    for run in runs:
+    for run in runs if split.point.readout is None else ():
         answers_Px2 = run.answers_Bx2[: len(run.index_P)]
         for place in np.flatnonzero(answers_Px2[:, 0] == answers_Px2[:, 1])[:1]:
             raise UserError(
@@ -195,7 +195,7 @@ def run_edits(
     edited = [EditedRun(run, edits.replacement.of_run(number)) for number, run in enumerate(runs)]
     plans = [_plan(split, each, planned, clean, batch_rows) for each in edited]
     batches = [(each.run.index_P, batch) for each, plan in zip(edited, plans, strict=True) for batch in plan]
-    names = READOUTS if readouts else READOUTS[:1]
+    names = (split.objective, *READOUTS[1:]) if readouts else (split.objective,)
     # NaN marks rows that are not run, because no readout of a finite run is NaN.
     values_MxExP = np.full((len(names), len(planned), sum(len(run.index_P) for run in runs)), np.nan)
     done, total = 0, sum(batch.tokens * len(batch.shards) for _, batch in batches)
@@ -311,9 +311,8 @@ def _end_logits(
 ) -> jax.Array:
     """Return the logits of the next token after each prompt under an edit, [B, V]."""
     value_BxTxD = edit_value(rows.value_BxTxD, fall_BxTxK, W_dec_KxD, fraction_K[None, None, :])
-    x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
-    last_BxD = jnp.take_along_axis(x_BxTxD, rows.last_B[:, None, None], axis=1)[:, 0]
-    logits_BxV = decoder.unembed(point.config, params, last_BxD, point.rules)
+    last = point.ends(point.run_suffix(params, rows.stream_BxTxD, value_BxTxD), rows.last_B)
+    logits_BxV = decoder.unembed(point.config, params, last, point.rules)
     return jax.lax.with_sharding_constraint(logits_BxV, sharding(point.mesh))
 
 
@@ -354,7 +353,10 @@ def _plan(split: SplitModel, edited: EditedRun, edits: FeatureEdits, clean: int,
     count, length = prompts.prefix_PxT.shape
     first_BxF = np.asarray(first_change(split.point, split.dictionary, *edited.arrays))
     first_SxP = first_changes(first_BxF[:count], edits, domain_BxT[:count])
-    first_SxP[clean], first_SxP[clean + 1 :] = prompts.last_P, 0
+    # Logits are read at the last few positions, so rows that are run hold these.
+    latest_P = prompts.last_P - (split.point.positions - 1)
+    first_SxP = np.where(first_SxP <= prompts.last_P, np.minimum(first_SxP, latest_P), first_SxP)
+    first_SxP[clean], first_SxP[clean + 1 :] = latest_P, 0
     return batches_of(first_SxP, prompts, edits, batch_rows * length, FEATURES, document_devices(split.point.mesh))
 
 
@@ -363,8 +365,8 @@ def _start(
 ) -> Iterator[jax.Array]:
     """Start the program on every batch of one clean run; yield the readouts of each."""
     run, prompts = edited.run, edited.prompts
-    end_BxD, past = split.past(run)
-    logp_BxV = clean_logp(split.point, split.params, end_BxD) if readouts else None
+    end, past = split.past(run)
+    logp_BxV = clean_logp(split.point, split.params, end) if readouts else None
     # Only addends need it: ablation changes nothing where activations are 0 already.
     editable_BxT = None if edits.addends is None else run.domain_BxT
     features_K = None
@@ -376,11 +378,11 @@ def _start(
             fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *edited.arrays, features_K, count)
             changes = fall_BxTxK, W_dec_KxD, past, logp_BxV, editable_BxT
             clean = CleanValues(run.stream_BxTxD, run.value_BxTxD, *changes)
-        tree, end_SxR, *amounts = batch.filled(prompts, edits)
+        tree, end_SxC, *amounts = batch.filled(prompts, edits, split.point.positions)
         placed = SharedPrefixBatch(*split.by_row(*tree))
-        end_SxR, answers_SxRx2 = split.by_row(end_SxR, run.answers_Bx2[tree.prompt_SxR])
+        end_SxC, answers_SxRx2 = split.by_row(end_SxC, run.answers_Bx2[tree.prompt_SxR])
         amounts = [array if array is None else split.by_row(array)[0] for array in amounts]
-        yield run_rows(split.point, split.params, clean, placed, end_SxR, answers_SxRx2, *amounts)
+        yield run_rows(split.point, split.params, clean, placed, end_SxC, answers_SxRx2, *amounts)
 
 
 def prefetch(items: Iterable) -> Iterator:

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import follow_bos
@@ -17,12 +19,14 @@ from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
 from saejax.interventions.probing import ProbedLabel, ablation_of, correct, label_all, probe_inputs, probe_label
 from saejax.interventions.settings import BASES, AblateConfig, ProbeConfig, SteerConfig
+from saejax.interventions.several_sites import join_saes
 from saejax.interventions.split_model import SplitModel, parse_positions
 from saejax.interventions.steering import BehaviourSteering, SteeringTest, judge
 from saejax.interventions.table import EffectsTable, merge_tables
 from saejax.interventions.text import LENGTH, HeldOutText
 from saejax.interventions.verdict import verdict
 from saejax.models.language_model import LanguageModel
+from saejax.models.split import Readout
 from saejax.progress import show_progress
 from saejax.settings_from_keywords import make_config
 from saejax.short_reprs import has_short_repr
@@ -73,12 +77,15 @@ def make_prompts(
 
 def ablate(
     lm: LanguageModel,
-    dictionary: Dictionary,
+    dictionary: Dictionary | Sequence[Dictionary],
     prompts: Sequence[Prompt],
     *,
     features: Sequence[int] | None = None,
     documents: Sequence[str] = (),
     repeats: Mapping[str, Dictionary] | None = None,
+    readout: Callable[[jax.Array], jax.Array] | None = None,
+    readout_positions: int = 1,
+    placebo_readouts: Sequence[Callable[[jax.Array], jax.Array]] = (),
     **settings: Any,
 ) -> Ablation:
     """Ablate features on the prompts of one or more behaviours, with controls, and draw the verdict.
@@ -87,11 +94,22 @@ def ablate(
 
     Args:
       lm: the model that the dictionary was trained on.
-      dictionary: whose features are ablated.
+      dictionary: whose features are ablated. Of several SAEs of different sites the tested features are of all sites
+        together; they are numbered on from one SAE to the next, in the order of the sites. The dose is then the root of
+        the sum over sites of the squared changes, each relative to the size of the site's values
+        (``saejax.interventions.several_sites``); there are no simpler bases and no question 6.
       prompts: "train" prompts choose features, "test" prompts judge them.
       features: which to ablate, of one behaviour. None: the first ``top`` by attribution on the train prompts.
       documents: held-out texts, on which cross-entropy and KL divergence are measured.
       repeats: dictionaries of other seeds, by name, tested in the same way.
+      readout: what is measured in place of the logit difference: a pure JAX function of the logits of the next token
+        after B prompts, fp32 ``[B, V]``, that returns a number for each, ``[B]``. It should be large where the model
+        does what the features are asked for; its drop is the effect, and features are ranked by its slope. Prompts need
+        no answers then. Question 3 is asked where ``placebo_readouts`` are given, and compares with their top features;
+        question 6 takes 0 for nothing.
+      readout_positions: number C of last positions of each prompt whose logits the readout takes, ``[B, C, V]``; 1:
+        those at the last one, ``[B, V]``.
+      placebo_readouts: functions like ``readout`` that ask for something else, 19 or more for a single behaviour.
       **settings: fields of ``saejax.interventions.settings.AblateConfig``, such as top=10, random_sets=99 and
         replacement="mean".
 
@@ -99,16 +117,28 @@ def ablate(
       The table of effects, and the verdict on it.
 
     Raises:
-      UserError: a setting is unknown or out of range, or a split has no prompts.
+      UserError: a setting is unknown or out of range, a split has no prompts, or a readout does not return a number for
+        each prompt.
     """
     by_behaviour = _group(prompts)
-    lm = follow_bos(lm, [dictionary.config, *(each.config for each in (repeats or {}).values())])
+    readouts = _readouts(readout, readout_positions, placebo_readouts)
+    dictionaries = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
+    if not dictionaries:
+        raise UserError("there is no dictionary: give one, or SAEs of several sites")
+    lm = follow_bos(lm, [each.config for each in (*dictionaries, *(repeats or {}).values())])
     if features is not None:
         if len(by_behaviour) > 1:
             raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
         settings["top"] = len(features)
     config = make_config(AblateConfig, **settings)
     parse_positions(config.positions)
+    if readout and config.effects == "all":
+        raise UserError("effects='all' ranks features by the logit difference: leave it out with a readout")
+    tested = dictionaries[0]
+    if len(dictionaries) > 1:
+        if repeats or config.error == "drop":
+            raise UserError("SAEs of several sites go with neither repeats nor error='drop'")
+        tested = join_saes(lm, dictionaries, [prompt.text for prompt in prompts if prompt.split == "train"])
     for name in config.baselines:
         if "/" not in name:
             one_of(name, BASES, "basis, and no folder of a dictionary:")
@@ -117,7 +147,7 @@ def ablate(
     for name in by_behaviour:
         with show_progress(f"ablate {name}") as on_progress:
             table, ablation = measure_behaviour(
-                lm, dictionary, name, by_behaviour, config, text, repeats, on_progress, features
+                lm, tested, name, by_behaviour, config, text, repeats, on_progress, features, readouts
             )
         tables.append(table)
         top[name] = describe_top(table, ablation)
@@ -234,6 +264,24 @@ def probe(
             # How many probes there will be depends on the inputs and settings of each label.
             probed.append(probe_label(config, labelled, *inputs, ablation, lambda: on_progress(next(fitted), 0)))
     return correct(probed)
+
+
+def _readouts(
+    readout: Callable[[jax.Array], jax.Array] | None,
+    positions: int,
+    placebos: Sequence[Callable[[jax.Array], jax.Array]],
+) -> tuple[Readout | None, Readout | None]:
+    """Return the user's readout and placebo readouts; raise a ``UserError`` if they cannot be used."""
+    if readout is None:
+        if placebos or positions != 1:
+            raise UserError("placebo_readouts and readout_positions go with a readout: give one")
+        return None, None
+    for function in (readout, *placebos):
+        if not callable(function):
+            raise UserError(f"a readout is {function!r:.60}: expected a function of the logits")
+    if positions < 1:
+        raise UserError(f"readout_positions is {positions}: expected 1 or more")
+    return Readout((readout,), positions), Readout(tuple(placebos), positions) if placebos else None
 
 
 def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:

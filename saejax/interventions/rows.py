@@ -60,15 +60,17 @@ class RowBatch:
     features_K: np.ndarray
 
     def filled(
-        self, prompts: "Prompts", edits: FeatureEdits
+        self, prompts: "Prompts", edits: FeatureEdits, ends: int = 1
     ) -> tuple[SharedPrefixBatch, np.ndarray, np.ndarray, np.ndarray | None]:
-        """Return the tree of the rows, which of its tokens is each row's last [S, R], and their amounts [S, R, K].
+        """Return the tree of the rows, which of its tokens are each row's last ones, and their amounts [S, R, K].
+
+        The last tokens, ``ends`` of each row, stand row after row, [S, C].
 
         Padding changes nothing and stands at a real place.
         """
         s, r, n, t = len(self.shards), self.size, self.tokens, self.length
         tree = SharedPrefixBatch(*(np.zeros(shape, np.int32) for shape in ((s, r), (s, r), (s, r, t), (s, n), (s, n))))
-        end_SxR = np.zeros((s, r), np.int32)
+        end_SxRxC = np.zeros((s, r, ends), np.int32)
         fraction_SxRxK = np.zeros((s, r, len(self.features_K)), np.float32)
         addend_SxRxK = None if edits.addends is None else np.zeros_like(fraction_SxRxK)
         for shard, rows in enumerate(self.shards):
@@ -80,11 +82,12 @@ class RowBatch:
             token_ExT[real_ExT] = token_M
             row_M, column_M = np.nonzero(real_ExT)
             tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_U], column_M[at_U]
-            end_SxR[shard, filled_rows] = token_ExT[np.arange(len(rows.set_N)), real_ExT.sum(axis=1) - 1]
+            column_ExC = real_ExT.sum(axis=1)[:, None] - np.arange(ends, 0, -1)
+            end_SxRxC[shard, filled_rows] = np.take_along_axis(token_ExT, column_ExC, axis=1)
             fraction_SxRxK[shard, filled_rows], addend_ExK = edits.over(rows.set_N, self.features_K)
             if addend_SxRxK is not None:
                 addend_SxRxK[shard, filled_rows] = addend_ExK
-        return tree, end_SxR, fraction_SxRxK, addend_SxRxK
+        return tree, end_SxRxC.reshape(s, -1), fraction_SxRxK, addend_SxRxK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +98,12 @@ class Prompts:
     prefix_PxT: np.ndarray  #: a number for each text from the first token to this one, as far as changes depend on it
 
     def keys(self, rows: SetRows, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a number for each token of each row, equal where tokens are shared; where rows have any, [N, T]."""
+        """Return a number for each token of each row, equal where tokens are shared; where rows have any, [N, T].
+
+        The prompts "A B C" and "A B D" have the prefixes 0 0 0 and 0 0 1. An edit that changes them from the second
+        token on makes two rows of two tokens, B C and B D. Edit, first token, position and prefix of both B are the
+        same, and so is their number: three tokens are run.
+        """
         position_NxT = rows.first_N[:, None] + np.arange(length)[None, :]
         real_NxT = position_NxT <= self.last_P[rows.place_N][:, None]
         width = self.prefix_PxT.shape[1]
@@ -325,19 +333,19 @@ def run_rows(
     params: decoder.Params,
     clean: CleanValues,
     tree: SharedPrefixBatch,
-    end_SxR: jax.Array,
+    end_SxC: jax.Array,
     answers_SxRx2: jax.Array,
     fraction_SxRxK: jax.Array,
     addend_SxRxK: jax.Array | None,
 ) -> jax.Array:
-    """Return the rows' readouts [S, R, M]: the logit difference and, given clean log-probabilities, all others.
+    """Return the rows' readouts [S, R, M]: the objective and, given clean log-probabilities, all others.
 
     Args:
       point: where the model is split (static).
       params: parameters of the decoder.
       clean: the values that rows are built from.
       tree: the tokens that the rows consist of.
-      end_SxR: index among its shard's tokens of each row's last one.
+      end_SxC: index among its shard's tokens of each row's last one, or of its last ones, row after row.
       answers_SxRx2: token ids of the correct and the wrong answer.
       fraction_SxRxK: share of each feature's fall that each row applies; 0 for features that its edit does not name.
       addend_SxRxK: what is added to each activation; None: nothing.
@@ -351,9 +359,10 @@ def run_rows(
     edited_SxNxD = edit_value(value_SxNxD, fall_SxNxK, clean.W_dec_KxD, tree.per_token(fraction_SxRxK), addend_SxNxK)
     by_shard = row_sharding(point.mesh, edited_SxNxD.shape)
     stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
-    x_SxNxD = point.run_shared_suffix(params, clean.past, tree, stream_SxNxD, edited_SxNxD)
+    x = point.run_shared_suffix(params, clean.past, tree, stream_SxNxD, edited_SxNxD)
     # Last tokens are picked before the unembedding, the logits of all others are not needed.
-    x_XxD = jnp.take_along_axis(x_SxNxD, end_SxR[..., None], axis=1).reshape(-1, x_SxNxD.shape[-1])
+    last = jnp.take_along_axis(x, end_SxC[..., None], axis=1).reshape(-1, point.positions, x.shape[-1])
+    last = last if point.positions > 1 else last[:, 0]
     logp_XxV = None if clean.logp_BxV is None else clean.logp_BxV[tree.prompt_SxR.reshape(-1)]
-    values_XxM = point.readouts(params, x_XxD, answers_SxRx2.reshape(-1, 2), logp_XxV)
-    return jax.lax.with_sharding_constraint(values_XxM.reshape(*end_SxR.shape, -1), sharding(point.mesh))
+    values_XxM = point.readouts(params, last, answers_SxRx2.reshape(-1, 2), logp_XxV)
+    return jax.lax.with_sharding_constraint(values_XxM.reshape(*tree.prompt_SxR.shape, -1), sharding(point.mesh))

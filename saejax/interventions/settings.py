@@ -201,7 +201,10 @@ class StudyConfig(Config):
         32, "train items that rank features, for the answers and for placebo targets alike; 0: all", low=0
     )
     scored_sets: int = setting(
-        19, "random sets, and as many placebo sets, under which answers are generated or chosen and scored, too", low=0
+        19,
+        "random lists, placebo sets and untrained dictionaries, each so many, under which answers are generated or "
+        "chosen and scored, too",
+        low=0,
     )
     untrained_dictionaries: int = setting(
         39, "untrained dictionaries to compare with, to see whether training mattered; 0: it is not asked", low=0

@@ -298,9 +298,9 @@ def attribute_slopes(
 @functools.partial(jax.jit, static_argnums=0)
 def _answer_slope(point: SplitPoint, params: decoder.Params, rows: SiteRows) -> jax.Array:
     def total(value_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
+        x = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
         # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
+        return point.logit_difference(params, x, rows.last_B, rows.answers_Bx2).sum()
 
     return jax.lax.with_sharding_constraint(jax.grad(total)(rows.value_BxTxD), sharding(point.mesh))
 
@@ -364,18 +364,17 @@ def score_targets(
     first = rows_of[0]
 
     def end(value_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = point.run_suffix(params, first.stream_BxTxD, value_BxTxD)
-        return jnp.take_along_axis(x_BxTxD, first.last_B[:, None, None], axis=1)[:, 0]
+        return point.ends(point.run_suffix(params, first.stream_BxTxD, value_BxTxD), first.last_B)
 
     # One forward pass for all targets; only the pullback is mapped over them.
-    last_BxD, pullback = jax.vjp(end, first.value_BxTxD)
+    last_Bx, pullback = jax.vjp(end, first.value_BxTxD)
 
-    def difference(last_BxD: jax.Array, target_Bx2: jax.Array) -> jax.Array:
+    def difference(last_Bx: jax.Array, target_Bx2: jax.Array) -> jax.Array:
         # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        return point.readouts(params, last_BxD, target_Bx2)[:, 0].sum()
+        return point.readouts(params, last_Bx, target_Bx2)[:, 0].sum()
 
-    end_slope_CxBxD = jax.vmap(jax.grad(difference), in_axes=(None, 0))(last_BxD, targets_CxBx2)
-    slope_CxBxTxD = jax.vmap(lambda cotangent_BxD: pullback(cotangent_BxD)[0])(end_slope_CxBxD)
+    end_slope_CxBx = jax.vmap(jax.grad(difference), in_axes=(None, 0))(last_Bx, targets_CxBx2)
+    slope_CxBxTxD = jax.vmap(lambda cotangent_Bx: pullback(cotangent_Bx)[0])(end_slope_CxBx)
 
     def score(dictionary: Dictionary, rows: SiteRows, source_arrays: tuple[jax.Array, ...]) -> jax.Array:
         removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)

@@ -1,11 +1,12 @@
 """A language model split at a dictionary's site, and clean runs of prompts up to it."""
 
+import copy
 import dataclasses
 import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary, rescale
 from saejax.errors import UserError, one_of
+from saejax.interventions.several_sites import SeveralSites
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.models.split import PrefixKV, SplitPoint
+from saejax.models.split import PrefixKV, Readout, SplitPoint
 from saejax.parallel.mesh import by_row, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
@@ -61,9 +63,11 @@ class SplitModel:
     """A language model split at the site that a dictionary's features write to.
 
     Args:
-      dictionary: an SAE, a transcoder, or another basis of directions (``saejax.interventions.bases``).
+      dictionary: an SAE, a transcoder, SAEs of several sites, or another basis of directions
+        (``saejax.interventions.bases``).
       positions: the editable positions; see ``editable_positions``.
       error: "keep", or "drop": the clean run, too, goes through the dictionary, without the reconstruction error.
+      readout: what is measured in place of the logit difference, if it is not that.
 
     Attributes:
       point: where the model is split (static).
@@ -74,28 +78,50 @@ class SplitModel:
       UserError: the dictionary belongs to another model, or its sites do not exist there.
     """
 
-    def __init__(self, model: LanguageModel, dictionary: Dictionary, positions: str = "all", error: str = "keep"):
+    def __init__(
+        self,
+        model: LanguageModel,
+        dictionary: Dictionary,
+        positions: str = "all",
+        error: str = "keep",
+        readout: Readout | None = None,
+    ):
         one_of(error, ("keep", "drop"), "error")
         parse_positions(positions)
-        reads = Site.parse(dictionary.site).check(model.config)
+        parts = dictionary.saes if isinstance(dictionary, SeveralSites) else [dictionary]
+        for part in parts:
+            site = Site.parse(part.site).check(model.config)
+            width = site.width(model.config)
+            if part.config.d_in != width:
+                raise UserError(f"the dictionary reads {part.config.d_in} dimensions, but {site} has {width}")
+            part.config.check_model(model.source.name, model.source.fingerprint)
+        reads = Site.parse(dictionary.site)
         writes = Site.parse(dictionary.config.target or dictionary.site).check(model.config)
         if writes != reads and (writes.layer != reads.layer or writes.kind in ("resid_pre", "resid_post")):
             raise UserError(
                 f"the dictionary is a transcoder from {reads} to {writes}: expected one to attn_out, resid_mid, mlp_in "
                 "or mlp_out of the layer that it reads"
             )
-        width = reads.width(model.config)
-        if dictionary.config.d_in != width:
-            raise UserError(f"the dictionary reads {dictionary.config.d_in} dimensions, but {reads} has {width}")
-        dictionary.config.check_model(model.source.name, model.source.fingerprint)
         # Dictionaries without a rule for attention sinks take the model's.
         dictionary = dictionary.with_sink_norms(model.sink_norm)
         # Changes at the site are computed as activations times decoder rows.
         dictionary = rescale.to_output_units(dictionary)
-        self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules)
+        later = dictionary.later_sites if isinstance(dictionary, SeveralSites) else ()
+        self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules, readout, later)
         self.params = model.params
         self.dictionary = dictionary.on_mesh(model.mesh)
         self._model, self._positions, self.error = model, positions, error
+
+    @property
+    def objective(self) -> str:
+        """The readout whose drop is an effect: ``logit_diff``, or ``readout`` if it is the user's."""
+        return "readout" if self.point.readout else "logit_diff"
+
+    def with_readout(self, readout: Readout) -> Self:
+        """Return the model with another readout; clean runs are those of this one."""
+        split = copy.copy(self)
+        split.point = dataclasses.replace(self.point, readout=readout)
+        return split
 
     def run(self, prompts: Sequence[Prompt], counterparts: bool = False) -> list[CleanRun]:
         """Run prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
@@ -105,14 +131,22 @@ class SplitModel:
           counterparts: whether their counterparts are run, too.
 
         Raises:
-          UserError: a prompt is too long, an answer has no token of its own, or the site's value is not finite; or a
-            counterpart is asked for that does not exist, or has another number of tokens.
+          UserError: a prompt is too long, or too short for the readout; an answer has no token of its own; the site's
+            value is not finite; or a counterpart is asked for that does not exist, or has another number of tokens.
         """
         if counterparts:
             pairs = zip(self.run(prompts), self.run(self._swap_sides(prompts)), strict=True)
             return [dataclasses.replace(run, counterpart=counterpart) for run, counterpart in pairs]
         tokens = self._model.tokenize([prompt.text for prompt in prompts])
-        answers_Nx2 = first_answer_ids(self._model.tokenizer, prompts)
+        for place in np.flatnonzero(tokens.lengths_B < self.point.positions)[:1]:
+            raise UserError(
+                f"the readout takes the logits at {self.point.positions} positions, and the prompt "
+                f"{prompts[place].text!r} has {tokens.lengths_B[place]} tokens: give longer prompts"
+            )
+        answers_Nx2 = np.zeros((len(prompts), 2), np.int32)
+        # Of a readout of the user's, prompts may be without answers.
+        if not self.point.readout or any(prompt.correct or prompt.wrong for prompt in prompts):
+            answers_Nx2 = first_answer_ids(self._model.tokenizer, prompts)
         runs = []
         for index_P, rows_B, length in groups_by_length(tokens.lengths_B, prompts_at_once, GROUP_TOKENS):
             ids_BxT, last_B = fit_ids(tokens.ids_BxT[rows_B], length), tokens.last_B[rows_B]
@@ -333,9 +367,9 @@ def record(
     point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array, last_B: jax.Array
 ) -> tuple[jax.Array, PrefixKV]:
     """Return what ``SplitModel.past`` does, of arrays as ``CleanRun`` has them."""
-    x_BxTxD, past = point.run_suffix_with_kv(params, stream_BxTxD, value_BxTxD)
-    last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
-    return jax.lax.with_sharding_constraint((last_BxD, past), sharding(point.mesh))
+    x, past = point.run_suffix_with_kv(params, stream_BxTxD, value_BxTxD)
+    last = jnp.take_along_axis(x, last_B[:, None, None], axis=1)[:, 0]
+    return jax.lax.with_sharding_constraint((last, past), sharding(point.mesh))
 
 
 def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callable) -> Any:

@@ -13,8 +13,9 @@ position. Steering from answer c to answer w uses one of
 Train prompts also choose the strength of each method, among those that raise the cross-entropy of held-out text little.
 Test prompts judge it. Controls are added at the same norm, so that doses are equal:
 
-- *random features*: disjoint sets of as many features, drawn from those that fire on at least 5 % of the test prompts,
-  without the top ones, each added in proportion to its mean activation on the texts;
+- *random features*: lists to the dose (``saejax.interventions.controls``) of features that fire on at least 5 % of the
+  test prompts, without the top ones; each is added by as large a multiple of its mean activation on the texts as the
+  method adds of the top features' mean change, or clamps them to;
 - *random directions*: differences of means after the answers were shuffled among the texts. They lie where values of
   these texts differ, and are harder to beat than directions that no value ever takes.
 
@@ -31,8 +32,9 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import activity, bases
-from saejax.interventions.ablation import MIN_FIRING, root_mean_square, spread_over_templates
+from saejax.interventions.ablation import root_mean_square, spread_over_templates
 from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_interval
+from saejax.interventions.controls import MIN_FIRING, Changes, choose_pool, inner_products, random_lists
 from saejax.interventions.edits import FeatureEdits, add, mask
 from saejax.interventions.engine import change_norms, run_edits
 from saejax.interventions.settings import SteerConfig
@@ -44,7 +46,6 @@ from saejax.parallel.collectives import to_host
 from saejax.progress import OnProgress, silent
 from saejax.results import Interval
 from saejax.statistics import bootstrap
-from saejax.statistics.partition import disjoint_sets
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
@@ -57,7 +58,7 @@ MIN_PROMPTS = 5  # prompts of a split; fewer are not steered
 TEXT_SWAPS = 4  # answer pairs whose changes are tried on held-out text
 # Nats per token: a larger rise means that text of any kind has become hard to predict, not that an answer was turned.
 MAX_CE_RISE = 1.0
-CONTROLS = dict(add="random sets of features", clamp="random sets of features", mean_difference="random directions")
+CONTROLS = dict(add="random lists of features", clamp="random lists of features", mean_difference="random directions")
 
 
 class AnswerSwap(NamedTuple):
@@ -156,23 +157,27 @@ def vector_edits(dictionary: Dictionary, vectors: Sequence[np.ndarray]) -> Featu
 
 
 def random_feature_vectors(
-    texts: AnswerTexts, share_F: np.ndarray, top: Sequence[int], count: int, seed: int
+    texts: AnswerTexts, pool: np.ndarray, multiple: float, norm: float, count: int, seed: int
 ) -> list[np.ndarray]:
-    """Return vectors of norm 1 that add disjoint random sets of as many features as the top ones.
+    """Return vectors of one norm that add random lists of features; none if the whole pool does not reach the norm.
 
     Args:
-      texts: their mean activations weight the features of a set.
-      share_F: share of the test prompts on which each feature fires; those of the pool fire on at least 5 %.
-      top: the top features, which are left out; at least one.
-      count: maximum number of sets.
-      seed: seed of the draw.
+      texts: their mean activations say by how much each feature is added.
+      pool: the features that lists are made of, rising.
+      multiple: of the mean activation.
+      norm: norm of each vector, above 0.
+      count: number of lists.
+      seed: seed of the draws.
     """
-    pool = np.setdiff1d(np.flatnonzero(share_F >= MIN_FIRING), np.asarray(top, np.int64))
-    mean_F = texts.f_NxF.mean(axis=0, dtype=np.float64)
-    # A feature that fires on no text at the last position still gets a share.
-    mean_F = np.maximum(mean_F, max(float(mean_F[pool].max(initial=0.0)) * 1e-3, 1e-6))
-    sets = disjoint_sets(pool, len(top), count, seed)
-    return [_unit(mean_F[members] @ texts.W_dec_FxD[members]) for members in sets]
+    amount_F = multiple * texts.f_NxF.mean(axis=0, dtype=np.float64)
+    pool = pool[amount_F[pool] > 0]  # others would add nothing
+    if not len(pool):
+        return []
+    amount_K = amount_F[pool]
+    W_dec_KxD = texts.W_dec_FxD[pool].astype(np.float64)
+    changes = Changes(pool, inner_products([amount_K[None]], [W_dec_KxD]))
+    lists = [(np.searchsorted(pool, some), share) for some, share in random_lists(changes, pool, norm, count, seed)]
+    return [share * amount_K[at_N] @ W_dec_KxD[at_N] for at_N, share in lists]
 
 
 def random_directions(texts: AnswerTexts, swap: AnswerSwap, count: int, seed: int) -> list[np.ndarray]:
@@ -224,7 +229,7 @@ class SteeringMethod:
 
     points: tuple[SteeringPoint, ...]  #: measurements by rising strength
     chosen: int  #: the strength that was chosen on train prompts, counted from 0
-    control: str  #: what it is compared with at equal dose: random sets of features, or random directions
+    control: str  #: what it is compared with at equal dose: random lists of features, or random directions
     controls: tuple[float, ...]  #: drop of each control change, logits, mean over prompts
     control_turned: float | None  #: mean share of prompts that the controls turn; None without any
     answer: CausalAnswer  #: does it steer more than the controls at equal dose?
@@ -399,7 +404,7 @@ class SteeringTest:
         allowed_S = np.array([not p.ce_rise or p.ce_rise.mean <= MAX_CE_RISE for p in points])
         # On train prompts, or the best of several strengths would look better than it is.
         chosen = choose_strength(self._steer(self._train, self._train_groups, edits)[0], allowed_S)
-        control_NxP, _ = self._steer_controls(method, points[chosen].dose)
+        control_NxP, _ = self._steer_controls(method, points[chosen].strength, points[chosen].dose)
         drop_N, effect = (clean_P - control_NxP).mean(axis=1), points[chosen].drop
         p_value = rank_p(effect.mean, drop_N) if len(drop_N) else None
         return SteeringMethod(
@@ -411,37 +416,45 @@ class SteeringTest:
             answer=CausalAnswer("not tested", "Not tested: the run has not ended.", effect, p_value),
         )
 
-    def _steer_controls(self, method: str, dose: float) -> tuple[np.ndarray, np.ndarray]:
-        """Run the controls of a method, scaled so that their dose is the method's; see ``_steer``."""
-        assert self._texts
-        texts, config = self._texts, self._config
+    def _steer_controls(self, method: str, strength: float, dose: float) -> tuple[np.ndarray, np.ndarray]:
+        """Run the controls of a method at a strength, at the dose that it has; see ``_steer``."""
         # The method changes nothing in prompts of a swap without top features, and neither do its controls.
-        drawn: dict[AnswerSwap, list[np.ndarray]] = {}
-        for swap in self._groups:
-            if CONTROLS[method] == "random directions":
-                drawn[swap] = random_directions(texts, swap, config.random_sets, config.seed)
-            elif top := self._tops[swap]:
-                drawn[swap] = random_feature_vectors(texts, self._firing_share_F, top, config.random_sets, config.seed)
-        # As many for each swap, since a control is one change on all prompts.
-        count = min(map(len, drawn.values()), default=0)
-        if not count:
+        swaps = [swap for swap in self._groups if CONTROLS[method] == "random directions" or self._tops[swap]]
+        if not swaps or not dose:
             return np.zeros((0, len(self._test))), np.zeros((0, len(self._test)))
-
+        assert self._texts
         dictionary = self._split.dictionary
         # A vector of norm 1 has the dose sqrt(n) on a prompt with n positions that may change.
-        unit = vector_edits(dictionary, [np.eye(1, texts.value_NxD.shape[1])[0]])
-        edits = dict.fromkeys(self._groups, self._nothing) | dict.fromkeys(drawn, unit)
+        unit = vector_edits(dictionary, [np.eye(1, self._texts.value_NxD.shape[1])[0]])
+        edits = dict.fromkeys(self._groups, self._nothing) | dict.fromkeys(swaps, unit)
         _, (unit_norm_P,) = self._steer(self._test, self._groups, edits)
         norm = dose / max(root_mean_square(unit_norm_P), 1e-6)
+        drawn = {swap: self._draw_controls(method, strength, swap, norm) for swap in swaps}
+        # As many for each swap, since a control is one change on all prompts.
+        count = min(map(len, drawn.values()))
+        if not count:
+            return np.zeros((0, len(self._test))), np.zeros((0, len(self._test)))
         edits = dict.fromkeys(self._groups, mask(dictionary, [[]] * count))
-        for swap, vectors in drawn.items():
-            edits[swap] = vector_edits(dictionary, [norm * vector_D for vector_D in vectors[:count]])
+        edits |= {swap: vector_edits(dictionary, vectors[:count]) for swap, vectors in drawn.items()}
         return self._steer(self._test, self._groups, edits)
 
+    def _draw_controls(self, method: str, strength: float, swap: AnswerSwap, norm: float) -> list[np.ndarray]:
+        """Return the vectors that the controls of a method add in prompts of a swap, all of one norm."""
+        assert self._texts
+        texts, count, seed = self._texts, self._config.random_sets, self._config.seed
+        if CONTROLS[method] == "random directions":
+            return [norm * vector_D for vector_D in random_directions(texts, swap, count, seed)]
+        top, multiple = self._tops[swap], strength
+        if method == "add":
+            change_D = texts.mean_difference(texts.f_NxF[:, top], swap) @ texts.W_dec_FxD[top]
+            multiple = strength * texts.norm / max(float(np.linalg.norm(change_D)), 1e-12)
+        pool = choose_pool(self._firing_F, len(self._test), top, MIN_FIRING, seed)
+        return random_feature_vectors(texts, pool, multiple, norm, count, seed)
+
     @functools.cached_property
-    def _firing_share_F(self) -> np.ndarray:
-        """Return the share of the test prompts on which each feature fires."""
-        return activity.statistics(self._split, self._split.run(self._test)).prompts_F / len(self._test)
+    def _firing_F(self) -> np.ndarray:
+        """Return the number of test prompts on which each feature fires."""
+        return activity.statistics(self._split, self._split.run(self._test)).prompts_F
 
     def _text_rises(self, method: str, edits: Mapping[AnswerSwap, FeatureEdits]) -> list[Interval] | None:
         """Return the rise of cross-entropy at each strength, mean over the most frequent swaps; None without text."""

@@ -79,8 +79,7 @@ def _run_kept(
 
     def measure(value_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD.astype(rows.value_BxTxD.dtype))
-        last_BxD = jnp.take_along_axis(x_BxTxD, rows.last_B[:, None, None], axis=1)[:, 0]
-        return point.readouts(params, last_BxD, rows.answers_Bx2)[:, 0]
+        return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2)
 
     def keep(chosen: tuple[jax.Array, jax.Array]) -> jax.Array:
         members_K, weight_K = chosen

@@ -55,13 +55,14 @@ BASIS = "basis:"
 #: the solution up to it, minus that of a corrupted answer of the same form, nats; ``accuracy``, 1 where the model's
 #: answer is right, ``strict``, 1 where it is right by the strict rule, ``formatted``, 1 where that rule finds an answer
 #: at all, and ``cut``, 1 where the generated answer was cut off. ``rank_1`` to ``rank_20``: the logit of the token that
-#: is so many-th without an edit, answers left out.
+#: is so many-th without an edit, answers left out. ``readout``: a readout of the user's.
 RANKS = tuple(f"rank_{rank}" for rank in range(1, 21))
 READOUTS = (
     *("logit_diff", "log_prob", "top1", "two_way", "kl", "ce", "change_norm"),
     *("answer_log_prob", "accuracy", "strict", "formatted", "cut"),
     *RANKS,
     "answer_margin",
+    "readout",
 )
 #: The behaviour of held-out documents.
 TEXT = "text"
@@ -84,6 +85,7 @@ class EditDefinition:
     #: dictionary of its features: ``TESTED``, or the name of a dictionary of another seed.
     dictionary: str = TESTED
     target: tuple[str, str] | None = None  #: the two placebo tokens (right, wrong), as text; None for other groups
+    site: str = ""  #: that its features read; "" where it is the tested dictionary's, or a simpler basis's
 
     @property
     def id(self) -> str:
@@ -204,11 +206,13 @@ class EffectsTable:
         return np.sqrt(np.mean(np.square(self.values(edits, prompts, "change_norm")), axis=1))
 
     def objective(self, behaviour: str) -> str:
-        """Return the readout whose drop is the effect: of benchmarks ``answer_log_prob``, otherwise ``logit_diff``."""
+        """Return the readout whose drop is the effect: the logit difference, a benchmark's, or the user's."""
         prompts = self.select_prompts(behaviour)
         # Items of benchmarks have answers of several tokens, and no wrong answer to compare the right one with.
-        is_benchmark = bool(prompts) and bool(np.isfinite(self.clean_values(prompts, "answer_log_prob")).all())
-        return "answer_log_prob" if is_benchmark else "logit_diff"
+        for name in ("answer_log_prob", "readout"):
+            if prompts and np.isfinite(self.clean_values(prompts, name)).all():
+                return name
+        return "logit_diff"
 
     def has_row_twice(self) -> bool:
         """Return whether an edit, prompt and readout have several values."""

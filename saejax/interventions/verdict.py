@@ -178,6 +178,8 @@ class MeasuredBehaviour:
         """The readouts of question 1 (``answers.ABLATION_READOUTS``), the objective first."""
         if self.objective == "logit_diff":
             return ["logit_diff", "log_prob", "two_way", "top1"]
+        if self.objective == "readout":
+            return ["readout"]
         readouts = ["answer_log_prob", "accuracy"]
         return readouts + [name + wording.RESAMPLED for name in readouts if self.edits("resample")]
 
@@ -343,7 +345,7 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
         if len(controls) < needed or numbers.get("pool", np.inf) < config.least_lists * numbers["features"]:
             answer = "not testable"
         answered = CausalAnswer(answer, "", effect, p_value, p_holm, numbers, parts or None)
-        sentence = wording.among_sentence(answered, group, measured.k, behaviours, measured.objective)
+        sentence = wording.among_sentence(answered, group, measured.k, behaviours, measured.objective, controls[0].site)
         return dataclasses.replace(answered, sentence=sentence)
 
     return _Test(p_value, conclude)
@@ -354,6 +356,8 @@ def _without_controls(measured: MeasuredBehaviour, group: str) -> _Test:
     pool = measured.edits("pool")
     if group == "untrained" and measured.edits(group):
         return _Test(None, lambda _: CausalAnswer("not testable", wording.NO_DOSE))
+    if group == "placebo" and measured.objective == "readout":
+        return _Test(None, lambda _: CausalAnswer("not tested", wording.NO_PLACEBO_READOUTS))
     if group != "random" or not pool:
         return _not_tested(f"no {wording.CONTROLS[group]} were measured")
     sentence = (
@@ -450,8 +454,12 @@ def _test_basis(measured: MeasuredBehaviour, edit: EditDefinition, config: Verdi
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         is_significant = p_holm is not None and p_holm <= config.level
+        reason = wording.too_few_prompts(len(basis_P), config.least_prompts)
         # All directions together may change the site less than the features do: then there is nothing to compare.
-        if len(basis_P) < config.least_prompts or numbers["dose"] < 0.99:
+        if not reason and numbers["dose"] < 0.99:
+            share = f"{100 * numbers['dose']:.0f} %"
+            reason = f"not testable, because its {len(edit.features)} directions change the site by {share} of the dose"
+        if reason:
             answer = "not testable"
         elif is_significant and difference.low > 0:
             answer = "more"
@@ -462,7 +470,7 @@ def _test_basis(measured: MeasuredBehaviour, edit: EditDefinition, config: Verdi
         else:
             answer = "no significant difference"
         answered = CausalAnswer(answer, "", difference, p_value, p_holm, numbers)
-        sentence = wording.basis_sentence(answered, edit.group.removeprefix(BASIS), measured.objective)
+        sentence = wording.basis_sentence(answered, edit.group.removeprefix(BASIS), measured.objective, reason)
         return dataclasses.replace(answered, sentence=sentence)
 
     return _Test(p_value, conclude)
@@ -475,13 +483,17 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
     at_chance = []
     for behaviour in (name for name in table.behaviours if name != measured.behaviour):
         prompts = table.select_prompts(behaviour)
-        clean_P = table.clean_values(prompts, "logit_diff")
+        clean_P = table.clean_values(prompts, measured.objective)
         # What the model does not do cannot be spared: its logit differences are noise.
-        if len(prompts) >= config.least_prompts and wilson(clean_P > 0).low <= 0.5:
+        if (
+            measured.objective == "logit_diff"
+            and len(prompts) >= config.least_prompts
+            and wilson(clean_P > 0).low <= 0.5
+        ):
             at_chance.append(behaviour)
             continue
         # Of each prompt by itself: changes of different signs would cancel in the mean.
-        change_P = np.abs(table.drops(top, prompts, "logit_diff")[0])
+        change_P = np.abs(table.drops(top, prompts, measured.objective)[0])
         margin = config.max_other_change * float(np.abs(clean_P).mean())
         changes[behaviour] = (change_P, [prompt.template for prompt in prompts], margin)
     documents = table.select_prompts(TEXT)
@@ -521,7 +533,7 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
 def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
     """Return question 6: what is left of the logit difference where so many features alone are kept."""
     table, prompts = measured.table, measured.prompts
-    clean_P = table.clean_values(prompts, "logit_diff")
+    clean_P = table.clean_values(prompts, measured.objective)
     clean_R = measured.weight_RxP @ clean_P
     is_above_R = clean_R > 0
     # Controls are those of the tested dictionary. Of a difference that may be zero there is no share.
@@ -532,7 +544,7 @@ def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
         """Return the logit differences of each prompt by the number of kept features."""
         by_size: dict[int, list[np.ndarray]] = {}
         edits = measured.edits(KEPT + group)
-        for edit, value_P in zip(edits, table.values(edits, prompts, "logit_diff"), strict=True):
+        for edit, value_P in zip(edits, table.values(edits, prompts, measured.objective), strict=True):
             by_size.setdefault(len(edit.features), []).append(value_P)
         return by_size
 

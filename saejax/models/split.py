@@ -11,6 +11,7 @@ for.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from saejax.errors import UserError
 from saejax.models import decoder, torch_bridge
 from saejax.models.attention import QKV, Attend, AttentionSpec, Layer, TablesByLayer, tables_by_layer
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
@@ -110,6 +112,25 @@ class SharedPrefixBatch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Readout:
+    """A user's readouts: pure functions of logits, measured in place of the logit difference.
+
+    Each maps the logits of the next token after B prompts, fp32 [B, V], to a number for each prompt, [B]; with several
+    positions, the logits at the last C tokens, [B, C, V].
+    """
+
+    functions: tuple[Callable[[jax.Array], jax.Array], ...]  #: of several, each prompt says which one is read
+    positions: int = 1  #: C
+
+
+class LaterSite(NamedTuple):
+    """A site after the one at which a decoder is split, whose value edits change, too."""
+
+    site: Site
+    scale: float  #: the factor by which a change is multiplied before it is added there
+
+
+@dataclasses.dataclass(frozen=True)
 class SplitPoint:
     """The site at which a decoder is split, and its settings. Hashable: it can be a static argument of ``jax.jit``."""
 
@@ -118,6 +139,14 @@ class SplitPoint:
     reads: Site  #: the site that the dictionary reads: the same one, or one before it
     mesh: Mesh  #: the devices
     rules: RunRules = GRADIENT  #: rules of differentiation
+    readout: Readout | None = None  #: what is measured in place of the logit difference; None: the difference itself
+    #: sites after it, which edits change, too: the value is then that of the site, followed by a change of each of them
+    later: tuple[LaterSite, ...] = ()
+
+    @property
+    def positions(self) -> int:
+        """The number of last positions at which logits are read."""
+        return self.readout.positions if self.readout else 1
 
     @property
     def in_stream(self) -> bool:
@@ -129,15 +158,21 @@ class SplitPoint:
         """Return the suffix's first layer."""
         return self.site.layer + (self.site.kind == "resid_post")
 
+    @property
+    def _ends(self) -> list[int]:
+        """Return where the parts of the value but the last end."""
+        widths = [site.width(self.config) for site in (self.site, *(later.site for later in self.later))]
+        return [sum(widths[:count]) for count in range(1, len(widths))]
+
     def run_prefix(self, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Run the prompts, token ids ``ids``, up to the site.
 
         Returns:
           The stream entering the suffix's first layer, the site's value, and what the dictionary reads, all [B, T, D];
-          the same array where they are the same site.
+          the same array where they are the same site. Of several sites D is the width of all.
         """
         x_BxTxD = decoder.embed(self.config, params, ids_BxT)
-        if self.in_stream and self.reads == self.site:
+        if self.in_stream and self.reads == self.site and not self.later:
             x_BxTxD = run_layers(self.config, params, x_BxTxD, 0, self._start, rules=self.rules).x
             return x_BxTxD, x_BxTxD, x_BxTxD
         seen: dict[Site, jax.Array] = {}
@@ -148,11 +183,15 @@ class SplitPoint:
             assert isinstance(layer, int)
             return seen.setdefault(Site(kind, layer), value_BxTxD)
 
-        hooks = look, {self.reads.layer, self.site.layer}
-        stop = self.site.layer + 1
+        sites = [self.reads, *(later.site for later in self.later)]
+        hooks = look, {site.layer for site in (self.site, *sites)}
+        stop = max(hooks[1]) + 1
         run_layers(self.config, params, x_BxTxD, 0, stop, *hooks, rules=self.rules, head_sites=True)
         stream = self.site if self.in_stream else Site("resid_pre", self.site.layer)
-        return seen[stream], seen[self.site], seen[self.reads]
+        # Of several sites all three are as wide: zeros stand for the changes, and beside the stream.
+        unchanged = [jnp.zeros_like(seen[later.site]) for later in self.later]
+        wide = [jnp.concatenate([seen[site], *unchanged], axis=-1) for site in (stream, self.site)]
+        return wide[0], wide[1], jnp.concatenate([seen[site] for site in sites], axis=-1)
 
     def run_suffix(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
         """Run the rest of the model from a value of the site, edited or not; return the stream leaving the last layer.
@@ -200,54 +239,94 @@ class SplitPoint:
     ) -> LayersOutput:
         """Run the suffix. Unless the site is the stream, a hook in the first layer puts the value there."""
         hook: Hook | None = None
+        value, *changes = jnp.split(value, self._ends, axis=-1) if self.later else (value,)
+        changed = {site: scale * change for (site, scale), change in zip(self.later, changes, strict=True)}
+
+        def edit(kind: str, layer: int | jax.Array, clean: jax.Array) -> jax.Array:
+            """Put the value at the site, and add the changes at later ones."""
+            assert isinstance(layer, int)
+            site = Site(kind, layer)
+            if site == self.site and not self.in_stream:
+                return value
+            return clean + changed[site].astype(clean.dtype) if site in changed else clean
+
         # A site within a layer is replaced on the way: the layer's earlier parts run again, for nothing.
-        if not self.in_stream:
-            hook = lambda kind, layer, clean: value if kind == self.site.kind else clean  # noqa: E731
+        if self.later or not self.in_stream:
+            hook = edit
         return run_layers(
             self.config,
             params,
-            value if self.in_stream else stream,
+            value if self.in_stream else stream[..., : self.config.d_model],
             self._start,
             self.config.n_layers,
             hook,
-            (self._start,),
+            {self._start, *(later.site.layer for later in self.later)},
             rules=self.rules,
             attention=attention,
             collect=collect,
             head_sites=True,
         )
 
+    def ends(self, x_BxTxD: jax.Array, last_B: jax.Array) -> jax.Array:
+        """Return the stream where logits are read: at each prompt's last position [B, D], or at the last C [B, C, D].
+
+        Args:
+          x_BxTxD: the stream leaving the last layer.
+          last_B: index of each prompt's last token; it has at least C.
+        """
+        if self.positions == 1:
+            return jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+        position_BxC = last_B[:, None] - jnp.arange(self.positions - 1, -1, -1)[None, :]
+        return jnp.take_along_axis(x_BxTxD, position_BxC[..., None], axis=1)
+
     def logit_difference(
         self, params: decoder.Params, x_BxTxD: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
     ) -> jax.Array:
-        """Return logit(correct) - logit(wrong) at each prompt's last position ``last``, fp32 [B].
+        """Return logit(correct) - logit(wrong) at each prompt's last position, or the user's readout, fp32 [B].
 
         Columns of ``answers`` are token ids of the correct and the wrong answer; x is the stream leaving the model.
         """
-        last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
-        return self.readouts(params, last_BxD, answers_Bx2)[:, 0]
+        return self.readouts(params, self.ends(x_BxTxD, last_B), answers_Bx2)[:, 0]
 
     def readouts(
-        self, params: decoder.Params, x_RxD: jax.Array, answers_Rx2: jax.Array, logp_RxV: jax.Array | None = None
+        self, params: decoder.Params, x_Rx: jax.Array, answers_Rx2: jax.Array, logp_RxV: jax.Array | None = None
     ) -> jax.Array:
         """Return readouts of the answers from the stream leaving the last layer.
 
         Args:
           params: parameters of the decoder.
-          x_RxD: the stream of R prompts at their last positions.
-          answers_Rx2: token ids of the correct and the wrong answer.
+          x_Rx: the stream of R prompts at their last positions; see ``ends``.
+          answers_Rx2: token ids of the correct and the wrong answer. Of several readouts of the user, the first column
+            says which one is read.
           logp_RxV: the clean run's log-probabilities of the next token; None: for the logit difference alone.
 
         Returns:
           fp32 [R, 1], logit(correct) - logit(wrong), or with ``logp_RxV`` [R, 4]: the same, the log-probability of the
           correct answer's first token, whether that token is the argmax, and the Kullback-Leibler divergence of the
           next-token distribution from the clean one, in nats.
+          With a readout of the user's fp32 [R, 1], its value.
+
+        Raises:
+          UserError: the user's readout returns something else than a number for each prompt.
         """
+        if self.readout:
+            width = x_Rx.shape[-1]
+            logits_XxV = decoder.unembed(self.config, params, x_Rx.reshape(-1, width), self.rules)
+            logits = logits_XxV.reshape(*x_Rx.shape[:-1], -1)
+            outputs = [jnp.asarray(function(logits)) for function in self.readout.functions]
+            for value in outputs:
+                if value.shape != x_Rx.shape[:1]:
+                    raise UserError(
+                        f"the readout returns an array {list(value.shape)} of logits {list(logits.shape)}: expected "
+                        "one number for each prompt"
+                    )
+            which_Rx1 = answers_Rx2[:, :1] if len(outputs) > 1 else jnp.zeros_like(answers_Rx2[:, :1])
+            return jnp.take_along_axis(jnp.stack(outputs, axis=1).astype(jnp.float32), which_Rx1, axis=1)
         # Two rows of the unembedding suffice here; only top-1, log-probabilities and KL need the whole vocabulary.
         if logp_RxV is None:
-            logits_Rx2 = self.logits(params, x_RxD, answers_Rx2)
+            logits_Rx2 = self.logits(params, x_Rx, answers_Rx2)
             return logits_Rx2[:, :1] - logits_Rx2[:, 1:]
-        logits_RxV = decoder.unembed(self.config, params, x_RxD, self.rules)
+        logits_RxV = decoder.unembed(self.config, params, x_Rx, self.rules)
         edited_RxV = jax.nn.log_softmax(logits_RxV)
         logits_Rx2 = jnp.take_along_axis(logits_RxV, answers_Rx2, axis=1)
         correct_Rx1 = answers_Rx2[:, :1]

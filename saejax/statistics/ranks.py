@@ -14,25 +14,24 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 _ROUNDING = 1e-9  # relative: equal effects differ in their last bits
 
 
-def rank_p(tested: np.ndarray | float, controls: np.ndarray) -> float:
+def rank_p(tested: float, controls: np.ndarray) -> float:
     """Return the p-value of a tested effect among those of control sets.
 
     p = (1 + #{j: controls_j >= tested_j}) / (1 + N). If the tested set is one more random set, each of the 1 + N is as
     likely to have the largest effect, so that p <= a with a probability of at most a.
 
     Args:
-      tested: effect of the tested set; ``[N]`` where each comparison has its own (at the dose of that control).
+      tested: effect of the tested set.
       controls: effects of the control sets, ``[N]``, finite.
 
     Raises:
       ValueError: an effect is not finite.
     """
     control_N = np.asarray(controls, np.float64)
-    tested_N = np.broadcast_to(np.asarray(tested, np.float64), control_N.shape)
-    if not (np.isfinite(control_N).all() and np.isfinite(tested_N).all()):
+    if not (np.isfinite(control_N).all() and np.isfinite(tested)):
         raise ValueError("expected finite effects")
-    rounding_N = _ROUNDING * np.maximum(np.abs(tested_N), np.abs(control_N))
-    return float((1 + np.sum(control_N >= tested_N - rounding_N)) / (1 + len(control_N)))
+    rounding_N = _ROUNDING * np.maximum(abs(tested), np.abs(control_N))
+    return float((1 + np.sum(control_N >= tested - rounding_N)) / (1 + len(control_N)))
 
 
 def min_controls(tests: int, level: float = 0.05) -> int:

@@ -422,7 +422,7 @@ def test_the_power_in_the_text_is_that_of_simulations():
     assert float(text.split(" above zero in ")[1].split(" %")[0]) == pytest.approx(100 * power, abs=6)
 
 
-def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatch):
+def test_generated_answers_are_scored_under_every_condition(make_run, dictionary, monkeypatch):
     """The model is replaced by one that is right without an edit, and wrong, unformatted or cut off under it."""
     real = benchmark_run.BenchmarkItems.score
 
@@ -439,23 +439,39 @@ def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatc
         return rows
 
     monkeypatch.setattr(benchmark_run.BenchmarkItems, "score", score)
-    run, _ = make_run("gsm8k")
+    edited = []
+    bases, edits_of = benchmark_run.bases, benchmark_run.edits_of
+
+    def make_edits(basis, edit, *rest):
+        edited.append((edit.group if edit else "clean", edit.index if edit else 0, basis))
+        return edits_of(basis, edit, *rest)
+
+    monkeypatch.setattr(benchmark_run, "edits_of", make_edits)
+    run, _ = make_run("gsm8k", untrained_dictionaries=2)
     results = benchmark_run.run_study(run)
     assert results.at_chance is False
+    # Lists of an untrained dictionary are scored as edits of that dictionary: the one of their effects on the text.
+    active = round(results.activations.l0)
+    for group, index, basis in edited:
+        if group == "untrained":
+            again = bases.untrained(dictionary, active, CONFIG.seed + index)
+            np.testing.assert_array_equal(basis.W_dec_FxD[...], again.W_dec_FxD[...])
+        else:
+            np.testing.assert_array_equal(basis.W_dec_FxD[...], dictionary.W_dec_FxD[...])
     by_group = {score.group: score for score in results.scores}
-    assert list(by_group) == ["clean", "top", "resample", "random", "placebo"]
+    assert list(by_group) == ["clean", "top", "resample", "random", "placebo", "untrained"]
     assert by_group["clean"].accuracy == 1.0 and by_group["clean"].drop == 0.0
     assert by_group["clean"].unformatted == pytest.approx(0.5) and by_group["clean"].cut == 0.0
     assert by_group["clean"].strict == pytest.approx(0.5), "the flexible rule judges, the strict one stands beside it"
     assert by_group["top"].accuracy == pytest.approx(1 / 6) and by_group["top"].cut == pytest.approx(2 / 6)
-    assert by_group["random"].sets == by_group["placebo"].sets == 2
+    assert by_group["random"].sets == by_group["placebo"].sets == by_group["untrained"].sets == 2
     assert by_group["random"].p_value == 1.0  # random sets do as much
     result = results.verdict.dictionaries[TESTED]["gsm8k"]
     assert result.ablation["accuracy"].answer == "yes"
     assert result.ablation["accuracy"].effect.mean == pytest.approx(5 / 6)
     # An accuracy that falls from 100 to 17 % is never answered with no for want of control sets.
     assert result.random.answer == "not testable" and "4 random lists of 19 needed" in result.random.sentence
-    assert len(list((run.folder / benchmark_run.ANSWERS).glob("*.jsonl"))) == 1 + 3 + 4
+    assert len(list((run.folder / benchmark_run.ANSWERS).glob("*.jsonl"))) == 1 + 3 + 6
 
     drawn = []
 

@@ -71,11 +71,11 @@ class Rows:
             target = (f" t{index}", " u")
             self.add_set(EditDefinition(name, "placebo", index, (3, 4), target=target), varied(0.1 * index), 2.0)
 
-    def add_untrained(self, drops: Sequence[float], dose: float = 2.0) -> None:
+    def add_untrained(self, drops: Sequence[float], dose: float = 2.0, site: str = "") -> None:
         """Add the list of the tested dictionary, which loses 3 logits, and those of untrained ones."""
         self.add_set(EditDefinition("b", "trained", 0, (1, 2)), varied(3.0), dose)
         for index, drop in enumerate(drops):
-            self.add_set(EditDefinition("b", "untrained", index, (5, 6, 7)), varied(drop), dose)
+            self.add_set(EditDefinition("b", "untrained", index, (5, 6, 7), site=site), varied(drop), dose)
 
     def add_ranks(self, share: float, spread: float = 0.0, step: float = 1.0) -> None:
         """Add likely tokens a ``step`` apart, between which T takes a share of the difference."""
@@ -153,6 +153,12 @@ def test_training_mattered_if_no_untrained_dictionary_does_as_much(high, answer)
     rows = make_rows()
     rows.add_untrained(np.linspace(0, 1, 18))
     assert judge(rows).trained.sentence == ("Not testable: 18 untrained dictionaries of 19 needed; raise their number.")
+    rows = make_rows()
+    rows.add_untrained([*np.linspace(0, 1, 18), high], site="mlp_out.3")  # of a transcoder
+    trained = judge(rows).trained
+    assert (
+        "19 untrained SAEs of the transcoder's output mlp_out.3, of random directions, of the same" in trained.sentence
+    )
 
 
 @pytest.mark.parametrize(("share", "answer"), [(0.2, "yes"), (0.55, "no"), (0.9, "no")])
@@ -267,7 +273,9 @@ def test_bases_of_the_same_dose(lost, spread, answer):
 
 
 def test_a_basis_that_cannot_reach_the_dose_is_not_compared():
-    assert judge(with_basis(1.0, dose=1.0)).bases["pca"].answer == "not testable"
+    answer = judge(with_basis(1.0, dose=1.0)).bases["pca"]
+    assert answer.answer == "not testable"
+    assert answer.sentence.endswith("not testable, because its 3 directions change the site by 50 % of the dose.")
 
 
 @pytest.mark.parametrize(
@@ -399,7 +407,7 @@ def test_means_of_few_prompts_are_not_testable():
     assert effect.sentence.endswith("from 5.00: not testable with 4 prompts, 6 are needed.")
     assert effect.effect.mean == pytest.approx(3.0, abs=0.2)
     assert result.bases["pca"].answer == "not testable"
-    assert "not testable" in result.bases["pca"].sentence
+    assert result.bases["pca"].sentence.endswith("not testable with 4 prompts, 6 are needed.")
     assert result.random.answer == judge(rows).random.answer, "ranks need sets, not prompts"
     fewer = without_prompts(table, [f"c/{p:02d}" for p in range(4, PROMPTS)])
     selective = verdict(fewer, CONFIG).dictionaries[TESTED]["b"].selective

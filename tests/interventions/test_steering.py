@@ -111,20 +111,23 @@ def test_changes_by_hand(dictionary):
     assert edits.sets[1].tolist() == top and edits.fractions[1].tolist() == [1.0] * 3
 
 
-def test_controls_are_disjoint_of_equal_norm_and_without_the_top_features():
-    texts, swap = made_texts([0, 1] * 6), steering.AnswerSwap(0, 1)
-    share_F = np.where(np.arange(30) < 20, 0.5, 0.01)  # the last ten fire too seldom
-    vectors = steering.random_feature_vectors(texts, share_F, [0, 1, 2], 99, 456)
-    assert len(vectors) == 5 and [np.linalg.norm(vector_D) for vector_D in vectors] == pytest.approx([1.0] * 5)
-    # Features whose rows are independent say which of them a vector is made of.
-    independent = dataclasses.replace(texts, W_dec_FxD=np.eye(30))
-    members = [
-        np.flatnonzero(v).tolist() for v in steering.random_feature_vectors(independent, share_F, [0, 1, 2], 99, 456)
-    ]
-    drawn = {feature for each in members for feature in each}
-    assert [len(each) for each in members] == [3] * 5 and len(drawn) == 15 and drawn <= set(range(3, 20))
-    drawn = steering.random_directions(texts, swap, 4, 456)
-    assert [np.linalg.norm(vector_D) for vector_D in drawn] == pytest.approx([1.0] * 4)
+def test_controls_are_random_lists_to_a_norm_without_the_top_features():
+    texts, pool = made_texts([0, 1] * 6), np.arange(3, 20)
+    # Features whose rows are independent say which of them a vector is made of; the seventh never fires.
+    f_NxF = np.abs(texts.f_NxF) * (np.arange(30) != 7)
+    texts = dataclasses.replace(texts, f_NxF=f_NxF, W_dec_FxD=np.eye(30))
+    amount_F, vectors = 2 * f_NxF.mean(axis=0), steering.random_feature_vectors(texts, pool, 2.0, 4.0, 50, 456)
+    np.testing.assert_allclose([np.linalg.norm(vector_F) for vector_F in vectors], [4.0] * 50)
+    for vector_F in vectors:
+        members = np.flatnonzero(vector_F)
+        share_N = vector_F[members] / amount_F[members]
+        np.testing.assert_allclose(share_N, share_N[0])
+        assert share_N[0] <= 1 and set(members) <= set(pool) - {7}
+        assert np.linalg.norm(np.sort(amount_F[members])[:-1]) < 4.0, "one feature less does not reach the norm"
+    assert len({tuple(vector_F) for vector_F in vectors}) == 50
+    assert steering.random_feature_vectors(texts, pool, 2.0, 1e3, 50, 456) == []
+    directions = steering.random_directions(texts, steering.AnswerSwap(0, 1), 4, 456)
+    assert [np.linalg.norm(vector_D) for vector_D in directions] == pytest.approx([1.0] * 4)
 
 
 def test_shuffled_directions_are_exchangeable_where_answers_mean_nothing():
@@ -222,7 +225,7 @@ def test_controls_have_the_dose_that_is_asked_for(make_test, answered):
     for method, silent in (("mean_difference", False), ("add", False), ("add", True)):
         if silent:
             steered._tops[next(iter(steered._groups))] = []
-        _, norm_SxP = steered._steer_controls(method, 3.0)
+        _, norm_SxP = steered._steer_controls(method, 0.4, 3.0)
         assert len(norm_SxP) and (norm_SxP == 0).any() == silent
         np.testing.assert_allclose(np.sqrt(np.square(norm_SxP).mean(axis=1)), 3.0, rtol=1e-5)
 

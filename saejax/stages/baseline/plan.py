@@ -70,7 +70,8 @@ def _batches(plan: PlannedRun) -> float:
     )
     for name in study.benchmarks:
         if way(name, task) == "generate":
-            conditions = 3 + 2 * study.scored_sets  # unedited, top features zeroed and resampled, control sets
+            # Unedited, top features zeroed and resampled, control sets.
+            conditions = 3 + (2 + (study.untrained_dictionaries > 0)) * study.scored_sets
             items = min(study.items, task.examples or definition(name).examples)
             answers += (items - items // 2) * conditions
     return answers / task.batch

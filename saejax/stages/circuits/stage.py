@@ -40,7 +40,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=8,  # a swap is compared with the logit difference of the swapped prompts
+    revision=9,  # placebo pairs as in ablation
     run=run_circuits,
     results=CircuitsResults,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),

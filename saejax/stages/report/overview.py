@@ -90,7 +90,7 @@ def limits(findings: Findings) -> Section:
         ),
         (
             "The controls",
-            "random sets are disjoint sets of features that fire on at least 5 % of the test prompts. Placebo sets "
+            "random lists hold features that fire on at least 5 % of the test prompts, in random order. Placebo sets "
             "show that the selection depends on the answer, not that the features mean it.",
         ),
         (

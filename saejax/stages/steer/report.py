@@ -41,11 +41,12 @@ def _section(results: SteerResults, draw: Draw) -> Section:
         "either answer. Features clamped: the same features are set to a multiple of their mean activation on texts "
         "with the target answer. Difference of means: the difference between the site's mean values on the two kinds "
         "of text is added. The texts are train prompts and their counterparts. The dose is the root mean square over "
-        "prompts of the norm of the change. Controls are random changes of the same dose: random sets of as many "
-        "features, or differences of means after the answers were shuffled among the texts. Each method's strength is "
-        "the one that turns most train prompts, among those that raise the cross-entropy of held-out text by at most "
-        f"{MAX_CE_RISE:g} nats per token; test prompts judge it. A prompt is turned if its target has the higher "
-        "logit. p is the share of controls with at least the method's drop of the logit difference."
+        "prompts of the norm of the change. Controls are random changes of the same dose: random lists of features, "
+        "each raised by as large a multiple of its mean activation, or differences of means after the answers were "
+        "shuffled among the texts. Each method's strength is the one that turns most train prompts, among those that "
+        f"raise the cross-entropy of held-out text by at most {MAX_CE_RISE:g} nats per token; test prompts judge it. A "
+        "prompt is turned if its target has the higher logit. p is the share of controls with at least the method's "
+        "drop of the logit difference."
     )
     blocks: list[Block] = [Text(intro)]
     if steered:

@@ -40,7 +40,7 @@ STEER = Stage(
     follows=("ablate",),
     inputs=_inputs,
     names=_names,
-    revision=3,
+    revision=4,  # controls are lists to the dose
     processes="items",
     section=sections,
 )

@@ -18,6 +18,7 @@ _GROUPS = dict(
     resample="top features resampled",
     random="random lists of the same dose",
     placebo="placebo sets of the same dose",
+    untrained="lists of untrained dictionaries of the same dose",
 )
 
 
@@ -115,7 +116,7 @@ def _score_table(name: str, results: StudyResults) -> Table:
     """Return the table of scored answers."""
     columns = {
         "Condition": lambda row: _GROUPS[row.group],
-        "Sets": lambda row: str(row.sets) if row.group in ("random", "placebo") else MISSING,
+        "Sets": lambda row: str(row.sets) if row.p_value is not None else MISSING,
         "Accuracy, %": lambda row: percent(row.accuracy, 1),
         "Drop, points": lambda row: number(100 * row.drop, 1) if row.group != "clean" else MISSING,
         "Largest drop": lambda row: number(100 * row.largest_drop, 1) if row.p_value is not None else MISSING,

@@ -55,7 +55,7 @@ class ChosenFeatures:
 class AnswerScores:
     """Scored answers under a group of edits; of control sets means over all sets."""
 
-    group: str  #: clean, top (set to zero), resample, random or placebo
+    group: str  #: clean, top (set to zero), resample, random, placebo or untrained
     sets: int  #: number of sets
     accuracy: float  #: share of right answers; of generated ones by the flexible rule
     drop: float  #: of accuracy, against the unedited model

@@ -27,6 +27,7 @@ from saejax.interventions import bases
 from saejax.interventions.ablation import describe_top, verdict_config
 from saejax.interventions.answers import FeatureEffect, VerdictConfig
 from saejax.interventions.benchmark import (
+    SCORED,
     BenchmarkAblation,
     BenchmarkItems,
     ablate_config,
@@ -93,7 +94,7 @@ _MEASURED = "log-likelihoods"  # folder of what is measured before answers are s
 _ORDINARY = 1024  # documents of --study.falsify_text, from which --study.falsify are taken at equal distances
 _CHANGED = 0.1  # share of answers that change under ablation, for what is said about power
 _ACCURACY = READOUTS.index("accuracy")
-_GROUPS = ("clean", "top", "resample", "random", "placebo")
+_GROUPS = ("clean", "top", "resample", *SCORED)
 
 
 def run_study(run: Run) -> StudyResults:
@@ -416,7 +417,10 @@ def _score_answers(
             return run.folder / ANSWERS / f"{prefix}{condition}.jsonl"
 
         def make(condition: str) -> None:
-            edits = edits_of(dictionary, conditions[condition], pools, length, config.seed)
+            edit, basis = conditions[condition], dictionary
+            if edit and edit.group == "untrained":
+                basis = bases.untrained(dictionary, round(chosen.activations.l0), config.seed + edit.index)
+            edits = edits_of(basis, edit, pools, length, config.seed)
             write_lines(file(condition), map(to_json, items.score(edits, scored, check_stop)))
             run.say(f"{name}: {prefix}{condition}: scored")
 
@@ -441,7 +445,7 @@ def _score_answers(
 
 
 def summarize_scores(table: EffectsTable, name: str) -> tuple[AnswerScores, ...]:
-    """Return accuracy, format failures and cut-off answers without an edit, under T, and under random and placebo sets.
+    """Return accuracy, format failures and cut-off answers without an edit, under T, and under control sets.
 
     Args:
       table: the effects table of a benchmark.
@@ -469,7 +473,6 @@ def summarize_scores(table: EffectsTable, name: str) -> tuple[AnswerScores, ...]
         drop_S = (clean_P - accuracy_SxP).mean(axis=1)
         if group == "top":
             tested_drop = float(drop_S[0])
-        is_control = group in ("random", "placebo")
         shares = {key: float(value[scored_E].mean()) for key, value in values.items()}
         written = np.isfinite(shares["strict"])
         scores.append(
@@ -479,7 +482,7 @@ def summarize_scores(table: EffectsTable, name: str) -> tuple[AnswerScores, ...]
                 accuracy=shares["accuracy"],
                 drop=float(drop_S.mean()),
                 largest_drop=float(drop_S.max()),
-                p_value=rank_p(tested_drop, drop_S) if is_control and tested_drop is not None else None,
+                p_value=rank_p(tested_drop, drop_S) if group in SCORED and tested_drop is not None else None,
                 strict=shares["strict"] if written else None,
                 unformatted=1 - shares["formatted"] if written else None,
                 cut=shares["cut"] if written else None,

@@ -69,7 +69,7 @@ STUDY = Stage(
     inputs=_inputs,
     names=lambda configs: configs[StudyConfig].benchmarks,
     check=_check,
-    revision=9,  # injected contexts are read in whole characters
+    revision=10,  # answers are scored under lists of untrained dictionaries, too
     processes="items",
     section=sections,
 )

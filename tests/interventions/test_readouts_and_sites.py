@@ -1,0 +1,195 @@
+"""Readouts of the user's and sets over several sites, beside ways of their own to the same numbers."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import saejax
+from saejax.errors import UserError
+from saejax.interventions import engine
+from saejax.interventions.edits import mask
+from saejax.interventions.several_sites import join_saes
+from saejax.interventions.slopes import attribution, leaders, target_attributions
+from saejax.interventions.split_model import SplitModel
+from saejax.interventions.table import TESTED
+from saejax.models.split import Readout
+
+RIGHT, WRONG = " runs", " far"
+SITES = ("resid_post.0", "mlp_out.2")
+SETTINGS = dict(top=3, random_sets=6, untrained_dictionaries=3, baselines=("pca", "diff_means"), bootstrap=200)
+
+
+@pytest.fixture(scope="module")
+def dictionary(make_dictionary):
+    return make_dictionary("resid_post.1")
+
+
+@pytest.fixture(scope="module")
+def asked(make_prompt):
+    """10 train and 8 test prompts of two behaviours, which all have the same answers."""
+    return [
+        dataclasses.replace(
+            make_prompt(i, "train" if i < 10 else "test", name, False), correct=RIGHT, wrong=WRONG, counterpart=""
+        )
+        for name in ("first", "second")
+        for i in range(18)
+    ]
+
+
+def select(prompts, behaviour, split):
+    return [prompt for prompt in prompts if (prompt.behaviour, prompt.split) == (behaviour, split)]
+
+
+def test_a_readout_that_is_the_logit_difference_has_its_effects(tiny, dictionary, asked):
+    right, wrong = (tiny.token_id(answer) for answer in (RIGHT, WRONG))
+    pairs = [(7, 90), (120, 31), (200, 210)]
+    found = saejax.ablate(
+        tiny,
+        dictionary,
+        [dataclasses.replace(prompt, correct="", wrong="") for prompt in asked],
+        readout=lambda logits_BxV: logits_BxV[:, right] - logits_BxV[:, wrong],
+        placebo_readouts=[lambda logits, a=a, b=b: logits[:, a] - logits[:, b] for a, b in pairs],
+        **SETTINGS,
+    )
+    table, split = found.table, SplitModel(tiny, dictionary)
+    train, test = (select(asked, "first", name) for name in ("train", "test"))
+    runs, prompts = split.run(train), table.select_prompts("first")
+    attribution_F = attribution(split, runs).mean(axis=0, dtype=np.float64)
+    (top, *_), chosen = table.select_edits("first", "top")[-1:], table.select_edits("first", "random")
+    assert list(top.features) == leaders(attribution_F, 3)
+    (placebo_RxF,) = target_attributions([split], [runs], np.array(pairs))
+    wanted = [leaders(placebo_F, 3) for placebo_F in placebo_RxF]
+    placebos = table.select_edits("first", "placebo")
+    assert placebos and all(list(edit.features) in wanted for edit in placebos)
+    edits = [top, *chosen, *placebos]
+    batch = mask(dictionary, [edit.features for edit in edits], [edit.fraction for edit in edits])
+    for behaviour, some in (("first", edits), ("second", [top])):
+        want_ExP = engine.effects(tiny, select(asked, behaviour, "test"), batch)[: len(some), :, 0]
+        got_ExP = table.values(some, table.select_prompts(behaviour), "readout")
+        np.testing.assert_allclose(got_ExP, want_ExP, atol=2e-5)
+    clean_P = engine.effects(tiny, test, mask(dictionary, [[]]))[0, :, 0]
+    np.testing.assert_allclose(table.clean_values(prompts, "readout"), clean_P, atol=2e-5)
+    answers = found.verdict.dictionaries[TESTED]["first"]
+    assert list(answers.ablation) == ["readout"] and not answers.bases.keys() - {"pca"}
+    assert answers.ablation["readout"].effect.mean == pytest.approx(table.drops([top], prompts, "readout").mean())
+    assert answers.random.numbers["sets"] == 6 and answers.trained.numbers["sets"] == 3
+    assert answers.placebo.numbers["sets"] == len(placebos) and "p_shares" not in answers.placebo.numbers
+    change_P = np.abs(table.drops([top], table.select_prompts("second"), "readout"))
+    assert answers.selective.answer == "not tested", "there is no held-out text"
+    assert np.isfinite(change_P).all()
+
+
+def test_a_readout_of_several_positions_equals_whole_runs(tiny, dictionary, plain, prompts):
+    """Edits at the last token alone: the tokens before it are read as they are without an edit."""
+    some, sets = prompts[:6], [[3, 50], [8], [20, 51, 60]]
+
+    def entropy(logits_BxCxV):
+        logp = logits_BxCxV - jnp.log(jnp.exp(logits_BxCxV).sum(axis=-1, keepdims=True))
+        return -(jnp.exp(logp) * logp).sum(axis=-1) @ jnp.array([1.0, 10.0, 100.0])
+
+    for positions in ("last", "all"):
+        split = SplitModel(tiny, dictionary, positions, readout=Readout((entropy,), 3))
+        values_ExP = engine.run_edits(split, split.run(some), mask(split.dictionary, sets))["readout"]
+        for p, prompt in enumerate(some):
+            run = plain(dictionary, prompt)
+            start = 0 if positions == "all" else len(run.ids_T) - 1
+            for e, features in enumerate([[], *sets]):
+
+                def change(x_1xTxD, run=run, features=features, start=start):
+                    x_TxD = x_1xTxD[0].numpy().copy()
+                    x_TxD[start:] -= (run.features(x_TxD)[:, features] @ run.W_dec_FxD[features])[start:]
+                    return torch.from_numpy(x_TxD)[None]
+
+                with torch.no_grad():
+                    logp_CxV = torch.log_softmax(run.run(change)[-3:], dim=-1).numpy()
+                wanted = -(np.exp(logp_CxV) * logp_CxV).sum(axis=1) @ [1.0, 10.0, 100.0]
+                assert values_ExP[e, p] == pytest.approx(wanted, abs=2e-3), "of some 600"
+
+
+def test_readouts_that_cannot_be_used_are_refused(tiny, dictionary, asked):
+    for options, message in (
+        (dict(placebo_readouts=[lambda logits: logits[:, 0]]), "go with a readout"),
+        (dict(readout="top1"), "a readout is 'top1': expected a function of the logits"),
+        (dict(readout=lambda logits: logits.sum()), r"returns an array \[\] of logits"),
+        (dict(readout=lambda logits: logits[:, 0, 0], readout_positions=0), "readout_positions is 0"),
+        (dict(readout=lambda logits: logits[:, 0, 0], readout_positions=30), "takes the logits at 30 positions, and"),
+        (dict(readout=lambda logits: logits[:, 0], effects="all"), "effects='all' ranks features by the logit"),
+    ):
+        with pytest.raises(UserError, match=message):
+            saejax.ablate(tiny, dictionary, asked, **SETTINGS, **options)
+
+
+def whole_run(runs, falls):
+    """Return the logit difference where a fall [T, D] is subtracted at the site of each of some plain runs."""
+    handles = []
+    for run, fall_TxD in list(zip(runs, falls, strict=True))[1:]:
+        kind, _, layer = run.dictionary.site.partition(".")
+        block = run.model.model.layers[int(layer)]
+        module = block.mlp if kind == "mlp_out" else block
+
+        def lower(module, inputs, output, fall_TxD=fall_TxD):
+            value = output[0] if isinstance(output, tuple) else output
+            changed = value - torch.from_numpy(fall_TxD)[None]
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handles.append(module.register_forward_hook(lower))
+    diff = runs[0].diff(lambda x_TxD: x_TxD - falls[0])
+    for handle in handles:
+        handle.remove()
+    return diff
+
+
+def test_features_of_several_sites_are_ablated_together(tiny, make_dictionary, plain, prompts):
+    saes = [make_dictionary(site, seed=seed) for seed, site in enumerate(SITES)]
+    some, count = prompts[:5], saes[0].config.n_features
+    joint = join_saes(tiny, saes[::-1], [prompt.text for prompt in prompts])
+    assert [sae.site for sae in joint.saes] == list(SITES)
+    sets = [[3, 50, count + 8], [count + 20, count + 51, count + 60, count + 61], [7], list(range(0, 2 * count, 9))]
+    split = SplitModel(tiny, joint)
+    runs, edits = split.run(some), mask(split.dictionary, sets)
+    diff_ExP = engine.run_edits(split, runs, edits)["logit_diff"]
+    norm_ExP = engine.change_norms(split, runs, edits)
+    slope_PxF = attribution(split, runs)
+    for p, prompt in enumerate(some):
+        plains = [plain(sae, prompt) for sae in saes]
+        values = [run.value() for run in plains]
+        usable_T = np.logical_and(*(run.is_usable(x_TxD) for run, x_TxD in zip(plains, values, strict=True)))
+        acts = [run.features(x_TxD) * usable_T[:, None] for run, x_TxD in zip(plains, values, strict=True)]
+
+        def falls(features, plains=plains, acts=acts):
+            each = [[f - n * count for f in features if f // count == n] for n in (0, 1)]
+            return [f_TxF[:, e] @ run.W_dec_FxD[e] for run, f_TxF, e in zip(plains, acts, each, strict=True)]
+
+        assert diff_ExP[0, p] == pytest.approx(whole_run(plains, falls([])), abs=2e-5)
+        for e, features in enumerate(sets):
+            assert diff_ExP[1 + e, p] == pytest.approx(whole_run(plains, falls(features)), abs=2e-5)
+            relative = [np.linalg.norm(fall) / norm for fall, norm in zip(falls(features), joint.norms, strict=True)]
+            assert norm_ExP[e, p] == pytest.approx(joint.norms[0] * np.linalg.norm(relative), rel=1e-4)
+        # The attribution is the slope of the effect of a small share of the feature.
+        for feature in (3, count + 8, int(np.argmax(slope_PxF[p]))):
+            less, more = ([share * fall for fall in falls([feature])] for share in (0.01, -0.01))
+            slope = (whole_run(plains, more) - whole_run(plains, less)) / 0.02
+            assert slope_PxF[p, feature] == pytest.approx(slope, abs=1e-3)
+
+
+def test_a_set_over_several_sites_is_judged_as_one(tiny, make_dictionary, asked):
+    saes = [make_dictionary(site, seed=seed) for seed, site in enumerate(SITES)]
+    prompts = [prompt for prompt in asked if prompt.behaviour == "first"]
+    found = saejax.ablate(tiny, saes, prompts, **SETTINGS | dict(top=8, random_sets=19, placebo_targets=8))
+    answers, table = found.verdict.dictionaries[TESTED]["first"], found.table
+    assert len({feature // saes[0].config.n_features for feature in answers.features}) == 2
+    edits = [edit for group in ("random", "untrained") for edit in table.select_edits("first", group)]
+    assert len(edits) == 22
+    np.testing.assert_allclose(table.doses(edits, table.select_prompts("first")), answers.dose, rtol=1e-5)
+    assert answers.random.p_value is not None and not answers.bases and not answers.enough
+    for bad, message in (
+        ([saes[0], saes[0]], "expected a different site for each"),
+        ([], "no dictionary"),
+    ):
+        with pytest.raises(UserError, match=message):
+            saejax.ablate(tiny, bad, prompts, **SETTINGS)
+    with pytest.raises(UserError, match="neither repeats nor error='drop'"):
+        saejax.ablate(tiny, saes, prompts, error="drop", **SETTINGS)
