@@ -51,13 +51,18 @@ def _watch(unit, configs):
     _unit, READ[unit] = unit, set()
 
 
-def _read_by_inputs(stage, configs, name):
-    """The settings that a unit's inputs are made from, such as the corpus, and their hashes."""
+def _covered_by_inputs(plan, unit, stage, configs, name):
+    """The settings in the hashes of the units that a unit reads, and those that its other inputs are found by."""
+    left, covered = [*plan.dependencies(unit)["needs"]], set()
+    while left:
+        depends = plan.dependencies(left.pop())
+        covered |= depends["settings"].keys()
+        left += depends["needs"]
     _watch("inputs", configs)
     for read in stage.inputs(configs, name).values():
         if callable(read):
             read(configs)
-    return READ.pop("inputs")
+    return covered | READ.pop("inputs")
 
 
 def _run_stage(running, unit, *arguments):
@@ -73,7 +78,7 @@ def _run_stage(running, unit, *arguments):
         undeclared = {setting for setting in READ[unit] - DECLARED[unit] if not setting.startswith("mesh.")}
         undeclared &= counted(*configs).keys()
         if undeclared:
-            undeclared -= _read_by_inputs(stage, configs, name)
+            undeclared -= _covered_by_inputs(running.plan, unit, stage, configs, name)
         _unit = ""
         _watched.clear()
         assert not undeclared, f"{unit} reads {sorted(undeclared)}, which neither its settings nor its inputs cover"
