@@ -22,6 +22,9 @@ from saejax.dictionaries.publish import push as push
 from saejax.errors import UserError as UserError
 from saejax.interpret.absorption import measure_absorption as measure_absorption
 from saejax.interpret.in_memory import top_contexts as top_contexts
+from saejax.interpret.jacobian_lens import JacobianLens as JacobianLens
+from saejax.interpret.jacobian_lens import fit_jacobian_lens as fit_jacobian_lens
+from saejax.interpret.jacobian_lens import load_jacobian_lens as load_jacobian_lens
 from saejax.interventions.answers import CausalVerdict as CausalVerdict
 from saejax.interventions.answers import VerdictConfig as VerdictConfig
 from saejax.interventions.engine import effects as effects

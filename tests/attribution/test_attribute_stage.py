@@ -47,7 +47,7 @@ def assert_contexts_are_those_of_the_corpus(folder, lm):
     """Features that no file describes are searched in the first texts: each one's strongest firing in each text."""
     transcoders, values = made_set(lm), []
     for document in read_corpus(CorpusConfig())[:2]:
-        ids_T = encode(lm.tokenizer, document.text)[:32]
+        ids_T = encode(lm.tokenizer, document.text, "always")[:32]  # as circuit-tracer begins texts
         sites = lm(pad([ids_T]), capture=[f"mlp_in.{layer}" for layer in range(len(transcoders))]).sites
         values.append([np.asarray(each.encode(sites[each.site]))[0] for each in transcoders])
     paths = list(folder.iterdir())
