@@ -89,7 +89,7 @@ def count_firings(
         over_positions = (fires_PxTxF, size_PxTxF, f_PxTxF != 0, f_PxTxF)
         return *(array.sum(axis=1) for array in over_positions), fires_PxTxF.any(axis=1)
 
-    per_row = of_features(dictionary, (read_BxTxD, domain_BxT), sums)
+    per_row = of_features(point.mesh, dictionary, (read_BxTxD, domain_BxT), sums)
     counts = FeatureStatistics(domain_BxT.sum(), *(array.sum(axis=0) for array in per_row))
     return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))
 
@@ -119,5 +119,7 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _maxima(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
-    max_BxF = of_features(dictionary, (read_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0))
+    max_BxF = of_features(
+        point.mesh, dictionary, (read_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0)
+    )
     return jax.lax.with_sharding_constraint(max_BxF, sharding(point.mesh))

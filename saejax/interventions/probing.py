@@ -136,7 +136,7 @@ def _at_last_position(
     """Return features [B, F], raw activations [B, D], and whether the prompt's last position is read [B]."""
     is_last_BxT = jnp.arange(domain_BxT.shape[1])[None, :] == last_B[:, None]
     is_used_BxT = domain_BxT & is_last_BxT
-    features_BxF = of_features(dictionary, (read_BxTxD, domain_BxT, is_used_BxT), _value_there)
+    features_BxF = of_features(point.mesh, dictionary, (read_BxTxD, domain_BxT, is_used_BxT), _value_there)
     inputs = features_BxF, _value_there(read_BxTxD, is_used_BxT), is_used_BxT.any(axis=1)
     return jax.lax.with_sharding_constraint(inputs, sharding(point.mesh))
 

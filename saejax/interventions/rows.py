@@ -263,7 +263,7 @@ def first_change(
         changes_PxTxF = source.changes(f_PxTxF, counterpart_PxTxF, domain_PxT)
         return jnp.min(jnp.where(changes_PxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
 
-    first_BxF = of_features(dictionary, [*arrays[:2], *arrays[1:]], first)
+    first_BxF = of_features(point.mesh, dictionary, [*arrays[:2], *arrays[1:]], first)
     return jax.lax.with_sharding_constraint(first_BxF, sharding(point.mesh))
 
 
@@ -285,8 +285,8 @@ def gather(
         return f_PxTxF[:, :, features_K]
 
     # All features are encoded, in parts, before some are chosen: a TopK's activations depend on the others.
-    f_BxTxK = of_features(dictionary, arrays[:2], chosen)
-    counterpart_BxTxK = of_features(dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
+    f_BxTxK = of_features(point.mesh, dictionary, arrays[:2], chosen)
+    counterpart_BxTxK = of_features(point.mesh, dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
     fall_BxTxK = source.removed(f_BxTxK, counterpart_BxTxK, arrays[1], features_K, prompts)
     # Matrices may be in bfloat16, in which effects would be rounded to two digits.
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K].astype(fall_BxTxK.dtype)

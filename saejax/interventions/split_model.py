@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, rescale
 from saejax.errors import UserError, one_of
@@ -19,7 +20,7 @@ from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import PrefixKV, Readout, SplitPoint
-from saejax.parallel.mesh import by_row, sharding
+from saejax.parallel.mesh import by_row, row_sharding, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
@@ -372,17 +373,24 @@ def record(
     return jax.lax.with_sharding_constraint((last, past), sharding(point.mesh))
 
 
-def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callable) -> Any:
+def of_features(mesh: Mesh, dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callable) -> Any:
     """Map ``use(f_PxTxF, *rest)`` over a few prompts at a time: all features of all would take gigabytes.
 
     Args:
+      mesh: the devices, each of which encodes some of the prompts.
       dictionary: the dictionary of the features.
       arrays: what is read [B, T, D], editable positions [B, T], and others with B rows, given to ``use`` P at a time.
       use: returns arrays with P rows.
     """
     size = math.gcd(len(arrays[0]), prompts_at_once(arrays[0].shape[1]))
     chunks = [array.reshape(-1, size, *array.shape[1:]) for array in arrays]
-    mapped = jax.lax.map(lambda chunk: use(active_features(dictionary, *chunk[:2]), *chunk[2:]), chunks)
+
+    def use_chunk(chunk: Sequence[jax.Array]) -> Any:
+        # Clean runs are whole on every device, each of which would encode all prompts.
+        split = [jax.lax.with_sharding_constraint(array, row_sharding(mesh, array.shape)) for array in chunk]
+        return use(active_features(dictionary, *split[:2]), *split[2:])
+
+    mapped = jax.lax.map(use_chunk, chunks)
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), mapped)
 
 
