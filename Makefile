@@ -88,7 +88,7 @@ ROWS ?= configs/study
 , := ,
 ALSO := $(if $(BENCHMARKS),--task.path=$(BENCHMARKS))
 ifeq ($(ROWS),configs/study)
-ALSO += $(if $(BENCHMARKS),--task.score=auto --task.benchmarks=word_problems$(,)gsm8k$(,)logic --study.benchmarks=word_problems$(,)gsm8k$(,)logic --study.random_sets=59 --study.placebo_targets=59)
+ALSO += $(if $(BENCHMARKS),--task.score=auto --task.benchmarks=word_problems$(,)gsm8k$(,)logic --study.benchmarks=word_problems$(,)gsm8k$(,)logic --causal.random_sets=59 --causal.placebo_targets=59)
 endif
 study: $(INSTALLED)
 ifeq ($(ROWS),configs/study)

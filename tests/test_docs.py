@@ -152,6 +152,13 @@ def test_what_guides_launchers_and_hooks_install_and_use_is_there():
     assert workflow["jobs"]["run"]["steps"][-1]["run"] == ".ci/run" and (ROOT / ".ci/run").stat().st_mode & 0o111
 
 
+def test_flags_of_the_makefile_exist():
+    values = flags.FlagValues()
+    define_flags(all_groups(), values)
+    named = {*re.findall(r"--(\w+\.[\w.]+)=", MAKEFILE)}
+    assert len(named) > 20 and named <= {*values}
+
+
 def test_the_citation_and_the_changelog_are_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)

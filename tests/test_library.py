@@ -346,5 +346,8 @@ def test_contexts_matches_and_groups_in_memory(lm, acts, sae):
     assert np.nanmean(matched.null.value_F) < 0.9
     with pytest.raises(UserError, match="unknown kind of rows .activity."):
         saejax.match_features(sae, sae, by="activity")
+    other = sae.with_config(dataclasses.replace(sae.config, site="resid_post.0"))
+    with pytest.raises(UserError, match="unknown site of these activations 'resid_post.0'"):
+        saejax.group_features(acts, other)
     feature_F, groups = saejax.group_features(acts, sae, resamples=2)
     assert len(groups.group_F) == len(feature_F) and len(groups.overlap_U) == groups.group_F.max(initial=-1) + 1

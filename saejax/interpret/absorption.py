@@ -32,10 +32,11 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import follow_bos
+from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError
 from saejax.interventions.bases import untrained
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import Tokens, encode
+from saejax.models.tokens import Tokens, continuation_ids, token_text
 from saejax.short_reprs import has_short_repr
 
 _F1_JUMP, _MOST_SPLIT = 0.03, 10
@@ -96,13 +97,22 @@ def measure_absorption(
       seed: draws the words, the split into train and test words, and the random dictionary.
 
     Raises:
-      UserError: the dictionary is no SAE of one site, or too few words of a letter are one token.
+      UserError: the dictionary is no SAE of one site of the model, which has no tokenizer, or too few words of a letter
+        are one token.
     """
     if dictionary.config.target or dictionary.config.widths:
         raise UserError(f"absorption is measured along one site, and {dictionary!r} is no SAE of one: give an SAE")
-    lm = follow_bos(lm, [dictionary.config])
+    if lm.tokenizer is None:
+        raise UserError(f"{lm.source.name} has no tokenizer, which absorption of first letters needs")
+    # Activations and what they add along the probe have to be in the units of the site.
+    lm, dictionary = follow_bos(lm, [dictionary.config]), to_output_units(dictionary)
     ids_N, letter_N = draw_words(lm, words, seed)
     x_NxD = _read_words(lm, dictionary.site, ids_N, letter_N)
+    if x_NxD.shape[1] != dictionary.config.d_in:
+        raise UserError(
+            f"{dictionary!r} reads {dictionary.config.d_in} values, and {dictionary.site} of {lm.source.name} has "
+            f"{x_NxD.shape[1]}: give a dictionary of this model"
+        )
     f_NxF = _encode(dictionary, x_NxD)
     # As many as are active per token: a random dictionary has no threshold that training has set.
     active = max(round(float((f_NxF != 0).sum(1).mean())), 1)
@@ -265,26 +275,30 @@ def _fit_by_fista(x_NxC, is_class_NxK, weight_NxK, l1, l2):
 
 def draw_words(lm: LanguageModel, words: Sequence[str] | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the token ids of words, int [N], and the index of the first letter of each; see ``measure_absorption``."""
-    tokenizer = lm.tokenizer
     if words is None:
-        texts = {index: tokenizer.decode([index]) for index in range(len(tokenizer))}
+        text_of = token_text(lm.tokenizer)
+        texts = {index: text_of(index) for index in range(len(lm.tokenizer))}
     else:
         texts = {}
         for word in dict.fromkeys(words):
-            ids = encode(tokenizer, f" {word}", "never")
+            ids = continuation_ids(lm.tokenizer, f" {word}")
             texts |= {ids[0]: f" {word}"} if len(ids) == 1 else {}
     lower = set(string.ascii_lowercase)
     plain = [index for index, text in texts.items() if text[:1] == " " and len(text) > 3 and {*text[1:]} <= lower]
     drawn_N = np.sort(np.random.default_rng(seed).permutation(np.array(plain, np.int64))[:5000])
     if len(drawn_N) < 2 * _EXAMPLES:
         raise UserError(f"the tokenizer of {lm.source.name} has {len(drawn_N)} such words of one token: too few")
-    return drawn_N, np.array([ord(texts[int(index)][1]) - ord("a") for index in drawn_N])
+    letter_N = np.array([ord(texts[int(index)][1]) - ord("a") for index in drawn_N])
+    if len(np.unique(letter_N)) < 2:
+        raise UserError(f"all words begin with {texts[int(drawn_N[0])][1]!r}: give words of other letters, too")
+    return drawn_N, letter_N
 
 
 def _read_words(lm: LanguageModel, site: str, ids_N: np.ndarray, letter_N: np.ndarray) -> np.ndarray:
     """Return activations [N, D] at the tokens of words, each after the same few words with their letters."""
     chosen = np.linspace(0, len(ids_N) - 1, _EXAMPLES).astype(int)
-    lines = [f"{lm.tokenizer.decode([int(ids_N[i])])} has the first letter: {chr(65 + letter_N[i])}\n" for i in chosen]
+    text_of = token_text(lm.tokenizer)
+    lines = [f"{text_of(int(ids_N[i]))} has the first letter: {chr(65 + letter_N[i])}\n" for i in chosen]
     prefix = lm.encode("".join(lines))
     read = []
     for first in range(0, len(ids_N), _BATCH):

@@ -129,14 +129,14 @@ def read_explanations(files: Sequence[Path], features: int, flag: str = "--atlas
                 sources.add(str(fields.get("layer", "")))
                 score = fields.get("scoreV2")
                 score = float(score) if isinstance(score, int | float) else -math.inf
-                if (description.strip() and score > best.get(int(text), -math.inf)) or int(text) not in label_of:
+                if description.strip() and (int(text) not in label_of or score > best[int(text)]):
                     by = fields.get("explanationModelName") or fields.get("typeName")
                     label_of[int(text)] = Label(description.strip(), f"Neuronpedia, {by}" if by else "Neuronpedia")
                     best[int(text)] = score
     if len(sources) > 1:
         named = ", ".join(sorted(sources)[:4])
         raise UserError(f"{flag} has explanations of several dictionaries ({named}): name the files of one")
-    return {feature: label for feature, label in label_of.items() if label.label}
+    return label_of
 
 
 def unused_lines(path: Path, names: Sequence[str], kinds: Sequence[str], flag: str = "--atlas.labels") -> list[str]:

@@ -45,7 +45,7 @@ from saejax.interventions.rows import (
     gather,
     run_rows,
 )
-from saejax.interventions.split_model import GROUP_TOKENS, CleanRun, SiteRows, SplitModel, in_order
+from saejax.interventions.split_model import GROUP_TOKENS, CleanRun, SiteRows, SplitModel, in_order, not_finite
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SharedPrefixBatch, SplitPoint
@@ -211,10 +211,7 @@ def run_edits(
             # Rows that fill a batch are not prompts: what they hold is not looked at.
             values_NxM = values_RxM[: len(shard.set_N)]
             if not np.isfinite(values_NxM).all():
-                raise UserError(
-                    f"a logit difference after an edit at {split.point.site} is not finite: the model or the "
-                    "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-                )
+                raise UserError(not_finite(split.point, f"after an edit at {split.point.site}"))
             values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_NxM.T
         done += batch.tokens * len(batch.shards)
         on_progress(done, total)

@@ -31,6 +31,7 @@ from saejax.models.sites import KINDS, Site
 from saejax.models.split import LaterSite
 from saejax.parallel.mesh import fitting_sharding, place_on
 
+_LARGEST = 8  # GiB of the matrix of all decoders, which is made anew for every untrained dictionary
 _ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")  # within a layer
 
 
@@ -115,6 +116,14 @@ def join_saes(lm: LanguageModel, saes: Sequence[Dictionary], texts: Sequence[str
     for sae in saes:
         if sae.config.target or sae.config.widths or Site.parse(sae.site).kind not in KINDS:
             raise UserError(f"{sae!r} is no SAE of one site of the stream: sets over several sites are of SAEs")
+    count, width = (
+        sum(sizes) for sizes in zip(*((sae.config.n_features, sae.config.d_in) for sae in saes), strict=True)
+    )
+    if (size := 4 * count * width / 2**30) > _LARGEST:
+        raise UserError(
+            f"the decoders of {len(saes)} sites would be one matrix of {size:.0f} GiB, more than {_LARGEST}: give "
+            "fewer sites, or narrower dictionaries"
+        )
     ordered = sorted(saes, key=lambda sae: _place(Site.parse(sae.site)))
     sites = [sae.site for sae in ordered]
     if len(set(sites)) < len(sites):

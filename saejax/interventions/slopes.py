@@ -29,7 +29,14 @@ from saejax.errors import UserError, one_of
 from saejax.interventions.activity import count_run
 from saejax.interventions.controls import begins_answer
 from saejax.interventions.edits import ZERO, ActivationReplacement, removed_on_average
-from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel, active_features, prompts_at_once
+from saejax.interventions.split_model import (
+    CleanRun,
+    SiteRows,
+    SplitModel,
+    active_features,
+    not_finite,
+    prompts_at_once,
+)
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
@@ -77,7 +84,7 @@ def slopes(
             (on_progress or bar)(min(first + size, len(prompts)), len(prompts))
     slope_PxTxD = np.concatenate(parts).astype(np.float32, copy=False)
     if not np.isfinite(slope_PxTxD).all():
-        raise UserError(_not_finite(point))
+        raise UserError(not_finite(point, f"at {point.site}"))
     return slope_PxTxD
 
 
@@ -176,7 +183,7 @@ def attribution(
                 (scores_1xBxF,) = score_targets(*model, [some], None, targets_1xBx2, source, [arrays])
                 attribution_NxF[index_P] += to_host(scores_1xBxF)[0, : len(index_P)] / max(steps, 1)
     if not np.isfinite(attribution_NxF).all():
-        raise UserError(_not_finite(split.point))
+        raise UserError(not_finite(split.point, f"at {split.point.site}"))
     return attribution_NxF
 
 
@@ -227,7 +234,7 @@ def target_attributions(
                         total[chunk] += to_host(scores_CxF) / max(steps, 1)
                 done += int(real_B.sum()) * min(TARGETS, count - first)
     if not all(np.isfinite(total).all() for total in totals):
-        raise UserError(_not_finite(splits[0].point))
+        raise UserError(not_finite(splits[0].point, f"at {splits[0].point.site}"))
     return [total[:count] / prompts for total in totals]
 
 
@@ -291,7 +298,7 @@ def attribute_slopes(
             (slope_BxTxD,) = split.by_row(slope_BxTxD)
             total_F += to_host(_score_slope(split.point, split.dictionary, rows, slope_BxTxD, real_B, source, arrays))
     if not np.isfinite(total_F).all():
-        raise UserError(_not_finite(split.point))
+        raise UserError(not_finite(split.point, f"at {split.point.site}"))
     return total_F / sum(len(run.index_P) for run in runs)
 
 
@@ -401,13 +408,6 @@ def _mean_fall(
     counterpart_BxTxF = active_features(dictionary, *source_arrays) if source_arrays else f_BxTxF
     every_F = jnp.arange(f_BxTxF.shape[-1])
     return source.removed(f_BxTxF, counterpart_BxTxF, rows.domain_BxT, every_F, jnp.int32(len(rows.last_B)))
-
-
-def _not_finite(point: SplitPoint) -> str:
-    return (
-        f"the gradient of the logit difference with respect to {point.site} is not finite: the model or the "
-        "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-    )
 
 
 def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:

@@ -399,3 +399,13 @@ def active_features(dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: j
     """Return feature activations [B, T, F] of what is read; 0 where ``domain_BxT`` is False."""
     f_BxTxF = dictionary.encode(read_BxTxD)
     return jnp.where(domain_BxT[:, :, None], f_BxTxF, jnp.zeros_like(f_BxTxF))
+
+
+def not_finite(point: SplitPoint, where: str) -> str:
+    """Return what to say where what is measured, or its gradient, is not finite."""
+    if point.readout is not None:
+        return f"the readout, or its gradient, is not finite {where}: it has to be finite for all logits that it gets"
+    return (
+        f"the logit difference, or its gradient, is not finite {where}: the model or the dictionary holds NaN or "
+        "overflows; try --model.dtype=float32, or train the dictionary again"
+    )

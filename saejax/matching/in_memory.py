@@ -61,7 +61,11 @@ def group_features(
     Returns:
       The indices of the grouped features: those that fire on several tokens and texts. Their groups; a group is stable
       if its ``overlap_U`` exceeds ``bar``.
+
+    Raises:
+      UserError: the dictionary's site was not captured, or it reads several.
     """
+    one_of(dictionary.site, acts.values, "site of these activations")
     activity = encode(dictionary.with_sink_norms(acts.max_norm), acts.values[dictionary.site], _BATCH_TOKENS)
     firings = Coactivation.of(activity, acts.index_Nx3[:, 0])
     groups, _ = find_groups(firings, smallest, resamples, [seed])

@@ -187,8 +187,8 @@ class LanguageModel:
           seed: seed of the sampling; each prompt of a batch is sampled independently.
           stop: strings that end the text where they first occur, wherever tokens begin; they are not part of it.
           edits: act on the prompt's positions and on new tokens as they are read. To an edit of the last position,
-            every new token is the last one when it is read. Values given for each position of the prompts leave new
-            tokens unchanged.
+            every new token is the last one when it is read. Values given for each position of the prompts, and
+            edits of a crosscoder's features, leave new tokens unchanged.
 
         Raises:
           UserError: a site does not exist, an edit does not fit, the context is too short, a setting is out of range,

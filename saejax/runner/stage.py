@@ -1,7 +1,7 @@
 """Descriptions of stages: one object for each.
 
 Every file of ``saejax/stages`` declares stages as ``Stage`` objects at the top level; ``registry`` finds them. Such a
-file is read by every binary, so JAX, torch and what needs them are imported inside its functions.
+file is read by every binary, so PyTorch and transformers are imported inside its functions.
 """
 
 import dataclasses

@@ -144,6 +144,8 @@ class GraphServer:
         details: dict[Feature, FeatureDetails] = {}
         tables: list[PageTable] = []
         config, outputs = self._session.graph_config(graph), [query[name] for name in _OUTPUTS if name in query]
+        if len(outputs) == 1:
+            raise UserError(f"one output has no difference: give both, {' and '.join(_OUTPUTS)}")
         if outputs or not shares.keys().isdisjoint(query):
             shares = {name: _share({**shares, **query}, name) for name in shares}
             document = self._session.prune(graph, document, shares["nodes"], shares["edges"], outputs)

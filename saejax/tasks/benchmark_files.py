@@ -144,10 +144,10 @@ def find(
     place = Path(path).expanduser()
     if not place.exists():
         # What cannot be the id of a data set is a file that is missing: the hub is not asked for it.
-        if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith(FORMATS):
+        if path.startswith((".", "/", "~")) or path.partition("@")[0].count("/") != 1 or path.endswith(FORMATS):
             raise UserError(
                 f"{_FLAG}={path} does not exist: expected a file ({', '.join(FORMATS)}), a folder of such files, or "
-                "the hub id of a data set, such as openai/gsm8k"
+                "the hub id of a data set, such as openai/gsm8k or openai/gsm8k@REVISION"
             )
         return None
     if place.is_file() and several:

@@ -97,6 +97,14 @@ def test_what_saelens_has_nothing_like_is_refused_by_name(tmp_path):
         assert not (tmp_path / "a").exists()
 
 
+def test_matching_pursuit_of_scaled_inputs_searches_with_rows_of_the_trained_length(tmp_path):
+    dictionary, x = known.make("matching_pursuit"), known.activations()
+    save_dictionary(tmp_path, dictionary, "saelens")
+    scaled = dict(normalize_activations="constant_scalar_rescale", activation_normalization_factor=2.5)
+    (tmp_path / CFG).write_text(json.dumps(cfg_of(tmp_path) | scaled))
+    assert known.relative(load_dictionary(tmp_path)(x), dictionary(2.5 * x) / 2.5) < 1e-5
+
+
 @pytest.mark.parametrize("architecture", sorted({*saelens.ARCHITECTURES} - {"matching_pursuit"}))
 def test_unit_norm_brings_rows_to_length_one_and_keeps_the_output(architecture, tmp_path):
     """It is refused where it would change a TopK."""

@@ -6,7 +6,9 @@ import pytest
 
 import saejax
 from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError
+from saejax.interpret import absorption
 from saejax.interpret.absorption import absorption_of_words, fit_probes, score_letters
 
 
@@ -81,6 +83,22 @@ def test_probes_are_the_optimum_of_their_penalised_cross_entropy():
         np.testing.assert_allclose(bias_K[k], theirs.intercept_[0], atol=2e-3)
     sparse_CxK, _ = fit_probes(x_NxC, is_class_NxK, 0.05, 0.0)
     assert (sparse_CxK[:2].diagonal() > 0.1).all() and (sparse_CxK[2:] == 0).sum() >= 6
+
+
+def test_activations_are_in_the_units_of_the_site(lm, monkeypatch):
+    """A dictionary that normalises tokens has the absorption of the same in units of the site."""
+    rng = np.random.default_rng(0)
+    letter_N = np.repeat(np.arange(26), 40)
+    x_NxD = 30 * rng.normal(size=(26, lm.config.d_model))[letter_N] + rng.normal(
+        size=(len(letter_N), lm.config.d_model)
+    )
+    monkeypatch.setattr(absorption, "draw_words", lambda *_: (letter_N, letter_N))
+    monkeypatch.setattr(absorption, "_read_words", lambda *_: x_NxD.astype(np.float32))
+    described = dict(kind="topk", site="resid_post.1", d_in=lm.config.d_model, n_features=128, k=8)
+    config = DictionaryConfig(**described, input_norm="layer_norm")
+    dictionary = saejax.Dictionary.initial(config, jax.random.key(0))
+    measured, same = (saejax.measure_absorption(lm, each) for each in (dictionary, to_output_units(dictionary)))
+    assert measured == same and to_output_units(dictionary) is not dictionary
 
 
 def test_what_cannot_be_measured_is_said(lm):

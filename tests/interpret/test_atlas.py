@@ -156,6 +156,7 @@ def test_explanations_from_neuronpedia(tmp_path):
     lines = [
         first,
         first | dict(description="lakes", scoreV2=0.7),
+        first | dict(index=5, description=" ", scoreV2=0.9),
         first | dict(index=5, description="seas", scoreV2=None),
     ]
     text = "\n".join(map(json.dumps, lines))

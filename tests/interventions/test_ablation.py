@@ -165,7 +165,9 @@ def test_nan_in_the_dictionary(tiny, prompts, dictionary, split, runs):
         activity.statistics(broken, broken.run(prompts))
     fires = int(np.argmax(activity.statistics(split, runs).fires_F))
     broken = with_value("W_dec_FxD", fires, jnp.inf)
-    with pytest.raises(UserError, match="logit difference after an edit at resid_post.1 is not finite"):
+    with pytest.raises(
+        UserError, match="logit difference, or its gradient, is not finite after an edit at resid_post.1"
+    ):
         ablate_sets(broken, broken.run(prompts), [[fires]])
 
 

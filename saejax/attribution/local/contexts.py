@@ -104,7 +104,7 @@ class ContextSearch:
         return {
             feature: Firings(
                 tuple(_context(list(map(as_piece, tokens)), values) for _, tokens, values in some),
-                _bars(np.concatenate(acts[feature])),
+                _bars(np.concatenate([np.zeros(0, np.float32), *acts[feature]])),
             )
             for feature, some in strongest.items()
         }

@@ -337,9 +337,12 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
             file,
         )
     if factor is not None and norm in ("constant_scalar_rescale", "expected_average_only_in", True):
-        # Features keep the units in which they were trained; inputs and outputs get those of the model.
-        arrays["W_enc_DxF"] = arrays["W_enc_DxF"] * factor
-        arrays |= {name: arrays[name] / factor for name in ("W_dec_FxD", "b_dec_D")}
+        # Inputs and outputs get the units of the model. Features keep those in which they were trained, except those of
+        # matching pursuit, which searches with the rows of the decoder: these keep their length.
+        if kind.name != "matching_pursuit":
+            arrays["W_enc_DxF"] = arrays["W_enc_DxF"] * factor
+            arrays["W_dec_FxD"] = arrays["W_dec_FxD"] / factor
+        arrays["b_dec_D"] = arrays["b_dec_D"] / factor
     return arrays
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from saejax.config import Configs, counted
 from saejax.dictionaries.hashes import hash_dictionaries
+from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.errors import UserError
 from saejax.ground_truth.results import TruthResults
 from saejax.ground_truth.settings import CONTROLS, TruthConfig
 from saejax.runner.stage import Stage, inputs_of
@@ -14,7 +16,18 @@ from saejax.training.settings import TrainConfig
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    return (*configs[TrainConfig].kinds, CONTROLS) if configs[TruthConfig].features else ()
+    return (*_kinds(configs), CONTROLS) if configs[TruthConfig].features else ()
+
+
+def _kinds(configs: Configs) -> list[str]:
+    """Return the kinds that are trained on the world; dictionaries from elsewhere are of no synthetic world."""
+    kinds = [kind for kind in configs[TrainConfig].kinds if kind != PRETRAINED]
+    if not kinds:
+        raise UserError(
+            f"--train.kinds={PRETRAINED} trains nothing on a synthetic world: name a kind, or leave out "
+            "--truth.features"
+        )
+    return kinds
 
 
 def _initial(configs: Configs) -> str:
@@ -26,7 +39,7 @@ def _initial(configs: Configs) -> str:
 def _settings(configs: Configs, name: str) -> dict[str, Any]:
     """Return the settings that are read; the name of the unit of controls does not tell their kind."""
     train = configs[TrainConfig]
-    kind = train.kinds[0] if name == CONTROLS else name
+    kind = _kinds(configs)[0] if name == CONTROLS else name
     return counted(configs[TruthConfig]) | train.read_by(kind) | {"train.kinds": [kind]}
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from saejax.config import Configs, counted
+from saejax.config import Configs, counted, group_name, to_json
 from saejax.files import fingerprint
 from saejax.preflight import shapes
 from saejax.preflight.results import PreflightResults
@@ -12,6 +12,9 @@ from saejax.stages import identities
 from saejax.stages.preflight.run import run_preflight
 from saejax.stages.preflight.settings import PreflightConfig
 from saejax.training.settings import TrainConfig
+
+#: Settings of any group that change no result, but how much memory and time programs take.
+_SIZES = ("batch", "batch_rows", "batch_tokens", "members_at_once", "zero_optimizer")
 
 
 def _shapes(configs: Configs) -> str:
@@ -25,9 +28,14 @@ def _units(configs: Configs) -> str:
 
 
 def _settings(configs: Configs, name: str) -> dict[str, Any]:
-    """Return the settings of all stages and of the mesh; of those that only some kinds read the number of members."""
+    """Return the settings of all stages and of the mesh, of k and l1 their number where programs are the same."""
     train = configs[TrainConfig]
-    return counted(*configs) | {"train.k": len(train.k), "train.l1": len(train.l1)}
+    groups = {group_name(type(config)): to_json(config) for config in configs}
+    sizes = {f"{group}.{name}": data[name] for group, data in groups.items() for name in _SIZES if name in data}
+    members = {"train.k": len(train.k), "train.l1": len(train.l1)}
+    if "matching_pursuit" in train.kinds:
+        members["train.k"] = list(train.k)  # its program takes k steps
+    return counted(*configs) | sizes | members
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:

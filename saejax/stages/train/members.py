@@ -90,14 +90,10 @@ def store_and_dictionaries(configs: Configs, kind: str) -> tuple[str, str]:
     return "capture", f"train/{kind}"
 
 
-def trained_sites(configs: Configs, name: str = "") -> Configs:
+def trained_sites(configs: Configs) -> Configs:
     """Return the configuration with the captured sites that dictionaries of this run read, and no others.
 
     A store's files of a site depend on no other site, so further sites leave dictionaries as they are.
-
-    Args:
-      configs: all settings.
-      name: name of the unit, which does not matter.
     """
     train, capture = configs[TrainConfig], configs[CaptureConfig]
     if train.sites == ("all",) or PRETRAINED in train.kinds:
