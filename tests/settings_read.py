@@ -77,6 +77,8 @@ def _run_stage(running, unit, *arguments):
         DECLARED[unit] = {setting for each in alone for setting in stage.settings_read(each, name)}
         undeclared = {setting for setting in READ[unit] - DECLARED[unit] if not setting.startswith("mesh.")}
         undeclared &= counted(*configs).keys()
+        if configs[TrainConfig].ce_every and unit.startswith("train/"):
+            undeclared -= {"model.dtype"}  # of the model that scores midway, which decides no result
         if undeclared:
             undeclared -= _covered_by_inputs(running.plan, unit, stage, configs, name)
         _unit = ""

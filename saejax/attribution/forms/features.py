@@ -153,7 +153,7 @@ def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
     try:
         if "examples_quantiles" in data:
             contexts = [
-                (str(quantile["quantile_name"]), example["tokens"], example["tokens_acts_list"])
+                (str(quantile.get("quantile_name") or ""), example["tokens"], example["tokens_acts_list"])
                 for quantile in data["examples_quantiles"] or ()
                 for example in quantile["examples"] or ()
             ]

@@ -35,7 +35,14 @@ def _settings(configs: Configs, name: str) -> dict[str, Any]:
     members = {"train.k": len(train.k), "train.l1": len(train.l1)}
     if "matching_pursuit" in train.kinds:
         members["train.k"] = list(train.k)  # its program takes k steps
-    return counted(*configs) | sizes | members
+    # Of kinds that are not trained nothing is read: which others there are depends on the plugins of a process.
+    own = tuple(f"train.{kind}." for kind in train.kinds)
+    values = {
+        name: value
+        for name, value in counted(*configs).items()
+        if not name.startswith("train.") or name.count(".") == 1 or name.startswith(own)
+    }
+    return values | sizes | members
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
