@@ -79,7 +79,7 @@ def cross_layer_loss(
     """
     config, kind = stack.config, stack.kind
     settings, decoders = config.of_kind(kind.name), [arrays["W_dec_FxD"] for arrays in layers]
-    dead_k = config.auxk_features or max(stack.dictionary.d_in // 2, 1)
+    dead_k = (config.auxk_features or max(stack.dictionary.d_in // 2, 1)) if config.auxk else 0
 
     def encode(layer: Any) -> tuple[jax.Array, jax.Array, Arrays, jax.Array]:
         arrays, norms_F, x_BxD, values, dead_F = layer

@@ -167,7 +167,7 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, tmp_path, monkeypa
         (["--graph.prompt=The war", "--graph.transcoders=./nowhere/at/all"], "no folder ./nowhere/at/all of"),
         (["--graph.prompt=The war", "--graph.transcoders="], "--graph.transcoders is missing"),
         (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 6 tokens"),
-        ([f"--graph.prompt={'The war ' * 200}"], "401 tokens, more than the model's context of 128"),
+        ([f"--graph.prompt={'The war ' * 200}"], "402 tokens, more than the model's context of 128"),
         (["--graph.prompt=The war", "--graph.slug=../up"], "cannot name a graph"),
         (["--graph.prompts=none.jsonl"], "none.jsonl does not exist"),
         (["--graph.prompt=The war", "--graph.query_key=first"], "--graph.query_key=first: expected layer.head"),
