@@ -47,7 +47,7 @@ def test_changes_do_what_edits_of_the_saes_do(asker, lm, saes):
     tokens = Tokens(ids_P[None], np.array([len(ids_P)], np.int32))
     read = lm(tokens, capture=SITES).sites
     inside_P = np.all([np.asarray(sae.is_not_sink(read[site]))[0] for sae, site in zip(saes, SITES)], axis=0)
-    at = int(np.flatnonzero(inside_P[:-1])[-1])
+    at = int(np.flatnonzero(inside_P)[-1])
     features = [np.flatnonzero(np.asarray(sae.encode(read[site]))[0, at]).tolist() for sae, site in zip(saes, SITES)]
     changes = [["scale", 0.0, *(f"0_{feature}_{at}" for feature in features[0])]]
     changes.append(["set", 2.5, f"2_{features[1][0]}_{at}"])
