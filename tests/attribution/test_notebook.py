@@ -24,10 +24,12 @@ def test_the_notebook_of_graphs_runs(monkeypatch, tmp_path, capsys, lm):
     for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
         exec(compile("".join(cell["source"]), f"graphs.ipynb, code {number}", "exec"), names)
     whole, pruned, removed = names["graph"], names["pruned"], names["removed"]
+    with pytest.raises(UserError, match="unknown kind of node 0: expected one of feature, error, token"):
+        whole.count(0)
     # What is frozen changes as the edges say.
     _, after_V = saejax.intervene(names["local"], [[], [removed]], "all")
-    row, column = whole.count(0), whole.ids.index(pruned.ids[names["top"]])
-    token = int(whole.nodes.index_N[whole.slice_of(5)][0])
+    row, column = whole.count("feature"), whole.ids.index(pruned.ids[names["top"]])
+    token = int(whole.nodes.index_N[whole.slice_of("logit")][0])
     change = after_V - names["local"].logits_V
     assert change[token] - change.mean() == pytest.approx(-whole.adjacency_RxS[row, column], abs=1e-5)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["graph", "graph.html", "graph.pdf", "graph.svg"]

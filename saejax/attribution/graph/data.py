@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from saejax.attribution.graph.nodes import FEATURE, KINDS, LOGIT, Nodes
+from saejax.errors import one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,18 @@ class GraphData:
     pruning: Pruning | None = None
 
     def count(self, *kinds: str) -> int:
-        """Return the number of nodes of some kinds, such as "feature"; see ``nodes.KINDS``."""
+        """Return the number of nodes of some kinds, such as "feature"; see ``nodes.KINDS``.
+
+        Raises:
+          UserError: there is no such kind.
+        """
+        for kind in kinds:
+            one_of(kind, KINDS, "kind of node")
         return int(np.isin(self.nodes.kind_N, kinds).sum())
 
     def slice_of(self, kind: str) -> slice:
-        """Return the slice of the node table that holds the nodes of a kind."""
+        """Return the slice of the node table that holds the nodes of a kind; see ``count``."""
+        one_of(kind, KINDS, "kind of node")
         start = self.count(*KINDS[: KINDS.index(kind)])
         return slice(start, start + self.count(kind))
 

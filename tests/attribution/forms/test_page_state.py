@@ -130,7 +130,7 @@ def test_scores_of_the_pinned_features_are_those_of_python(browser, tmp_path):
     """Errors and tokens among the pins change nothing; of the pruned graph, errors of some features are gone."""
     graph = up(make_graph(features=60, layers=5)).prune(0.7, 0.9)
     graph.save_page(tmp_path / "page.html")
-    features = graph.ids[: graph.count(0)]
+    features = graph.ids[: graph.count("feature")]
     browser.view(1440, 900, still=True)
     for pinned in (features[::3], [*features[1:8], *graph.ids[-5:]], graph.ids[-3:]):
         show(browser, f"{(tmp_path / 'page.html').as_uri()}#pinnedIds={','.join(pinned)}")
