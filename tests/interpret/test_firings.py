@@ -22,7 +22,7 @@ def store(tmp_path_factory):
 
 
 def make(kind: str) -> Dictionary:
-    numbers = dict(k=7) if kind == "topk" else dict(fires_above=0.4) if kind == "linear" else {}
+    numbers = dict(k=7) if kind in ("topk", "matching_pursuit") else dict(fires_above=0.4) if kind == "linear" else {}
     numbers |= dict(groups=(200, F)) if kind == "matryoshka" else {}
     config = DictionaryConfig(kind=kind, site=planted.SITE, d_in=planted.WIDTH, n_features=F, **numbers)
     rng = np.random.default_rng(3)

@@ -34,7 +34,7 @@ class MatchingPursuit(Kind):
     def encode(self, dictionary: Dictionary, inputs: EncoderInputs, numbers: Numbers) -> jax.Array:
         """Return the inner products at which features were chosen; ``dictionary.config.k`` is the largest k."""
         config, arrays, x_xD = dictionary.config, dictionary.arrays, inputs.x_xD
-        W_dec_FxD = arrays["W_dec_FxD"].astype(x_xD.dtype)
+        W_dec_FxD = jnp.asarray(arrays["W_dec_FxD"], x_xD.dtype)
         if config.centred:
             x_xD = x_xD - row(arrays["b_dec_D"], x_xD.ndim)
         x_NxD = x_xD.reshape(-1, config.d_in)
