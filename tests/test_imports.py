@@ -21,7 +21,9 @@ INSIDE = dict(
     parallel="mesh collectives cluster stopping processes settings",
 )
 WITH_TORCH = "torch_devices torch_hooks torch_model source checkpoint model_cache"
-TORCH_MAY_BE_IN = {"saejax.activations.torch_capture"} | {f"saejax.models.{name}" for name in WITH_TORCH.split()}
+TORCH_MAY_BE_IN = {"saejax.activations.torch_capture", "saejax.interpret.jacobian_lens"} | {
+    f"saejax.models.{name}" for name in WITH_TORCH.split()
+}
 # Loaded where they are used: torch and transformers, what an extra installs, and what would take seconds of --help.
 LAZY = "torch transformers wandb gguf accelerate openai starlette uvicorn datasets sklearn pandas"
 

@@ -47,7 +47,7 @@ def assert_contexts_are_those_of_the_corpus(folder, lm):
     """Features that no file describes are searched in the first texts: each one's strongest firing in each text."""
     transcoders, values = made_set(lm), []
     for document in read_corpus(CorpusConfig())[:2]:
-        ids_T = encode(lm.tokenizer, document.text, "always")[:32]  # as circuit-tracer begins texts
+        ids_T = encode(lm.tokenizer, document.text)[:32]
         sites = lm(pad([ids_T]), capture=[f"mlp_in.{layer}" for layer in range(len(transcoders))]).sites
         values.append([np.asarray(each.encode(sites[each.site]))[0] for each in transcoders])
     paths = list(folder.iterdir())
@@ -167,7 +167,7 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, tmp_path, monkeypa
         (["--graph.prompt=The war", "--graph.transcoders=./nowhere/at/all"], "no folder ./nowhere/at/all of"),
         (["--graph.prompt=The war", "--graph.transcoders="], "--graph.transcoders is missing"),
         (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 6 tokens"),
-        ([f"--graph.prompt={'The war ' * 200}"], "402 tokens, more than the model's context of 128"),
+        ([f"--graph.prompt={'The war ' * 200}"], "401 tokens, more than the model's context of 128"),
         (["--graph.prompt=The war", "--graph.slug=../up"], "cannot name a graph"),
         (["--graph.prompts=none.jsonl"], "none.jsonl does not exist"),
         (["--graph.prompt=The war", "--graph.query_key=first"], "--graph.query_key=first: expected layer.head"),

@@ -81,11 +81,14 @@ def test_the_layout_is_that_of_circuit_tracer(tmp_path):
     assert found == shapes | {"activation_function.threshold": (F,)}
     hooks = dict(feature_input_hook="mlp.hook_in", feature_output_hook="mlp.hook_out")
     description = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert description == dict(model_name="some/model", model_kind="transcoder_set") | hooks
+    known = dict(saejax=dict(bos="auto"))
+    assert description == dict(model_name="some/model", model_kind="transcoder_set") | hooks | known
     opened = circuit_tracer.open_set(tmp_path)
     assert len(opened.layers) == 12 and opened.configs[10].site == "mlp_in.10"
-    # Circuit-tracer puts BOS in front of all texts; a set that was trained without says so.
-    assert opened.configs[10].bos == "always"
+    # Circuit-tracer puts BOS in front of all texts; a set that was trained otherwise says so.
+    assert opened.configs[10].bos == "auto"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**description, "saejax": {}}))
+    assert circuit_tracer.open_set(tmp_path).configs[10].bos == "always"
     without = [each.with_config(dataclasses.replace(each.config, bos="never")) for each in make_set("topk", layers=2)]
     save_transcoders(tmp_path / "without", without)
     assert circuit_tracer.open_set(tmp_path / "without").configs[1].bos == "never"

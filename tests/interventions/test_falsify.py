@@ -50,6 +50,9 @@ class World:
     def sink_norm(self, site):
         return 1e6
 
+    def encode(self, text):
+        return self.tokenizer(text)["input_ids"]
+
     largest = 0  # tokens that were run at once
 
     def __call__(self, tokens, capture, logits):

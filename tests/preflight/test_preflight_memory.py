@@ -76,8 +76,8 @@ def test_more_is_expected_of_longer_runs(lm):
     generated = [seconds(task__benchmarks=(name,))["benchmark"] for name in ("gsm8k", "math")]
     assert generated[0] > generated[1] > 0
     studied = seconds(task__benchmarks=("gsm8k",), study__benchmarks=("gsm8k",))["benchmark"]
-    # Clean, the top features by zero and by resampling, 19 random and 19 placebo sets, on 100 test items of 500.
-    assert studied / generated[0] == pytest.approx(1 + 100 * (1 + 2 + 2 * 19) / 500), "items times conditions"
+    # Clean, the top features by zero and by resampling, 19 random, placebo and untrained sets, on 100 of 500 items.
+    assert studied / generated[0] == pytest.approx(1 + 100 * (1 + 2 + 3 * 19) / 500), "items times conditions"
 
 
 def test_a_plan_of_several_processes_has_their_meshes():

@@ -38,7 +38,7 @@ def test_a_longer_run_in_its_folder_ends_with_the_same_bits(acts, tmp_path):
     assert "training batchtopk" in lines
     assert_same_bits(continued.arrays, whole.arrays)
     # Shorter: its learning rate falls before anything that is kept.
-    with pytest.raises(UserError, match="settings.epochs was 2, is 1; steps was 32, is 16"):
+    with pytest.raises(UserError, match="settings.train.epochs was 2, is 1; steps was 32, is 16"):
         go(acts, tmp_path)
 
 

@@ -565,7 +565,7 @@ def _describe(config: DictionaryConfig) -> dict[str, Any]:
     settings = dict(model_name=config.model, model_kind=PER_LAYER) | _hooks(config) | _sparsity(config)
     # circuit-tracer's TopK keeps negative activations, too, and its texts begin with BOS; ours are read as they are.
     facts: dict[str, Any] = dict(signed=False) if config.kind == "topk" and not config.signed else {}
-    facts |= dict(bos="never") if config.bos == "never" else {}
+    facts |= dict(bos=config.bos) if config.bos != "always" else {}
     return settings | ({FACTS: facts} if facts else {})
 
 
