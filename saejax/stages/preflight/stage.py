@@ -32,7 +32,7 @@ def _settings(configs: Configs, name: str) -> dict[str, Any]:
     train = configs[TrainConfig]
     groups = {group_name(type(config)): to_json(config) for config in configs}
     sizes = {f"{group}.{name}": data[name] for group, data in groups.items() for name in _SIZES if name in data}
-    members = {"train.k": len(train.k), "train.l1": len(train.l1)}
+    members: dict[str, Any] = {"train.k": len(train.k), "train.l1": len(train.l1)}
     if "matching_pursuit" in train.kinds:
         members["train.k"] = list(train.k)  # its program takes k steps
     # Of kinds that are not trained nothing is read: which others there are depends on the plugins of a process.
