@@ -36,11 +36,11 @@ def _settings(configs: Configs, name: str) -> dict[str, Any]:
     if "matching_pursuit" in train.kinds:
         members["train.k"] = list(train.k)  # its program takes k steps
     # Of kinds that are not trained nothing is read: which others there are depends on the plugins of a process.
-    own = tuple(f"train.{kind}." for kind in train.kinds)
+    of_kinds = tuple(f"train.{kind}." for kind in train.kinds)
     values = {
         name: value
         for name, value in counted(*configs).items()
-        if not name.startswith("train.") or name.count(".") == 1 or name.startswith(own)
+        if not name.startswith("train.") or name.count(".") == 1 or name.startswith(of_kinds)
     }
     return values | sizes | members
 
