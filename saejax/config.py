@@ -141,7 +141,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def counted(*configs: Config, but: Collection[str] = ()) -> dict[str, Any]:
-    """Return the settings of groups that results may depend on, those of code alone too, as JSON data by "group.field".
+    """Return the settings of groups that results may depend on, flagless ones included, as JSON data by "group.field".
 
     Args:
       configs: the groups; a setting of a group inside of one is "group.inner.field".

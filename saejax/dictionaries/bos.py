@@ -1,6 +1,6 @@
 """BOS tokens in front of texts: one rule for all that runs a model with dictionaries.
 
-Texts begin as those of the dictionary's training, ``DictionaryConfig.bos``. "auto", where that is not known: as the
+Texts begin as the dictionary's training texts, ``DictionaryConfig.bos``. "auto", where that is not known: as the
 model's tokenizer begins them.
 """
 
@@ -17,12 +17,12 @@ from saejax.models.tokens import bos_tokens
 def follow_bos(
     lm: LanguageModel, dictionaries: Iterable[DictionaryConfig], say: Callable[[str], object] = logging.warning
 ) -> LanguageModel:
-    """Return the model with texts that begin as those of the training of dictionaries.
+    """Return the model with texts that begin as the training texts of dictionaries.
 
     Args:
       lm: the model.
       dictionaries: those that are run with it; of several conventions the first counts.
-      say: takes a line if texts begin otherwise than the model's did, or than those of one of the dictionaries.
+      say: takes a line if texts begin otherwise than the model's did, or than the texts of one dictionary.
     """
     conventions = list(dict.fromkeys(config.bos for config in dictionaries if config.bos != "auto"))
     if not conventions or lm.tokenizer is None:

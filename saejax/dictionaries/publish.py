@@ -11,7 +11,7 @@ from saejax.models.hub import push_folder, require_token
 
 CARD = "README.md"
 
-Figures = Mapping[str, float | None]  #: by what they measure, such as "explained variance"; None: not known
+Figures = Mapping[str, float | None]  #: by name, such as "explained variance"; None: not known
 
 
 def push(dictionary: Dictionary, name: str, *, figures: Figures | None = None, private: bool = False) -> str:

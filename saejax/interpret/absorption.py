@@ -3,7 +3,7 @@
 Chanin et al. (2024, arXiv 2409.14507) ask it of first letters, as SAEBench does (Karvonen et al., 2025, arXiv
 2503.09532):
 
-1. Words of one token are read in a prompt that spells others; activations are those of the word's token.
+1. Words of one token are read in a prompt that spells others; activations are read at the word's token.
 2. A linear probe of the activations for each letter gives its direction p.
 3. The letter's *split features*: by an L1 probe on the features the best one, and further ones while each raises the F1
    score of a logistic regression on them by more than 0.03.

@@ -161,7 +161,7 @@ def balanced_accuracy(called: Mapping[int, bool], active: Sequence[int], silent:
     if not all(sides):
         return None
     # The mean of both shares, or always "yes" would score high where few contexts are silent. These few weigh half, so
-    # the interval is that of twice the harmonic mean of both numbers.
+    # the interval is computed for twice the harmonic mean of both numbers.
     count = 4 / sum(1 / len(side) for side in sides)
     return wilson_of(float(np.mean([np.mean(side) for side in sides])), count)
 

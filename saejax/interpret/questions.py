@@ -96,7 +96,7 @@ def detect(label: str, contexts: Sequence[FeatureContext]) -> Question:
 
 
 def fuzz(label: str, contexts: Sequence[FeatureContext], marks: Sequence[Sequence[bool]]) -> Question:
-    """Return the question in which contexts the marked tokens are those of the feature with a label."""
+    """Return the question in which contexts the feature with a label marks the tokens."""
     return _ask_each(_FUZZ, label, list(map(_marked, contexts, marks)))
 
 

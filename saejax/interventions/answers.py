@@ -10,7 +10,7 @@ from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval
 
 #: The readouts of question 1: their names, and the factor and unit in which they are printed. Those of whole
-#: answers and ``accuracy`` are of benchmarks; ``answer_margin`` is that of question 3 there.
+#: answers and ``accuracy`` are of benchmarks; ``answer_margin`` is the margin of question 3 there.
 ABLATION_READOUTS = dict(
     logit_diff=("the logit difference", 1, "logits"),
     log_prob=("the log-probability of the correct answer", 1, "nats"),

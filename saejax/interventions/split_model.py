@@ -119,7 +119,7 @@ class SplitModel:
         return "readout" if self.point.readout else "logit_diff"
 
     def with_readout(self, readout: Readout) -> Self:
-        """Return the model with another readout; clean runs are those of this one."""
+        """Return the model with another readout and the same clean runs."""
         split = copy.copy(self)
         split.point = dataclasses.replace(self.point, readout=readout)
         return split

@@ -229,7 +229,7 @@ class SteeringMethod:
 
     points: tuple[SteeringPoint, ...]  #: measurements by rising strength
     chosen: int  #: the strength that was chosen on train prompts, counted from 0
-    control: str  #: what it is compared with at equal dose: random lists of features, or random directions
+    control: str  #: the comparison at equal dose: random lists of features, or random directions
     controls: tuple[float, ...]  #: drop of each control change, logits, mean over prompts
     control_turned: float | None  #: mean share of prompts that the controls turn; None without any
     answer: CausalAnswer  #: does it steer more than the controls at equal dose?

@@ -11,8 +11,8 @@ takes the logit difference's place (``EffectsTable.objective``). The questions a
 2. More than random features that change the site as much? Against random lists.
 3. Specific to this answer? Other sets on this answer: against placebo sets, the top features of two tokens that are
    likely in these contexts and no answers. And T on other answers: the share that T takes from the logit difference is
-   larger than the shares that it takes from those of other likely tokens. A yes needs both. On a benchmark T must lower
-   the margin of the final answer, its log-probability minus that of a corrupted answer; the other side is not asked.
+   larger than its shares of the differences of other likely tokens. A yes needs both. On a benchmark T must lower
+   the margin of the final answer, its log-probability minus a corrupted answer's; the other side is not asked.
 4. Did training matter? Against untrained dictionaries, from whose directions a list is made by the same attribution.
    Beside it simpler bases, one by one.
 5. Selective? Other behaviours and held-out text change by less than a margin, in either direction.
@@ -536,7 +536,7 @@ def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
     clean_P = table.clean_values(prompts, measured.objective)
     clean_R = measured.weight_RxP @ clean_P
     is_above_R = clean_R > 0
-    # Controls are those of the tested dictionary. Of a difference that may be zero there is no share.
+    # Controls belong to the tested dictionary. A difference that may be zero has no share.
     if measured.dictionary != TESTED or not clean_P.mean() > 0 or is_above_R.mean() < 0.975:
         return ()
 

@@ -61,7 +61,7 @@ class CentredRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory, those of the transposed rows included."""
+        """Bytes in memory, transposed rows included."""
         return 2 * (self.scaled_FxN.data.nbytes + self.scaled_FxN.indices.nbytes)
 
     def products(self, other: "CentredRows", row_N: np.ndarray) -> Iterator[sparse.csr_array]:

@@ -36,7 +36,7 @@ def load_params(
 ) -> dict[str, jax.Array]:
     """Read the checkpoint in ``folder`` into the parameters of ``parameters.parameter_table``.
 
-    Each process reads what its devices hold, shard by shard and some layers at a time, in several threads. So the host
+    Each process reads the shards of its devices, one by one and some layers at a time, in several threads. So the host
     holds, for each thread, a device's shard of one layer or at most 64 MiB of several layers. Tensors that the family
     does not use are never looked at.
 

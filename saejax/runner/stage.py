@@ -27,7 +27,7 @@ class Stage:
     name: str  #: name of its folder in a workdir, and of its binary
     summary: str  #: what it does, one line
     run: Callable[[Run], Any]  #: does it: takes a ``workspace.Run``, returns the results
-    #: the groups of configuration that it reads, as classes; its binary accepts their flags, and those of the mesh.
+    #: the groups of configuration that it reads, as classes; its binary accepts their flags, and the mesh's flags.
     groups: tuple[type[Config], ...]
     #: the settings that the code of a unit reads and its result depends on, by "group.field" (see ``settings_of``),
     #: given the configuration and the unit's name; None: all settings of ``groups`` that change results.

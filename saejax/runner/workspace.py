@@ -390,7 +390,7 @@ class Stack:
         self.marks = marks
         self.folders = {member: workspace.folder(unit, fingerprint) for member, fingerprint in marks.items()}
         self.together: Sequence[str] = ()  # names of members that are computed in one program
-        self.missing: Sequence[str] = ()  # names of those of them that are not finished
+        self.missing: Sequence[str] = ()  # names of the members that are not finished
         self._workspace, self._unit, self._folder, self._describe = (
             workspace,
             unit,

@@ -80,7 +80,7 @@ class ModelSession:
         return self.defaults | model | graph_config
 
     def graph_config(self, graph: StoredGraph) -> GraphConfig:
-        """Return the settings that a graph was made with; where nothing says so, those of the command line."""
+        """Return the settings that a graph was made with; where nothing says so, the command line's."""
         try:
             return self.configs_of(graph)[GraphConfig]
         except UserError:

@@ -81,7 +81,7 @@ def label_correlations(
       Float64 ``[F, L]`` and ``[S]``.
     """
     unit_NxF, unit_NxL = (_centred_unit(np.asarray(some_NxC, np.float64)) for some_NxC in (value_NxF, has_NxL))
-    # The correlations of one permutation are in memory at a time, those of all features with all labels.
+    # The correlations of one permutation are in memory at a time, for all features with all labels.
     largest_S = [(unit_NxF.T @ unit_NxL[order_N]).max(initial=-np.inf) for order_N in order_SxN]
     return unit_NxF.T @ unit_NxL, np.array(largest_S)
 

@@ -65,7 +65,7 @@ class ReadBenchmark:
     table: EffectsTable  #: its effects table
     features: ItemFeatures  #: activations on all items
     attribution_PxF: sparse.csr_array  #: attribution for the answer to each item, sparse
-    #: match of this row's features with those of each other row that was asked the same items
+    #: match of this row's features with the features of each other row that was asked the same items
     matches: dict[str, FeatureMatch] = dataclasses.field(default_factory=dict)
 
     @property

@@ -131,7 +131,7 @@ def _encoders(stack: TrainStack, layers: Sequence[Arrays]) -> Arrays:
 def _encoder_inputs(
     stack: TrainStack, arrays: Arrays, norms_F: jax.Array, x_BxD: jax.Array, matmul_dtype: str
 ) -> tuple[Dictionary, EncoderInputs]:
-    """Return a layer's encoder, and what its kind makes activations from, [B, ...]."""
+    """Return a layer's encoder, and the inputs of its kind, [B, ...]."""
     encoder = Dictionary(stack.dictionary, matmul_dtype, **arrays, decoder_norms_F=norms_F)
     projected_BxF = matmul(x_BxD, arrays["W_enc_DxF"], matmul_dtype)
     return encoder, EncoderInputs(x_BxD, projected_BxF, projected_BxF + row(arrays["b_enc_F"], 2))

@@ -122,7 +122,7 @@ def member_loss(stack: TrainStack, params: Arrays, batch: MemberBatch) -> tuple[
     Args:
       stack: what is trained.
       params: the member's arrays, as in ``parameter_table``.
-      batch: what it is trained on.
+      batch: the tokens of the step.
 
     Returns:
       The loss, and (metrics, whether each feature fired on any token).

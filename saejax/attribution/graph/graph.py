@@ -48,7 +48,7 @@ class Graph(GraphData):
         return self.pruning.scores if self.pruning else scores(self)
 
     def score_subgraph(self, nodes: Collection[str]) -> GraphScores:
-        """Return the scores with some features alone, such as those of a circuit; see ``pruning.score_subgraph``."""
+        """Return the scores with some features alone, such as a circuit's; see ``pruning.score_subgraph``."""
         return score_subgraph(self, nodes)
 
     def prune(self, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0, min_weight: float = 0.0) -> Self:

@@ -233,7 +233,7 @@ def trace_prompt(
       model: the language model.
       dictionaries: a transcoder for each layer: an open set, dictionaries in memory, or what ``open_transcoders``
         opens; or SAEs of some layers, whose features are used at all positions but attention sinks.
-      prompt: the text, which begins as those of the dictionaries' training (``follow_bos``), or its token ids, which
+      prompt: the text, which begins as the dictionaries' training texts (``follow_bos``), or its token ids, which
         are taken as they are. At the first position no feature of a transcoder is used.
       targets: what is explained: a token, as its id or a text; or several; pairs of them, for the difference of their
         logits; or a ``Direction`` of the stream, by its name. (): the most probable next tokens.

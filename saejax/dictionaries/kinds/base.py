@@ -118,7 +118,7 @@ class Kind:
 
         Args:
           dictionary: the dictionary whose arrays are read.
-          inputs: those of one batch, [B, ...].
+          inputs: inputs of one batch, [B, ...].
           values: this dictionary's values of the settings that can be swept, scalars that may be traced.
           settings: the other settings of the kind.
         """

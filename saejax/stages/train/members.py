@@ -17,7 +17,7 @@ class PlaceConfig(Config):
     """The influence of a stack on a member's result, beside the settings of a run of it alone; "": none."""
 
     site_seed: str = setting("", "seed of initial values that the name of its site gives, where it is one of several")
-    order_seed: str = setting("", "seed of the order of tokens, that of the first member")
+    order_seed: str = setting("", "seed of the order of tokens: the first member's")
     init_from: str = setting("", "name of the member that it starts from in --train.init_from")
 
 

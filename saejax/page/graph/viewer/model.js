@@ -87,7 +87,7 @@ function readGraph(doc, labels, edges) {
   return graph;
 }
 
-/** Weights are in the units of their targets, so those of different targets do not compare. The score of an edge does:
+/** Weights are in the units of their targets, so weights of different targets do not compare. The score of an edge does:
  * it is the edge's share of its target's input, by size, times the target's influence on the outputs over all paths.
  * Edges go up, so one sweep from the top row down finds it. `chance`: the outputs' own influence. */
 function sweep({ source, target, weight }, row, chance) {
@@ -102,7 +102,7 @@ function sweep({ source, target, weight }, row, chance) {
   return { score, influence, inTotal };
 }
 
-/** The edges, strongest first, and those of each node. */
+/** The edges, strongest first, of the graph and of each node. */
 function readEdges(edges, row, chance) {
   const { score: found, influence, inTotal } = sweep(edges, row, chance);
   const size = (e) => Math.abs(edges.weight[e]);

@@ -23,7 +23,7 @@ const bars = (counts, from, to, alt) => {
 
 const interval = (one) => `${one.mean.toFixed(2)} [${one.low.toFixed(2)}, ${one.high.toFixed(2)}]`;
 
-// The scores of a language model's label, each beside that of another feature's label.
+// The scores of a language model's label, each beside the score of another feature's label.
 const judgements = (judged) => {
   if (!judged) return [];
   const name = judged.label && !judged.kept ? `Label “${visible(judged.label)}”, not kept` : 'Judged by a language model';
