@@ -40,7 +40,10 @@ def _settings(configs: Configs, name: str) -> dict[str, Any]:
     """Return the settings that are read; the name of the unit of controls does not tell their kind."""
     train = configs[TrainConfig]
     kind = _kinds(configs)[0] if name == CONTROLS else name
-    return counted(configs[TruthConfig]) | train.read_by(kind) | {"train.kinds": [kind]}
+    read = train.read_by(kind) | {"train.kinds": [kind]}
+    # The world takes the place of a model's sites.
+    of_models = ("train.sites", "train.source")
+    return counted(configs[TruthConfig]) | {name: value for name, value in read.items() if name not in of_models}
 
 
 GROUND_TRUTH = Stage(
