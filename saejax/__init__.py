@@ -1,6 +1,6 @@
 """saejax: which internal features a language model computes with, and whether they cause its answers.
 
-The names are those that ``__init__.pyi`` imports, where editors and type checkers read them. Each is loaded when it is
+The names stand in ``__init__.pyi``, where editors and type checkers read them. Each is loaded when it is
 first used, so that ``import saejax`` is quick and starts no device.
 """
 

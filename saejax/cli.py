@@ -28,7 +28,7 @@ OTHERS = {
     "runs": ("lists the units of a workdir, and removes those that nobody needs", "saejax.runner.runs"),
     "serve": ("shows the attribution graphs of a folder as living pages", "saejax.serving.run"),
 }
-#: programs that run further stages besides that of their name, which have no program of their own.
+#: programs that run further stages besides the stage of their name; the further stages have no program of their own.
 ALSO = dict(baseline=("benchmark",))
 
 

@@ -1,6 +1,6 @@
 """Configuration: frozen dataclasses that validate themselves, and the flags made from them.
 
-A *group* is one frozen dataclass, such as ``TrainConfig``, whose name is that of the class, ``train``. Each of
+A *group* is one frozen dataclass, such as ``TrainConfig``, named after its class, ``train``. Each of
 its fields is made with ``setting`` and becomes the flag ``--train.<field>``. Field types are str, int,
 float, bool and ``tuple[...]`` of those (written as a comma-separated list on the command line). One field may be made
 with ``nested``: groups by name, whose settings become ``--train.<name>.<field>``. A setting that several groups have in

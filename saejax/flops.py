@@ -24,7 +24,7 @@ def pass_flops(model: DecoderConfig, tokens: int, length: int, layers: float) ->
       layers: number of layers.
     """
     weights = sum(
-        # Of its experts, a token goes through those that its router chooses.
+        # A token goes through the experts that its router chooses, not through all.
         prod(shape[1:]) * (model.experts_per_token / model.n_experts if "_Ex" in name else 1)
         for name, (shape, _) in parameter_table(model).items()
         if name.startswith(LAYERS) and len(shape) > 2 and "_bias_" not in name
@@ -47,7 +47,7 @@ def step_flops(tokens: int, d_in: int, features: int, active: int | None = None)
 
 
 def weights_share(form: str, layers: int) -> float:
-    """Return the weights of what is trained on some layers, as a share of those of as many dictionaries.
+    """Return the number of weights trained on some layers, as a share of the weights of one dictionary a layer.
 
     Of each layer's two matrices a cross-layer transcoder (a ``form`` of ``--train.form``) has one encoder, and
     (layers + 1) / 2 decoders on average.

@@ -38,6 +38,6 @@ def resolve_links(path: str | os.PathLike) -> Path:
 
 
 def member_folder(unit: Path, member: str) -> Path:
-    """Return the folder of a member of a stack, given that of the stack; the folder itself for the one member ""."""
+    """Return the folder of a member of a stack, given the stack's folder; the folder itself for the one member ""."""
     place = unit / member
     return place if place.is_dir() or not member else linked_folder(place) or place

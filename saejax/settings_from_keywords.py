@@ -21,7 +21,7 @@ def make_config(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
 
     Args:
       cls: the group.
-      unit: the unit whose own settings, those of a group nested in this one, may be given too, such as "jumprelu".
+      unit: the unit whose own settings, in a group nested in this one, may be given too, such as "jumprelu".
       **settings: the values, by name.
 
     Raises:

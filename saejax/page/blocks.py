@@ -1,4 +1,4 @@
-"""The blocks of a report: each knows its ``kind``, by which ``page.html.jinja`` lays it out, and its own Markdown.
+"""The blocks of a report: each knows its ``kind``, which ``page.html.jinja`` reads, and its own Markdown.
 
 Texts are plain; escaping happens here for Markdown, and in the template for HTML.
 """
@@ -47,7 +47,7 @@ class Picture:
     caption: str  #: what is to be seen, and how to read it
     alt: str  #: the same for someone who cannot see it, with the figures that matter
     ending: str = "png"  #: of the file that Markdown shows
-    width: str = ""  #: CSS length of a figure that keeps its own size, however wide; "": that of the report's figures
+    width: str = ""  #: CSS length of a figure that keeps its own size, however wide; "": the width of report figures
     kind = "picture"
 
     def markdown(self) -> str:

@@ -54,7 +54,7 @@ class Findings:
         return dataclasses.replace(self, summaries=units)
 
     def address(self, file: Path) -> str:
-        """Return the address by which the report links to a file: relative to the report, percent-encoded."""
+        """Return a file's address for the report's links: relative to the report, percent-encoded."""
         return quote(os.path.relpath(file, self.report).replace(os.sep, "/"))
 
     def settings(self) -> Settings:

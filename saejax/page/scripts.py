@@ -16,7 +16,7 @@ _VIEWER = Path(__file__).parent / "viewer"
 
 
 def elements_script() -> str:
-    """Functions of JavaScript: make, visible, number, percent, token, and those of ``visible_script``."""
+    """Functions of JavaScript: make, visible, number, percent, token, and the functions of ``visible_script``."""
     return visible_script() + (_VIEWER / ELEMENTS).read_text(encoding="utf-8")
 
 

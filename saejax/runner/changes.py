@@ -28,7 +28,7 @@ def describe_changes(plan: Workplan, unit: str, previous: Path) -> str:
             before = read_object(place / STARTED).get("depends_on")
             after = plan.dependencies(part)
             if before and bool(before.get("settings")) != bool(after["settings"]):
-                # The settings of a stack are those of its members.
+                # A stack has no settings but its members' settings.
                 return f" (alone before, now a stack of {len(members)})" if members else " (a stack before, now alone)"
             if before and (changes := [*_changes(before, after)]):
                 return f" ({'; '.join(changes)})"

@@ -16,7 +16,7 @@ from saejax.runner.flag_files import FileLine, read_flag_files
 from saejax.runner.flags import define_flags, flag_fields, from_flags
 from saejax.runner.registry import accepted_groups, all_groups, all_stages
 
-# The flags with which most runs begin, in the order in which --help lists those that a stage accepts.
+# The flags with which most runs begin, in the order in which --help lists them where a stage accepts them.
 _COMMON = (
     "model.path", "corpus.path", "capture.sites", "train.sites", "train.kinds", "train.k", "train.expansion",
     "task.behaviours", "task.prompts", "ablate.dictionary", "graph.transcoders", "graph.prompt", "graph.target",
@@ -37,7 +37,7 @@ _OF_BINARIES = (
 
 
 def stage_flags() -> flags.FlagValues:
-    """Return the flags of every binary except those of groups, which ``read_configs`` defines after loading plugins."""
+    """Return the flags of every binary without the groups' flags, which ``read_configs`` defines after plugins."""
     flag_values = flags.FlagValues()
     flags.DEFINE_multi_string(
         "plugins",
@@ -174,7 +174,7 @@ def named_workdir(flag_values: flags.FlagValues) -> str:
     workdir = flag_values["workdir"].value
     if not workdir:
         raise UserError("--workdir=DIR is missing: name the folder of this run")
-    # No shell expands ~ behind an equals sign, and a folder of that name would be made here.
+    # No shell expands ~ behind an equals sign, and a folder named ~ would be made here.
     return os.path.expanduser(workdir)
 
 
@@ -182,7 +182,8 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
     """Return the text of ``--help``: what the binary does, and every flag that it accepts, with its default."""
     groups = {group: flag_fields(group, all_groups()[group]) for group in accepted_groups(stages)}
     fields = {name: field for of_group in groups.values() for name, field in of_group.items()}
-    # The usual ones, those of what the stage is about first, and then its other ones until there are ten with two more.
+    # First the usual flags, model, text and the stage's own before others; then the stage's other flags. Eight in all:
+    # --workdir and --flagfile make ten.
     about_stage = {"model", "corpus", "task", *stages}
     usual = sorted((name for name in _COMMON if name in fields), key=lambda name: name.split(".")[0] not in about_stage)
     ranked = [*usual, *(name for stage in stages[:1] for name in groups.get(stage, ()))]
@@ -202,7 +203,7 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
         "",
         "The most common flags:",
         "  --workdir  folder of this run, in which stages write <workdir>/<stage>/ (required)",
-        "  --flagfile  read flags from a file, one a line; those of the command line itself win (default: none)",
+        "  --flagfile  read flags from a file, one a line; flags on the command line win (default: none)",
         *explain(common),
         "",
         "Flags of every stage:",
@@ -214,7 +215,7 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
     listed = set(common)
     for group, of_group in groups.items():
         lines += ["", *f"{group}: {(all_groups()[group].__doc__ or '').strip()}".splitlines()]
-        lines += explain(name for name in of_group if name not in listed)  # those that are shared once
+        lines += explain(name for name in of_group if name not in listed)  # a flag of several groups is listed once
         listed |= {*of_group}
     if len(groups) < len(all_groups()):
         lines += ["", "Flags of other stages are refused here, and ignored in a flag file, which stages can share."]

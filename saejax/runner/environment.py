@@ -50,7 +50,7 @@ def _has_cuda_torch() -> bool:
 def keep_programs(folder: Path) -> None:
     """Make JAX cache in a run's ``folder`` the programs that took a second or more to compile for a GPU or TPU.
 
-    Those of CPUs run on one model of processor only. The variable JAX_COMPILATION_CACHE_DIR names another folder.
+    Programs for a CPU run on one model of processor only. The variable JAX_COMPILATION_CACHE_DIR names another folder.
     """
     if may_have_accelerators() and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache = str(folder.absolute() / ".compile_cache")
@@ -64,9 +64,9 @@ def keep_freed_memory() -> None:
     Nothing is done where there may be accelerators. The many threads in which XLA compiles for a GPU wait for the one
     heap: on a host of an H100 with 16 cores, programs took twice as long to compile.
 
-    XLA on a CPU allocates a step's temporary arrays anew at each step. glibc gives blocks of that size back to the
-    system at once, so that all pages are faulted in again: up to a third of the time of a training step. Blocks up to
-    2 GB now come from one heap, which threads have to share because their own cannot hold them.
+    XLA on a CPU allocates a step's temporary arrays anew at each step. glibc gives such large blocks back to the system
+    at once, so that all pages are faulted in again: up to a third of the time of a training step. Blocks up to 2 GB now
+    come from one heap, which threads have to share because their own heaps cannot hold them.
     """
     if may_have_accelerators():
         return

@@ -22,8 +22,8 @@ def read_flag_files(arguments: Sequence[str]) -> list[str]:
     Of two arguments that set the same flag the later one counts, so the command line wins over its files.
 
     Args:
-      arguments: those of a command line, without the program's name. If they name no file they are returned as they
-        are.
+      arguments: the arguments of a command line, without the program's name. If they name no file they are returned
+        unchanged.
 
     Raises:
       UserError: a file cannot be read, is not UTF-8 text, or is read from itself.

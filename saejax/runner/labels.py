@@ -69,7 +69,7 @@ def labels_in(folders: Mapping[str, Path], dictionary: str) -> Mapping[int, Labe
 
 
 def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
-    """Return the labels of a dictionary's features: those given by hand if there are any, else those that were found.
+    """Return the labels of a dictionary's features: labels given by hand if there are any, else the labels found.
 
     The ``dictionary`` is such as "topk" or "topk/k32". There are none if it was not interpreted since it was trained.
     """

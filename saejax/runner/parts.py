@@ -1,7 +1,7 @@
 """Results that a stage keeps part by part, and its progress.
 
-A *part* is what a stage finishes at a time: a behaviour, or a label of probes. Its results go to ``<part>.json`` as
-soon as they are there, so that a run that was killed goes on with the next part.
+A *part* is a piece of work whose results are saved as soon as it is finished, in ``<part>.json``: a behaviour, or a
+label of probes. A run that was killed goes on with the next part.
 """
 
 import functools
@@ -87,9 +87,9 @@ def each_part(
 class Progress:
     """Progress of a stage: says now and then how far it is, and raises ``Interrupted`` when it is to stop.
 
-    The time to go is that of the stage: the rest of this part, and for each that is left as much work as this one has,
-    at the speed since work was counted first: what comes before is compiled once, or was done by an earlier run. A part
-    that counts its work from 0 again is known as far as it has begun.
+    The time to go is the stage's: the rest of this part, and as much work as this part has for each part that is left,
+    at the speed since work was first counted. Earlier time does not count: programs were compiled then, once, or an
+    earlier run did the work. Of a part that counts its work from 0 again, only the work that has begun is known.
 
     Args:
       run: the unit.

@@ -365,7 +365,7 @@ def _start(plan: Workplan, unit: str, configs: Configs) -> dict[str, Any]:
     return dict(
         start=now(),
         depends_on=plan.dependencies(unit),
-        # The units themselves: the fingerprints of what it depends on may be of a store with fewer sites.
+        # The units themselves: a fingerprint among its dependencies may be of a store with fewer sites.
         inputs={need: plan.fingerprint(need) for need in plan.needs(split_unit(unit)[0])},
         config=_settings(configs, stage),
         packages=package_versions(),

@@ -40,7 +40,7 @@ def _discover() -> Iterable[Stage]:
 
 
 def sort_stages(stages: Iterable[Stage]) -> dict[str, Stage]:
-    """Return stages by name, each after those that it must follow, otherwise in alphabetical order.
+    """Return stages by name, each after the stages that it must follow, otherwise in alphabetical order.
 
     Raises:
       ValueError: stages depend on each other in a cycle, or on one that does not exist.
@@ -85,7 +85,7 @@ def add_stage(stage: Stage) -> None:
 
 @functools.cache
 def all_stages() -> dict[str, Stage]:
-    """Return all stages by name, those of plugins included, in the order in which they run."""
+    """Return all stages by name, with the stages of plugins, in the order in which they run."""
     return sort_stages([*own_stages().values(), *_ADDED.values()])
 
 
@@ -110,7 +110,7 @@ def with_inputs(stages: Iterable[str]) -> list[str]:
 
 
 def accepted_groups(stages: Iterable[str]) -> list[str]:
-    """Return the names of the groups whose flags a binary accepts: those of its stages and of all that they read."""
+    """Return the names of the groups whose flags a binary accepts: groups of its stages and of all stages they read."""
     accepted = {group_name(group) for name in with_inputs(stages) for group in (*all_stages()[name].groups, MeshConfig)}
     return [group for group in all_groups() if group in accepted]
 

@@ -43,7 +43,7 @@ class KeptUnit:
     size: int  #: bytes of its files
     date: str  #: when it was begun, ISO 8601
     reads: tuple[str, ...]  #: fingerprints of the units that it read
-    readers: tuple[str, ...]  #: names of the units that have read it, those that are obsolete in brackets
+    readers: tuple[str, ...]  #: names of the units that have read it; obsolete units in brackets
     is_removed: bool  #: whether it is a store whose activations were removed
 
 
@@ -105,9 +105,9 @@ def list_units(root: Path) -> list[KeptUnit]:
 
 
 def _reads(folder: Path, about: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the fingerprints of the units that a unit reads, and of those that its own fingerprint takes.
+    """Return the fingerprints of the units that a unit reads, and of the units that its own fingerprint covers.
 
-    These differ where it depends on some sites of a store alone.
+    These differ where a unit depends on some sites of a store alone.
     """
     done = read_object(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
     by_name = about.get("depends_on", {}).get("needs", {}), about.get("inputs", {}), done.get("inputs", {})

@@ -33,10 +33,10 @@ def results_folder(workdir: Path | str, stage: str, name: str) -> Path:
 
 
 def is_of_trained(workdir: Path | str, stage: str, name: str) -> bool:
-    """Return whether what a stage made of a dictionary is of the one that DIR/train/NAME stands for now.
+    """Return whether a stage's results are of the dictionary that DIR/train/NAME stands for now.
 
     A dictionary that is trained anew has other features by the same numbers, and other stages may not have run since.
-    What does not say what it was made from passes.
+    Results that do not name their dictionary pass.
 
     Args:
       workdir: DIR.
@@ -53,7 +53,7 @@ def is_of_trained(workdir: Path | str, stage: str, name: str) -> bool:
             return mark == trained
         if not (mark := needs.get(f"interpret/{kind}")):
             break
-        unit = Path(workdir) / "interpret" / f"{kind}-{mark}"  # labels of an atlas are of what it shows
+        unit = Path(workdir) / "interpret" / f"{kind}-{mark}"  # an atlas has labels of the unit that it shows
     return True
 
 

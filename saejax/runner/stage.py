@@ -41,7 +41,7 @@ class Stage:
     follows: tuple[str, ...] = ()
     #: whether it runs before all stages that are not ``first``, and looks at the settings of all of them.
     first: bool = False
-    makes_model: bool = False  #: whether what it examines is made in it, and is not the model that the settings name
+    makes_model: bool = False  #: whether it examines a model that it makes itself, not the model that the settings name
     needs_decoder: bool = False  #: whether it is left out of a pipeline whose model runs in PyTorch
     #: its units' names, given the configuration; [""] for one unit.
     names: Callable[[Configs], Sequence[str]] = lambda configs: ("",)
@@ -54,7 +54,7 @@ class Stage:
     #: the members of a unit, each a unit of its own, with the settings of a run of it alone, given the configuration
     #: and the unit's name; the one member "" is the unit itself. Empty: the unit is made as a whole.
     members: Callable[[Configs, str], Mapping[str, Configs]] = lambda configs, name: {}
-    #: version of what it computes, raised when a code change alters its results; units of an earlier revision are made
+    #: version of its results, raised when a code change alters them; units of an earlier revision are made
     #: anew.
     revision: int = 1
     #: what several processes do with a unit: the first "one" does it alone; they split its "items" (``Run.each``), and
@@ -70,7 +70,7 @@ class Stage:
         return dict((self.settings or settings_of(*self.groups))(configs, name))
 
     def units_read(self, configs: Configs, name: str) -> dict[str, Configs]:
-        """Return the units that a unit of this name reads, with the settings by which they count for its hash."""
+        """Return the units that a unit of this name reads, each with the settings that its hash is computed from."""
         return {unit: read for unit, read in self.inputs(configs, name).items() if isinstance(read, Configs)}
 
 
@@ -83,8 +83,8 @@ def inputs_of(configs: Configs, *units: str, **outside: str | Callable[[Configs]
     """Return the value of ``Stage.inputs``.
 
     Args:
-      configs: the settings by which units count for the hash; where a unit is read in part, such as some sites of a
-        store, the settings of that part.
+      configs: the settings that the hashes of ``units`` are computed from. Where a unit is read in part, such as some
+        sites of a store, they select that part.
       units: such as "train/topk".
       outside: what is read from outside of the workdir, by name.
     """
@@ -97,7 +97,7 @@ def train_units(*dictionaries: str) -> tuple[str, ...]:
 
 
 def split_unit(unit: str) -> tuple[str, str]:
-    """Split the name of a unit from that of its member: ("train/topk", "k16") of "train/topk/k16"."""
+    """Split a unit's name from its member's name: "train/topk/k16" gives ("train/topk", "k16")."""
     stage, _, rest = unit.partition("/")
     name, _, member = rest.partition("/")
     return (f"{stage}/{name}" if name else stage), member

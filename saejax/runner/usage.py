@@ -1,7 +1,7 @@
 """Resource use: memory of a process, as the system and the devices count it; device-hours of a workdir.
 
 Hours are counted by attempt: whoever works on a unit keeps a file in ``DIR/hours`` for it, and writes that file again
-every half minute. So attempts that were killed or failed count, and those of units whose folders are gone.
+every half minute. So attempts that were killed or failed count, and so do attempts at units whose folders are gone.
 """
 
 import contextlib

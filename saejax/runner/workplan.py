@@ -4,8 +4,8 @@ A unit's fingerprint is a hash of exactly what its result depends on: the settin
 (``Stage.settings``), the fingerprints of all that it reads (``Stage.inputs``), and the ``revision`` of its stage, which
 is raised whenever its code computes something else.
 
-Each member of a stack, such as ``train/topk/k16``, is a unit of its own, which depends on what it would depend on in a
-run of it alone. A stack depends on its members.
+Each member of a stack, such as ``train/topk/k16``, is a unit of its own, with the settings and inputs that it would
+have if it were run alone. A stack depends on its members.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +24,9 @@ class Dependencies(TypedDict):
     """The dependencies of a unit; its fingerprint is a hash of this as JSON."""
 
     unit: str
-    settings: dict[str, Any]  #: those that the unit's code reads, by "group.field"
+    settings: dict[str, Any]  #: the settings that the unit's code reads, by "group.field"
     needs: dict[str, str]  #: fingerprints of the units that it reads
-    sources: dict[str, str]  #: fingerprints of what it reads from outside of the workdir
+    sources: dict[str, str]  #: fingerprints of the models, texts and files that it reads from outside of the workdir
     revision: int  #: of its stage
 
 
@@ -61,7 +61,7 @@ class Workplan:
         return [*self._units_read(unit, self.configs)]
 
     def _units_read(self, unit: str, configs: Configs) -> dict[str, Configs]:
-        """Return the units that a unit reads, with the settings by which they count for its hash."""
+        """Return the units that a unit reads, each with the settings that its hash is computed from."""
         stage, _, name = unit.partition("/")
         units = {}
         for need, read in all_stages()[stage].units_read(configs, name).items():
@@ -95,7 +95,7 @@ class Workplan:
             self.needs(unit)
 
     def fingerprint(self, unit: str) -> str:
-        """Return the unit's fingerprint: a hash of what it depends on."""
+        """Return the unit's fingerprint: a hash of its settings, its inputs and its stage's revision."""
         return fingerprint(self.dependencies(unit))
 
     def dependencies(self, unit: str) -> Dependencies:

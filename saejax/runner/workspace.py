@@ -43,7 +43,7 @@ T = TypeVar("T")
 SCHEMA_VERSION = 1
 _SAY_EVERY = 60.0  # seconds between lines that say how long a unit's items still take
 SUMMARY, STARTED, CLAIM, STACK = "done.json", "started.json", "claim.json", "stack.json"
-# Folders that users may delete when a unit is finished: of what training goes on from, and of what it saves meanwhile.
+# Folders that users may delete when a unit is finished: checkpoints to resume from, and dictionaries saved on the way.
 CHECKPOINTS, STEPS = "checkpoints", "steps"
 
 
@@ -156,7 +156,7 @@ class Workspace:
                 f"{place} is a folder where saejax keeps a link: if it came from copying a workdir, delete it and copy "
                 "with links (cp -a, rsync -a); if it is from an earlier version, use another --workdir"
             )
-        # Folders in it are those of units, such as train/topk-<hash> in train.
+        # The folders in it belong to units, such as train/topk-<hash> in train.
         if any(path.is_file() for path in place.iterdir()):
             raise UserError(
                 f"{place} is a folder with files that this version of saejax did not write: move it away, or use "
@@ -419,7 +419,7 @@ class Stack:
         write_json(path, dict(members=names, together=self.together))
 
     def finish(self, member: str, results: Any) -> None:
-        """Write the summary of a member whose files are written; it and those that are left share the time so far."""
+        """Write the summary of a member whose files are written; it and the members left share the time so far."""
         if self._describe is None or member not in self.missing:
             return
         left = len(self.missing) - len(self._seconds)

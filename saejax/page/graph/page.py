@@ -1,6 +1,6 @@
 """An interactive page of an attribution graph: one HTML file, complete in itself, that loads nothing from anywhere.
 
-It shows layers by positions, and for the node that is selected what feeds it and what it feeds. ``viewer`` holds its
+It shows layers by positions, and the inputs and outputs of the selected node. ``viewer`` holds its
 template, style and scripts; the scripts are written into the page in the order of ``_SCRIPTS`` and share one scope.
 What they read is the document that Neuronpedia reads, so any graph in that format can be shown, ours or not.
 """
@@ -50,7 +50,7 @@ class PageTable:
 
 
 def write_page(path: Path, document: GraphDocument, **shown: Any) -> None:
-    """Write the page of a graph, whole or not at all; its arguments are those of ``page_html``."""
+    """Write the page of a graph, whole or not at all; it takes the arguments of ``page_html``."""
     write_text(Path(path), page_html(document, **shown))
 
 
@@ -169,7 +169,7 @@ def _about(metadata: Mapping[str, Any]) -> str:
     if _is_number(kept):
         parts.append(f"pruned to {percent(kept)} of the influence of nodes")
     if _is_number(settings.get("edge_threshold")):
-        parts.append(f"{percent(settings['edge_threshold'])} of that of edges")
+        parts.append(f"{percent(settings['edge_threshold'])} of the influence of edges")
     return ", ".join(parts) + "."
 
 
