@@ -5,18 +5,22 @@ import importlib
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import jax
 import pytest
 
 import saejax
+from saejax import loaded_units
+from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.results import Interval, from_json, to_json
 from saejax.runner import registry, stage
-from saejax.runner.workspace import SUMMARY
+from saejax.runner.workspace import STACK, STARTED, SUMMARY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,3 +125,41 @@ def test_the_program_that_explains_fields(stage, status, words):
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == status and words in finished.stdout + finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_a_dictionary_and_results_of_another_one_are_not_mixed_in_silence(tmp_path, caplog, monkeypatch):
+    """Whichever of them is loaded first; members of one stack go together."""
+    monkeypatch.setattr(loaded_units, "_dictionaries", defaultdict(set))
+    monkeypatch.setattr(loaded_units, "_results", defaultdict(set))
+    sample = stage.Stage("sample", "a sample", print, (), results=Whole)
+    monkeypatch.setitem(registry.all_stages(), "sample", sample)
+    old, new = "0" * 16, "f" * 16
+    config = DictionaryConfig(kind="topk", site="resid_post.0", d_in=4, n_features=8, k=2)
+    for unit_hash in (old, new):
+        folder = tmp_path / f"train/topk-{unit_hash}"
+        save_dictionary(folder / "dictionary", Dictionary.initial(config, jax.random.key(0)))
+    write_summary(tmp_path / "sample", to_json(WHOLE))
+    write_json(tmp_path / "sample" / STARTED, dict(depends_on=dict(needs={"train/topk": old, "capture": new})))
+    (tmp_path / "train/topk").symlink_to(f"topk-{old}")
+
+    def load_both(link: str, *, results_first: bool) -> list[str]:
+        caplog.clear()
+        loaded_units._dictionaries.clear(), loaded_units._results.clear()
+        (tmp_path / "train/topk").unlink()
+        (tmp_path / "train/topk").symlink_to(f"topk-{old}")
+        loads = [lambda: saejax.load_results(tmp_path / "sample"), lambda: saejax.load_dictionary(tmp_path / link)]
+        for load in loads if results_first else reversed(loads):
+            load()
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    for results_first in (True, False):
+        assert load_both("train/topk", results_first=results_first) == []
+        (warning,) = load_both(f"train/topk-{new}/dictionary", results_first=results_first)
+        assert f"the dictionary topk-{new} and results of topk-{old} were loaded" in warning
+    (tmp_path / "train/topk-1").mkdir()
+    write_json(tmp_path / "train/topk-1" / STACK, dict(members=dict(k2=f"topk-{old}", k4=f"topk-{new}")))
+    assert load_both(f"train/topk-{new}", results_first=True) == []
+    (tmp_path / "train/topk").unlink()
+    (tmp_path / "train/topk").symlink_to(f"topk-{new}")
+    saejax.load_results(tmp_path / "sample")
+    assert f"topk-{old}, which {tmp_path}/train/topk has no more" in caplog.records[-1].message

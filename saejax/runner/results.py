@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,6 +12,7 @@ from absl import logging
 from saejax.errors import UserError
 from saejax.files import read_json, read_object
 from saejax.links import resolve_links
+from saejax.loaded_units import compare_results
 from saejax.results import Devices, Settings, from_json
 from saejax.runner.registry import all_stages
 from saejax.runner.workspace import STACK, STARTED, SUMMARY
@@ -50,7 +52,8 @@ def load_results(folder: str | Path, unit: str = "") -> Any:
       folder: the unit's folder, such as "runs/demo/ablate/topk"; or a workdir.
       unit: name of a unit in that workdir, such as "ablate/topk".
 
-    A warning is logged if the workdir has another dictionary by now in place of the one that the unit read.
+    A warning is logged if the workdir has another dictionary by now in place of the one that the unit read, or if
+    another one was loaded in this process.
 
     Raises:
       UserError: the unit is not finished, or its summary is damaged; the message names the file and the field.
@@ -63,7 +66,7 @@ def load_results(folder: str | Path, unit: str = "") -> Any:
 
 
 def _replaced_dictionaries(folder: Path, summary: Summary) -> Iterator[str]:
-    """Yield a line for each dictionary that a unit read and in whose place the workdir has another one by now.
+    """Yield a line for each dictionary that a unit read and in whose place the workdir or this process has another one.
 
     Args:
       folder: the unit's own folder, such as DIR/evaluate/topk-<hash>.
@@ -72,12 +75,16 @@ def _replaced_dictionaries(folder: Path, summary: Summary) -> Iterator[str]:
     depth = len(PurePath(summary.stage, summary.name).parts)
     root = Path(os.path.normpath(folder.joinpath(*[os.pardir] * depth)))
     parts = read_object(folder / STACK)["members"].values() if (folder / STACK).exists() else [folder.name]
+    hashes = defaultdict[Path, set[str]](set)
     for part in parts:
         started = folder.with_name(part) / STARTED
         needs = read_object(started).get("depends_on", {}).get("needs", {}) if started.exists() else {}
         for need, mark in needs.items():
+            if not need.startswith("train/"):
+                continue
+            hashes[root / "train" / PurePath(need).parts[1]].add(mark)  # members of a stack have its name
             current = resolve_links(root / need).resolve()
-            if not need.startswith("train/") or not current.is_dir():
+            if not current.is_dir():
                 continue
             members = read_object(current / STACK)["members"].values() if (current / STACK).exists() else ()
             if mark not in {name.rpartition("-")[2] for name in (current.name, *members)}:
@@ -85,6 +92,7 @@ def _replaced_dictionaries(folder: Path, summary: Summary) -> Iterator[str]:
                     f"{folder.with_name(part)} is of the dictionary {need}-{mark}, which {root / need} has no more: "
                     f"flags were changed since; run {summary.stage} again"
                 )
+    yield from filter(None, (compare_results(name, marks) for name, marks in hashes.items()))
 
 
 def load_summary(folder: Path) -> Summary:

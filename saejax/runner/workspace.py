@@ -36,13 +36,14 @@ from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.files import read_object, remove_unfinished, write_json
 from saejax.links import STAND_IN, linked_folder, write_link
+from saejax.loaded_units import STACK
 from saejax.parallel.processes import ProcessShare
 from saejax.results import to_json
 
 T = TypeVar("T")
 SCHEMA_VERSION = 1
 _SAY_EVERY = 60.0  # seconds between lines that say how long a unit's items still take
-SUMMARY, STARTED, CLAIM, STACK = "done.json", "started.json", "claim.json", "stack.json"
+SUMMARY, STARTED, CLAIM = "done.json", "started.json", "claim.json"
 # Folders that users may delete when a unit is finished: checkpoints to resume from, and dictionaries saved on the way.
 CHECKPOINTS, STEPS = "checkpoints", "steps"
 

@@ -33,6 +33,7 @@ from saejax.dictionaries.formats.place import REGISTRY, registry_overrides, reso
 from saejax.dictionaries.formats.tensors import DTYPES, Published, description_errors
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
+from saejax.loaded_units import compare_dictionary
 from saejax.models.sites import parse_site, site_parts
 
 WRITERS = {"saejax": own.save, "saelens": saelens.save}
@@ -91,7 +92,8 @@ def load_dictionary(
 ) -> Dictionary:
     """Load a dictionary from its folder, such as ``runs/demo/train/topk``, or one of another tool.
 
-    Features, their activations and the lengths of decoder rows are those of the file.
+    Features, their activations and the lengths of decoder rows are those of the file. A warning is logged if results
+    of another dictionary of the same name were loaded before.
 
     Args:
       path: the folder; hf://ORG/NAME[/FOLDER][@REVISION] on the hub; or saelens:RELEASE/SAE_ID. For formats with a
@@ -115,6 +117,8 @@ def load_dictionary(
     one_of(matmul_dtype, DTYPES[:2], "matmul_dtype"), one_of(dtype, DTYPES, "dtype")
     located = _locate(path, site, target)
     logging.info("%s", describe(located.config, located.format))
+    if not os.fspath(path).startswith(("hf:", REGISTRY)) and (warning := compare_dictionary(path)):
+        logging.warning("%s", warning)
     dictionary = located.load(matmul_dtype, dtype, mesh)
     if unit_norm:
         dictionary = rescale.unit_decoder(dictionary)
