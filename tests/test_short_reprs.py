@@ -10,10 +10,10 @@ from tiny_models import save_tiny, save_tiny_tokenizer
 
 import saejax
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, CausalVerdict
+from saejax.interventions.answers import AblateResults, BehaviourVerdict, CausalAnswer, CausalVerdict, Kept
 from saejax.models.edits import SiteEdit
 from saejax.models.tokens import pad
-from saejax.results import from_json
+from saejax.results import Interval, from_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,3 +72,10 @@ def test_results_and_verdicts():
     assert is_short(verdict, "BehaviourVerdict(", "(99)")
     whole = CausalVerdict("rule " * 99, {f"dictionary{i}": dict(capital=verdict) for i in range(50)})
     assert is_short(whole, "  dictionary0, capital: effect: yes, random: yes", "... and 30 more")
+    left = Kept(2, Interval(0.37, 0.1, 0.5), None, {})
+    tested = CausalVerdict("rule", dict(tested=dict(capital=dataclasses.replace(verdict, enough=(left,)))))
+    results = AblateResults("topk", "resid_post.1", 99, "zero", "all", "keep", {}, tested)
+    lines = results.summary().splitlines()
+    yes = f"  yes: {answer.sentence}"
+    assert lines[:-1] == ["capital", yes, yes, yes, "  not tested: Not tested.", yes]
+    assert lines[-1] == "  left of the answer: 37 % with 2 features alone"

@@ -164,6 +164,19 @@ class CausalVerdict:
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
         return "\n".join(["CausalVerdict(", *lines[:20], *more, ")"])
 
+    def summary(self) -> str:
+        """Return the sentences of questions 1 to 5 for each behaviour, and what is left in question 6."""
+        lines = []
+        for name, behaviours in self.dictionaries.items():
+            for behaviour, verdict in behaviours.items():
+                lines.append(behaviour if name == "tested" else f"{behaviour}, dictionary {name}")
+                answers = [*verdict.ablation.values(), verdict.random, verdict.placebo, verdict.trained]
+                answers += [*verdict.bases.values(), verdict.selective]
+                lines += [f"  {answer.answer}: {answer.sentence}" for answer in answers]
+                kept = (f"{100 * each.left.mean:.0f} % with {each.features}" for each in verdict.enough)
+                lines += [f"  left of the answer: {', '.join(kept)} features alone"] if verdict.enough else []
+        return "\n".join(lines)
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureEffect:
@@ -200,6 +213,10 @@ class AblateResults:
     verdict: CausalVerdict  #: the answers to the six questions
     #: effects of ablating every feature alone, by behaviour (--ablate.effects=all)
     importance: Mapping[str, ImportanceSummary] | None = None
+
+    def summary(self) -> str:
+        """Return the answers in sentences; see ``CausalVerdict.summary``."""
+        return self.verdict.summary()
 
 
 def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray) -> Interval:

@@ -46,6 +46,10 @@ class Ablation:
     #: of all live features, by behaviour; None without ``effects="all"``.
     importance: Mapping[str, Importance] | None = None
 
+    def summary(self) -> str:
+        """Return the answers in sentences; see ``CausalVerdict.summary``."""
+        return self.verdict.summary()
+
 
 def make_prompts(
     lm: LanguageModel,
