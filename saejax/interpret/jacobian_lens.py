@@ -20,7 +20,7 @@ from jax import lax
 
 from saejax.dictionaries.formats import place
 from saejax.errors import UserError
-from saejax.models import decoder
+from saejax.models import decoder, lens
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import pad
@@ -59,11 +59,7 @@ class JacobianLens:
         if not read:
             raise UserError(f"the lens reads {', '.join(self.sites)}, and the sites are {', '.join(sites) or 'none'}")
         jacobian_of = dict(zip(self.sites, self.jacobians.values(), strict=True))
-        carried = {
-            site: jnp.einsum("btd,ed->bte", value.astype(jnp.float32), jacobian_of[site], precision="highest")
-            for site, value in read.items()
-        }
-        return {site: self.lm.unembed(value.astype(sites[site].dtype)) for site, value in carried.items()}
+        return {site: self.lm.unembed(lens.carry(value, jacobian_of[site])) for site, value in read.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the lens as a file of the reference implementation, in half precision.

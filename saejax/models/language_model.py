@@ -229,7 +229,15 @@ class LanguageModel:
         """Return the fp32 logits [B, T, V] of a stream leaving the last layer, such as ``resid_post`` of that layer."""
         return _unembed(self.config, self.params, x_BxTxD)
 
-    def lens(self, tokens: Tokens, *, answers: Sequence[int] = (), top: int = 5, seed: int = 456) -> LensOutput:
+    def lens(
+        self,
+        tokens: Tokens,
+        *,
+        answers: Sequence[int] = (),
+        top: int = 5,
+        seed: int = 456,
+        jacobians: Mapping[int, np.ndarray] | None = None,
+    ) -> LensOutput:
         """Read the stream leaving each layer through the final norm and unembedding: the logit lens.
 
         Args:
@@ -237,6 +245,8 @@ class LanguageModel:
           answers: ids of tokens whose log-probability and rank are returned at every position.
           top: number of most probable tokens returned, at least 1.
           seed: seed of the control's rotation.
+          jacobians: matrices [D, D] that carry the streams of some layers to the last one before they are read, such as
+            ``JacobianLens.jacobians``; None: all are read as they are.
 
         Returns:
           The reading at all layers, positions and prompts, and that of its control; see ``lens``.
@@ -247,6 +257,8 @@ class LanguageModel:
         layers = range(self.config.n_layers)
         sites = self(tokens, capture=[Site("resid_post", layer) for layer in layers], logits=False).sites
         x_LxBxTxD = jnp.stack([sites[f"resid_post.{layer}"] for layer in layers])
+        for layer, jacobian_DxD in (jacobians or {}).items():
+            x_LxBxTxD = x_LxBxTxD.at[layer].set(lens.carry(x_LxBxTxD[layer], jacobian_DxD))
         return lens.read_lens(self.config, self.params, x_LxBxTxD, tuple(answers), top, seed)
 
     def _prepare(

@@ -70,6 +70,20 @@ def read_lens(
     return LensOutput(**join(0), control=LensReading(**join(1)))
 
 
+def carry(x_BxTxD: jax.Array, jacobian_DxD: np.ndarray | jax.Array) -> jax.Array:
+    """Carry a layer's stream to the last layer by its mean first-order effect.
+
+    Args:
+      x_BxTxD: the stream leaving the layer.
+      jacobian_DxD: the mean Jacobian; rows are dimensions of the last layer's stream.
+
+    Returns:
+      The carried stream, computed in fp32, in the stream's dtype.
+    """
+    carried_BxTxD = jnp.einsum("btd,ed->bte", x_BxTxD.astype(jnp.float32), jacobian_DxD, precision="highest")
+    return carried_BxTxD.astype(x_BxTxD.dtype)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def read_positions(
     config: DecoderConfig,

@@ -12,6 +12,7 @@ from browser import chromium, needs_chromium
 
 from saejax import load_dictionary, load_model, load_results
 from saejax.files import write_json
+from saejax.interpret.jacobian_lens import JacobianLens
 from saejax.matching.track.firings import follow
 from saejax.matching.track.measured import _all, measure_chains
 from saejax.matching.track.results import MeasuredChain, MeasuredLink
@@ -127,6 +128,17 @@ def test_one_sentence_at_one_layer_and_the_output_of_the_model(tracked, inputs, 
     assert found.output == written.text.strip() and found.steps[0].name == "prompt"
     assert "".join(step.text for step in found.steps[1:]).replace(" ", "") == found.output.replace(" ", "")
     assert "  output           " in (tmp_path / "two" / "track" / "The-river" / "track.txt").read_text()
+
+
+def test_a_jacobian_lens_reads_where_it_is_named(tracked, inputs, tmp_path):
+    lm = load_model(str(inputs[0]), dtype="float32")
+    turned_DxD = np.linalg.qr(np.random.default_rng(0).standard_normal([lm.config.d_model] * 2))[0].astype(np.float32)
+    JacobianLens(lm, {0: turned_DxD}, 1).save(tmp_path / "lens.pt")
+    plain = follow_sentence(tracked, tmp_path / "one", 2)
+    carried = follow_sentence(tracked, tmp_path / "two", 2, f"--track.lens={tmp_path / 'lens.pt'}")
+    assert plain.lens.answer[0] != carried.lens.answer[0] and plain.lens.answer[1] == carried.lens.answer[1]
+    pages = [(tmp_path / name / "track/The-river/index.html").read_text() for name in ("one", "two")]
+    assert ["Jacobian lens" in page for page in pages] == [False, True]
 
 
 def write_page_with_a_chain(unit, page):

@@ -33,3 +33,11 @@ def test_the_logit_lens_reads_what_the_formula_says(tiny_llama, one_device):
     logits = np.asarray(full.logits_BxTxV)
     chosen = np.take_along_axis(logits, np.asarray(reading.ids_LxBxTxC[-1, ..., :1]), -1)[..., 0]
     np.testing.assert_allclose(chosen, logits.max(-1), atol=1e-4)
+    # A layer's Jacobian comes before the norm; the others are read as they are.
+    jacobian_DxD = rng.standard_normal((lm.config.d_model, lm.config.d_model)).astype(np.float32)
+    carried = lm.lens(prompts, answers=[7, 11], top=3, jacobians={1: jacobian_DxD})
+    x_BxTxD = np.asarray(full.sites["resid_post.1"], np.float64) @ jacobian_DxD.T.astype(np.float64)
+    logp = np.asarray(jax.nn.log_softmax(lm.unembed(x_BxTxD.astype(np.float32))))
+    np.testing.assert_allclose(carried.answer_logp_LxBxTxN[1], logp[..., [7, 11]], atol=2e-4)
+    for layer in {*range(layers)} - {1}:
+        np.testing.assert_allclose(carried.kl_LxBxT[layer], reading.kl_LxBxT[layer], atol=1e-5)

@@ -61,7 +61,7 @@ class MeasuredChain:
 
 @dataclasses.dataclass(frozen=True)
 class LensLayers:
-    """The logit lens's predictions of the answer by layer, where it is the next token."""
+    """The lens's predictions of the answer by layer, where it is the next token: the logit lens, or --track.lens."""
 
     answer: tuple[float, ...]  #: probability of the answer's first token, of each layer
     rank: tuple[int, ...]  #: how many tokens are likelier
@@ -78,7 +78,7 @@ class TrackedText:
     sites: tuple[str, ...]  #: of the dictionaries, in the order of layers
     tested: str  #: the site whose features were ablated, that of the dictionary in the middle
     steps: tuple[TrackedStep, ...]  #: the prompt, and the steps
-    lens: LensLayers  #: what the logit lens reads of the answer
+    lens: LensLayers  #: what the logit lens, or the one of --track.lens, reads of the answer
     links: int  #: between shown features
     chains: tuple[MeasuredChain, ...] = ()  #: the strongest chains of links, measured
     output: str = ""  #: what the model writes after the prompt; empty: it was not asked to

@@ -39,6 +39,7 @@ def shown_text(
     reading: LensOutput,
     as_text: Callable[[int], str],
     firings: Sequence[LayerFirings],
+    lens: str,
 ) -> ShownText:
     """Return the data that the page shows of a text, besides its results.
 
@@ -48,9 +49,10 @@ def shown_text(
       shown: of each dictionary the features of each position.
       links: between the features.
       chosen: of each dictionary the features that belong to each segment.
-      reading: what the logit lens reads.
+      reading: of the lens.
       as_text: gives a token's text.
       firings: of each dictionary all features that fire.
+      lens: its name.
     """
     words: dict[int, int] = {}
     features = [[each.feature for part in parts for each in part] for parts in chosen]
@@ -70,7 +72,7 @@ def shown_text(
         cells=[[_cell(layer_firings, position) for position in range(len(text.tokens))] for layer_firings in shown],
         links=[(*source, *target, float(f"{weight:.4g}")) for source, target, weight in links],
         belongs=to_json(chosen),
-        reading=_reading(stack, reading, words),
+        reading=_reading(stack, reading, words) | dict(lens=lens),
         # After the reading, which names its tokens by their place here.
         texts=[as_text(token) for token in words],
     )

@@ -5,11 +5,13 @@ A text is a part in the sense of ``runner.parts``: its results are in ``<slug>.j
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from saejax.dictionaries.bos import follow_bos
 from saejax.files import read_json, write_json, write_text
+from saejax.interpret.jacobian_lens import load_jacobian_lens
 from saejax.matching.track.firings import follow, step_features
 from saejax.matching.track.links import find_links
 from saejax.matching.track.measured import measure_chains
@@ -46,12 +48,13 @@ def run_track(run: Run) -> TrackResults:
     def begin() -> Measure:
         lm = load_run_model(run)
         stack = open_stack(config.dictionaries, run.inputs, run.folder.parent.parent, lm)
+        jacobians = load_jacobian_lens(lm, config.lens).jacobians if config.lens else None
         lm = follow_bos(lm, [each.config for each in stack], lambda line: run.say(f"track: {line}"))
         # All, before the first is followed: what is wrong with one is said at once.
         texts = {slug: encode(lm, write_solution(lm, problem, config.generate)) for slug, problem in problems.items()}
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
-            tracked, cells = follow_text(lm, stack, texts[slug], config, on_progress)
+            tracked, cells = follow_text(lm, stack, texts[slug], config, on_progress, jacobians)
             write_json(part_file(run, slug, _CELLS), cells)
             return Measured(tracked, summary(tracked))
 
@@ -69,7 +72,12 @@ def run_track(run: Run) -> TrackResults:
 
 
 def follow_text(
-    lm: LanguageModel, stack: Stack, text: EncodedText, config: TrackConfig, on_progress: OnProgress
+    lm: LanguageModel,
+    stack: Stack,
+    text: EncodedText,
+    config: TrackConfig,
+    on_progress: OnProgress,
+    jacobians: Mapping[int, np.ndarray] | None = None,
 ) -> tuple[TrackedText, ShownText]:
     """Follow one text.
 
@@ -79,6 +87,7 @@ def follow_text(
       text: the tokens and steps.
       config: of the stage.
       on_progress: called with the tests of steps done and of all; may raise to stop.
+      jacobians: those of a fitted Jacobian lens; None: the logit lens reads.
 
     Returns:
       The results, and what the page shows.
@@ -89,7 +98,7 @@ def follow_text(
     if answer is None:
         # The lens needs the answer beforehand: a first pass reads it off the last layer.
         answer = int(lm.lens(tokens, top=1, seed=config.seed).ids_LxBxTxC[-1, 0, text.position, 0])
-    reading = lm.lens(tokens, answers=[answer], top=_LENS_TOP, seed=config.seed)
+    reading = lm.lens(tokens, answers=[answer], top=_LENS_TOP, seed=config.seed, jacobians=jacobians)
     read_T = text.ids_T[: text.position + 1]
     links = find_links(stack, shown)
     chosen = [step_features(layer_firings, text.segment_T, _STEP_FEATURES) for layer_firings in firings]
@@ -117,4 +126,5 @@ def follow_text(
         chains=measure_chains(lm, stack, read_T, answer, links, firings, as_text, config.seed),
         output=text.problem.output,
     )
-    return results, shown_text(stack, text, shown, links, chosen, reading, as_text, firings)
+    lens = "Jacobian lens" if jacobians else "logit lens"
+    return results, shown_text(stack, text, shown, links, chosen, reading, as_text, firings, lens)

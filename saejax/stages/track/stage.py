@@ -46,7 +46,7 @@ def _files(configs: Configs) -> str:
     config = configs[TrackConfig]
     folders = [Path(name) for name in config.dictionaries if is_folder(name) and Path(name).is_dir()]
     labels = [path for folder in folders for path in sorted(folder.parent.parent.glob(f"*/{folder.name}/**/{LABELS}"))]
-    files = [*(Path(name) for name in (config.prompts,) if name), *labels]
+    files = [*(Path(name) for name in (config.prompts, config.lens) if name), *labels]
     marks = [file_sha256(path) for path in files if path.is_file()]  # what is missing is said when it runs
     return fingerprint([*marks, *(hash_dictionaries(str(folder)) for folder in folders)])
 

@@ -54,7 +54,8 @@ function show(text) {
 
 document.getElementById('about').textContent = `Model ${data.model}. Layers by positions; the strip below has the tokens, and a line where a step begins.`;
 const colour = document.getElementById('colour');
-const choices = [['strength', 'strongest feature'], ['answer', 'logit lens: probability of the answer'], ['agrees', 'logit lens: agreement with the model']];
+const {lens} = data.texts[0].reading;
+const choices = [['strength', 'strongest feature'], ['answer', `${lens}: probability of the answer`], ['agrees', `${lens}: agreement with the model`]];
 for (const [value, says] of choices) colour.append(make('option', {value}, says));
 colour.addEventListener('change', () => { for (const grid of grids) grid.paint(colour.value); });
 data.texts.forEach(show);

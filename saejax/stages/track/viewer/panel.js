@@ -8,7 +8,7 @@ const nameOf = (text, l, f) => {
 function lensLine(text, l, t) {
   const reading = text.reading, top = reading.top_tokens[l][t], words = [];
   for (let i = 0; i < top.length; i += 2) words.push(token(text.texts[top[i]]), ` ${number(top[i + 1], 2)} `);
-  return make('p', {}, 'logit lens: ', ...words,
+  return make('p', {}, `${reading.lens}: `, ...words,
     make('small', {}, `KL divergence from the model ${number(reading.kl[l][t], 2)}, on a rotated stream ${number(reading.control_kl[l][t], 2)}`));
 }
 
