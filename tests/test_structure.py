@@ -226,7 +226,8 @@ def test_numeric_code_says_why():
 
 
 BANNED = {"one", "own", "found", "told", "asked", "said", "given", "known", "beside", "made", "there"}
-OPENINGS = ("What", "Whether", "How", "Which", "Those")  # a docstring starts with a verb or a noun
+# A docstring starts with a verb or a noun.
+OPENINGS = ("What", "Whether", "How", "Which", "Those", "Where", "When", "Why", "Who")
 
 
 def unclear_language(tree: ast.Module) -> list[str]:

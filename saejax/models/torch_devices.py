@@ -1,4 +1,4 @@
-"""Where PyTorch models run: on the GPU that JAX uses in this process, and over several if one is too small."""
+"""Devices of PyTorch models: the GPU that JAX uses in this process, and several if one is too small."""
 
 from typing import Any
 

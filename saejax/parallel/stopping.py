@@ -1,4 +1,4 @@
-"""When to stop: every process hears of SIGTERM itself, and processes that work together agree on where they stop.
+"""Stopping: every process hears of SIGTERM itself, and processes that work together agree on where they stop.
 
 ``jax.distributed.initialize`` would install a handler of SIGTERM of its own, after which Python no longer hears of the
 signal: JAX's preemption service is turned off before (``cluster.join``), and the agreement is made here.

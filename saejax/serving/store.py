@@ -48,7 +48,7 @@ class StoredGraph:
 
     @property
     def whole(self) -> Path | None:
-        """Where the graph before pruning is, in its unit or in circuit-tracer's file; None: there is none."""
+        """The place of the graph before pruning, in its unit or in circuit-tracer's file; None: there is none."""
         if self.path.suffix == ".pt":
             return self.path
         folder = self.unit / f"{self.path.stem}-graph" if self.unit else None

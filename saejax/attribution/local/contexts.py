@@ -32,7 +32,7 @@ Context = dict[str, Any]  # ``tokens`` and ``activations``, of equal length
 
 
 class Firings(NamedTuple):
-    """Where a feature fires in texts, and how strongly."""
+    """The firings of a feature in texts."""
 
     contexts: tuple[Context, ...]  #: the strongest, one of each text at most; none if it does not fire
     histogram: tuple[tuple[float, float], ...]  #: activations above 0 in ten bars up to the largest: middle and number
