@@ -37,7 +37,7 @@ from saejax.interpret.neighbours import output_tokens
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
-from saejax.tasks.scoring import bootstrap_mean
+from saejax.statistics.intervals import bootstrap_mean
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, TRACED, OUTPUT = 20, 6, 10

@@ -24,7 +24,7 @@ from saejax.interpret.labels import bars, partners
 from saejax.interpret.results import LabelCounts
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.results import Interval
-from saejax.tasks.scoring import bootstrap_mean, wilson_of
+from saejax.statistics.intervals import bootstrap_mean, wilson_of
 
 MOST = 8  # codes of a detector
 _POSITIONS = 512  # positions of a detector: a range counts as one description

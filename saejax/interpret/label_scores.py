@@ -25,7 +25,7 @@ from saejax.interpret.questions import GROUP, STRONGEST, Question, active_tokens
 from saejax.interpret.results import LabelScore
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
-from saejax.tasks.scoring import wilson_of
+from saejax.statistics.intervals import wilson_of
 
 CHANCE = 0.5
 _INTRUDERS = 5  # questions for an intruder

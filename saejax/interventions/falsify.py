@@ -35,7 +35,7 @@ from saejax.models.tokens import Tokens, token_piece
 from saejax.results import Interval
 from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
-from saejax.tasks.scoring import wilson
+from saejax.statistics.intervals import wilson
 from saejax.unicode import show_bytes
 
 Driver = Literal["tokens", "context", "undecided"]

@@ -44,10 +44,10 @@ from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 from saejax.results import Interval
 from saejax.statistics.bootstrap import resampling_weights, two_sided_p
+from saejax.statistics.intervals import wilson
 from saejax.statistics.ranks import holm_by_key
 from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.labels import LABELS, Labelled, label_prompts
-from saejax.tasks.scoring import wilson
 
 MATCHES = 10  # nearest features by firing rate, from which a matched one is drawn
 LOGIT_DIFFERENCE, LOG_LIKELIHOOD = "logit difference", "log-likelihood of the reference answer"

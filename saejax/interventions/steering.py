@@ -46,10 +46,10 @@ from saejax.parallel.collectives import to_host
 from saejax.progress import OnProgress, silent
 from saejax.results import Interval
 from saejax.statistics import bootstrap
+from saejax.statistics.intervals import wilson
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.scoring import wilson
 
 METHODS = ("add", "clamp", "mean_difference")
 MIN_TEXTS = 3  # texts of an answer, of which a mean is taken

@@ -48,8 +48,8 @@ from saejax.interventions.table import (
 )
 from saejax.results import Interval
 from saejax.statistics import bootstrap
+from saejax.statistics.intervals import wilson
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
-from saejax.tasks.scoring import wilson
 
 
 def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalVerdict:

@@ -6,7 +6,7 @@ first token. Of the prompts of a split are reported, with 95 % intervals, Wilson
 - ``accuracy``: the share with a logit difference above 0;
 - ``top1``: the share whose correct answer has the highest logit of the whole vocabulary;
 - ``logit_diff``: the mean logit difference, in nats;
-- ``separation``: its mean over its standard deviation (``scoring.separation``);
+- ``separation``: its mean over its standard deviation (``separation``);
 - ``counterpart_accuracy``: the share whose counterpart prompt prefers its own answer, which is the wrong one here, of
   the prompts that have one; None if none has. A model that gives the same answer whatever the prompt says has accuracy
   and counterpart accuracy of 1 in sum;
@@ -28,15 +28,19 @@ from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens
+from saejax.statistics.intervals import RESAMPLES, bootstrap, bootstrap_mean, wilson
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore
 from saejax.tasks.draw import Drawn
 from saejax.tasks.gate import gate
 from saejax.tasks.likelihood import loglikelihoods
 from saejax.tasks.results import BaselineBehaviour, BaselineScores, PromptExample
-from saejax.tasks.scoring import MIN_ACCURACY, MIN_SEPARATION, bootstrap_mean, bootstrap_separation, wilson
 from saejax.tasks.settings import TaskConfig
 
+# A behaviour below one of these is flagged: with fewer right answers, or a mean within a standard deviation of 0,
+# effects on it are hard to tell from noise.
+MIN_ACCURACY, MIN_SEPARATION = 0.8, 1.0
+SEPARATION_LIMIT = 1e6  # stands for infinity, which JSON does not have
 BATCH = 32  # prompts per forward pass
 _EXAMPLES = 3  # prompts shown in the results
 
@@ -103,11 +107,24 @@ def _split_scores(rows: Sequence[PromptScore], task: TaskConfig) -> BaselineScor
         accuracy=wilson(diff_N > 0),
         top1=wilson(top1_N),
         logit_diff=mean(diff_N),
-        separation=bootstrap_separation(diff_N, task.seed),
+        separation=bootstrap(diff_N, separation, RESAMPLES, task.seed),
         counterpart_accuracy=wilson(np.array(paired) > 0) if paired else None,
         answer_accuracy=wilson(whole_Nx2[:, 0] > whole_Nx2[:, 1]),
         log_likelihood=mean(whole_Nx2[:, 0]),
     )
+
+
+def separation(values_RxN: np.ndarray) -> np.ndarray:
+    """Return each row's mean over its population standard deviation, [R], cut at +- ``SEPARATION_LIMIT``.
+
+    Where all values of a row are equal, one value included, the deviation is 0: the separation is then the limit
+    with the sign of the mean, and 0 if they are all 0.
+    """
+    mean_R, spread_R = values_RxN.mean(axis=1), values_RxN.std(axis=1)
+    limit_R = np.sign(mean_R) * SEPARATION_LIMIT
+    ratio_R = np.divide(mean_R, spread_R, out=limit_R, where=spread_R > 0)
+    # Of equal numbers the rounded deviation may be a last bit above 0; that is cut to the limit, too.
+    return np.clip(ratio_R, -SEPARATION_LIMIT, SEPARATION_LIMIT)
 
 
 def _one_answer(prompts: Sequence[Prompt]) -> tuple[str, ...]:

@@ -18,13 +18,13 @@ from saejax.errors import UserError
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.models.tokens import pad
 from saejax.results import Interval
+from saejax.statistics.intervals import bootstrap_mean, wilson
 from saejax.tasks.answers import Verdict, formula_verdicts, number_verdicts
 from saejax.tasks.benchmark_definitions import Item, answer_tokens, definition, way
 from saejax.tasks.benchmark_prompts import Prompter, make_prompter
 from saejax.tasks.likelihood import Likelihood, encode_pair, loglikelihoods
 from saejax.tasks.results import BenchmarkResults, ChoiceScores, UnparsedExample
 from saejax.tasks.scored_items import ChosenItem, GeneratedItem, ReferenceItem, ScoredItem
-from saejax.tasks.scoring import bootstrap_mean, wilson
 from saejax.tasks.settings import TaskConfig
 
 _VERDICTS: dict[str, Callable[[str, str], dict[str, Verdict]]] = dict(gsm8k=number_verdicts, math=formula_verdicts)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from saejax.interventions.settings import StudyConfig
-from saejax.stages.study.run import split_items
+from saejax.stages.study.measure import split_items
 from saejax.tasks import benchmarks
 from saejax.tasks.benchmark_prompts import worked_examples
 from saejax.tasks.settings import TaskConfig

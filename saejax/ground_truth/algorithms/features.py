@@ -13,9 +13,9 @@ from saejax.ground_truth.scores import over_seeds
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import effects
 from saejax.models.language_model import LanguageModel
+from saejax.statistics.intervals import wilson
 from saejax.statistics.ranks import holm_by_key
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.scoring import wilson
 
 TRAINED, RANDOM = "trained", "random directions"
 _LEAST = 6  # prompts with a value, and without it, in each split; fewer are not compared
@@ -70,7 +70,7 @@ def match_variables(
         values = [dict(prompt.labels).get(name) for prompt in prompts]
         known_P = np.array([value is not None for value in values])
         for value in sorted({value for value in values if value not in (None, "no")}):
-            has_P = np.array([each == value for each in values])
+            has_P = np.array([prompt_value == value for prompt_value in values])
             halves = [known_P & ~judges_P, known_P & judges_P]
             if min(min(has_P[half].sum(), (~has_P[half]).sum()) for half in halves) >= _LEAST:
                 best = _match_value(f_PxF[halves[0]], has_P[halves[0]], f_PxF[halves[1]], has_P[halves[1]])

@@ -18,7 +18,7 @@ from saejax.ground_truth.scores import RECOVERED, Matching
 from saejax.interventions.in_memory import Ablation, ablate
 from saejax.interventions.table import TESTED
 from saejax.models.language_model import LanguageModel
-from saejax.tasks.scoring import wilson
+from saejax.statistics.intervals import wilson
 
 # The vocabulary is small and mostly answers, so there are no placebo targets.
 _ABLATION: Mapping[str, Any] = dict(bootstrap=1000, baselines=(), placebo_targets=0, untrained_dictionaries=0)

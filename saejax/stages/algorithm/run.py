@@ -38,8 +38,8 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
 from saejax.stages.algorithm.settings import AlgorithmConfig
+from saejax.statistics.intervals import wilson
 from saejax.tasks.own_prompts import as_line
-from saejax.tasks.scoring import wilson
 from saejax.training.in_memory import train
 
 _LOG_EVERY = 200  # steps
@@ -89,8 +89,8 @@ def run_algorithm(run: Run) -> AlgorithmResults:
     dictionaries = _dictionaries(run, lm, texts, config.seed)
     tests = [prompt for prompt in prompts if prompt.split == "test"]
     features = compare({name: ablate_each(lm, dictionary, tests) for name, dictionary in dictionaries.items()})
-    for name, each in features.items():
-        run.say(f"{name}: {100 * each.changing.mean:.1f} % of {each.live} features change an answer")
+    for name, ablated in features.items():
+        run.say(f"{name}: {100 * ablated.changing.mean:.1f} % of {ablated.live} features change an answer")
     variables = match_variables(lm, dictionaries, prompts)
     for match in variables:
         about = f"feature {match.feature}, AUC {match.auc:.2f}, p {match.p_holm:.3f}"

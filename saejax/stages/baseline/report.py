@@ -9,8 +9,8 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.style import BLUE, GREY, INK, height_of, legend, name_rows, panels, point, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import behaviour, signed
+from saejax.tasks.baseline import MIN_ACCURACY, SEPARATION_LIMIT
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BenchmarkResults
-from saejax.tasks.scoring import MIN_ACCURACY, SEPARATION_LIMIT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

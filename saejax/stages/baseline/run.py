@@ -69,7 +69,7 @@ def run_baseline(run: Run) -> BaselineResults:
             shutil.rmtree(run.folder / PARTS, ignore_errors=True)
             raise UserError(none_left(left_out))
         run.say(none_left(left_out))
-    prompts, scores = ([each for some in outcomes for each in getattr(some, of)] for of in ("prompts", "scores"))
+    prompts, scores = ([entry for some in outcomes for entry in getattr(some, of)] for of in ("prompts", "scores"))
     write_prompts(run.folder / "prompts.jsonl", prompts, scores)
     # Before the parts are removed: a run that stops in between still finds them.
     weak = {name: "; ".join(result.flags) for name, result in behaviours.items() if result.flags}

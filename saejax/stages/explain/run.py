@@ -42,7 +42,7 @@ from saejax.results import Interval, to_json
 from saejax.runner import stacks
 from saejax.runner.parts import Progress
 from saejax.runner.workspace import Run
-from saejax.tasks.scoring import bootstrap_mean
+from saejax.statistics.intervals import bootstrap_mean
 
 _BATCH, _RESAMPLES = 4096, 2000
 _PROMOTED = 10  # tokens made more likely that a question for a label lists

@@ -44,9 +44,9 @@ from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.stages import inputs as run_inputs
 from saejax.statistics import bootstrap
+from saejax.statistics.intervals import wilson
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.gate import read_tested
-from saejax.tasks.scoring import wilson
 
 
 class BehaviourPairs(NamedTuple):

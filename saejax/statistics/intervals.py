@@ -1,4 +1,4 @@
-"""Averages over prompts, with 95 % percentile bootstrap intervals (Efron and Tibshirani, 1993, chapter 13).
+"""Averages and shares with 95 % intervals: percentile bootstrap (Efron and Tibshirani, 1993, chapter 13) and Wilson's.
 
 Prompts are drawn again with replacement, the statistic is computed on every such resample, and the interval runs
 from its 2.5 % to its 97.5 % quantile. It says how much the figure would change with other prompts of the same kind; of
@@ -8,21 +8,17 @@ score intervals (``wilson``).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from scipy.special import ndtri
 
 from saejax.results import Interval
+from saejax.statistics.bootstrap import percentile_interval
 
-# A behaviour below one of these is flagged: with fewer right answers, or a mean within a standard deviation of 0,
-# effects on it are hard to tell from noise.
-MIN_ACCURACY, MIN_SEPARATION = 0.8, 1.0
-SEPARATION_LIMIT = 1e6  # stands for infinity, which JSON does not have
 RESAMPLES = 10_000  # more would move ends of intervals by less than a tenth of their distance
 _CHUNK = 8_000_000  # numbers held at once: 64 MB
-_ENDS = (0.025, 0.975)
-_Z = float(ndtri(_ENDS[1]))
+_Z = float(ndtri(0.975))
 
 
 def bootstrap(
@@ -47,23 +43,12 @@ def bootstrap(
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
     # In chunks: all resamples of a large benchmark at once would take gigabytes.
     drawn_R = np.concatenate([statistic(values_N[rng.integers(n, size=(size, n))]) for size in sizes])
-    return middle(drawn_R, float(statistic(values_N[None, :])[0]))
-
-
-def middle(values_N: np.ndarray | Sequence[float], mean: float | None = None) -> Interval:
-    """Return the middle 95 % of values, from quantile to quantile, around their ``mean`` or another one."""
-    low, high = np.quantile(values_N, _ENDS)
-    return Interval(float(np.mean(values_N)) if mean is None else mean, float(low), float(high))
+    return Interval(float(statistic(values_N[None, :])[0]), *percentile_interval(drawn_R))
 
 
 def bootstrap_mean(values_N: np.ndarray, seed: int, resamples: int = RESAMPLES) -> Interval:
     """Return the mean over prompts and its interval; see ``bootstrap``."""
-    return bootstrap(values_N, _mean, resamples, seed)
-
-
-def bootstrap_separation(values_N: np.ndarray, seed: int, resamples: int = RESAMPLES) -> Interval:
-    """Return the separation over prompts and its interval; see ``separation`` and ``bootstrap``."""
-    return bootstrap(values_N, separation, resamples, seed)
+    return bootstrap(values_N, lambda values_RxN: values_RxN.mean(axis=1), resamples, seed)
 
 
 def wilson(right_N: np.ndarray, size: float | None = None) -> Interval:
@@ -84,20 +69,3 @@ def wilson_of(share: float, n: float) -> Interval:
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     # Rounding must not push an end past the share itself, at 0 and 1.
     return Interval(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
-
-
-def separation(values_RxN: np.ndarray) -> np.ndarray:
-    """Mean over (population) standard deviation of each row, [R], cut at plus and minus ``SEPARATION_LIMIT``.
-
-    Where all values of a row are equal, one value included, the deviation is 0: the separation is then the limit
-    with the sign of the mean, and 0 if they are all 0.
-    """
-    mean_R, spread_R = _mean(values_RxN), values_RxN.std(axis=1)
-    limit_R = np.sign(mean_R) * SEPARATION_LIMIT
-    ratio_R = np.divide(mean_R, spread_R, out=limit_R, where=spread_R > 0)
-    # Of equal numbers the rounded deviation may be a last bit above 0; that is cut to the limit, too.
-    return np.clip(ratio_R, -SEPARATION_LIMIT, SEPARATION_LIMIT)
-
-
-def _mean(values_RxN: np.ndarray) -> np.ndarray:
-    return values_RxN.mean(axis=1)

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from saejax.tasks import scoring
-from saejax.tasks.scoring import (
-    SEPARATION_LIMIT,
-    Interval,
-    bootstrap,
-    bootstrap_mean,
-    bootstrap_separation,
-    separation,
-    wilson,
-)
+from saejax.results import Interval
+from saejax.statistics import intervals as statistics_intervals
+from saejax.statistics.intervals import bootstrap, bootstrap_mean, wilson
+from saejax.tasks.baseline import SEPARATION_LIMIT, separation
+
+
+def bootstrap_separation(values_N, seed, resamples):
+    return bootstrap(values_N, separation, resamples, seed)
 
 
 @pytest.mark.parametrize("n, right", [(20, 12), (20, 19), (80, 71)])
@@ -90,7 +88,7 @@ def test_any_statistic_in_chunks_of_resamples(monkeypatch):
 
     interval = bootstrap(values_N, median, 2000, seed=0)
     assert interval.mean == np.median(values_N) and interval.low < interval.mean < interval.high
-    monkeypatch.setattr(scoring, "_CHUNK", 4000)
+    monkeypatch.setattr(statistics_intervals, "_CHUNK", 4000)
     shapes.clear()
     bootstrap(values_N, median, 2000, seed=0)
     assert sum(rows for rows, _ in shapes) == 2001  # with the values themselves
