@@ -1,8 +1,8 @@
 """Do two models find the same features important for a benchmark? Features are matched by their activity on its items.
 
 1. Both models read the same items; their tokens are paired where they end at the same character.
-2. Two features are a pair if, over these tokens, the correlation of their activations is each one's largest with any
-   feature of the other model, and at least ``LEAST``. The same with one text shifted by half is what chance gives.
+2. Two features are a pair if the assignment with the largest sum of their activations' correlations over these tokens
+   (``match``) joins them with one of at least ``LEAST``. The same with one text shifted by half is what chance gives.
 3. The statistic is Spearman's correlation of the importance of paired features (attribution for the right answers),
    with a permutation p-value.
 4. Two placebos: pairs with a rotated dictionary of the second model, and the importance in one model against that for
@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from saejax.dictionaries import Dictionary
+from saejax.matching.match import match as match_rows
 from saejax.matching.rows import CentredRows
 from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, ReadText, aligned, encode, read_text, site_values
 from saejax.models.language_model import LanguageModel
+from saejax.parallel.mesh import make_mesh
 
 LEAST = 0.5  # correlation of the activations of a pair
 PLACEBO_QUANTILE = 0.95
@@ -140,7 +142,7 @@ def align_importance(
         values += [_spearman(placebo_F[match.first_M], second_M) for placebo_F in first.placebo_RxF]
     if rotated is not None:
         rows, _ = _shared_rows(first, rotated)
-        first_R, rotated_R = mutual_pairs(*rows, LEAST)
+        first_R, rotated_R = correlated_pairs(*rows)
         if len(first_R) >= _PAIRS:
             rotated_correlation = _spearman(first.importance_F[first_R], rotated.importance_F[rotated_R])
     return ImportanceAlignment(
@@ -162,7 +164,7 @@ def match_features(first: ItemFeatures, second: ItemFeatures) -> FeatureMatch | 
         return None
     rows, live = _shared_rows(first, second)
     shifted_rows, _ = _shared_rows(first, second, shift=True)
-    return FeatureMatch(*mutual_pairs(*rows, LEAST), live, len(mutual_pairs(*shifted_rows, LEAST)[0]))
+    return FeatureMatch(*correlated_pairs(*rows), live, len(correlated_pairs(*shifted_rows)[0]))
 
 
 def _shared_rows(
@@ -186,34 +188,15 @@ def _shared_rows(
     return rows, (int(first_F.sum()), int(second_G.sum()))
 
 
-def mutual_pairs(first: CentredRows, second: CentredRows, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs of rows with their largest product, of at least ``least``, with each other.
-
-    Args:
-      first: rows of the first dictionary.
-      second: rows of the second.
-      least: smallest product of a pair, above 0.
+def correlated_pairs(first: CentredRows, second: CentredRows) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs of an assignment of two dictionaries' rows whose product is at least ``LEAST``.
 
     Returns:
       The rows of the first, rising, and their partners in the second.
     """
-    empty = np.zeros(0, np.int64)
-    rows, columns, values, start = [empty], [empty], [np.zeros(0, np.float32)], 0
-    for product in first.products(second, np.arange(len(first))):
-        large_X = product.data >= least  # few products are: only these are kept
-        row_X = np.repeat(np.arange(start, start + product.shape[0]), np.diff(product.indptr))
-        rows.append(row_X[large_X])
-        columns.append(product.indices[large_X])
-        values.append(product.data[large_X])
-        start += product.shape[0]
-    row_L, column_L, value_L = np.concatenate(rows), np.concatenate(columns), np.concatenate(values)
-    order_L = np.lexsort((column_L, row_L, -value_L))
-    row_L, column_L = row_L[order_L], column_L[order_L]
-    # In this order the first product of a row is its largest, and so of a column.
-    (_, of_row), (_, of_column) = np.unique(row_L, return_index=True), np.unique(column_L, return_index=True)
-    mutual = np.intersect1d(of_row, of_column)
-    mutual = mutual[np.argsort(row_L[mutual])]
-    return row_L[mutual], column_L[mutual]
+    ((_, matched),) = match_rows([("", first, second)], make_mesh())
+    first_M = np.flatnonzero(np.nan_to_num(matched.value_F, nan=-1.0) >= LEAST)
+    return first_M, matched.partner_F[first_M]
 
 
 def rank_correlation(

@@ -5,12 +5,20 @@ import dataclasses
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.optimize import linear_sum_assignment
 from scipy.stats import spearmanr
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.matching import importance
 from saejax.matching import rows as matching_rows
-from saejax.matching.importance import ItemFeatures, align_importance, match_features, mutual_pairs, read_features
+from saejax.matching.importance import LEAST as LEAST_PAIR
+from saejax.matching.importance import (
+    ItemFeatures,
+    align_importance,
+    correlated_pairs,
+    match_features,
+    read_features,
+)
 from saejax.matching.rows import CentredRows
 from saejax.matching.transfer.activity import Activity
 from saejax.studies.alignment import LEAST, LEVEL
@@ -83,7 +91,7 @@ def test_two_models_that_share_features(shared):
     assert there.partner == back.partner and there.live == back.live and there.chance == back.chance
 
 
-def test_mutual_pairs_against_every_product(monkeypatch):
+def test_pairs_are_those_of_the_best_assignment_of_all_products(monkeypatch):
     rng = np.random.default_rng(7)
     acts = [rng.random((40, 60)) * (rng.random((40, 60)) < 0.1) for _ in range(2)]
     acts[1][:, :30] = acts[0][:, :30] + 0.2 * rng.random((40, 30)) * (acts[0][:, :30] > 0)
@@ -93,18 +101,19 @@ def test_mutual_pairs_against_every_product(monkeypatch):
     with np.errstate(invalid="ignore"):
         table = np.nan_to_num(np.corrcoef(acts[0].T, acts[1].T)[:60, 60:])
     table[8], table[:, 8] = 0, 0  # not compared
-    plain = [(f, g) for f, g in np.argwhere(table >= 0.3) if table[f].argmax() == g and table[:, g].argmax() == f]
+    assigned = zip(*linear_sum_assignment(np.maximum(table, 0), maximize=True), strict=True)
+    plain = [(int(f), int(g)) for f, g in assigned if table[f, g] >= LEAST_PAIR]
     assert 20 < len(plain) < 50
     for products in (1, 2**24):  # a row at a time, and all at once
         monkeypatch.setattr(matching_rows, "_PRODUCTS", products)
-        assert list(zip(*(side.tolist() for side in mutual_pairs(first, second, 0.3)), strict=True)) == plain
+        assert list(zip(*(side.tolist() for side in correlated_pairs(first, second)), strict=True)) == plain
         blocks = list(first.products(second, np.arange(60)))
         product_FxG = sparse.vstack(blocks).toarray()
         missing_FxG = sparse.vstack([block != 0 for block in blocks]).toarray() == 0
         np.testing.assert_allclose(product_FxG[~missing_FxG], table[~missing_FxG], atol=1e-6)
         assert table[missing_FxG].max() < 1e-6 and (len(blocks) > 50 if products == 1 else len(blocks) == 1)
-    nothing = CentredRows.of(sparse.csr_array((40, 0)), np.zeros(0, bool))
-    assert len(mutual_pairs(nothing, second, 0.7)[0]) == len(mutual_pairs(first, nothing, 0.7)[0]) == 0
+    nothing = CentredRows.of(sparse.csr_array((40, 3)), np.ones(3, bool))
+    assert len(correlated_pairs(nothing, second)[0]) == len(correlated_pairs(first, nothing)[0]) == 0
 
 
 def test_strangers_are_not_aligned():
