@@ -78,7 +78,7 @@ LONGEST = (
     "processes configs_run family_parity steering meshes torch_model model_input ground_truth_stage report "
     "transfer_stage kinds expansions crosscoder_stages null_and_power interpret_stages study_run widening "
     "circuits_stage library_calls cross_layer_training new_behaviour planted_circuit "
-    "ablation_measurements baseline criteria preflight_stage detectors "
+    "ablation_measurements baseline gate preflight_stage detectors "
     "answer_tokens cluster_stage stages settings_read library generation killed_processes world "
     "sinks benchmark reuse precision stack_members collectives planted_crosscoders track_stage "
     "cross_layer_scores pretrained decoder attribute_stage effects local_model docs serve_saes evaluate probing "

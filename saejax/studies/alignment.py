@@ -31,8 +31,8 @@ import numpy as np
 from saejax.interventions.table import PromptDefinition, load_effects
 from saejax.matching.importance import ItemFeatures, align_importance
 from saejax.page.findings import Findings
+from saejax.stages.study.measure import ROTATED_ON_ITEMS
 from saejax.stages.study.results import StudyResults
-from saejax.stages.study.run import ROTATED_ON_ITEMS
 from saejax.statistics.ranks import holm_by_key
 from saejax.studies.gather_features import ReadBenchmark
 from saejax.studies.results import AlignmentFigures

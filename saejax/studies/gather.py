@@ -1,12 +1,9 @@
 """The figures of a study, read from what the stages of its rows returned."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
 
 from saejax.activations.results import CaptureResults
 from saejax.dictionaries.names import full_name
@@ -20,12 +17,11 @@ from saejax.models.settings import ModelConfig
 from saejax.page.findings import Findings, read_findings
 from saejax.preflight.results import PreflightResults
 from saejax.stages.study.results import StudyResults
-from saejax.stages.train.metrics import read_metrics
 from saejax.statistics.ranks import holm_by_key
-from saejax.studies import criteria, gather_features
+from saejax.studies import gather_features
 from saejax.studies.alignment import alignments
+from saejax.studies.gate import RULES, overall_answer
 from saejax.studies.learned import learned
-from saejax.studies.phases import phases
 from saejax.studies.results import (
     ActivationFigures,
     BaselineFigures,
@@ -77,7 +73,7 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
     read = {name: gather_features.read_benchmarks(findings, name) for name in benchmarks}
     figures = StudyFigures(
         fingerprint=mark,
-        rules=tuple(criteria.RULES.values()),
+        rules=tuple(RULES.values()),
         models=tuple(_model(row, findings[row.name], states) for row in rows),
         baselines=_collect(_baselines, findings),
         dictionaries=_collect(_dictionaries, findings),
@@ -94,16 +90,12 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         labels=_collect(gather_features.labels, findings),
         associations=_collect(gather_features.associations, findings),
         problems=tuple(problem for name in read for problem in gather_features.problems(findings, name, read[name])),
-        phases=(),
         transfer=_collect(transfer, findings),
         tracking=_collect(tracking, findings),
         learned=(),
-        criteria=(),
         failures=tuple(state for state in states if state.state != "done"),
     )
-    figures = dataclasses.replace(figures, phases=phases(figures, findings))
-    figures = dataclasses.replace(figures, learned=learned(figures))
-    return dataclasses.replace(figures, criteria=tuple(criteria.criteria(figures, list(findings.values()))))
+    return dataclasses.replace(figures, learned=learned(figures))
 
 
 def _collect(read: Callable[[str, Findings], Iterable[T]], findings: Mapping[str, Findings]) -> tuple[T, ...]:
@@ -162,45 +154,20 @@ def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
     settings = findings.settings()
     for kind, results in findings.each(EvaluateResults).items():
         train = findings.each(TrainResults)[kind]
-        epochs = settings["train"]["epochs"]
-        losses = epoch_losses(findings.folders[f"train/{kind}"], epochs, train.tokens) if train.steps else {}
         for scores in results.members:
-            early, end = losses.get((scores.name, criteria.EPOCH)), losses.get((scores.name, epochs))
             yield DictionaryFigures(
                 row=row,
                 dictionary=full_name(kind, scores.name),
                 site=scores.site,
                 features=sum(scores.density_histogram.counts) + scores.density_histogram.never,
-                epochs=epochs,
+                epochs=settings["train"]["epochs"],
                 tokens=train.tokens,
                 seconds=train.seconds,
-                loss_epoch_4=early,
-                loss_end=end,
-                losses=tuple(loss for (name, _), loss in sorted(losses.items()) if name == scores.name),
-                improvement=1 - end / early if early and end is not None and epochs > criteria.EPOCH else None,
                 l0=scores.l0,
                 dead=scores.dead_fraction,
                 explained_variance=scores.explained_variance,
                 ce_recovered=scores.ce_recovered_mean,
             )
-
-
-def epoch_losses(unit: Path, epochs: int, tokens: int) -> dict[tuple[str, int], float]:
-    """Return the mean loss over the recorded steps of each epoch, by member and epoch, from 1.
-
-    Args:
-      unit: folder of a train unit.
-      epochs: of its training.
-      tokens: of all of them.
-
-    Raises:
-      UserError: its metrics are missing or damaged.
-    """
-    losses: dict[tuple[str, int], list[float]] = {}
-    for record in read_metrics(unit, ("tokens", "loss")):
-        epoch = min(math.ceil(record["tokens"] * epochs / tokens), epochs)
-        losses.setdefault((record["member"], epoch), []).append(record["loss"])
-    return {key: float(np.mean(values)) for key, values in losses.items()}
 
 
 def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
@@ -299,7 +266,7 @@ def _gates(row: str, findings: Findings) -> Iterator[GateFigures]:
         judged = results.verdict.dictionaries
         seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name != TESTED)]
         answers = [verdicts[benchmark] for verdicts in seeds if benchmark in verdicts]
-        yield criteria.gate(row, benchmark, answers, results.items.test, results.log_likelihood_spread)
+        yield overall_answer(row, benchmark, answers, results.items.test, results.log_likelihood_spread)
 
 
 def _domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:

@@ -10,8 +10,8 @@ from scipy import sparse
 from saejax.interventions.table import EffectsTable, PromptDefinition, load_effects
 from saejax.matching.importance import FeatureMatch, ItemFeatures, match_features
 from saejax.page.findings import Findings
+from saejax.stages.study.measure import FEATURES_ON_ITEMS, ITEM_ATTRIBUTION
 from saejax.stages.study.results import StudyResults
-from saejax.stages.study.run import FEATURES_ON_ITEMS, ITEM_ATTRIBUTION
 from saejax.studies.primitives import recurring
 from saejax.studies.results import AssociationFigures, LabelFigures, PrimitiveFigures, ProblemFigures
 from saejax.studies.sheet import quoted

@@ -63,33 +63,6 @@ def draw_drivers(drivers: Sequence[DriverFigures]) -> "Figure":
 
 
 @styled
-def draw_losses(dictionaries: Sequence[DictionaryFigures]) -> "Figure":
-    """Draw the training loss of every dictionary by epoch, a colour for each row."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure, (axes,) = panels((2.6,), ("Training loss, as a share of the first epoch's",))
-    rows = list(dict.fromkeys(dictionary.row for dictionary in dictionaries))
-    for dictionary in dictionaries:
-        color, dashes, marker = LINES[rows.index(dictionary.row) % len(LINES)]
-        if dictionary.losses and dictionary.losses[0]:
-            share = [loss / dictionary.losses[0] for loss in dictionary.losses]
-            axes.plot(
-                range(1, len(share) + 1),
-                share,
-                linestyle=dashes,
-                marker=marker,
-                markersize=3,
-                color=color,
-                label=dictionary.row,
-            )
-    axes.set(xlabel="epoch", ylim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
-    legend(axes, 1)
-    return figure
-
-
-@styled
 def draw_models(rows: Sequence[str], alignment: Sequence[AlignmentFigures]) -> "Figure":
     """Draw the share of features that two rows share by activity on a benchmark, and the same by chance."""
     matrices = {}

@@ -1,4 +1,4 @@
-"""The report of a study: results of its rows side by side, and the criteria that are met.
+"""The report of a study: results of its rows side by side, and what was learned from them.
 
 The page opens with what was learned: which rows have an effect beyond all controls, which do not, and what could not be
 tested; a table of rows by questions, then figures; tables follow, and the rules at the end. Written to
@@ -18,10 +18,9 @@ from saejax.page.blocks import Block, Code, Links, Picture, Terms, Text
 from saejax.page.document import Section, to_html, to_markdown
 from saejax.page.tables import Table
 from saejax.results import to_json
-from saejax.studies.criteria import EPOCH, RULES
+from saejax.studies.gate import RULES
 from saejax.studies.learned import answers_table, holds, overview
-from saejax.studies.phases import disagreements
-from saejax.studies.pictures import draw_drivers, draw_drops, draw_losses, draw_models, draw_trends
+from saejax.studies.pictures import draw_drivers, draw_drops, draw_models, draw_trends
 from saejax.studies.results import TABLES, StudyFigures
 from saejax.studies.sheet import as_csv, duration
 from saejax.studies.units import ROWS
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE = "study.json"
-_TITLES = dict(gate="Overall answers", alignment="Alignment", criteria="Success")
-_WORDS = ("phases", "learned", "criteria", "failures")  # tables of words, which are on the page and in the JSON
+_TITLES = dict(gate="Overall answers", alignment="Alignment")
+_WORDS = ("learned", "failures")  # tables of words, which are on the page and in the JSON
 
 
 def write_report(root: Path, figures: StudyFigures) -> None:
@@ -81,9 +80,8 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         "The same problem in every model": _tables(figures, "problems"),
         "Alignment": _alignment(root, figures),
         "From layer to layer": _tables(figures, "transfer", "tracking"),
-        "All phases": _phases(figures),
         "Before anything is changed": _dictionaries(root, figures),
-        "Answers and criteria": (*_tables(figures, "learned", "criteria"), *_rules()),
+        "Answers and rules": (*_tables(figures, "learned"), *_rules()),
         "Setup": (*_tables(figures, "models"), took, _reports(root, figures)),
         "What is not done": (*_tables(figures, "failures"), *_not_run(figures)),
     }
@@ -171,16 +169,16 @@ def _associations(figures: StudyFigures) -> Iterator[Block]:
         yield Text(f"For {agree} of {len(tested)} top features correlation, probe and ablation give the same answer.")
     else:
         yield Text("No top feature has all three answers: of correlation, of a probe and of ablation.")
+    if read := sum(association.probe == "yes" and association.causal == "no" for association in tested):
+        yield Text(
+            f"A probe of {_count(read, 'top feature')} finds the label of new items, but ablating it does not cost "
+            "these items more than others."
+        )
+    if used := sum(association.probe == "no" and association.causal == "yes" for association in tested):
+        yield Text(
+            f"Ablating {_count(used, 'top feature')} costs items of the label more, but a probe does not find it."
+        )
     yield from _tables(figures, "associations", "labels")
-
-
-def _phases(figures: StudyFigures) -> Iterator[Block]:
-    """Yield every test by phase, and where two phases disagree."""
-    yield from _tables(figures, "phases")
-    if lines := disagreements(figures):
-        yield Terms(tuple(("Disagreement", line) for line in lines))
-    elif figures.gates:
-        yield Text("No two phases disagree.")
 
 
 def _alignment(root: Path, figures: StudyFigures) -> Iterator[Block]:
@@ -194,13 +192,10 @@ def _alignment(root: Path, figures: StudyFigures) -> Iterator[Block]:
 
 
 def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
-    """Yield the models, their activations, and their dictionaries with loss curves."""
+    """Yield the models, their activations, and their dictionaries."""
     yield from _tables(figures, "baselines", "activations")
     if not figures.dictionaries:
         return
-    if any(dictionary.losses for dictionary in figures.dictionaries):
-        caption = "Training loss by epoch: a line for each dictionary, a colour for each row."
-        yield _picture(root, "study_losses", draw_losses(figures.dictionaries), caption)
     widths = {model.row: model.width for model in figures.models if model.width}
     if any(dictionary.row in widths for dictionary in figures.dictionaries):
         caption = "Normalised error (1 - explained variance) of every dictionary on held-out text."
@@ -210,18 +205,13 @@ def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
 
 
 def trend_sentence(figures: StudyFigures) -> str:
-    """Return how losses, errors and activations differ between rows, in one sentence each."""
-    fell = [dictionary.improvement for dictionary in figures.dictionaries if dictionary.improvement is not None]
+    """Return how errors and activations differ between rows, in one sentence each."""
     errors: dict[str, list[float]] = {}
     for dictionary in figures.dictionaries:
         errors.setdefault(dictionary.row, []).append(1 - dictionary.explained_variance)
     means = {row: sum(some) / len(some) for row, some in errors.items()}
     low, high = _extremes(means)
-    falling = f"{sum(fall > 0 for fall in fell)} of {len(fell)} dictionaries"
-    text = f"No loss can be compared with that of epoch {EPOCH}. "
-    if fell:
-        text = f"The loss still falls after epoch {EPOCH} in {falling}. "
-    text += f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
+    text = f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
     norms = {f"{site.row}, {site.text}": site.median_norm for site in figures.activations}
     if norms:
         low, high = _extremes(norms)

@@ -106,22 +106,16 @@ class BaselineFigures(RowFigures):
 
 
 class DictionaryFigures(RowFigures):
-    """Dictionaries: how training went, and what they are worth.
+    """Dictionaries and what they are worth.
 
-    Losses are means over the recorded steps of an epoch, on training batches; a dash: no more than four epochs. L0 and
-    what follows it up to the tokens, on held-out text. Tokens: of training, repeats counted. Seconds: of training all
-    members of a stack together.
+    L0 and what follows it up to the tokens, on held-out text. Tokens: of training, repeats counted. Seconds: of
+    training all members of a stack together. The reports of the rows have the losses.
     """
 
     dictionary: str = column("Dictionary")  #: its name
     site: str = column("Reads")  #: that it reads
     features: int = column("Features", count)  #: how many
     epochs: int  #: of training
-    #: mean over the recorded steps of the fourth epoch; None with fewer epochs
-    loss_epoch_4: float | None = column("Loss, epoch 4", lambda value: significant(value, 4))
-    loss_end: float | None = column("Loss, end", lambda value: significant(value, 4))  #: the same of the last epoch
-    improvement: float | None = column("Improvement", _percent(1))  #: 1 - loss_end / loss_epoch_4
-    losses: tuple[float, ...]  #: mean over the recorded steps of each epoch
     l0: float = column("L0", _digits(1))  #: features active per token, mean
     dead: float = column("Dead", _percent(1))  #: share of features that fire on no held-out token
     explained_variance: float = column("Explained variance", _digits(3))  #: 1 is perfect
@@ -421,17 +415,6 @@ class ProblemFigures(Figures, cards=True):
     specific: tuple[str, ...] = column("In this row alone", lambda some: "; ".join(some) or MISSING)  #: none
 
 
-class PhaseFigures(Figures, cards=True):
-    """All phases."""
-
-    phase: str = column("Phase")  #: 1 to 5, and what it is about
-    test: str = column("Test")  #: in words
-    row: str = column("Row")  #: of the study, and the benchmark where there is one
-    result: str = column("Result")  #: figures, in words
-    control: str = column("Control")  #: figures, in words
-    answer: Answered = column("Beyond the control")  #: whether the result is beyond the control
-
-
 class LearnedFigures(BenchmarkFigures, cards=True):
     """All answers."""
 
@@ -439,15 +422,6 @@ class LearnedFigures(BenchmarkFigures, cards=True):
     answer: Answered = column("Answer")  #: as found
     #: the right answer of a control row; "" where none is known
     expected: str = column("Expected", lambda text: text or MISSING)
-    evidence: str = column("Evidence")  #: figures, in words
-
-
-class CriterionFigures(Figures, cards=True):
-    """Criteria of success."""
-
-    criterion: str = column("Criterion")  #: in words
-    #: None: it cannot be asked, because a stage was not run
-    met: bool | None = column("Met", lambda met: yes_or_no(met, "not tested"))
     evidence: str = column("Evidence")  #: figures, in words
 
 
@@ -506,7 +480,7 @@ class StudyFigures:
     """All figures of a report; ``study.json``."""
 
     fingerprint: str  #: of all units and their states
-    rules: tuple[str, ...]  #: the rules of the overall answers, the alignment and the criteria, in words
+    rules: tuple[str, ...]  #: the rules of the overall answers and the alignment, in words
     models: tuple[ModelFigures, ...]  #: the rows
     baselines: tuple[BaselineFigures, ...]  #: before anything is changed
     dictionaries: tuple[DictionaryFigures, ...]  #: that were trained
@@ -521,11 +495,9 @@ class StudyFigures:
     labels: tuple[LabelFigures, ...]  #: of items, by row and benchmark
     associations: tuple[AssociationFigures, ...]  #: of tested features with labels
     problems: tuple[ProblemFigures, ...]  #: the same problem in every row
-    phases: tuple[PhaseFigures, ...]  #: of the former study, by row
     transfer: tuple[TransferFigures, ...]  #: between dictionaries of a row
     tracking: tuple[TrackingFigures, ...]  #: of texts
     learned: tuple[LearnedFigures, ...]  #: by row, benchmark and question
-    criteria: tuple[CriterionFigures, ...]  #: of success
     failures: tuple[UnitState, ...]  #: units that are not done
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from saejax.results import Interval
+from saejax.statistics.intervals import wilson
 from saejax.studies.learned import QUESTIONS, _driven, answers_table, learned, overview
 from saejax.studies.results import (
     AlignmentFigures,
@@ -17,7 +18,6 @@ from saejax.studies.results import (
     PrimitiveFigures,
     StudyFigures,
 )
-from saejax.tasks.scoring import wilson
 
 
 def model(row, control=""):
@@ -127,6 +127,21 @@ def test_the_page_opens_with_which_rows_pass_all_controls(figures):
     plain = dataclasses.replace(figures, models=(model("base"),), gates=figures.gates[:1])
     assert len(overview(dataclasses.replace(plain, learned=learned(plain)))) == 3
     assert learned(dataclasses.replace(figures, gates=())) == ()
+
+
+def test_a_model_beats_guessing_where_it_does(figures):
+    """100 models that guess, and 100 that are right on half of 60 items with four choices."""
+    rates = {}
+    for share in (0.25, 0.5):
+        rng, answers = np.random.default_rng(int(100 * share)), []
+        for _ in range(100):
+            accuracy = wilson(rng.random(60) < share)
+            baselines = (BaselineFigures("base", "sums", "accuracy", accuracy, 0.25, 60),)
+            changed = dataclasses.replace(figures, baselines=baselines, gates=figures.gates[:1])
+            answers += [one.answer for one in learned(changed) if one.question == "solves"]
+        rates[share] = answers.count("yes")
+    print(f"beats guessing: yes in {rates[0.25]} of 100 null and {rates[0.5]} of 100 true worlds")
+    assert rates[0.25] <= 8 and rates[0.5] >= 80
 
 
 def test_features_that_context_drives_as_controls_are_no_more_than_words():

@@ -1,4 +1,4 @@
-"""Which features of a study matter for which items: words, problems, and where phases disagree."""
+"""Which features of a study matter for which items: words, problems, and what a probe reads and nothing depends on."""
 
 import dataclasses
 import itertools
@@ -12,8 +12,9 @@ from test_study_report import made_up
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
 from saejax.matching.importance import FeatureMatch, ItemFeatures
 from saejax.matching.transfer.activity import Activity
+from saejax.page.blocks import Text
 from saejax.studies.gather_features import ReadBenchmark, choose_problems, exciting_words, problems
-from saejax.studies.phases import disagreements
+from saejax.studies.report import _associations
 from saejax.studies.results import StudyFigures
 
 TEXTS = ("six and two\n8", "two plus six\n8")
@@ -87,13 +88,18 @@ def test_rows_with_other_items_are_not_compared(changes, left):
     assert not any(one.universal or one.shared or one.specific for one in shown.values())
 
 
-def test_phases_disagree_where_a_probe_reads_what_nothing_depends_on():
+def test_the_page_says_what_a_probe_reads_and_nothing_depends_on():
     figures = made_up(StudyFigures, itertools.count(1))
     answers = dict(row="a", benchmark="sums", label="addition", associated="yes", probe="yes", agree=False)
     plain = dataclasses.replace(figures.associations[0], **answers)
     without, with_drop = (
-        dataclasses.replace(figures, effects=(), associations=(dataclasses.replace(plain, causal=causal),))
+        [
+            block.text
+            for block in _associations(
+                dataclasses.replace(figures, associations=(dataclasses.replace(plain, causal=causal),))
+            )
+            if isinstance(block, Text)
+        ]
         for causal in ("no", "yes")
     )
-    (line,) = disagreements(without)
-    assert line.startswith("a on sums: of 1 top features 1 tell the label") and disagreements(with_drop) == ()
+    assert without[1].startswith("A probe of 1 top feature finds the label of new items") and len(with_drop) == 1

@@ -18,7 +18,7 @@ import pytest
 from saejax.errors import Interrupted, UserError
 from saejax.runner import pipeline, workplan
 from saejax.runner.workspace import hold_claim
-from saejax.studies import run, shares, units
+from saejax.studies import run, shares, study, units
 
 UNITS = ["preflight", "baseline", "capture", "train/topk", "evaluate/topk", "report"]
 
@@ -63,7 +63,7 @@ def ran(tmp_path) -> list[str]:
     return [json.loads(line)[0].removeprefix(f"{tmp_path}/study/rows/") for line in lines]
 
 
-def test_a_study_runs_every_unit_once(fake, tmp_path, capsys):
+def test_a_study_runs_every_unit_once(fake, tmp_path, capsys, monkeypatch):
     rows = dict(a="main", b="main\n--model.backend=torch")  # which has no preflight
     status, states = fake(**rows)
     assert status == 0 and {state["state"] for state in states.values()} == {"done"}
@@ -76,6 +76,11 @@ def test_a_study_runs_every_unit_once(fake, tmp_path, capsys):
     # No unit depends on it, but the page does.
     assert fake("--study.control=stranger", **rows)[0] == 0
     assert len(ran(tmp_path)) == 11 and "all done before" not in capsys.readouterr().out
+    # Nor on the code that makes the page.
+    monkeypatch.setattr(study, "_code", lambda: ["another version"])
+    for is_written in (True, False):
+        assert fake("--study.control=stranger", **rows)[0] == 0
+        assert len(ran(tmp_path)) == 11 and ("all done before" in capsys.readouterr().out) is not is_written
     (tmp_path / "rows" / "b.flags").unlink()
     assert fake("--train.k=5", a="main")[0] == 0
     assert ran(tmp_path)[11:] == ["a/train/topk", "a/evaluate/topk", "a/report"]

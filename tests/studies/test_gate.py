@@ -1,4 +1,4 @@
-"""The gate, alignment and the criteria: worlds where nothing is true, planted ones, and what was not measured."""
+"""The overall answer and alignment: worlds where nothing is true, and planted ones."""
 
 import collections
 import dataclasses
@@ -19,8 +19,8 @@ from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchSc
 from saejax.page.findings import Findings
 from saejax.results import Interval
 from saejax.runner.results import Summary
-from saejax.studies import criteria, gather
-from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
+from saejax.studies import gather
+from saejax.studies.gate import overall_answer
 from saejax.tasks.results import BenchmarkResults
 
 sys.path.append(str(Path(__file__).parent.parent / "interventions"))
@@ -53,7 +53,7 @@ def test_the_gate():
     yes, vague = result(), result("no", "no", "no", interval=(-1.0, 3.0))
 
     def gate(*answers, items=20, spread=2.0):
-        return criteria.gate("row", "logic", answers, items, spread)
+        return overall_answer("row", "logic", answers, items, spread)
 
     # Of other seeds question 4 is not asked.
     seed = result(trained="not tested")
@@ -94,7 +94,7 @@ def judge(world: World, seed: int, features: int | None = None, **options) -> Be
 
 def overall(kind: str, worlds: Sequence[Sequence[BehaviourVerdict]]) -> collections.Counter[str]:
     """In how many worlds each overall answer is given; printed."""
-    found = collections.Counter(criteria.gate("row", "b", answers, 30, 1.0).gate for answers in worlds)
+    found = collections.Counter(overall_answer("row", "b", answers, 30, 1.0).gate for answers in worlds)
     print(f"{kind}: {found}")
     return found
 
@@ -134,20 +134,6 @@ def test_rank_correlation_is_spearmans_and_finds_nothing_in_noise():
         assert rank_correlation(short, short) == (None, None)
 
 
-def empty(**changes) -> StudyFigures:
-    fields = dict.fromkeys(StudyFigures.__dataclass_fields__, ()) | dict(fingerprint="0") | changes
-    return StudyFigures(**fields)
-
-
-def test_a_criterion_that_cannot_be_asked_is_not_met_and_not_failed():
-    model = ModelFigures("row", "", "m", "main", "float32", None, None, None, (), (), (), (), 3, 2, 9.0, None, None)
-    found = {one.criterion: one for one in criteria.criteria(empty(models=(model,)), [])}
-    assert len(found) == 10 and all(isinstance(one, CriterionFigures) for one in found.values())
-    assert found["Every unit is done"].met is False and found["Every unit is done"].evidence == "2 of 3"
-    assert {one.met for name, one in found.items() if name != "Every unit is done"} == {None}
-    assert found["Every dictionary shares features with another"].evidence == "not run"
-
-
 def summary_of(results) -> Summary:
     rest = dict(config={}, inputs={}, packages={}, devices=None, seeds={}, start="", seconds=1.0, files={})
     return Summary(1, "", "", "", results=results, **rest)
@@ -172,30 +158,15 @@ def tracked(answers) -> TrackResults:
     return TrackResults(dict(sum=text))
 
 
-@pytest.mark.parametrize(
-    ("shared", "null", "answers", "met"),
-    [
-        (0.8, 0.1, ["yes"] * 8, [True, True, True]),
-        (0.3, 0.2, ["yes", "no", "no", "not testable"], [False, False, False]),  # intervals meet; one of three is hurt
-        (0.8, 0.1, ["not testable"], [True, None, None]),
-        (0.8, 0.1, ["yes", "no", "no", "no", "yes", "yes", "yes"], [True, False, True]),  # one of four chains holds
-    ],
-)
-def test_transfer_and_tracking_are_judged_by_their_results(shared, null, answers, met):
-    units = {"transfer": summary_of(transfer(shared, null)), "track/sum": summary_of(tracked(answers))}
+def test_transfer_and_tracking_are_counted():
+    answers = ["yes", "no", "no", "not testable", "yes"]
+    units = {"transfer": summary_of(transfer(0.3, 0.2)), "track/sum": summary_of(tracked(answers))}
     found = Findings(units, {}, Path(), {})
     (pair,), (text,) = list(gather.transfer("row", found)), list(gather.tracking("row", found))
     assert (pair.first, pair.second, pair.measure) == ("topk", "standard", "decoder")
-    assert (pair.shared.mean, pair.shared_null.mean) == (shared, null)
-    tested = [answer for answer in answers if answer != "not testable"]
-    assert (text.text, text.tests, text.hurt, text.links) == ("sum", len(tested), tested.count("yes"), 7)
-    judged = {one.criterion: one for one in criteria.criteria(empty(transfer=(pair,), tracking=(text,)), [])}
-    names = [
-        "Every dictionary shares features with another",
-        "Chains of features through the layers hold",
-        "Ablating a step's features at one layer hurts the step",
-    ]
-    assert [judged[name].met for name in names] == met
+    assert (pair.shared.mean, pair.shared_null.mean) == (0.3, 0.2)
+    assert (text.text, text.tests, text.hurt, text.links) == ("sum", 4, 2, 7)
+    assert (text.measured, text.holding) == (3, 1)  # of the first four chains one cannot be tested
 
 
 def test_generated_answers_are_judged_whatever_their_format():
@@ -205,15 +176,3 @@ def test_generated_answers_are_judged_whatever_their_format():
         found = Findings({"benchmark/gsm8k": summary_of(scores)}, {}, Path(), {})
         (baseline,) = gather._baselines("row", found)
         assert baseline.value == flexible
-
-
-def test_a_distant_pair_of_a_deep_stack_is_no_failure():
-    (near,), (far,) = (
-        list(gather.transfer("row", Findings(dict(transfer=summary_of(transfer(*shared))), {}, Path(), {})))
-        for shared in ((0.8, 0.1), (0.1, 0.1))
-    )
-    pairs = [("0", "1", near), ("1", "2", near), ("0", "2", far)]
-    figures = [dataclasses.replace(pair, first=first, second=second) for first, second, pair in pairs]
-    for chosen, met, evidence in ((figures, True, "3 of 3 dictionaries"), (figures[::2], False, "2 of 3 dictionaries")):
-        (found,) = [one for one in criteria.criteria(empty(transfer=tuple(chosen)), []) if "shares" in one.criterion]
-        assert found.met is met and found.evidence.startswith(evidence)
