@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import runs
 import torch
 from runs import write_members
 from scipy import sparse
@@ -27,9 +28,11 @@ from saejax.results import from_json, to_json
 from saejax.runner.results import Summary
 from saejax.stages import inputs as run_inputs
 from saejax.stages.ablate.report import headline
+from saejax.stages.study import measure as benchmark_measure
 from saejax.stages.study import report as benchmark_report
 from saejax.stages.study import run as benchmark_run
 from saejax.stages.study.results import StudyItems, StudyResults
+from saejax.stages.study.stage import STUDY
 from saejax.statistics.ranks import rank_p
 from saejax.studies import associations
 from saejax.studies.primitives import CHOSEN_ON
@@ -297,7 +300,7 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
 
     table = load_effects(run.folder)
     assert verdict(table, benchmark_run.study_verdict_config(run.configs[StudyConfig])) == results.verdict
-    train, test = benchmark_run.split_items(read_items(name, task), CONFIG, name)
+    train, test = benchmark_measure.split_items(read_items(name, task), CONFIG, name)
     assert not {item.id for item in train} & {item.id for item in test}
     prompts = table.select_prompts(name)
     by_id = {f"{name}/{item.id}": item for item in test}
@@ -362,16 +365,16 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     shares, rows = results.falsification.shares, results.falsification.features
     assert [share.group for share in shares] == ["tested", "random features", "random dictionary"]
     assert [row.feature for row in rows][: results.k] == chosen
-    ranking = json.loads((run.folder / benchmark_run.RANKING).read_text())
+    ranking = json.loads((run.folder / benchmark_measure.RANKING).read_text())
     ranked = [entry["attribution"] for entry in ranking]
     assert ranked == sorted(ranked, reverse=True) and len(ranking) > 3
     assert {row["feature"] for row in ranking if "drop" in row} == {e.feature for e in results.top if e.firing_rate}
-    files = (benchmark_run.FEATURES_ON_ITEMS, benchmark_run.ROTATED_ON_ITEMS)
+    files = (benchmark_run.FEATURES_ON_ITEMS, benchmark_measure.ROTATED_ON_ITEMS)
     saved, turned = (ItemFeatures.load(run.folder / file) for file in files)
     assert set(saved.ids) == {item.id for item in (*train, *test)} and saved.placebo_RxF.shape[0] == 4
     assert ranked == pytest.approx([saved.importance_F[entry["feature"]] for entry in ranking], rel=1e-5)
     assert turned.ids == saved.ids and not np.allclose(turned.importance_F, saved.importance_F)
-    by_item_PxF = sparse.load_npz(run.folder / benchmark_run.ITEM_ATTRIBUTION).toarray()
+    by_item_PxF = sparse.load_npz(run.folder / benchmark_measure.ITEM_ATTRIBUTION).toarray()
     np.testing.assert_allclose(by_item_PxF[: len(train)].mean(axis=0), saved.importance_F, rtol=1e-4, atol=1e-5)
     items = benchmark_run.BenchmarkItems(tiny, name, task, train, test)
     (expected_PxF,) = attributions([SplitModel(tiny, dictionary)], items.references([*train, *test]), 4096)
@@ -400,7 +403,7 @@ def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary
     monkeypatch.setattr(benchmark, "attributions", record(attributions))
     monkeypatch.setattr(benchmark, "attribution_sums", record(attribution_sums))
     monkeypatch.setattr(benchmark, "SplitModel", place)
-    halves = benchmark_run.split_items(read_items("gsm8k", task), CONFIG, "gsm8k")
+    halves = benchmark_measure.split_items(read_items("gsm8k", task), CONFIG, "gsm8k")
     items = benchmark.BenchmarkItems(tiny, "gsm8k", task, *halves)
     config = dataclasses.replace(CONFIG, attribution_items=4, baselines=(), placebo_targets=1, repeats=("again",))
     repeat = make_dictionary(SITE, dead=8, seed=9)
@@ -509,8 +512,27 @@ def test_what_is_refused(make_run):
         ("--study.dictionary=topk/k9, but topk is one dictionary", lambda: benchmark_run.run_study(member)),
         (
             "gsm8k has 1 items for --study: expected at least 4",
-            lambda: benchmark_run.split_items([None], CONFIG, "gsm8k"),
+            lambda: benchmark_measure.split_items([None], CONFIG, "gsm8k"),
         ),
     ):
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_ordinary_text_is_the_users_own(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps(dict(text=text)) for text in ("Eins.", "Zwei.", "Drei.")))
+    ordinary = [document.text for document in benchmark_measure._ordinary_documents(str(path))]
+    assert ordinary == ["Eins.", "Zwei.", "Drei."]
+    assert len(benchmark_measure._ordinary_documents("")) > 3  # of the embedded corpus
+
+    def mark(**settings):
+        configs = runs.make_configs(
+            study__benchmarks=("logic",), **{f"study__{key}": settings[key] for key in settings}
+        )
+        return STUDY.inputs(configs, "logic")["ordinary_text"](configs)
+
+    before = mark(falsify=3, falsify_text=str(path))
+    assert mark(falsify=0, falsify_text=str(path)) == mark(falsify=3) == ""
+    path.write_text(json.dumps(dict(text="Vier.")))
+    assert before and mark(falsify=3, falsify_text=str(path)) != before

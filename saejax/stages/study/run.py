@@ -9,36 +9,29 @@ The log-likelihoods, once all are measured, and the answers of each condition ar
 """
 
 import dataclasses
-import itertools
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy import sparse
 from scipy.special import ndtr, ndtri
 
 from saejax.dictionaries import Dictionary
-from saejax.errors import Interrupted, UserError
-from saejax.evaluation.reconstruction import reconstruct
+from saejax.errors import Interrupted
 from saejax.files import read_json, read_lines, write_json, write_lines
 from saejax.interventions import bases
-from saejax.interventions.ablation import describe_top, verdict_config
-from saejax.interventions.answers import FeatureEffect, VerdictConfig
+from saejax.interventions.ablation import verdict_config
+from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.benchmark import (
     SCORED,
-    BenchmarkAblation,
     BenchmarkItems,
     ablate_config,
     answer_table,
     edits_of,
-    measure_benchmark,
-    measure_group,
     scored_conditions,
 )
-from saejax.interventions.falsify import Falsification, falsify
-from saejax.interventions.references import References
+from saejax.interventions.falsify import Falsification
 from saejax.interventions.settings import StudyConfig
 from saejax.interventions.table import (
     READOUTS,
@@ -49,49 +42,39 @@ from saejax.interventions.table import (
     save_effects,
 )
 from saejax.interventions.verdict import verdict
-from saejax.matching.importance import ItemFeatures, read_features
-from saejax.matching.rows import rotate
-from saejax.models.language_model import LanguageModel
+from saejax.matching.importance import ItemFeatures
 from saejax.results import from_json, to_json
 from saejax.runner import stacks
-from saejax.runner.parts import Progress
 from saejax.runner.workspace import Run
 from saejax.stages.inputs import load_run_dictionary, load_run_model, run_mesh
+from saejax.stages.study.measure import (
+    FEATURES,
+    FEATURES_ON_ITEMS,
+    MEASURED,
+    falsify_top,
+    measure_items,
+    read_benchmark,
+)
 from saejax.stages.study.results import (
     AnswerScores,
-    BenchmarkActivations,
-    BenchmarkFeature,
     ChosenFeatures,
     StudyItems,
     StudyResults,
 )
+from saejax.statistics.intervals import wilson
 from saejax.statistics.ranks import rank_p
 from saejax.studies.associations import RIGHT, BenchmarkAssociations, associate, item_activations
 from saejax.studies.primitives import (
-    CHOSEN_ON,
-    GROUP,
-    MOST,
-    BenchmarkPrimitives,
-    count_testable,
-    find_primitives,
     judge_domains,
     judge_primitives,
-    recurrence_p,
-    recurring,
 )
-from saejax.tasks import corpora
 from saejax.tasks.benchmark_definitions import Item, way
-from saejax.tasks.benchmarks import origin, read_items
+from saejax.tasks.benchmarks import origin
 from saejax.tasks.scored_items import WAYS, ScoredItem
-from saejax.tasks.scoring import wilson
-from saejax.tasks.settings import CorpusConfig, TaskConfig
+from saejax.tasks.settings import TaskConfig
 
-FEATURES, RANKING, FALSIFIED = "features.json", "feature_importance_ranking.json", "falsification.json"
-FEATURES_ON_ITEMS, ROTATED_ON_ITEMS = "features_on_items.npz", "rotated_on_items.npz"
-ITEM_ATTRIBUTION = "item_attribution.npz"  # [items, features], train items first
+FALSIFIED = "falsification.json"
 ANSWERS = "answers"  # folder of the scored answers, a file for each condition
-_MEASURED = "log-likelihoods"  # folder of what is measured before answers are scored
-_ORDINARY = 1024  # documents of --study.falsify_text, from which --study.falsify are taken at equal distances
 _CHANGED = 0.1  # share of answers that change under ablation, for what is said about power
 _ACCURACY = READOUTS.index("accuracy")
 _GROUPS = ("clean", "top", "resample", *SCORED)
@@ -121,22 +104,25 @@ def run_study(run: Run) -> StudyResults:
     score = way(run.name, task)
     dictionary, mesh = load_run_dictionary(run), run_mesh(run)
     repeats = {name: stacks.load_trained(name, run.inputs, "--study.repeats", mesh) for name in config.repeats}
-    lm = load_run_model(run, dictionary.config, *(each.config for each in repeats.values()))
-    items = _read_benchmark(run.name, lm, task, config)
+    lm = load_run_model(run, dictionary.config, *(repeat.config for repeat in repeats.values()))
+    items = read_benchmark(run.name, lm, task, config)
     train, test = items.train, items.test
     run.say(f"{run.name}: {describe_power(len(test), config.min_accuracy_drop)}")
 
     run.each(
-        [FEATURES], lambda name: run.folder / name, lambda _: _measure(run, items, dictionary, repeats), last=False
+        [FEATURES],
+        lambda name: run.folder / name,
+        lambda _: measure_items(run, items, dictionary, repeats),
+        last=False,
     )
     # A run that was killed while it removed what was measured has left the whole table, answers included.
     is_merged = has_effects(run.folder)
-    table = load_effects(run.folder if is_merged else run.folder / _MEASURED)
+    table = load_effects(run.folder if is_merged else run.folder / MEASURED)
     chosen: ChosenFeatures = from_json(ChosenFeatures, read_json(run.folder / FEATURES), run.folder / FEATURES)
     if config.falsify:
 
         def refute(_: str) -> None:
-            write_json(run.folder / FALSIFIED, to_json(_falsify(items, dictionary, chosen, config)))
+            write_json(run.folder / FALSIFIED, to_json(falsify_top(items, dictionary, chosen, config)))
 
         run.each([FALSIFIED], lambda name: run.folder / name, refute, last=False)
     chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
@@ -186,41 +172,8 @@ def run_study(run: Run) -> StudyResults:
     for result in judged.dictionaries["tested"].values():
         for answer in (*result.ablation.values(), result.random, result.placebo, result.trained):
             run.say(f"{run.name}: {answer.sentence}")
-    shutil.rmtree(run.folder / _MEASURED, ignore_errors=True)  # last, so that a run that is killed until then has it
+    shutil.rmtree(run.folder / MEASURED, ignore_errors=True)  # last, so that a run that is killed until then has it
     return results
-
-
-def _measure(run: Run, items: BenchmarkItems, dictionary: Dictionary, repeats: Mapping[str, Dictionary]) -> None:
-    """Choose the top features and ablate them, their controls and groups; write what was chosen and measured."""
-    config = run.configs[StudyConfig]
-    on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
-    table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
-    attribution_PxF, *of_repeats = ablation.item_attributions(list(repeats.values()))
-    of_seeds = dict(zip(repeats, of_repeats, strict=True))
-    chosen = ChosenFeatures(
-        top=describe_top(table, ablation),
-        pools={feature: tuple(pool) for feature, pool in ablation.pools(ablation.top()).items()},
-        activations=_measure_activations(ablation),
-        primitives=_find_primitives(items.train, attribution_PxF, of_seeds, config.seed),
-    )
-    write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
-    tables, testable = [table], count_testable(config.random_sets, config.placebo_targets)
-    for number, primitive in enumerate(chosen.primitives.primitives[:MOST]):
-        inside = [not primitive.name or primitive.name in item.categories for item in items.test]
-        places = np.flatnonzero(inside).tolist()
-        is_testable = testable > 0 and len(places) > 1
-        testable -= is_testable
-        controls = ("random", "placebo") if is_testable else ()
-        tables.append(measure_group(ablation, f"{GROUP}{number}", primitive.features, places, controls))
-    for name in config.benchmarks:
-        if name != run.name:
-            features = ablation.choose_features(_read_benchmark(name, items.lm, items.task, config))
-            tables.append(measure_group(ablation, CHOSEN_ON + name, features, range(len(items.test)), ("random",)))
-    table = merge_tables(tables)
-    _save_activity(run.folder, items, ablation, config.seed)
-    sparse.save_npz(run.folder / ITEM_ATTRIBUTION, sparse.csr_array(attribution_PxF))
-    save_effects(run.folder / _MEASURED, table)
-    write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
 
 
 def describe_power(items: int, drop: float) -> str:
@@ -241,40 +194,6 @@ def describe_power(items: int, drop: float) -> str:
         f"the answers, {items} test items show a fall above zero in {100 * power:.0f} % of cases, and "
         f"{needed:,} in 80 %"
     )
-
-
-def _read_benchmark(name: str, lm: LanguageModel, task: TaskConfig, config: StudyConfig) -> BenchmarkItems:
-    return BenchmarkItems(lm, name, task, *split_items(read_items(name, task), config, name))
-
-
-def _item_texts(items: Sequence[Item]) -> dict[str, str]:
-    """Return each item's question with its solution, by its id."""
-    return {item.id: f"{item.question}\n{item.solution}" for item in items}
-
-
-def _find_primitives(
-    train: Sequence[Item], attribution_PxF: np.ndarray, of_seeds: Mapping[str, np.ndarray], seed: int
-) -> BenchmarkPrimitives:
-    """Return the primitives of the tested dictionary, and which of them dictionaries of other seeds have.
-
-    Args:
-      train: items that choose.
-      attribution_PxF: attribution of the tested dictionary's features, for the train items first.
-      of_seeds: the same of the other dictionaries, by name.
-      seed: seed of permutations and resampling.
-    """
-    ids, categories = [item.id for item in train], [item.categories for item in train]
-
-    def find(attribution_PxF: np.ndarray) -> BenchmarkPrimitives:
-        return find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
-
-    tested = find(attribution_PxF)
-    elsewhere = {name: find(seed_PxF).primitives for name, seed_PxF in of_seeds.items()}
-    seeds = {name: recurring(tested.primitives, some) for name, some in elsewhere.items()}
-    p_recurs = recurrence_p(
-        tested.primitives, [*elsewhere.values()], sorted({name for some in categories for name in some}), seed
-    )
-    return dataclasses.replace(tested, seeds=seeds, p_recurs=p_recurs)
 
 
 def _associate(
@@ -317,71 +236,9 @@ def question_activations(read: ItemFeatures, items: Sequence[Item]) -> np.ndarra
     return item_activations(read.activity.f_NxF[is_question_N], read.text_N[is_question_N], len(items))
 
 
-def _save_activity(folder: Path, items: BenchmarkItems, ablation: BenchmarkAblation, seed: int) -> None:
-    """Write what ``saejax.matching.importance`` compares: features on all items, and those of a rotated dictionary."""
-    is_fast = getattr(items.lm.tokenizer, "is_fast", False)
-    if not is_fast or ablation.basis.config.d_in != items.lm.config.d_model:
-        return  # no character offsets, or no site of the stream: not compared with features of other models
-    texts, none_0xF = _item_texts([*items.train, *items.test]), np.zeros((0, ablation.basis.config.n_features))
-    placebo_RxF = np.array(ablation.placebo_attribution) if ablation.placebo_attribution else none_0xF
-    rotated = dataclasses.replace(ablation, basis=rotate(ablation.basis, [seed]))
-    for name, some, targets_RxF in ((FEATURES_ON_ITEMS, ablation, placebo_RxF), (ROTATED_ON_ITEMS, rotated, none_0xF)):
-        read_features(items.lm, some.basis, texts, some.attribution_F, targets_RxF).save(folder / name)
-
-
-def _falsify(
-    items: BenchmarkItems, dictionary: Dictionary, chosen: ChosenFeatures, config: StudyConfig
-) -> Falsification:
-    """Return what drives the top features: tokens from train items, the level on test items, both with solutions."""
-    train, test = (list(_item_texts(half).values()) for half in (items.train, items.test))
-    documents = _ordinary_documents(config.falsify_text)
-    places = np.unique(np.arange(config.falsify) * len(documents) // config.falsify)
-    return falsify(
-        items.lm,
-        dictionary,
-        [effect.feature for effect in chosen.top],
-        train,
-        [documents[place].text for place in places],
-        test_texts=test,
-        random_dictionary=bases.untrained(dictionary, round(chosen.activations.l0), config.seed),
-        seed=config.seed,
-    )
-
-
-def _ordinary_documents(path: str) -> list[corpora.Document]:
-    """Return ordinary text: the first documents of a path, or held-out ones of the embedded corpus."""
-    if path:
-        return list(itertools.islice(corpora.documents(CorpusConfig(path=path)), _ORDINARY))
-    # Whatever the dictionary was trained on: a benchmark is no ordinary text.
-    return corpora.held_out_documents(CorpusConfig())
-
-
 def study_verdict_config(config: StudyConfig) -> VerdictConfig:
     """Return the numbers of the rule."""
     return verdict_config(ablate_config(config))
-
-
-def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[list[Item], list[Item]]:
-    """Return the items that choose features and those that judge them, drawn by seed; the second half is not smaller.
-
-    The split is drawn among all items given; ``--study.items`` is the number of items that are read. Items of held-out
-    templates choose nothing.
-
-    Args:
-      items: items of the benchmark.
-      config: settings of the study.
-      name: the benchmark.
-
-    Raises:
-      UserError: there are fewer than 4.
-    """
-    items = items[: config.items]
-    if len(items) < 4:
-        raise UserError(f"{name} has {len(items)} items for --study: expected at least 4; raise --task.examples")
-    order = np.random.default_rng([config.seed, *name.encode()]).permutation(len(items))
-    half = len(items) // 2
-    train = [i for i in order if not items[i].held_out][:half]
-    return [items[i] for i in train], [items[i] for i in order if i not in train]
 
 
 def _score_answers(
@@ -489,41 +346,3 @@ def summarize_scores(table: EffectsTable, name: str) -> tuple[AnswerScores, ...]
             )
         )
     return tuple(scores)
-
-
-def _ranking(ablation: BenchmarkAblation, top: Sequence[FeatureEffect]) -> tuple[BenchmarkFeature, ...]:
-    """Return all features that fire on the test items, the largest attribution first."""
-    statistics, drops = ablation.statistics, {effect.feature: effect.drop for effect in top}
-    order_F = np.argsort(-ablation.attribution_F, kind="stable")
-    return tuple(
-        BenchmarkFeature(
-            feature=feature,
-            attribution=float(ablation.attribution_F[feature]),
-            drop=drops.get(feature),
-            **statistics.of(feature),
-        )
-        for feature in order_F.tolist()
-        if statistics.fires_F[feature]
-    )
-
-
-def _measure_activations(ablation: BenchmarkAblation) -> BenchmarkActivations:
-    """Return statistics of the site on the test items, and how well the dictionary reconstructs it."""
-    norms: list[np.ndarray] = []
-    references: References = ablation.test_references
-
-    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for read_NxD, value_NxD in references.values():
-            norms.append(np.linalg.norm(value_NxD.astype(np.float64), axis=1))
-            yield read_NxD, value_NxD
-
-    (scores,) = reconstruct([ablation.split.dictionary], blocks(), ablation.split.point.mesh)
-    norm_N = np.concatenate(norms)
-    return BenchmarkActivations(
-        tokens=scores.tokens,
-        median_norm=float(np.median(norm_N)),
-        largest_norm=float(norm_N.max()),
-        l0=scores.l0,
-        firing=1 - scores.dead_fraction,
-        explained_variance=scores.explained_variance,
-    )
