@@ -5,6 +5,7 @@ import gzip
 import json
 
 import pytest
+import runs
 from browser import chromium, needs_chromium
 from made_up_records import BAD, made_up_record
 
@@ -17,6 +18,7 @@ from saejax.interventions.answers import FeatureEffect
 from saejax.results import Interval, to_json
 from saejax.runner.labels import labels_in, labels_of
 from saejax.stages.atlas.run import write_atlas
+from saejax.stages.atlas.stage import ATLAS
 
 LABELS = {1: Label("“ Paris”", FOUND, f1=0.9), 2: Label(f"a city {BAD}", "Ada", "seen & checked")}
 
@@ -219,3 +221,15 @@ def test_where_labels_are_asked_for(tmp_path):
         assert labels_of(tmp_path, "topk/k8") == {4: label}
     assert labels_in({"capture": tmp_path / "capture"}, "topk/k8") == {}  # not interpreted in the run that asks
     assert labels_in({"interpret/topk": tmp_path / "interpret" / "topk"}, "topk/k8") == {4: label}
+
+
+def test_pages_with_labels_are_written_anew_where_labels_have_to_name_their_dictionary(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("feature,label,note,reviewer\n")
+
+    def mark(labels, kinds):
+        configs = runs.make_configs(interpret__dictionaries=kinds, atlas__labels=labels)
+        return [read(configs) for read in ATLAS.inputs(configs, "topk").values() if callable(read)]
+
+    assert mark(str(path), ("topk",)) != mark(str(path), ("topk", "standard"))
+    assert mark("", ("topk",)) == mark("", ("topk", "standard"))

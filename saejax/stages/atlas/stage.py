@@ -14,6 +14,7 @@ from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages.atlas.run import run_atlas
 from saejax.stages.atlas.settings import AtlasConfig
 from saejax.stages.interpret.report import links
+from saejax.stages.interpret.settings import InterpretConfig
 from saejax.stages.interpret.stage import _names
 from saejax.tasks.settings import TaskConfig
 
@@ -22,6 +23,11 @@ def _labels(configs: Configs) -> str:
     """Return the hash of the files of labels; "" without any."""
     files = [file for some in label_files(Path(configs[AtlasConfig].labels or "-")) for file in some]
     return "-".join(file_sha256(file) for file in files if file.is_file())  # what is missing is said when it runs
+
+
+def _several(configs: Configs) -> str:
+    """Return whether labels have to name their dictionary, because several kinds are shown; "" without labels."""
+    return str(len(configs[InterpretConfig].dictionaries) > 1) if configs[AtlasConfig].labels else ""
 
 
 def _check(configs: Configs) -> None:
@@ -44,6 +50,7 @@ def _inputs(configs: Configs, name: str) -> dict[str, Input]:
         *([judged] if judged in all_stages()["explain"].units(configs) else []),
         *([f"ablate/{folder_name(tested)}"] if measured else []),
         labels=_labels,
+        several=_several,
     )
 
 
