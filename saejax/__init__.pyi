@@ -21,6 +21,7 @@ from saejax.dictionaries import save_transcoders as save_transcoders
 from saejax.dictionaries.publish import push as push
 from saejax.errors import UserError as UserError
 from saejax.interpret.absorption import measure_absorption as measure_absorption
+from saejax.interpret.in_memory import label_features as label_features
 from saejax.interpret.in_memory import top_contexts as top_contexts
 from saejax.interpret.jacobian_lens import JacobianLens as JacobianLens
 from saejax.interpret.jacobian_lens import fit_jacobian_lens as fit_jacobian_lens
@@ -51,5 +52,6 @@ from saejax.training.in_memory import Evaluation as Evaluation
 from saejax.training.in_memory import evaluate as evaluate
 from saejax.training.in_memory import export as export
 from saejax.training.in_memory import train as train
+from saejax.training.in_memory import train_all as train_all
 
 __version__: str

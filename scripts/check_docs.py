@@ -58,6 +58,9 @@ RUN += ("baseline --workdir=runs/plural", "baseline --workdir=runs/quiz", "attri
 # What a page's Python takes as given.
 GIVEN = {
     "docs/quickstart.md": "texts = [row.text for row in saejax_corpus()[:40]]",
+    "docs/features.md": 'lm = saejax.load_model("smollm2"); '
+    'sae = saejax.load_dictionary("runs/demo/train/topk"); '
+    "acts = saejax.capture(lm, [row.text[:400] for row in saejax_corpus()[:60]], [sae.site])",
     "docs/studies.md": 'lm = saejax.load_model("smollm2"); '
     'dictionary = saejax.load_dictionary("runs/demo/train/topk"); '
     "problems, articles = ([row.text[:400] for row in saejax_corpus()[i::2][:8]] for i in (0, 1))",

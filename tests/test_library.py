@@ -16,6 +16,7 @@ import saejax
 from saejax import cli
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.config import to_json
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.tokens import bos_tokens
 from saejax.runner.registry import all_stages
@@ -301,6 +302,38 @@ def test_bad_input_is_said(lm, acts, sae):
         saejax.capture(lm, TEXTS, ["resid_post.9"])
     with pytest.raises(UserError, match="there are no prompts"):
         saejax.ablate(lm, sae, [])
+
+
+def test_a_stack_in_memory(acts):
+    settings = dict(expansion=2, batch=64, max_steps=3, on_progress=None)
+    stack = saejax.train_all(acts, SITE, k=(4, 8), **settings)
+    assert {name: sae.config.k for name, sae in stack.items()} == dict(k4=4, k8=8)
+    alone = saejax.train(acts, SITE, k=8, **settings)
+    np.testing.assert_allclose(stack["k8"].W_dec_FxD[...], alone.W_dec_FxD[...], atol=1e-5)
+    widths = saejax.train_all(acts, SITE, k=4, **settings | dict(expansions=(1, 2)))
+    assert len({sae.config.n_features for sae in widths.values()}) == 2
+    assert list(saejax.train_all(acts, SITE, k=4, **settings)) == [""]
+
+
+def test_rule_labels_in_memory(lm, acts):
+    """Each feature reads a dimension, which says whether a token is one of a few, in noise."""
+    width, ids_N = acts.values[SITE].shape[1], np.concatenate(acts.texts)
+    noise_NxD = np.random.default_rng(0).normal(0, 0.2, (len(ids_N), width))
+    values_NxD = (np.eye(width)[ids_N % width] + noise_NxD).astype(np.float32)
+    config = DictionaryConfig(kind="standard", site=SITE, d_in=width, n_features=width, centred=False)
+    eye_DxD = np.eye(width, dtype=np.float32)
+    arrays = dict(
+        W_enc_DxF=eye_DxD, W_dec_FxD=eye_DxD, b_enc_F=np.full(width, -0.6, np.float32), b_dec_D=0 * eye_DxD[0]
+    )
+    found = saejax.label_features(
+        lm, dataclasses.replace(acts, values={SITE: values_NxD}), Dictionary(config, **arrays)
+    )
+    assert found.counts.labelled == len(found.labels) > 5 * found.random.labelled
+    for feature, label in found.labels.items():
+        spelled = {lm.tokenizer.decode([token]).strip() for token in ids_N[ids_N % width == feature]}
+        assert any(word and word in label.label for word in spelled)
+    with pytest.raises(UserError, match="site of these activations"):
+        saejax.label_features(lm, dataclasses.replace(acts, values=dict(mlp=values_NxD)), Dictionary(config, **arrays))
 
 
 def test_every_program_is_a_stage_of_the_console_command_and_a_binary():

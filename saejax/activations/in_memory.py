@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.activations.chunker import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.store import Store
@@ -43,11 +44,12 @@ class Activations:
         norms = [np.linalg.norm(self.values[site], axis=1) <= self.max_norm(site) for site in sites]
         return np.flatnonzero(np.all(norms, axis=0))
 
-    def save(self, folder: str | Path) -> Store:
-        """Write them as a store, all of the train split, as the stage ``capture`` does, and open it.
+    def save(self, folder: str | Path, held_out: int = 0) -> Store:
+        """Write them as a store, as the stage ``capture`` does, and open it.
 
         Args:
           folder: made if missing; a store that is there is replaced.
+          held_out: number of texts, the last ones, that are held out; the others are for training.
 
         Raises:
           UserError: a site's values are not one vector for each token, or not finite.
@@ -68,6 +70,7 @@ class Activations:
         folder.mkdir(parents=True, exist_ok=True)
         table_Nx4 = np.zeros((len(self.texts), len(COLUMNS)), np.int32)
         table_Nx4[:, COLUMNS.index("source")] = np.arange(len(self.texts))
+        table_Nx4[len(self.texts) - held_out :, COLUMNS.index("split")] = SPLITS.index("held_out")
         lengths_N = np.array([len(text) for text in self.texts])
         documents = Documents.contiguous(np.concatenate(self.texts), lengths_N, table_Nx4, ("text",))
         write_store(folder, documents, values, self.model, bos=self.bos, sink_factor=self.sink_factor)

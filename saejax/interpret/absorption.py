@@ -119,8 +119,8 @@ def measure_absorption(
     random = untrained(dictionary, active, seed)
     is_test_N = np.random.default_rng(seed).random(len(ids_N)) < _TEST_SHARE
     both = [
-        score_letters(each_NxF, np.asarray(each.W_dec_FxD[...], np.float64), x_NxD, letter_N, is_test_N)
-        for each, each_NxF in ((dictionary, f_NxF), (random, _encode(random, x_NxD)))
+        score_letters(basis_NxF, np.asarray(basis.W_dec_FxD[...], np.float64), x_NxD, letter_N, is_test_N)
+        for basis, basis_NxF in ((dictionary, f_NxF), (random, _encode(random, x_NxD)))
     ]
     return Absorption(*both)
 

@@ -1,13 +1,17 @@
-"""The contexts of features, from activations in memory."""
+"""The contexts and labels of features, from activations in memory."""
 
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from saejax.activations.in_memory import Activations
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
+from saejax.errors import UserError, one_of
 from saejax.interpret import contexts
 from saejax.interpret.feature_record import FeatureContext
+from saejax.interpret.rule_labels import RuleLabels, search_labels
+from saejax.interpret.text import CodedText
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import token_piece
 
@@ -26,7 +30,38 @@ def top_contexts(
       features: indices of features.
       count: contexts of each.
     """
-    pieces = list(map(token_piece(lm.tokenizer), range(lm.config.vocab)))
+    pieces = _pieces(lm)
     with tempfile.TemporaryDirectory(prefix="saejax-contexts-") as folder:
         store = acts if isinstance(acts, Store) else acts.save(folder)
         return contexts.top_contexts(store, dictionary, features, count, pieces, lm.mesh)
+
+
+def label_features(lm: LanguageModel, acts: Activations | Store, dictionary: Dictionary, seed: int = 789) -> RuleLabels:
+    """Label features by the simple rules that best predict where they fire, as the stage ``interpret`` does.
+
+    A rule names tokens, their shapes, the tokens before, positions or the next token. It is a label if it predicts
+    held-out firings better than the rules of other features and of random directions do.
+
+    Args:
+      lm: the model.
+      acts: result of ``capture``, of whose texts the last third are held out; or a store with held-out text.
+      dictionary: the dictionary.
+      seed: of the controls.
+
+    Raises:
+      UserError: there are fewer than three texts, or no activations of the dictionary's site.
+    """
+    with tempfile.TemporaryDirectory(prefix="saejax-labels-") as name:
+        store = acts
+        if isinstance(acts, Activations):
+            one_of(dictionary.site, acts.values, "site of these activations")
+            count = len(acts.texts)
+            if count < 3:
+                raise UserError(f"there are {count} texts: give at least 3, of which a third judges the labels")
+            store = acts.save(Path(name) / "capture", held_out=count // 3)
+        text = CodedText(store.documents, _pieces(lm))
+        return search_labels(lm, store, text, dictionary, lm.mesh, Path(name) / "firings", seed=seed).found
+
+
+def _pieces(lm: LanguageModel) -> list[str]:
+    return list(map(token_piece(lm.tokenizer), range(lm.config.vocab)))

@@ -71,7 +71,7 @@ class JacobianLens:
 
         if Path(path).exists():
             raise UserError(f"{path} is there already: name another file")
-        matrices = {layer: torch.from_numpy(np.asarray(each, np.float16)) for layer, each in self.jacobians.items()}
+        matrices = {layer: torch.from_numpy(np.asarray(matrix, np.float16)) for layer, matrix in self.jacobians.items()}
         facts = dict(n_prompts=self.texts, d_model=self.lm.config.d_model, source_layers=sorted(matrices))
         torch.save(dict(J=matrices, **facts), path)
 
@@ -95,12 +95,12 @@ def load_jacobian_lens(lm: LanguageModel, path: str | Path) -> JacobianLens:
         raise UserError(f"{path} does not exist: expected the file of a Jacobian lens")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)  # such files could run code otherwise
-        matrices = {int(layer): each.float().numpy() for layer, each in content["J"].items()}
+        matrices = {int(layer): matrix.float().numpy() for layer, matrix in content["J"].items()}
         texts = int(content["n_prompts"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError):
         raise UserError(f"{path} holds no Jacobian lens: expected J, n_prompts, d_model and source_layers") from None
     config = lm.config
-    wrong = [layer for layer, each in matrices.items() if each.shape != (config.d_model, config.d_model)]
+    wrong = [layer for layer, matrix in matrices.items() if matrix.shape != (config.d_model, config.d_model)]
     wrong += [layer for layer in matrices if not 0 <= layer < config.n_layers]
     if wrong or not matrices:
         raise UserError(
@@ -142,7 +142,7 @@ def fit_jacobian_lens(
     if wrong := [layer for layer in chosen if not 0 <= layer < config.n_layers] or not chosen:
         raise UserError(f"layers is {layers}: {wrong} is none of 0 to {config.n_layers - 1}")
     length = min(length, config.context)
-    ids = [each for each in (lm.encode(text)[:length] for text in texts) if len(each) >= skipped + 2]
+    ids = [text_ids for text_ids in (lm.encode(text)[:length] for text in texts) if len(text_ids) >= skipped + 2]
     if not ids:
         raise UserError(f"no text has {skipped + 2} tokens: give longer ones, or lower skipped={skipped}")
     total_KxDxD = np.zeros((len(chosen), config.d_model, config.d_model))

@@ -73,6 +73,52 @@ def train(
       UserError: a setting is unknown, out of range or a list of several values, the site is not there, the folder
         holds training on something else, or training diverges.
     """
+    (dictionary,) = _train(acts, site, kind, False, folder, mesh, on_progress, settings).values()
+    return dictionary
+
+
+def train_all(
+    acts: Activations | Store | str | Path,
+    site: str | Sequence[str] = "",
+    kind: str = "topk",
+    *,
+    folder: str | Path | None = None,
+    mesh: Mesh | None = None,
+    on_progress: Callable[[str], None] | None = print,
+    **settings: Any,
+) -> dict[str, Dictionary]:
+    """Train a stack as the stage ``train`` does: the dictionaries of all values of settings in one program.
+
+    Args:
+      acts: as for ``train``.
+      site: or several sites of one width.
+      kind: as for ``train``.
+      folder: as for ``train``.
+      mesh: as for ``train``.
+      on_progress: as for ``train``.
+      **settings: as for ``train``; k, seed, learning_rate and others may be lists, such as seed=(1, 2, 3),
+        and expansions.
+
+    Returns:
+      The dictionaries by their names, such as "k16-seed1" or "resid_post.3-k16"; "" where there is one.
+
+    Raises:
+      UserError: as for ``train``.
+    """
+    return _train(acts, site, kind, True, folder, mesh, on_progress, settings)
+
+
+def _train(
+    acts: Activations | Store | str | Path,
+    site: str | Sequence[str],
+    kind: str,
+    may_be_several: bool,
+    folder: str | Path | None,
+    mesh: Mesh | None,
+    on_progress: Callable[[str], None] | None,
+    settings: dict[str, Any],
+) -> dict[str, Dictionary]:
+    """Return the dictionaries that settings make, by their names; see ``train`` and ``train_all``."""
     mesh, on_progress = mesh or make_mesh(), on_progress or (lambda line: None)
     if getattr(mesh, "axis_names", None) != AXES:
         raise UserError(f"mesh is {mesh}: expected one with the axes {', '.join(AXES)}, such as lm.mesh")
@@ -90,24 +136,29 @@ def train(
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
         config = make_config(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
         sites = choose_sites(config, list(store.sites))
-        stack = [member for expanded in config.each_expansion() for member in make_members(expanded, kind, sites)]
-        if len(stack) > 1:
+        stacks = [(expanded, make_members(expanded, kind, sites)) for expanded in config.each_expansion()]
+        stack = [member for _, members in stacks for member in members]
+        if len(stack) > 1 and not may_be_several:
             raise UserError(
                 f"these settings make {len(stack)} dictionaries ({', '.join(member.name for member in stack)}), "
-                "and this trains one: call it for each, or train them as a stack with experiments.train"
+                "and this trains one: saejax.train_all trains them together"
             )
         target = Path(folder or Path(temporary) / "train")
-        target.mkdir(parents=True, exist_ok=True)
-        _check_or_record_inputs(target, store, stack[0], config.init_from)
         check_state_dtype(config)
-        (expanded,) = config.each_expansion()
-        source = store_source(expanded, store, batch_parts(stack), on_progress)
-        folders = TrainFolders.inside(target, stack)
-        train_stack(expanded, kind, stack, source, mesh, folders, on_progress)
-        return load_dictionary(target / stack[0].name)
+        for number, (expanded, members) in enumerate(stacks):
+            # Checkpoints of a stack are of one width.
+            root = target / f"expansion{number}" if len(stacks) > 1 else target
+            root.mkdir(parents=True, exist_ok=True)
+            _check_or_record_inputs(root, store, members, config.init_from)
+            source = store_source(expanded, store, batch_parts(members), on_progress)
+            folders = dataclasses.replace(
+                TrainFolders.inside(root, members), members={member.name: target / member.name for member in members}
+            )
+            train_stack(expanded, kind, members, source, mesh, folders, on_progress)
+        return {member.name: load_dictionary(target / member.name) for member in stack}
 
 
-def _check_or_record_inputs(folder: Path, store: Store, member: Member, init_from: str) -> None:
+def _check_or_record_inputs(folder: Path, store: Store, members: Sequence[Member], init_from: str) -> None:
     """Check that a folder's training is on these activations and from this dictionary; record both if it is new.
 
     Its checkpoints tell with which settings they were made. A stage's folder has a hash of these inputs in its name.
@@ -117,7 +168,8 @@ def _check_or_record_inputs(folder: Path, store: Store, member: Member, init_fro
     """
     shards = [store.folder / shard_file(INDEX, "record", shard) for shard in range(store.manifest.shards)]
     tokens = fingerprint([read_object(path, "checksums")["checksums"] for path in shards])
-    means = {site: store.mean(site).tolist() for site in single_sites((member.site, member.target))}
+    read = dict.fromkeys(site for member in members for site in single_sites((member.site, member.target)))
+    means = {site: store.mean(site).tolist() for site in read}
     inputs = dict(tokens=tokens, means=means, init_from=hash_dictionaries(init_from) if init_from else "")
     path = folder / "inputs.json"
     recorded: dict[str, Any] = read_object(path, *inputs) if path.exists() else inputs

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,14 @@ from saejax.files import read_json, write_json, write_text
 from saejax.interpret import neighbours
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.categories import categorise, read_prompts
-from saejax.interpret.control import frozen_random, random_directions, spread
-from saejax.interpret.detectors import Detector, Scored, best_detectors
+from saejax.interpret.control import spread
 from saejax.interpret.feature_record import FEATURES, FeatureCategory
-from saejax.interpret.firings import blocks, record
+from saejax.interpret.firings import blocks
 from saejax.interpret.heatmaps import MAPS, TokenMaps
 from saejax.interpret.records import Describer
 from saejax.interpret.results import InterpretedDictionary, InterpretResults
-from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
+from saejax.interpret.rule_labels import search_labels
+from saejax.interpret.text import CodeCounts, CodedText
 from saejax.links import member_folder
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
@@ -55,11 +54,7 @@ _REBUILT = 4096  # largest number of held-out tokens on which the control's fit 
 _EXAMPLES = 8  # strongest contexts kept of each feature
 _DRAWS = 2  # contexts from each tenth of a feature's firings: weak ones show what the strongest hide
 _HEATMAPS = 4  # documents of the search text that are shown, features by tokens
-_OUTPUT, _NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
-# Added to the residual stream, or the stream itself.
-_IN_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-#: For every feature its detector; with its firing rate on the search text.
-Searched = tuple[list[Detector | None], np.ndarray]
+_NEAREST = 6  # nearest decoder rows
 
 
 @dataclasses.dataclass
@@ -83,50 +78,41 @@ class Interpreter:
         for old in (scratch, folder / FEATURES):
             shutil.rmtree(old, ignore_errors=True)
         (folder / FEATURES).mkdir(parents=True)
-        # 1. Both dictionaries are encoded in one pass over the store; random directions fire as often as the first.
-        frozen = frozen_random(self.store, self.dictionary, config.seed)
-        trained_path, frozen_path, random_path = (scratch / name for name in ("dictionary", "frozen", "random"))
-        place = self._record("train", {trained_path: self.dictionary, frozen_path: frozen})
-        bases, output = self._bases(place), self._output(self.dictionary)
-        searched = [self._search(trained_path, features, bases, output)]
-        random = random_directions(self.store, self.dictionary, searched[0][1], config.seed)
-        self._record("train", {random_path: random})
-        # 2. Detectors are searched on the same text.
-        searched.append(self._search(frozen_path, features, bases, self._output(frozen)))
-        searched.append(self._search(random_path, random.config.n_features, bases, None))
-        # 3. Scores of all detectors on held-out text, and the labels that pass.
-        firings = {
-            scratch / f"held_out_{i}": dictionary for i, dictionary in enumerate((self.dictionary, frozen, random))
-        }
-        held_out_place = self._record("held_out", firings)
-        held_out_bases = self._bases(held_out_place)
-        scored = [
-            Scored.of(path, detectors, self.text, held_out_bases, rates)
-            for path, (detectors, rates) in zip(firings, searched, strict=True)
-        ]
-        labels = [detectors.labels(random=scored[-1]) for detectors in scored]
-        counts, frozen_counts, random_counts = (
-            detectors.counts(rates > 0, of) for detectors, (_, rates), of in zip(scored, searched, labels, strict=True)
+        # 1. Labels by rules, and those of both controls.
+        options: dict[str, Any] = dict(batch_tokens=config.batch_tokens, seed=config.seed, stopping=self.run.stopping)
+        search = search_labels(
+            self.lm,
+            self.store,
+            self.text,
+            self.dictionary,
+            self.mesh,
+            scratch,
+            begin_progress=lambda *what: self._progress(*what).add,
+            **options,
         )
-        write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels[0].items()})
-        # 4. Prompt categories.
+        labels = search.found.labels
+        write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels.items()})
+        # 2. Prompt categories.
         categories: dict[int, list[FeatureCategory]] = {}
         category_counts, prompts = None, read_prompts(self.run.inputs)
         if prompts:  # these units are read with --interpret.categories alone
             lm = follow_bos(self.lm, [self.dictionary.config], self.run.say)
             categories, category_counts = categorise(lm, self.dictionary, prompts, config.seed)
-        # 5. Records of all features.
+        # 3. Records of all features.
         nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
-        describer = Describer(self.text, place, bases["token"], _EXAMPLES, _DRAWS, output, nearest, self._heads())
-        maps = TokenMaps(self.text, place, _HEATMAPS)
+        place_N, token_counts = search.place_N, CodeCounts(self.text.code("token", search.place_N))
+        describer = Describer(
+            self.text, place_N, token_counts, _EXAMPLES, _DRAWS, search.output, nearest, self._heads()
+        )
+        maps = TokenMaps(self.text, place_N, _HEATMAPS)
         progress = self._progress("records are written", features, "features")
-        for number, block in enumerate(blocks(trained_path, features)):
+        for number, block in enumerate(blocks(search.firings, features)):
             records = describer.records(block)
             for feature_record in records:
                 feature = feature_record["feature"]
-                scored[0].describe(feature_record)
-                if feature in labels[0]:
-                    feature_record["label"] = labels[0][feature].label
+                search.detectors.describe(feature_record)
+                if feature in labels:
+                    feature_record["label"] = labels[feature].label
                 if feature in categories:
                     feature_record["categories"] = categories[feature]
             _write_compact(folder / FEATURES / f"{number:05d}.json", records)
@@ -140,44 +126,15 @@ class Interpreter:
             site=self.dictionary.site,
             target=self.dictionary.config.target or self.dictionary.site,
             features=features,
-            search_tokens=len(place),
-            held_out_tokens=len(held_out_place),
-            labels=counts,
-            frozen=frozen_counts,
-            random=random_counts,
+            search_tokens=len(search.place_N),
+            held_out_tokens=len(search.held_out_place_M),
+            labels=search.found.counts,
+            frozen=search.found.frozen,
+            random=search.found.random,
             explained_variance=self._explained_variance(self.dictionary),
-            frozen_explained_variance=self._explained_variance(frozen),
+            frozen_explained_variance=self._explained_variance(search.control),
             categories=category_counts,
         )
-
-    def _bases(self, place: np.ndarray) -> dict[str, CodeCounts]:
-        """Return the frequency of each code of each family at these places."""
-        return {family: CodeCounts(self.text.code(family, place)) for family in FAMILIES}
-
-    def _search(
-        self,
-        firings: Path,
-        features: int,
-        bases: Mapping[str, CodeCounts],
-        output: neighbours.OutputTokens | None,
-    ) -> Searched:
-        """Return the detectors of all features of a dictionary on the search text, and the firing rates there.
-
-        Args:
-          firings: folder of the firings.
-          features: number of features.
-          bases: frequency of each code in the search text.
-          output: tokens that features promote; None: unknown.
-        """
-        all_detectors: list[Detector | None] = []
-        fires_F = np.zeros(features)
-        progress = self._progress(f"labels are searched ({firings.name})", features, "features")
-        for block in blocks(firings, features):
-            of_block = slice(block.first, block.first + block.size)
-            all_detectors += best_detectors(block, self.text, bases, output.raised(of_block) if output else ())
-            fires_F[of_block] = block.counts
-            progress.add(block.size)
-        return all_detectors, fires_F / bases["position"].places
 
     def _explained_variance(self, dictionary: Dictionary) -> float:
         """Return the share of the variance of held-out tokens that a dictionary rebuilds."""
@@ -187,21 +144,8 @@ class Interpreter:
         values = [[self.store.read(site, rows).astype(np.float32) for site in sites]]
         return reconstruct([dictionary], values, self.mesh)[0].explained_variance
 
-    def _record(self, split: str, dictionaries: dict[Path, Dictionary]) -> np.ndarray:
-        batch, names = self.run.configs[InterpretConfig].batch_tokens, ", ".join(path.name for path in dictionaries)
-        progress = self._progress(f"firings are recorded ({names})", len(self.store.rows(split, self.dictionary.site)))
-        options: dict[str, Any] = dict(stopping=self.run.stopping, on_tokens=progress.add)
-        return record(self.store, split, dictionaries, self.mesh, batch, **options)
-
     def _progress(self, doing: str, total: int, unit: str = "tokens") -> TextProgress:
         return TextProgress(lambda line: self.run.say(f"{doing}: {line}"), total, unit)
-
-    def _output(self, dictionary: Dictionary) -> neighbours.OutputTokens | None:
-        """Return the tokens that features promote and suppress; None if they do not write to the residual stream."""
-        target = self.dictionary.config.target or self.dictionary.site
-        if Site.parse(target).kind not in _IN_STREAM:
-            return None
-        return neighbours.output_tokens(self.lm, dictionary.W_dec_FxD[...], _OUTPUT)
 
     def _heads(self) -> HeadShares | None:
         """Return the attention shares of the heads before the site; None if not asked for, or without heads."""
