@@ -51,13 +51,13 @@ def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFiri
     Raises:
       UserError: an activation is not finite.
     """
-    sites = [each.reads for each in stack]
+    sites = [layer.reads for layer in stack]
     values = lm(pad([ids_T.tolist()]), capture=sites, logits=False).sites
     firings_by_layer = []
-    for each in stack:
-        f_TxF = activations(lm, each.load().with_sink_norms(lm.sink_norm), values[str(each.reads)])
+    for layer in stack:
+        f_TxF = activations(lm, layer.load().with_sink_norms(lm.sink_norm), values[str(layer.reads)])
         if not np.isfinite(f_TxF).all():
-            raise UserError(f"features of {each.name} are not finite on this text: try --model.dtype=float32")
+            raise UserError(f"features of {layer.name} are not finite on this text: try --model.dtype=float32")
         firings_by_layer.append(LayerFirings.of(f_TxF))
     return firings_by_layer
 

@@ -34,8 +34,8 @@ Link = tuple[Node, Node, float]  # from the lower to the upper one, weight
 def find_links(stack: Stack, shown: Sequence[LayerFirings]) -> list[Link]:
     """Return the links between consecutive dictionaries of a stack, whose shown features are given."""
     links, lower = list[Link](), None
-    for index, each in enumerate(stack):
-        upper = each.load()
+    for index, layer in enumerate(stack):
+        upper = layer.load()
         if lower is not None:
             links += _links_into(index, lower, upper, shown[index - 1], shown[index])
         lower = upper

@@ -142,7 +142,7 @@ class _Ablation:
     def _edit(self, node: Node) -> tuple[SiteEdit, int]:
         """Return an edit of R rows, and R: nothing, without the feature, and without as much along each control."""
         place, position, feature = node
-        each, active = self._stack[place], self._firings[place].at(position)
+        layer, active = self._stack[place], self._firings[place].at(position)
         of = dict(zip(active.feature_A.tolist(), active.value_A.tolist(), strict=True))
         candidates = np.array(sorted(set(of) - {feature}), np.int64)
         rng = np.random.default_rng([self._seed, *node])
@@ -154,7 +154,7 @@ class _Ablation:
         for control, control_row_D in zip(drawn, control_rows, strict=True):
             row_D = np.sign(of[control]) * control_row_D
             changes.append(row_D * np.linalg.norm(change_D) / max(float(np.linalg.norm(row_D)), 1e-30))
-        site = each.config.target or each.config.site
+        site = layer.config.target or layer.config.site
         if site not in self._clean:
             # One row serves all: without an edit they are the same.
             one_row = pad([self.ids_T.tolist()])

@@ -188,15 +188,17 @@ def run_rows(
     edited_RxWxD = edit_value(value_RxWxD, removed_RxWxK, W_dec_KxD, fraction_RxX[:, None, :])
     flat = (array.reshape(shards, -1, array.shape[-1]) for array in (stream_RxWxD, edited_RxWxD))
     x = point.run_shared_suffix(params, past, tree, *flat).reshape(edited_RxWxD.shape)
-    positions_RxW, targets_RxW = (jnp.tile(each[None], (rows, 1)) for each in (jnp.arange(window), targets_W))
+    positions_RxW, targets_RxW = (jnp.tile(row_W[None], (rows, 1)) for row_W in (jnp.arange(window), targets_W))
     return token_scores(point.config, params, x, positions_RxW, targets_RxW)
 
 
 def judge_steps(effects: Mapping[int, StepEffects]) -> dict[int, StepTest]:
     """Return the answers for all tested steps of a text, by the index of the step's segment."""
     # Which steps are testable depends on where features fire, not on effects.
-    testable = {key: each for key, each in effects.items() if each.is_testable}
-    p_values = {key: rank_p(float(each.drop_P.mean()), each.control_NxP.mean(axis=1)) for key, each in testable.items()}
+    testable = {key: effect for key, effect in effects.items() if effect.is_testable}
+    p_values = {
+        key: rank_p(float(effect.drop_P.mean()), effect.control_NxP.mean(axis=1)) for key, effect in testable.items()
+    }
     adjusted, needed = holm_by_key(p_values), min_controls(max(len(testable), 1), LEVEL)
 
     def answer(key: int, sets: int) -> str:
@@ -206,15 +208,15 @@ def judge_steps(effects: Mapping[int, StepEffects]) -> dict[int, StepTest]:
 
     return {
         key: StepTest(
-            features=each.features,
-            drop=float(each.drop_P.mean()),
-            sets=len(each.control_NxP),
+            features=effect.features,
+            drop=float(effect.drop_P.mean()),
+            sets=len(effect.control_NxP),
             needed=needed,
-            random_drop=float(each.control_NxP.mean()) if len(each.control_NxP) else None,
+            random_drop=float(effect.control_NxP.mean()) if len(effect.control_NxP) else None,
             p_holm=adjusted.get(key),
-            hurt=answer(key, len(each.control_NxP)),
+            hurt=answer(key, len(effect.control_NxP)),
         )
-        for key, each in effects.items()
+        for key, effect in effects.items()
     }
 
 

@@ -45,7 +45,9 @@ class FeaturePairs(Columns):
         """Return the pairs with the dictionary number ``second``."""
         features = len(matched.partner_F)
         number_F, feature_F = np.full(features, second, np.int32), np.arange(features, dtype=np.int32)
-        sides = [(each.partner_F.astype(np.int32), each.value_F.astype(np.float32)) for each in (matched, null)]
+        sides = [
+            (matching.partner_F.astype(np.int32), matching.value_F.astype(np.float32)) for matching in (matched, null)
+        ]
         return cls(number_F, feature_F, *sides[0], *sides[1])
 
     @classmethod

@@ -53,13 +53,13 @@ class SharedText(NamedTuple):
         """Return the activity of the dictionary number ``index``."""
         return Activity.load(self.folder / f"activity-{index:04d}.npz")
 
-    def values(self, each: Compared) -> np.ndarray:
+    def values(self, entry: Compared) -> np.ndarray:
         """Return the values at a dictionary's site, fp32 [N, D], mapped from their file."""
-        return np.load(self.folder / _value_file(each), mmap_mode="r")
+        return np.load(self.folder / _value_file(entry), mmap_mode="r")
 
 
-def _value_file(each: Compared) -> str:
-    return f"values-{each.model_key or 'model'}-{each.config.site.replace('/', '_')}.npy"
+def _value_file(entry: Compared) -> str:
+    return f"values-{entry.model_key or 'model'}-{entry.config.site.replace('/', '_')}.npy"
 
 
 def read_shared_text(
@@ -93,58 +93,58 @@ def read_shared_text(
     shared = SharedText(folder, {}, {})
     shared.folder.mkdir(parents=True, exist_ok=True)
     # Files of other tools have names of models alone: where all have one, it is the run's, however that is called.
-    by_name = len({each.model_name for each in compared} - {""}) > 1
-    for model in dict.fromkeys(each.model_key for each in compared):
-        members = [(index, each) for index, each in enumerate(compared) if each.model_key == model]
+    by_name = len({entry.model_name for entry in compared} - {""}) > 1
+    for model in dict.fromkeys(entry.model_key for entry in compared):
+        members = [(index, entry) for index, entry in enumerate(compared) if entry.model_key == model]
         lm = load_model_of(config, members[0][1], mesh, by_name)
-        lm = follow_bos(lm, [each.config for _, each in members], say)
+        lm = follow_bos(lm, [entry.config for _, entry in members], say)
         read = shared.reads[model] = read_text(lm.tokenizer, texts, min(context, lm.config.context), lm.bos)
-        sites = list(dict.fromkeys(each.config.site for _, each in members))
+        sites = list(dict.fromkeys(entry.config.site for _, entry in members))
         # All sites of a model in as few passes as memory allows.
         at_once = max(1, _VALUE_BYTES // max(4 * len(read.text_N) * lm.config.d_model, 1))
         for start in range(0, len(sites), at_once):
             values = site_values(lm, read, sites[start : start + at_once], batch_tokens)
-            for index, each in members:
-                if each.config.site not in values:
+            for index, entry in members:
+                if entry.config.site not in values:
                     continue
-                dictionary = each.load(mesh).with_sink_norms(lm.sink_norm)
-                value_NxD = values[each.config.site]
+                dictionary = entry.load(mesh).with_sink_norms(lm.sink_norm)
+                value_NxD = values[entry.config.site]
                 encode(dictionary, value_NxD, batch_tokens).save(shared.folder / f"activity-{index:04d}.npz")
                 if keep_values:
-                    np.save(shared.folder / _value_file(each), value_NxD)
-        for _, each in members:
-            for site in {each.config.site, each.target}:
+                    np.save(shared.folder / _value_file(entry), value_NxD)
+        for _, entry in members:
+            for site in {entry.config.site, entry.target}:
                 shared.sink_norms[model, site] = float(lm.sink_norm(site))
         say(f"{lm.source.name}: {len(read.text_N):,} tokens of {len(texts)} texts, {len(sites)} sites")
         del lm  # before the next model is loaded
     return shared
 
 
-def load_model_of(config: ModelConfig, each: Compared, mesh: Mesh, by_name: bool = False) -> LanguageModel:
+def load_model_of(config: ModelConfig, entry: Compared, mesh: Mesh, by_name: bool = False) -> LanguageModel:
     """Return the model that a dictionary belongs to: a given one, if it is that one or its files do not state one.
 
     Args:
       config: of the given model.
-      each: the dictionary.
+      entry: the dictionary.
       mesh: devices of the model.
       by_name: whether a name alone states a model.
 
     Raises:
       UserError: the model cannot be loaded, or has changed.
     """
-    stated, source = each.config, resolve(config, decoder=True)
+    stated, source = entry.config, resolve(config, decoder=True)
     names = ("", hooks.short_model_name(config.path), hooks.short_model_name(source.name))
-    other_name = by_name and not each.fingerprint and each.model_name not in names
-    if other_name or each.fingerprint not in ("", source.fingerprint):
+    other_name = by_name and not entry.fingerprint and entry.model_name not in names
+    if other_name or entry.fingerprint not in ("", source.fingerprint):
         if not stated.model:
             raise UserError(
-                f"{each.name} belongs to another model than --model.path={config.path}, and does not state which"
+                f"{entry.name} belongs to another model than --model.path={config.path}, and does not state which"
             )
         config = ModelConfig(path=hooks.hub_name(stated.model), revision=stated.revision or "main", dtype=config.dtype)
     lm = load_configured_model(config, mesh)
-    if each.fingerprint not in ("", lm.source.fingerprint):
+    if entry.fingerprint not in ("", lm.source.fingerprint):
         raise UserError(
-            f"{each.name} belongs to another state of the model {stated.model} ({stated.fingerprint}; now "
+            f"{entry.name} belongs to another state of the model {stated.model} ({stated.fingerprint}; now "
             f"{lm.source.fingerprint}): train it again, or restore that model"
         )
     return lm
@@ -214,9 +214,9 @@ class Reading:
         }
 
     def _load(self, index: int) -> Dictionary:
-        each = self._compared[index]
-        dictionary = each.load(self._mesh)
-        return dictionary.with_sink_norms(lambda site: self._shared.sink_norms[each.model_key, site])
+        entry = self._compared[index]
+        dictionary = entry.load(self._mesh)
+        return dictionary.with_sink_norms(lambda site: self._shared.sink_norms[entry.model_key, site])
 
     def _shared_tokens(self, first: int, second: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the tokens at which both dictionaries apply, among those of each model: a pair for each half."""

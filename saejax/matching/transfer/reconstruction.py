@@ -102,13 +102,13 @@ def evaluate_at_other_site(
     # The null goes through the same maps: they alone explain part of the variance.
     straight, rotated = rescale.centre(moved.dictionary), rotate(moved.dictionary, seed)
     (into, into_figures), (back, back_figures) = _fit_map(native, moved), _fit_map(moved, native)
-    mapped = [insert_maps(each, into, back, native.dictionary) for each in (straight, rotated)]
+    mapped = [insert_maps(version, into, back, native.dictionary) for version in (straight, rotated)]
     affine, affine_null = _evaluate(mapped, native, mesh, batch)
     (native_scores,) = _evaluate([native.dictionary], native, mesh, batch)
     direct, direct_null = None, None
     if into_figures.width == back_figures.width:
         config = _at_site(straight.config, native.dictionary.config)
-        unchanged = [Dictionary(config, each.matmul_dtype, **each.arrays) for each in (straight, rotated)]
+        unchanged = [Dictionary(config, version.matmul_dtype, **version.arrays) for version in (straight, rotated)]
         direct, direct_null = _evaluate(unchanged, native, mesh, batch)
     return ReconstructionTransfer(native_scores, direct, direct_null, affine, affine_null, into_figures, back_figures)
 

@@ -21,18 +21,18 @@ def _section(results: ClusterResults) -> Section:
         "each feature moved along the text."
     )
     columns = {
-        "Dictionary": lambda each: each.name,
-        "Tokens": lambda each: f"{each.tokens:,}",
-        "Features": lambda each: f"{each.features:,}",
-        "In groups": lambda each: f"{each.grouped:,}",
-        "Groups": lambda each: f"{each.count:,}",
-        "Stable": lambda each: f"{each.stable_groups:,}",
-        "Overlap above": lambda each: number(each.bar),
-        "Groups of shuffled data": lambda each: number(each.count_null, 1),
+        "Dictionary": lambda clustered: clustered.name,
+        "Tokens": lambda clustered: f"{clustered.tokens:,}",
+        "Features": lambda clustered: f"{clustered.features:,}",
+        "In groups": lambda clustered: f"{clustered.grouped:,}",
+        "Groups": lambda clustered: f"{clustered.count:,}",
+        "Stable": lambda clustered: f"{clustered.stable_groups:,}",
+        "Overlap above": lambda clustered: number(clustered.bar),
+        "Groups of shuffled data": lambda clustered: number(clustered.count_null, 1),
     }
     note = "Features: those that fire often enough to be compared. Overlap above: of a stable group."
-    table = Table.of("Groups of features", [(each,) for each in results.dictionaries], columns, note=note)
-    shown = [each for each in results.dictionaries if each.stable_groups][:_DICTIONARIES]
+    table = Table.of("Groups of features", [(clustered,) for clustered in results.dictionaries], columns, note=note)
+    shown = [clustered for clustered in results.dictionaries if clustered.stable_groups][:_DICTIONARIES]
     return Section("Feature clusters", (Text(intro), table, *map(_groups_table, shown)))
 
 

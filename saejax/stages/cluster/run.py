@@ -46,20 +46,20 @@ def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
     config = run.configs[ClusterConfig]
     store = Store.open(run.inputs["capture"]) if "capture" in run.inputs else None
     stored = [
-        each.name
-        for each in compared
-        if store and store.model.fingerprint == each.fingerprint and each.config.site in store.sites
+        entry.name
+        for entry in compared
+        if store and store.model.fingerprint == entry.fingerprint and entry.config.site in store.sites
     ]
-    others = [each for each in compared if each.name not in stored]
+    others = [entry for entry in compared if entry.name not in stored]
     settings = make_mesh(run.configs[MeshConfig]), config.tokens, config.batch_tokens, config.seed
     shared = read_run_text(run, others, *settings) if others else None
 
-    def activity_of(each: Compared) -> tuple[Activity, np.ndarray]:
-        if each.name not in stored:
+    def activity_of(entry: Compared) -> tuple[Activity, np.ndarray]:
+        if entry.name not in stored:
             assert shared
-            return shared.activity(others.index(each)), shared.reads[each.model_key].text_N
+            return shared.activity(others.index(entry)), shared.reads[entry.model_key].text_N
         assert store
-        dictionary = each.load(settings[0]).with_sink_norms(store.max_norm)
+        dictionary = entry.load(settings[0]).with_sink_norms(store.max_norm)
         rows = store.rows("train", dictionary.site)
         document_N = store.tokens(rows)[0]
         documents, index_N, count = np.unique(document_N, return_inverse=True, return_counts=True)
@@ -90,7 +90,7 @@ def run_cluster(run: Run) -> ClusterResults:
       Interrupted: asked to stop.
     """
     compared = load_compared(run.configs[ClusterConfig].dictionaries, run.inputs, _FLAG)
-    parts = [f"{number:03d}-{folder_name(each.name)}" for number, each in enumerate(compared)]
+    parts = [f"{number:03d}-{folder_name(entry.name)}" for number, entry in enumerate(compared)]
 
     def begin() -> Measure:
         activity_of = open_texts(run, compared)

@@ -63,7 +63,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         return []
     some = units[CONTROLS]
     world = some.world
-    judged = [(name, dictionary) for each in units.values() for name, dictionary in _named(each)]
+    judged = [(name, dictionary) for unit in units.values() for name, dictionary in _named(unit)]
     seeds = len(judged[0][1].seeds)
     spread = f"with 95 % t intervals over {seeds} seeds" if seeds > 1 else "one seed each, so without intervals"
     intro = (

@@ -55,16 +55,16 @@ def shown_text(
       lens: its name.
     """
     words: dict[int, int] = {}
-    features = [[each.feature for part in parts for each in part] for parts in chosen]
+    features = [[feature.feature for part in parts for feature in part] for parts in chosen]
     layers = [
         dict(
-            name=each.name,
-            site=each.config.site,
+            name=layer.name,
+            site=layer.config.site,
             # The address of a feature's page, but for its number.
-            atlas=each.atlas.resolve().as_uri() + f"#{each.name}/" if each.atlas else "",
-            **_names(each.labels, every, {*cells.feature_A.tolist(), *belonging}, text.tokens),
+            atlas=layer.atlas.resolve().as_uri() + f"#{layer.name}/" if layer.atlas else "",
+            **_names(layer.labels, every, {*cells.feature_A.tolist(), *belonging}, text.tokens),
         )
-        for each, every, cells, belonging in zip(stack, firings, shown, features, strict=True)
+        for layer, every, cells, belonging in zip(stack, firings, shown, features, strict=True)
     ]
     return dict(
         tokens=text.tokens,
@@ -115,7 +115,7 @@ def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> dict[s
             for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
         ]
 
-    layers = [each.reads.layer for each in stack]
+    layers = [layer.reads.layer for layer in stack]
     return dict(
         top_tokens=[top_tokens(layer) for layer in layers],
         kl=[_rounded(reading.kl_LxBxT[layer, 0]) for layer in layers],

@@ -49,7 +49,7 @@ def run_track(run: Run) -> TrackResults:
         lm = load_run_model(run)
         stack = open_stack(config.dictionaries, run.inputs, run.folder.parent.parent, lm)
         jacobians = load_jacobian_lens(lm, config.lens).jacobians if config.lens else None
-        lm = follow_bos(lm, [each.config for each in stack], lambda line: run.say(f"track: {line}"))
+        lm = follow_bos(lm, [layer.config for layer in stack], lambda line: run.say(f"track: {line}"))
         # All, before the first is followed: what is wrong with one is said at once.
         texts = {slug: encode(lm, write_solution(lm, problem, config.generate)) for slug, problem in problems.items()}
 
@@ -104,14 +104,14 @@ def follow_text(
     chosen = [step_features(layer_firings, text.segment_T, _STEP_FEATURES) for layer_firings in firings]
     # The dictionary in the middle: to test all of them would take as many times as long.
     middle = len(stack) // 2
-    numbers = [[each.feature for each in part] for part in chosen[middle]]
+    numbers = [[feature.feature for feature in part] for part in chosen[middle]]
     tests, untested = ablate_steps(StepTester(lm, stack[middle], text, config), text, numbers, on_progress)
     as_text = token_text(lm.tokenizer)
     results = TrackedText(
         tokens=len(text.ids_T),
         answer=as_text(answer),
         position=text.position,
-        sites=tuple(str(each.reads) for each in stack),
+        sites=tuple(str(layer.reads) for layer in stack),
         tested=str(stack[middle].reads),
         steps=tuple(
             dataclasses.replace(part, test=tests.get(number), untested=untested.get(number, ""))

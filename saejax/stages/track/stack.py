@@ -29,13 +29,13 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], workdir: Path, m
         layer.
     """
     by_layer: dict[int, LayerDictionary] = {}
-    for each in load_compared(names, units, _FLAG):
-        root, name = trained_in(each, workdir)
-        page, load = root / "atlas" / name / "index.html", functools.partial(each.load, model.mesh)
+    for entry in load_compared(names, units, _FLAG):
+        root, name = trained_in(entry, workdir)
+        page, load = root / "atlas" / name / "index.html", functools.partial(entry.load, model.mesh)
         shown = page if page.exists() and is_of_trained(root, "atlas", name) else None
-        dictionary = LayerDictionary(name, each.config, load, shown, labels_of(root, name))
+        dictionary = LayerDictionary(name, entry.config, load, shown, labels_of(root, name))
         layer = dictionary.reads.check(model.config).layer
-        check_dictionary(each.config, model, f"{_FLAG}: {name}")
+        check_dictionary(entry.config, model, f"{_FLAG}: {name}")
         if layer in by_layer:
             raise UserError(
                 f"{_FLAG}: {by_layer[layer].name} and {name} are both of layer {layer}: name one of each layer, such "

@@ -39,10 +39,10 @@ def load_compared(names: Sequence[str], units: Mapping[str, Path], flag: str) ->
             continue
         folders = stacks.find_trained(name, units, flag)
         compared += [Compared(full_name, folder, read_config(folder)) for full_name, folder in folders.items()]
-    resolved = [each.folder.resolve() for each in compared]
-    for each, folder in zip(compared, resolved, strict=True):
+    resolved = [entry.folder.resolve() for entry in compared]
+    for entry, folder in zip(compared, resolved, strict=True):
         if resolved.count(folder) > 1:
-            raise UserError(f"{flag}={','.join(names)} names {each.name} twice: name each dictionary once")
+            raise UserError(f"{flag}={','.join(names)} names {entry.name} twice: name each dictionary once")
     return compared
 
 

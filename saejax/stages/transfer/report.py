@@ -34,7 +34,7 @@ def _section(results: TransferResults, draw: Draw) -> Section:
         "text shifted by half. All values are signed. Features that fire on no held-out text, and for activity "
         "features with too few firings, are not compared."
     )
-    unknown = [_short(each.name) for each in results.dictionaries if not each.dead_known]
+    unknown = [_short(entry.name) for entry in results.dictionaries if not entry.dead_known]
     if unknown and {*WEIGHTS} & {measure for pair in results.pairs for measure in pair.measures}:
         intro += f" Cosines of {', '.join(unknown)} are of all features: which of them never fire is not known."
     blocks: list[Block] = [Text(intro)]
@@ -82,7 +82,7 @@ def _pairs_table(pairs: Sequence[ComparedPair]) -> Table:
 
 
 def _matrices(results: TransferResults, draw: Draw) -> list[Block]:
-    names = [each.name for each in results.dictionaries]
+    names = [entry.name for entry in results.dictionaries]
     blocks: list[Block] = []
     for measure in dict.fromkeys(name for pair in results.pairs for name in pair.measures):
         values = [pair.measures[measure] for pair in results.pairs if measure in pair.measures]
@@ -135,7 +135,7 @@ def _chains(results: TransferResults) -> list[Block]:
         ends = f"{_short(chains.dictionaries[0])} to {_short(chains.dictionaries[-1])}"
         title = f"Chains of features shared by {_MEASURES[chains.measure]}, {ends}"
         counts = (chains.lengths, chains.lengths_null)
-        rows = tuple((str(length), *(f"{each.get(length, 0):,}" for each in counts)) for length in lengths)
+        rows = tuple((str(length), *(f"{of_side.get(length, 0):,}" for of_side in counts)) for length in lengths)
         longest = "; ".join(
             f"{chain.label or 'a feature without a label'} (features {', '.join(map(str, chain.features))}, from "
             f"{_short(chain.first)} on, weakest link {number(chain.value)})"

@@ -46,7 +46,7 @@ from saejax.runner.parts import Measure, Measured, each_part, part_file
 from saejax.runner.workspace import Run
 from saejax.stages.transfer.inputs import live_features, load_compared, read_run_text
 from saejax.stages.transfer.summary import summarize
-from saejax.tasks.scoring import wilson
+from saejax.statistics.intervals import wilson
 
 _FLAG = "--transfer.dictionaries"
 _ROW_BYTES = 1 << 30  # rows of dictionaries kept in memory
@@ -73,7 +73,7 @@ def run_transfer(run: Run) -> TransferResults:
                 f"add activity to --transfer.measures={','.join(config.measures)}"
             )
     # The last dictionary is the first of no pair.
-    parts = [f"{number:03d}-{folder_name(each.name)}" for number, each in enumerate(compared)][:-1]
+    parts = [f"{number:03d}-{folder_name(entry.name)}" for number, entry in enumerate(compared)][:-1]
 
     def begin() -> Measure:
         comparison = Comparison(run, compared, wanted)
@@ -112,17 +112,17 @@ class Comparison:
         self._live: list[np.ndarray | None] = [None] * len(compared)
         if {*WEIGHTS} & {*self._config.measures}:
             workdir, batch = run.folder.parent, self._config.batch_tokens
-            self._live = [live_features(each, workdir, self._mesh, batch) for each in compared]
-            unknown = [each.name for each, live_F in zip(compared, self._live, strict=True) if live_F is None]
+            self._live = [live_features(entry, workdir, self._mesh, batch) for entry in compared]
+            unknown = [entry.name for entry, live_F in zip(compared, self._live, strict=True) if live_F is None]
             if unknown:
                 run.say(f"compared with their dead features, for want of held-out text: {', '.join(unknown)}")
-        largest = max(4 * each.config.n_features * each.config.d_in for each in compared)
+        largest = max(4 * entry.config.n_features * entry.config.d_in for entry in compared)
         # At least both rows of a pair and the second's null.
         self._weights = functools.lru_cache(maxsize=max(4, _ROW_BYTES // largest))(self._make_weights)
         self._reading = None
         if "activity" in self._config.measures or self._config.reconstruction:
             settings = self._config.tokens, self._config.batch_tokens, self._config.seed, self._config.reconstruction
-            fixed = [each.name for each in compared if not is_movable(each.config)]
+            fixed = [entry.name for entry in compared if not is_movable(entry.config)]
             if self._config.reconstruction and fixed:
                 run.say(f"not evaluated at other sites, as transcoders or with tokens normalised: {', '.join(fixed)}")
             shared = read_run_text(run, compared, self._mesh, *settings)

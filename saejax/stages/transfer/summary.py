@@ -63,14 +63,14 @@ def summarize(
     return TransferResults(
         tuple(
             ComparedDictionary(
-                each.name,
-                each.config.model,
-                each.config.site,
-                each.target,
-                each.config.n_features,
-                knows_live(each, run.folder.parent),
+                entry.name,
+                entry.config.model,
+                entry.config.site,
+                entry.target,
+                entry.config.n_features,
+                knows_live(entry, run.folder.parent),
             )
-            for each in compared
+            for entry in compared
         ),
         "Two features are shared if the one-to-one assignment with the largest sum of values makes them a pair, and "
         f"their value is at least {SHARED:g}",
