@@ -5,17 +5,19 @@ import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).parent.parent
+#: What docs/parity.md was measured with.
+SAE_LENS, CIRCUIT_TRACER = "sae-lens==6.54.12", "circuit-tracer==0.5.0"
 _TORCH = "torch==2.13.0"  # as constraints.txt pins it: a newer build may need a GPU
 
 
 def saelens_python() -> str:
     """Return the path of an interpreter with sae-lens; its environment, build/saelens, is made on first use."""
-    return _python("saelens", "-c", str(_ROOT / "constraints.txt"), "sae-lens", _TORCH)
+    return _python("saelens", "-c", str(_ROOT / "constraints.txt"), SAE_LENS, _TORCH)
 
 
 def circuit_tracer_python() -> str:
     """Return the path of an interpreter with circuit-tracer, in build/circuit_tracer; it needs older packages."""
-    return _python("circuit_tracer", "circuit-tracer==0.5.0", _TORCH)
+    return _python("circuit_tracer", CIRCUIT_TRACER, _TORCH)
 
 
 def _python(name: str, *packages: str) -> str:

@@ -31,6 +31,7 @@ GUIDES = (
     "docs/artifacts.md",
     "docs/artifacts_causal.md",
     "docs/artifacts_features.md",
+    "docs/parity.md",
     "docs/corrections.md",
     "docs/extending.md",
     "docs/troubleshooting.md",

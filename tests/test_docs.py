@@ -13,10 +13,13 @@ import jax
 import pytest
 import yaml
 from absl import flags
+from tiny_models import OTHER_FIELDS
 
 import saejax
+from benchmarks import tool_environments
 from saejax.cli import list_programs
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
+from saejax.models.families import FAMILIES
 from saejax.runner import command_line
 from saejax.runner.flags import define_flags
 from saejax.runner.registry import all_groups, all_stages
@@ -164,6 +167,24 @@ def test_the_citation_and_the_changelog_are_of_this_version():
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert citation["version"] == PROJECT["version"] == saejax.__version__
     assert f"## {saejax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_page_of_parity_has_every_family_and_the_versions_in_use():
+    """So that it is measured again, by `make parity`, when a family or a version comes; and it says that all agree."""
+    text = (ROOT / "docs/parity.md").read_text("utf-8")
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    assert {row[0] for row in rows if len(row) == 8} - {"family"} == {*FAMILIES}
+    assert {row[0] for row in rows if len(row) == 3} - {"family"} == {*OTHER_FIELDS}
+    tools = f"{tool_environments.SAE_LENS}\n{tool_environments.CIRCUIT_TRACER}"
+    pins = dict(re.findall(r"^(\S+)==(\S+)$", f"{(ROOT / 'constraints.txt').read_text()}\n{tools}", re.MULTILINE))
+    versions = dict(row for row in rows if len(row) == 2 and row[0] != "package")
+    assert {"transformers", "sae-lens", "circuit-tracer"} <= {*versions}
+    assert versions == {name: pins[name] for name in versions}
+    assert {row[0] for row in rows if len(row) == 4} >= {"sae-lens", "saejax", "llama", "gpt2"}
+    errors = [float(cell) for row in rows for cell in row if re.fullmatch(r"\d\.\de[+-]\d\d", cell)]
+    assert len(errors) > 100 and max(errors) < 1e-4
+    counts = [cell.split(" of ") for row in rows for cell in row if re.fullmatch(r"\d+ of \d+", cell)]
+    assert len(counts) > 30 and all(right == total for right, total in counts)
 
 
 def test_the_troubleshooting_page_quotes_lines_that_exist():

@@ -34,7 +34,7 @@ _UNREAD = {
     "cross_layer": f"{_OF_ALL_LAYERS} (--graph.transcoders)",
 }
 
-#: Short names of published sets, and their repositories on the hub.
+#: Short names of published sets, and where on the hub they are: repository, and folder in it.
 SHORT_NAMES = {
     "qwen3-0.6b": "mwhanna/qwen3-0.6b-transcoders-lowl0",
     "qwen3-1.7b": "mwhanna/qwen3-1.7b-transcoders-lowl0",
@@ -42,12 +42,23 @@ SHORT_NAMES = {
     "qwen3-8b": "mwhanna/qwen3-8b-transcoders",
     "qwen3-14b": "mwhanna/qwen3-14b-transcoders-lowl0",
     "gemma-2-2b": "mntss/gemma-scope-transcoders",
+    "gemma-2-2b-clt": "mntss/clt-gemma-2-2b-426k",
+    "gemma-2-2b-clt-2.5m": "mntss/clt-gemma-2-2b-2.5M",
     "llama-3.2-1b": "mntss/transcoder-Llama-3.2-1B",
+    "llama-3.2-1b-clt": "mntss/clt-llama-3.2-1b-524k",
+    "llama-3.1-8b-it": "facebook/crv-8b-instruct-transcoders",
+    "gpt-oss-20b": "mntss/clt-131k",
+}
+# Gemma Scope 2 in circuit-tracer's form; a folder of each repository has other widths and sparsities.
+SHORT_NAMES |= {
+    f"gemma-3-{size}-{tuned}": f"mwhanna/gemma-scope-2-{size}-{tuned}/transcoder_all/width_16k_l0_small_affine"
+    for size in ("270m", "1b", "4b", "12b", "27b")
+    for tuned in ("pt", "it")
 }
 
 
 def full_name(name: str) -> str:
-    """Return the hub id of a set of transcoders that is named by its short name; any other name as it is."""
+    """Return the address of a set of transcoders that is named by its short name; any other name as it is."""
     # A folder here goes before a short name.
     return name if Path(name).exists() else SHORT_NAMES.get(name, name)
 

@@ -97,7 +97,7 @@ def test_a_short_name_is_a_set_with_its_feature_files(tiny, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert place.full_name("set") == "set"  # a folder here goes before a short name
     docs = (Path(__file__).parents[3] / "docs" / "graphs.md").read_text("utf-8")
-    rows = dict(re.findall(r"^\| `([\w.-]+)` \| `([\w.-]+/[\w.-]+)` \|", docs, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `([\w.-]+)` \| `([\w.-]+/[\w./-]+)` \|", docs, re.MULTILINE))
     monkeypatch.undo()
     assert rows == place.SHORT_NAMES
 

@@ -24,21 +24,25 @@ CASES = [
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family,kind,skip,cross_layer", CASES)
-def test_a_graph_is_that_of_circuit_tracer(family, kind, skip, cross_layer, tmp_path, one_device):
-    model, folder, out = (tmp_path / name for name in ("model", "set", "judged.npz"))
-    lm = load_tiny(model, family, one_device)
+def trace_twice(family, kind, skip, cross_layer, folder, mesh):
+    """Our graph of a prompt and circuit-tracer's arrays, the number of layers, and how many columns are comparable."""
+    model, transcoders, out = (folder / name for name in ("model", "set", "judged.npz"))
+    lm = load_tiny(model, family, mesh)
     if cross_layer:
         _, made, writes = make_cross_layer(lm.config, kind, skip, "resid_mid")
-        circuit_tracer.save_cross_layer(folder, len(made), lambda layer: (made[layer], writes[layer]))
+        circuit_tracer.save_cross_layer(transcoders, len(made), lambda layer: (made[layer], writes[layer]))
     else:
-        save_transcoders(folder, make_transcoders(lm.config, kind, skip))
+        save_transcoders(transcoders, make_transcoders(lm.config, kind, skip))
     ids = ",".join(map(str, IDS))
-    command = [circuit_tracer_python(), "-W", "ignore", str(JUDGE), str(model), str(folder), str(out), ids]
+    command = [circuit_tracer_python(), "-W", "ignore", str(JUDGE), str(model), str(transcoders), str(out), ids]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    judged = np.load(out)
-    graph = trace(lm, folder, IDS, max_logits=3, logit_mass=1.0)
+    graph = trace(lm, transcoders, IDS, max_logits=3, logit_mass=1.0)
     # What GPT-2 adds for a position is part of the token's node here, and has none there.
     first_token = int(np.flatnonzero(graph.nodes.kind_N == TOKEN)[0])
-    assert_same_graph(graph, judged, lm.config.n_layers, first_token if family == "gpt2" else None)
+    return graph, np.load(out), lm.config.n_layers, first_token if family == "gpt2" else None
+
+
+@pytest.mark.parametrize("family,kind,skip,cross_layer", CASES)
+def test_a_graph_is_that_of_circuit_tracer(family, kind, skip, cross_layer, tmp_path, one_device):
+    assert_same_graph(*trace_twice(family, kind, skip, cross_layer, tmp_path, one_device))
