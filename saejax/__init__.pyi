@@ -21,6 +21,7 @@ from saejax.dictionaries import save_transcoders as save_transcoders
 from saejax.dictionaries.publish import push as push
 from saejax.errors import UserError as UserError
 from saejax.interpret.absorption import measure_absorption as measure_absorption
+from saejax.interpret.feature_record import load_feature as load_feature
 from saejax.interpret.in_memory import label_features as label_features
 from saejax.interpret.in_memory import top_contexts as top_contexts
 from saejax.interpret.jacobian_lens import JacobianLens as JacobianLens

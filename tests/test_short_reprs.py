@@ -10,6 +10,8 @@ from tiny_models import save_tiny, save_tiny_tokenizer
 
 import saejax
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.errors import UserError
+from saejax.files import write_json
 from saejax.interventions.answers import AblateResults, BehaviourVerdict, CausalAnswer, CausalVerdict, Kept
 from saejax.models.edits import SiteEdit
 from saejax.models.tokens import pad
@@ -79,3 +81,18 @@ def test_results_and_verdicts():
     yes = f"  yes: {answer.sentence}"
     assert lines[:-1] == ["capital", yes, yes, yes, "  not tested: Not tested.", yes]
     assert lines[-1] == "  left of the answer: 37 % with 2 features alone"
+
+
+def test_a_feature_shows_its_contexts(tmp_path):
+    context = dict(tokens=["The", " cat", " sat"], acts=[0.0, 2.0, 0.0], peak=1, document=0, position=1)
+    fired = dict(feature=3, fires=9, rate=0.5, nearest=[], tokens=[dict(text=" cat")], examples=[context] * 90)
+    silent = dict(feature=4, fires=0, rate=0.0, nearest=[])
+    (tmp_path / "features").mkdir()
+    write_json(tmp_path / "features/00000.json", [fired, silent])
+    feature = saejax.load_feature(tmp_path, 3)
+    assert feature.examples() == ["The» cat« sat"] * 90 and feature.record["fires"] == 9
+    assert is_short(feature, "feature 3, fires on 50.00% of the tokens: “cat”", "  The» cat« sat")
+    assert repr(saejax.load_feature(tmp_path, 4)) == "feature 4, fires on 0.00% of the tokens: no name"
+    for folder, index, message in ((tmp_path, 5, "has no feature 5"), (tmp_path / "none", 3, "has no folder features")):
+        with pytest.raises(UserError, match=message):
+            saejax.load_feature(folder, index)

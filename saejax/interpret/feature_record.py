@@ -1,10 +1,14 @@
 """The record of a feature: its JSON as types, which the page reads, and how records are read back."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from saejax.errors import UserError
 from saejax.files import read_json
+from saejax.links import resolve_links
+from saejax.unicode import visible
 
 FEATURES = "features"  # folder of the records, in files of consecutive features
 
@@ -121,3 +125,47 @@ def read_records(folder: Path, wanted: set[int]) -> dict[int, FeatureRecord]:
 def top_tokens(record: FeatureRecord) -> str:
     """Return a name for a feature without a label: the three tokens on which it is most active, in quotes."""
     return " ".join(f"“{token['text'].strip() or token['text']}”" for token in record.get("tokens", ())[:3])
+
+
+@dataclasses.dataclass(frozen=True)
+class InterpretedFeature:
+    """A feature as ``interpret`` describes it; its representation lists its strongest contexts."""
+
+    record: FeatureRecord  #: all that is known of it
+
+    @property
+    def name(self) -> str:
+        """Its label, or else the tokens on which it is most active."""
+        return self.record.get("label") or top_tokens(self.record)
+
+    def examples(self) -> list[str]:
+        """Return its strongest contexts as text, the token of its firing between » and «."""
+        return [
+            "".join(
+                f"»{token}«" if place == example["peak"] else token for place, token in enumerate(example["tokens"])
+            )
+            for example in self.record.get("examples", ())
+        ]
+
+    def __repr__(self) -> str:
+        record = self.record
+        head = f"feature {record['feature']}, fires on {record['rate']:.2%} of the tokens: {self.name or 'no name'}"
+        return "\n".join([head, *(f"  {visible(example)[-110:]}" for example in self.examples()[:20])])
+
+
+def load_feature(folder: str | Path, feature: int) -> InterpretedFeature:
+    """Return what the stage ``interpret`` found of a feature.
+
+    Args:
+      folder: the unit, or a member's folder in it, such as "runs/demo/interpret/topk".
+      feature: its index.
+
+    Raises:
+      UserError: there are no records, or none of this feature.
+    """
+    place = resolve_links(Path(folder))
+    if not (place / FEATURES).is_dir():
+        raise UserError(f"{folder} has no folder {FEATURES}: expected a unit of interpret, or a member's folder in it")
+    if not (records := read_records(place, {feature})):
+        raise UserError(f"{folder} has no feature {feature}: expected the index of one of its dictionary's")
+    return InterpretedFeature(records[feature])
