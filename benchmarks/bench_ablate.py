@@ -14,7 +14,8 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ import torch
 from saejax import load_dictionary, load_model
 from saejax.dictionaries import Dictionary
 from saejax.flops import head_flops, pass_flops
+from saejax.interventions import engine
 from saejax.interventions.edits import mask
-from saejax.interventions.engine import run_edits
 from saejax.interventions.split_model import SplitModel
 from saejax.models import source
 from saejax.models.sites import Site
@@ -100,15 +101,17 @@ class Effects(NamedTuple):
 
 def measure(split: SplitModel, prompts: Sequence[Prompt], features: Sequence[int]) -> tuple[float, Effects]:
     """Return the seconds of the effects of some features one by one, the clean run and compiling included."""
-    tokens = 0
+    tokens, program = 0, engine.run_rows
 
-    def count(done: int, total: int) -> None:
+    def count(*arguments: Any) -> Any:
         nonlocal tokens
-        tokens = total
+        tokens += arguments[3].row_SxN.size
+        return program(*arguments)
 
     start = time.perf_counter()
     edits = mask(split.dictionary, [[int(feature)] for feature in features])
-    clean_P, *edited_SxP = run_edits(split, split.run(prompts), edits, on_progress=count)["logit_diff"]
+    with mock.patch.object(engine, "run_rows", count):
+        clean_P, *edited_SxP = engine.run_edits(split, split.run(prompts), edits)["logit_diff"]
     return time.perf_counter() - start, Effects(clean_P - np.array(edited_SxP), tokens)
 
 

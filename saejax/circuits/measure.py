@@ -14,16 +14,18 @@ of layers: *random* ones, and *placebo* ones, the most influential ones on the d
 answers. They are lists to the dose (``saejax.interventions.controls``), so that doses are equal.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from saejax.attribution.local.dictionaries import LayerDictionaries
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.readouts import Readouts
 from saejax.circuits.groups import Group, Key
-from saejax.interventions.controls import shortest_beginning
+from saejax.interventions.controls import influential_orders, random_orders, shortest_beginning
 from saejax.parallel.collectives import to_host
 
 EDITS = ("total", "direct", "swap")
@@ -91,7 +93,13 @@ def measure_prompt(
     member_J = np.array([index for index, edit in enumerate(ablation) if edit.group >= 0], np.int64)
     members = [ablation[index] for index in member_J.tolist()]
     # Weighted by what they write: a large activation with a short decoder row matters little.
-    size_J = np.array([np.linalg.norm(vector_XxD) for vector_XxD in _written(local, members)], np.float64)
+    size_J = np.array(
+        [
+            np.linalg.norm(vector_XxD)
+            for vector_XxD in _written(local.dictionaries, [edit.key.address for edit in members])
+        ],
+        np.float64,
+    )
     old_J, group_J = np.array([(edit.old, edit.group) for edit in members], np.float64).reshape(-1, 2).T
     weight_JxG = np.where(group_J[:, None] == np.arange(count), size_J[:, None], 0)
     clean_G = old_J @ weight_JxG
@@ -174,46 +182,51 @@ def _draw_sets(
         for edit in changed
         if edit.group < 0 and min(layers) <= edit.key.layer <= max(layers) and edit.key.role in roles
     ]
-    influence_M = np.array([placebo.get(edit.key, 0.0) for edit in pool])
-    for control in np.repeat(CONTROLS, CONTROL_SETS):
-        order = rng.permutation(len(pool))
-        if control == "placebo":  # the most influential half in random order, so that placebo sets differ
-            ranked = order[np.argsort(-influence_M[order], kind="stable")]
-            # Half of those with any influence; the others follow where these do not reach the dose.
-            first = max((influence_M > 0).sum() // 2, 1)
-            order = np.concatenate([rng.permutation(ranked[:first]), ranked[first:]])
-        sets.append(_reach(local, [pool[m] for m in order.tolist()], sets[0][1]))
+    influence_M, seed = np.array([placebo.get(edit.key, 0.0) for edit in pool]), int(rng.integers(2**31))
+    orders = (
+        random_orders(np.arange(len(pool)), CONTROL_SETS, seed),
+        influential_orders(influence_M, CONTROL_SETS, seed),
+    )
+    for order_M in itertools.chain(*orders):  # in the order of ``CONTROLS``
+        sets.append(_reach(local, [pool[m] for m in order_M.tolist()], sets[0][1]))
     return sets
 
 
 def _reach(local: LocalModel, edits: Sequence[KeyEdit], dose: float) -> tuple[list[Change], float]:
     """Return as many of the first edits as reach a dose, made partially where they exceed it, and their dose."""
+    changes = [(edit.key.layer, edit.position, edit.key.feature, edit.new - edit.old) for edit in edits]
     # A group that is silent in the prompt has no dose to reach.
-    size, fraction, reached = shortest_beginning(_squares(local, edits), dose) if dose > 0 else (0, 1.0, 0.0)
+    squares = squared_doses(local.dictionaries, changes)
+    size, fraction, reached = shortest_beginning(squares, dose) if dose > 0 else (0, 1.0, 0.0)
     return [edit.change(fraction) for edit in edits[:size]], reached
 
 
-def _squares(local: LocalModel, edits: Sequence[KeyEdit]) -> Iterator[float]:
-    """Yield the square of the dose of each beginning of a list of edits."""
+def squared_doses(dictionaries: LayerDictionaries, changes: Sequence[tuple[int, int, int, float]]) -> Iterator[float]:
+    """Yield the square of the dose of each beginning of a list of changes.
+
+    Args:
+      dictionaries: of the features.
+      changes: layer, position and index of each feature, and by how much its activation changes.
+    """
     sums: dict[tuple[int, int], np.ndarray] = {}
     square = 0.0
-    for edit, vector_XxD in zip(edits, _written(local, edits), strict=True):
-        place = edit.key.layer, edit.position
-        before_XxD = sums.get(place, np.zeros_like(vector_XxD))
+    features = [(layer, feature) for layer, _, feature, _ in changes]
+    for (layer, position, _, rise), vector_XxD in zip(changes, _written(dictionaries, features), strict=True):
+        before_XxD = sums.get((layer, position), np.zeros_like(vector_XxD, np.float64))
         # Changes at one place are summed as vectors: the dose is the norm of what reaches the stream.
-        sums[place] = before_XxD + (edit.new - edit.old) * vector_XxD
-        square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
+        sums[layer, position] = before_XxD + rise * vector_XxD
+        square += float((sums[layer, position] ** 2).sum() - (before_XxD**2).sum())
         yield square
 
 
-def _written(local: LocalModel, edits: Sequence[KeyEdit]) -> Iterator[np.ndarray]:
-    """Yield what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
-    for start in range(0, len(edits), _BLOCK):
-        block = [edit.key.address for edit in edits[start : start + _BLOCK]]
+def _written(dictionaries: LayerDictionaries, features: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
+    """Yield what each feature, a layer and an index, writes at activation 1 to the layers that it writes to, [X, D]."""
+    for start in range(0, len(features), _BLOCK):
+        block = features[start : start + _BLOCK]
         vectors = dict[tuple[int, int], np.ndarray]()
         # Layer by layer, since a layer's rows are read from its files together.
         for layer in {layer for layer, _ in block}:
-            features = sorted({feature for member_layer, feature in block if member_layer == layer})
-            written_UxXxD = local.dictionaries.writes(layer, np.array(features))
-            vectors |= {(layer, feature): written_UxXxD[u] for u, feature in enumerate(features)}
+            here = sorted({feature for member_layer, feature in block if member_layer == layer})
+            written_UxXxD = dictionaries.writes(layer, np.array(here))
+            vectors |= {(layer, feature): written_UxXxD[u] for u, feature in enumerate(here)}
         yield from map(vectors.__getitem__, block)

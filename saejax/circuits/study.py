@@ -72,10 +72,8 @@ def find_circuit(
       UserError: a prompt cannot be traced, or there are fewer than two prompts to measure.
     """
     if len(measured) < 2:
-        raise UserError(
-            f"effects are measured on {len(measured)} prompts: expected 2 or more; raise --circuits.measured or "
-            "--task.test_prompts"
-        )
+        count = len(measured)
+        raise UserError(f"effects are measured on {count} prompts: expected 2 or more; raise --task.test_prompts")
     model = follow_bos(model, transcoders.configs)
     # 1. Trace.
     total, answers, placebo = len(traced) + len(measured), [], defaultdict[Key, float](float)

@@ -35,6 +35,7 @@ from saejax.interventions.controls import (
     Changes,
     choose_pool,
     control_edits,
+    list_to_dose,
     token_pairs,
 )
 from saejax.interventions.edits import ActivationReplacement, mask
@@ -43,7 +44,6 @@ from saejax.interventions.settings import BASES, AblateConfig
 from saejax.interventions.several_sites import SeveralSites, untrained_saes
 from saejax.interventions.slopes import (
     answer_slopes,
-    attribute_slopes,
     attribution,
     leaders,
     likely_tokens,
@@ -177,6 +177,8 @@ class BehaviourAblation:
         self.split = SplitModel(self.lm, self.basis, config.positions, config.error, self.readout)
         self.train: list[Any] = spread_over_templates(train, config.attribution_prompts)
         shared = self.like if self.like and self._reads_like(self.like) else None
+        # One length for both splits, so that they share programs.
+        self._length: int = shared._length if shared else self.split.common_length([*self.train, *self.test])
         # Counterparts double the clean runs, so they are run where they are needed only.
         self.train_runs: list[CleanRun] = shared.train_runs if shared else self._run_clean(self.train)
         self.runs: list[CleanRun] = shared.runs if shared else self._run_clean(self.test)
@@ -185,10 +187,9 @@ class BehaviourAblation:
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
         # Slopes along the path of one dictionary are not those of another.
-        if shared and not self.steps:
-            self.attribution_F = self.attribute(shared.slopes)
-        else:
-            self.attribution_F = self.mean_attribution(self.train_runs)
+        can_share = shared is not None and not self.steps
+        self.slopes = shared.slopes if shared and can_share else self.answer_slopes()
+        self.attribution_F = self.mean_attribution(self.train_runs, self.slopes)
         self.like = None
 
     def _reads_like(self, other: "BehaviourAblation") -> bool:
@@ -206,27 +207,20 @@ class BehaviourAblation:
         """The points over which slopes are averaged; 0: the slope without an edit."""
         return STEPS if self.config.attribution == "integrated" else 0
 
-    @functools.cached_property
-    def slopes(self) -> Any:
-        """Slopes of the answers on the train prompts, which dictionaries of the site share."""
-        return answer_slopes(self.split, self.train_runs)
-
-    def attribute(self, slopes: Any) -> np.ndarray:
-        """Return each feature's attribution on the train prompts, [F], given ``slopes`` of an ablation like this."""
-        attribution_F = attribute_slopes(self.split, self.train_runs, slopes, self.replacement)
-        self.progress.check()
-        return attribution_F
+    def answer_slopes(self) -> Any:
+        """Return slopes of the answers on the train prompts, which dictionaries of the site share."""
+        return answer_slopes(self.split, self.train_runs, self.replacement, self.steps)
 
     def changes(self, features: Sequence[int] | np.ndarray) -> Changes:
         """Return the changes that ablating some features makes on the test prompts."""
         return measure_changes(self.split, self.runs, self.replacement, features)
 
     def _run_clean(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
-        return self.split.run(prompts, counterparts=self.config.replacement == "counterpart")
+        return self.split.run(prompts, self.config.replacement == "counterpart", self._length)
 
-    def mean_attribution(self, runs: Sequence[CleanRun]) -> np.ndarray:
-        """Return each feature's attribution, mean over the prompts of some clean runs, [F]."""
-        attribution_NxF = attribution(self.split, runs, self.replacement, self.steps)
+    def mean_attribution(self, runs: Sequence[CleanRun], slopes: Any = None) -> np.ndarray:
+        """Return each feature's attribution, mean over the prompts of some clean runs, [F], given slopes there."""
+        attribution_NxF = attribution(self.split, runs, self.replacement, self.steps, slopes)
         self.progress.check()
         # float64, because features of nearly equal attribution are ranked.
         return attribution_NxF.mean(axis=0, dtype=np.float64)
@@ -664,7 +658,7 @@ def _measure_list(
     order = leaders(ablation.attribution_F, LONGEST)
     if not order or not dose:
         return []
-    members, fraction = ablation.changes(order).beginning(order, dose)
+    members, fraction = list_to_dose(ablation.changes, order, dose)
     edit = EditDefinition(ablation.behaviour, group, index, members, fraction, site=site)
     return [ablation.table([edit], ablation.norms([edit]))]
 
@@ -679,7 +673,7 @@ def _measure_every(ablation: BehaviourAblation) -> EffectsTable:
 
 def _measure_text(ablation: BehaviourAblation, edit: EditDefinition, text: HeldOutText) -> EffectsTable:
     """Measure an edit, and no edit, on held-out text."""
-    values = text.effects(ablation.split, ablation.edits([edit]))
+    values = dict(ce=text.effects(ablation.split, ablation.edits([edit])))
     ablation.progress.of_call(len(text.documents))(1, 1)
     documents = [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
     return EffectsTable.block([EditDefinition(TEXT, "clean"), edit], documents, values)

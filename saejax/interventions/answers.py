@@ -182,11 +182,12 @@ class CausalVerdict:
 class FeatureEffect:
     """A top feature, ablated alone."""
 
-    feature: int  #: index of the feature
+    feature: int  #: index of the feature, of a joined SAE its index there
     attribution: float  #: estimated effect on the train prompts, logits
     drop: Interval  #: drop of the logit difference on the test prompts
     firing_rate: float  #: share of the editable tokens of the test prompts on which it fires
     mean_activation: float  #: mean activation over the tokens on which it fires
+    site: str = ""  #: site of the joined SAE that it is of; "": it is of the tested dictionary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +205,7 @@ class AblateResults:
     """Effects of ablating a dictionary's features on behaviours."""
 
     dictionary: str  #: name of the dictionary
-    site: str  #: site that is edited: where the dictionary writes to, or reads
+    site: str  #: site that is edited: where the dictionary writes to, or reads; of joined SAEs all sites
     k: int  #: number of top features
     replacement: str  #: value that replaces an ablated feature's activation
     positions: str  #: where features are ablated
@@ -440,7 +441,7 @@ def replication_sentence(counts: Mapping[str, int], dictionaries: int) -> str:
     """
     return (
         f"Of {dictionaries} dictionaries of other seeds, {counts['ablation']} have top features with an effect, "
-        f"{counts['random']} with more than random sets, {counts['placebo']} with one specific to the answer."
+        f"{counts['random']} with more than random lists, {counts['placebo']} with one specific to the answer."
     )
 
 

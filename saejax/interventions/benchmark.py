@@ -29,7 +29,7 @@ from saejax.interventions.ablation import (
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.controls import MIN_FIRING, Changes, choose_pool, control_edits
 from saejax.interventions.edits import ZERO
-from saejax.interventions.references import Reference, References, answer_pairs, attribution_sums, attributions
+from saejax.interventions.references import Reference, References, answer_pairs, attributions
 from saejax.interventions.settings import AblateConfig, StudyConfig
 from saejax.interventions.slopes import leaders
 from saejax.interventions.split_model import SplitModel
@@ -151,20 +151,15 @@ class BenchmarkAblation(BehaviourAblation):
         self.test_references = self._references(self._whole_references)
         # Train items alone choose features; test items judge them.
         self._train_references = self.items.references(self.train)
-        if self.like and self.like.split.point == self.split.point:
-            self.attribution_F = self._references(self._train_references).attribution(self.like.slopes)
-        else:
-            self.attribution_F = self._train_rows_NxF.mean(axis=0, dtype=np.float64)
+        shared = self.like and self.like.split.point == self.split.point
+        self.slopes = self.like.slopes if self.like and shared else self.answer_slopes()
+        #: attribution of each feature for each train reference that chooses features
+        self._train_rows_NxF = self._attributions(self._train_references, slopes_of=self.slopes)[0]
+        self.attribution_F = self._train_rows_NxF.mean(axis=0, dtype=np.float64)
         self.like = None
 
-    @functools.cached_property
-    def _train_rows_NxF(self) -> np.ndarray:
-        """Attribution of each feature for each train reference that chooses features."""
-        return self._attributions(self._train_references)[0]
-
-    @functools.cached_property
-    def slopes(self) -> list[np.ndarray]:
-        """Slopes of the train references' log-likelihoods, which dictionaries of the site share."""
+    def answer_slopes(self) -> list[np.ndarray]:
+        """Return slopes of the train references' log-likelihoods, which dictionaries of the site share."""
         return self._references(self._train_references).slopes()
 
     def changes(self, features: Sequence[int] | np.ndarray) -> Changes:
@@ -180,9 +175,11 @@ class BenchmarkAblation(BehaviourAblation):
     def _references(self, references: Sequence[Reference]) -> References:
         return References(self.split, references, self.batch_tokens, self.progress.check)
 
-    def _attributions(self, references: Sequence[Reference], splits: Sequence[SplitModel] = ()) -> list[np.ndarray]:
-        """Return attributions for each of N references, [N, F], of this dictionary and of those in ``splits``."""
-        return attributions([self.split, *splits], references, self.batch_tokens, self.progress.check)
+    def _attributions(
+        self, references: Sequence[Reference], splits: Sequence[SplitModel] = (), **options: Any
+    ) -> list[np.ndarray]:
+        """Return ``attributions`` of this dictionary and of those in ``splits``, with its options."""
+        return attributions([self.split, *splits], references, self.batch_tokens, self.progress.check, **options)
 
     def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, np.ndarray]:
         """Return the log-likelihood of the reference answers, [1 + E, P]: without an edit, then with each edit."""
@@ -249,8 +246,7 @@ class BenchmarkAblation(BehaviourAblation):
         weight_MxR = np.zeros((len(targets), len(flat)))
         for weight_R, (first_N, second_N) in zip(weight_MxR, targets, strict=True):
             weight_R[first_N], weight_R[second_N] = 1 / len(corrupted), -1 / len(corrupted)
-        splits = [each.split for each in every]
-        sums = attribution_sums(splits, flat, weight_MxR, self.batch_tokens, self.progress.check)
+        sums = self._attributions(flat, [each.split for each in self.sharing], weight_MxN=weight_MxR)
         self.progress.of_call(len(flat))(1, 1)
         for each, mean_MxF in zip(every, sums, strict=True):
             sets = []

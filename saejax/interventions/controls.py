@@ -14,10 +14,12 @@ of a set is the sum of its features'.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.interventions.edits import GATHERED, FeatureEdits, filled_features
 from saejax.interventions.table import TESTED, EditDefinition, EffectsTable
 
 LARGEST_POOL = 4096  # features of which random lists are made: their inner products take 128 MB
@@ -26,6 +28,7 @@ MIN_FIRING = 0.05  # share of the test prompts on which a feature of a random li
 _FACTORS = (0.5, 2.0)  # by which a placebo set may be scaled: further from what is measured it would be another set
 _TOKEN_PAIRS = 4  # placebo pairs that a token is in, at most
 _BLOCK = 256  # features of a list whose doses are computed at first
+_FIRST = 64  # features of a list whose changes are measured at first: most lists of directions are shorter
 _TOLERANCE = 0.1  # relative, within which a control has the dose of T
 _ROUNDING = 1e-6  # relative: doses are sums of many numbers
 
@@ -47,6 +50,18 @@ def shortest_beginning(squares: Iterable[float], dose: float) -> tuple[int, floa
             fraction = min(dose / math.sqrt(square), 1.0)
             return size, fraction, fraction * math.sqrt(square)
     return size, 1.0, math.sqrt(max(square, 0.0))
+
+
+def list_to_dose(
+    changes_of: Callable[[Sequence[int]], "Changes"], order: Sequence[int], dose: float
+) -> tuple[tuple[int, ...], float]:
+    """Return ``Changes.beginning`` of an ordered list, given a function of features that returns their changes."""
+    for count in (_FIRST, len(order)):  # inner products of all would take longer than all else
+        some = order[:count]
+        members, fraction = changes_of(some).beginning(some, dose)
+        if len(members) < len(some) or fraction < 1.0:
+            break
+    return members, fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +99,42 @@ class Changes:
             square_L = np.cumsum(2 * np.tril(product_LxL, -1).sum(axis=1) + np.diagonal(product_LxL))
             yield from square_L[done:].tolist()
             done, count = count, 2 * count
+
+
+class GatheredPrompts(NamedTuple):
+    """P prompts, or texts, whose features can be gathered."""
+
+    index_P: np.ndarray  #: their indices among all prompts
+    editable_PxT: np.ndarray  #: True where features may change
+    #: K features -> by how much ablation lowers their activations, [P or more, T, K], and their directions [K, D]
+    gather: Callable[[np.ndarray], tuple[Any, Any]]
+
+
+def change_norms(parts: Iterable[GatheredPrompts], edits: FeatureEdits, prompts: int) -> np.ndarray:
+    """Return the norm of each edit's change at the site, over all positions of each prompt, float64 [E, N]."""
+    norm_ExN = np.zeros((len(edits), prompts))
+    for index_P, editable_PxT, gather in parts:
+        # In chunks, as activations of all named features at all positions may not fit.
+        for chosen, features_K in edits.chunks():
+            fall_BxTxK, W_dec_KxD = map(np.asarray, gather(features_K))
+            arrays = fall_BxTxK[: len(index_P)], W_dec_KxD, editable_PxT
+            norm_ExN[np.array(chosen)[:, None], index_P] = edits.norms(chosen, features_K, *arrays)
+    return norm_ExN
+
+
+def measure_changes(parts: Iterable[GatheredPrompts], features: Sequence[int] | np.ndarray, prompts: int) -> Changes:
+    """Return the changes that ablating each of some features makes at the site, alone and with each other."""
+    features_K, total = np.unique(np.asarray(features, np.int64)), np.zeros(())
+    for index_P, editable_PxT, gather in parts:
+        falls, rows = [], []
+        for first in range(0, len(features_K), GATHERED):
+            some = features_K[first : first + GATHERED]
+            filled = np.pad(some, (0, filled_features(len(some)) - len(some)), mode="edge")
+            fall_BxTxX, W_dec_XxD = map(np.asarray, gather(filled))
+            falls.append(fall_BxTxX[: len(index_P)][editable_PxT][:, : len(some)].astype(np.float64))
+            rows.append(W_dec_XxD[: len(some)].astype(np.float64))
+        total = total + inner_products(falls, rows)
+    return Changes(features_K, total / prompts)
 
 
 def inner_products(falls: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -128,9 +179,32 @@ def random_lists(
     """
     if not len(pool) or changes.dose(pool.tolist()) < dose:
         return []
+    return [changes.beginning(order, dose) for order in random_orders(pool, count, seed)]
+
+
+def random_orders(pool: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield a pool in ``count`` random orders, drawn by ``seed``, of which the beginnings are random lists."""
     # A generator for each list, so that more lists leave the first ones as they are.
-    orders = (np.random.default_rng([seed, number]).permutation(pool) for number in range(count))
-    return [changes.beginning(order, dose) for order in orders]
+    return (np.random.default_rng([seed, number]).permutation(pool) for number in range(count))
+
+
+def influential_orders(influence_N: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield orders of N items, of which the beginnings are placebo sets where placebo targets are ranked together.
+
+    The half of largest influence, of those with any, comes first in random order, so that the sets differ; the others
+    follow by falling influence, where the half does not reach the dose.
+
+    Args:
+      influence_N: influence of each on the placebo targets.
+      count: number of orders.
+      seed: seed of the draws.
+    """
+    half = max(int((influence_N > 0).sum()) // 2, 1)
+    for number, order_N in enumerate(random_orders(np.arange(len(influence_N)), count, seed)):
+        ranked_N = order_N[np.argsort(-influence_N[order_N], kind="stable")]
+        # Another draw than the one that ordered equal ones.
+        first_N = np.random.default_rng([seed, number, 1]).permutation(ranked_N[:half])
+        yield np.concatenate([first_N, ranked_N[half:]])
 
 
 def scaled_sets(changes: Changes, sets: Sequence[Sequence[int]], dose: float, count: int) -> list[tuple[int, float]]:

@@ -44,7 +44,7 @@ from saejax.errors import UserError
 Amount = float | Sequence[float] | np.ndarray
 Sets = Sequence[Sequence[int] | np.ndarray]
 
-_LEAST_FEATURES = 512  # to which gathered features are filled up: they take no time, another program does
+GATHERED = 1024  # features gathered at once, unless one set has more; fewer are filled up: one width for most programs
 
 WORDS = dict(
     zero="its activation is set to zero",
@@ -71,19 +71,6 @@ class ActivationReplacement:
         seed = np.random.SeedSequence([int(self.seed), number]).generate_state(1)[0]
         return dataclasses.replace(self, seed=np.uint32(seed))
 
-    def changes(self, f_PxTxF: jax.Array, counterpart_PxTxF: jax.Array, domain_PxT: jax.Array) -> jax.Array:
-        """Return where an activation differs from its replacement, bool.
-
-        Args:
-          f_PxTxF: all features of some prompts, 0 where they are not editable.
-          counterpart_PxTxF: those of the prompts' counterparts.
-          domain_PxT: True at editable positions.
-        """
-        if self.kind in ("mean", "counterpart"):
-            replacement = self._means(f_PxTxF) if self.kind == "mean" else counterpart_PxTxF
-            return domain_PxT[:, :, None] & (f_PxTxF != replacement)
-        return f_PxTxF != 0
-
     def removed(
         self,
         f_BxTxK: jax.Array,
@@ -95,9 +82,9 @@ class ActivationReplacement:
         """Return by how much the activations of K features fall, [B, T, K].
 
         Args:
-          f_BxTxK: as for ``changes``, of all prompts of a clean run.
-          counterpart_BxTxK: likewise.
-          domain_BxT: likewise.
+          f_BxTxK: the activations on all prompts of a clean run, 0 where they are not editable.
+          counterpart_BxTxK: those of the prompts' counterparts.
+          domain_BxT: True at editable positions.
           features_K: the features.
           prompts: number of the B rows that are prompts; the others are copies.
         """
@@ -108,10 +95,9 @@ class ActivationReplacement:
         replacement = self._means(f_BxTxK, features_K) if self.kind == "mean" else counterpart_BxTxK
         return jnp.where(domain_BxT[:, :, None], f_BxTxK - replacement, 0.0)  # not at sinks
 
-    def _means(self, f_BxTxK: jax.Array, features_K: jax.Array | None = None) -> jax.Array:
+    def _means(self, f_BxTxK: jax.Array, features_K: jax.Array) -> jax.Array:
         assert self.mean_F is not None
-        mean_K = self.mean_F if features_K is None else self.mean_F[features_K]
-        return mean_K.astype(f_BxTxK.dtype)[None, None, :]
+        return self.mean_F[features_K].astype(f_BxTxK.dtype)[None, None, :]
 
     def _drawn(self, f_BxTxK: jax.Array, features_K: jax.Array, prompts: jax.Array) -> jax.Array:
         """Return where a feature fires its activation at another such position, elsewhere its activation."""
@@ -229,7 +215,7 @@ class FeatureEdits:
             norm_MxP[m] = np.sqrt(np.maximum(square_P, 0.0))
         return norm_MxP
 
-    def chunks(self, most: int) -> Iterator[tuple[list[int], np.ndarray]]:
+    def chunks(self, most: int = GATHERED) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield runs of edits that name at most ``most`` features together, and those features, rising, padded."""
         chosen: list[int] = []
         together: set[int] = set()
@@ -247,7 +233,7 @@ class FeatureEdits:
 
 def filled_features(count: int) -> int:
     """Return how many features are gathered for ``count``: few numbers, so that programs are used again."""
-    return max(2 ** (count - 1).bit_length(), _LEAST_FEATURES)
+    return max(2 ** (count - 1).bit_length(), GATHERED)
 
 
 def mask(

@@ -21,7 +21,7 @@ The rows go through one jitted program in batches of bounded size, sharded over 
 import collections
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,9 +29,10 @@ import numpy as np
 from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError, one_of
-from saejax.interventions.controls import Changes, inner_products
-from saejax.interventions.edits import ActivationReplacement, FeatureEdits, filled_features
-from saejax.interventions.references import Reference, References, is_mask
+from saejax.interventions import controls
+from saejax.interventions.controls import Changes, GatheredPrompts
+from saejax.interventions.edits import ActivationReplacement, FeatureEdits
+from saejax.interventions.references import Reference, References
 from saejax.interventions.rows import (
     CleanValues,
     Prompts,
@@ -40,8 +41,8 @@ from saejax.interventions.rows import (
     batches_of,
     clean_logp,
     edit_value,
-    first_change,
     first_changes,
+    first_falls,
     gather,
     run_rows,
 )
@@ -61,7 +62,6 @@ READOUTS = ("logit_diff", "log_prob", "top1", "kl")
 TEXT_READOUTS = ("answer_log_prob", "ce")
 BATCH_ROWS = 64
 _IN_FLIGHT = 2  # batches on the device while the host waits for an earlier one
-FEATURES = 1024  # features gathered at once, unless one set has more
 
 
 def effects(
@@ -106,8 +106,8 @@ def effects(
         one_of(name, (*READOUTS, "change_norm", *TEXT_READOUTS), "readout")
         if name in TEXT_READOUTS and (positions, error) != ("all", "keep"):
             raise UserError(f"{name} is measured with edits at all positions and the error kept: use the defaults")
-        if name in TEXT_READOUTS and not is_mask(edits):
-            raise UserError(f"{name} is measured where edits scale activations or set them to 0: use mask or scale")
+        if name in TEXT_READOUTS and edits.replacement.kind == "counterpart":
+            raise UserError(f"{name} is measured on whole texts: use another edit than swap, which takes counterparts")
     has_amounts = edits.addends is not None or edits.replacement.kind == "mean"
     if has_amounts and to_output_units(edits.dictionary) is not edits.dictionary:
         raise UserError(
@@ -192,29 +192,31 @@ def run_edits(
     # Behind the edits stand clean runs: from the last token alone and, to see how far they round apart, from all.
     planned = edits.with_clean_rows(1 + snap_rounding)
     clean = len(edits)
-    edited = [EditedRun(run, edits.replacement.of_run(number)) for number, run in enumerate(runs)]
-    plans = [_plan(split, each, planned, clean, batch_rows) for each in edited]
-    batches = [(each.run.index_P, batch) for each, plan in zip(edited, plans, strict=True) for batch in plan]
     names = (split.objective, *READOUTS[1:]) if readouts else (split.objective,)
+    prompts = sum(len(run.index_P) for run in runs)
     # NaN marks rows that are not run, because no readout of a finite run is NaN.
-    values_MxExP = np.full((len(names), len(planned), sum(len(run.index_P) for run in runs)), np.nan)
-    done, total = 0, sum(batch.tokens * len(batch.shards) for _, batch in batches)
+    values_MxExP = np.full((len(names), len(planned), prompts), np.nan)
+    done, total = 0, len(planned) * prompts
     on_progress(0, total)
     started = (
-        array
-        for each, plan in zip(edited, plans, strict=True)
-        for array in (_start(split, each, plan, planned, readouts) if plan else ())
+        item
+        for number, run in enumerate(runs)
+        for item in _start(
+            split, EditedRun(run, edits.replacement.of_run(number)), planned, clean, batch_rows, readouts
+        )
     )
     # Results are fetched some batches later, so that the device has work while the host reads.
-    for (index_Q, batch), device_SxRxM in zip(batches, prefetch(started), strict=True):
+    for index_Q, batch, device_SxRxM in prefetch(started):
         for shard, values_RxM in zip(batch.shards, np.asarray(device_SxRxM), strict=True):
             # Rows that fill a batch are not prompts: what they hold is not looked at.
             values_NxM = values_RxM[: len(shard.set_N)]
             if not np.isfinite(values_NxM).all():
                 raise UserError(not_finite(split.point, f"after an edit at {split.point.site}"))
             values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_NxM.T
-        done += batch.tokens * len(batch.shards)
+            done += len(shard.set_N)
         on_progress(done, total)
+    if done < total:  # the rest are rows that are not run
+        on_progress(total, total)
     clean_MxP = values_MxExP[:, clean]
     if readouts:
         # The divergence from itself, which rounding would leave a little off.
@@ -229,39 +231,31 @@ def run_edits(
     return {name: np.vstack([clean_P, edited_SxP]) for name, clean_P, edited_SxP in pairs}
 
 
+def gathered_prompts(
+    split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement
+) -> Iterator[GatheredPrompts]:
+    """Yield the prompts of clean runs, for ``controls.change_norms`` and ``controls.measure_changes``."""
+    for number, run in enumerate(runs):
+        arrays, count = EditedRun(run, source.of_run(number)).arrays, len(run.index_P)
+
+        def gather_features(features_K: np.ndarray, arrays: Any = arrays, count: int = count) -> Any:
+            return gather(split.point, split.dictionary, *arrays, features_K, count)
+
+        yield GatheredPrompts(run.index_P, np.asarray(run.domain_BxT)[:count], gather_features)
+
+
 def change_norms(split: SplitModel, runs: Sequence[CleanRun], edits: FeatureEdits) -> np.ndarray:
     """Return the norm of the change at the site, over all positions of each prompt, float64 ``[S, P]``."""
-    norm_SxP = np.zeros((len(edits), sum(len(run.index_P) for run in runs)))
-    for number, run in enumerate(runs):
-        edited = EditedRun(run, edits.replacement.of_run(number))
-        count = len(run.index_P)
-        editable_PxT = np.asarray(run.domain_BxT)[:count]
-        # In chunks, as activations of all named features at all positions may not fit.
-        for chosen, features_K in edits.chunks(FEATURES):
-            fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *edited.arrays, features_K, count)
-            arrays = np.asarray(fall_BxTxK)[:count], np.asarray(W_dec_KxD), editable_PxT
-            norm_SxP[np.array(chosen)[:, None], run.index_P] = edits.norms(chosen, features_K, *arrays)
-    return norm_SxP
+    prompts = sum(len(run.index_P) for run in runs)
+    return controls.change_norms(gathered_prompts(split, runs, edits.replacement), edits, prompts)
 
 
 def measure_changes(
     split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement, features: Sequence[int] | np.ndarray
 ) -> Changes:
     """Return the changes that ablating each of some features makes at the site, alone and with each other."""
-    features_K, total, prompts = np.unique(np.asarray(features, np.int64)), np.zeros(()), 0
-    for number, run in enumerate(runs):
-        count = len(run.index_P)
-        arrays = EditedRun(run, source.of_run(number)).arrays
-        falls, rows = [], []
-        for first in range(0, len(features_K), FEATURES):
-            some = features_K[first : first + FEATURES]
-            filled = np.pad(some, (0, filled_features(len(some)) - len(some)), mode="edge")
-            fall_BxTxX, W_dec_XxD = gather(split.point, split.dictionary, *arrays, filled, count)
-            falls.append(np.asarray(fall_BxTxX, np.float64)[:count, :, : len(some)].reshape(-1, len(some)))
-            rows.append(np.asarray(W_dec_XxD, np.float64)[: len(some)])
-        total = total + inner_products(falls, rows)
-        prompts += count
-    return Changes(features_K, total / prompts)
+    prompts = sum(len(run.index_P) for run in runs)
+    return controls.measure_changes(gathered_prompts(split, runs, source), features, prompts)
 
 
 def rank_logits(
@@ -344,42 +338,40 @@ class EditedRun(NamedTuple):
         return Prompts(self.run.last_B[: len(prefix_PxT)], prefix_PxT)
 
 
-def _plan(split: SplitModel, edited: EditedRun, edits: FeatureEdits, clean: int, batch_rows: int) -> list[RowBatch]:
-    """Plan the rows of some edits; the empty one at ``clean`` runs on the last token, those behind it on all tokens."""
-    prompts, domain_BxT = edited.prompts, np.asarray(edited.run.domain_BxT)
-    count, length = prompts.prefix_PxT.shape
-    first_BxF = np.asarray(first_change(split.point, split.dictionary, *edited.arrays))
-    first_SxP = first_changes(first_BxF[:count], edits, domain_BxT[:count])
-    # Logits are read at the last few positions, so rows that are run hold these.
-    latest_P = prompts.last_P - (split.point.positions - 1)
-    first_SxP = np.where(first_SxP <= prompts.last_P, np.minimum(first_SxP, latest_P), first_SxP)
-    first_SxP[clean], first_SxP[clean + 1 :] = latest_P, 0
-    return batches_of(first_SxP, prompts, edits, batch_rows * length, FEATURES, document_devices(split.point.mesh))
-
-
 def _start(
-    split: SplitModel, edited: EditedRun, batches: Sequence[RowBatch], edits: FeatureEdits, readouts: bool
-) -> Iterator[jax.Array]:
-    """Start the program on every batch of one clean run; yield the readouts of each."""
-    run, prompts = edited.run, edited.prompts
+    split: SplitModel, edited: EditedRun, edits: FeatureEdits, clean: int, batch_rows: int, readouts: bool
+) -> Iterator[tuple[np.ndarray, RowBatch, jax.Array]]:
+    """Start the program on the batches of one clean run; yield the prompts' indices, the batch and its readouts.
+
+    The empty edit at ``clean`` is run on the last token, those behind it on all tokens.
+    """
+    run, prompts, point = edited.run, edited.prompts, split.point
+    count, length = prompts.prefix_PxT.shape
     end, past = split.past(run)
-    logp_BxV = clean_logp(split.point, split.params, end) if readouts else None
+    logp_BxV = clean_logp(point, split.params, end) if readouts else None
     # Only addends need it: ablation changes nothing where activations are 0 already.
     editable_BxT = None if edits.addends is None else run.domain_BxT
-    features_K = None
-    for batch in batches:
-        # Batches of the same features come one after the other and share what is gathered for them.
-        if features_K is not batch.features_K:
-            features_K = batch.features_K
-            count = len(run.index_P)
-            fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *edited.arrays, features_K, count)
-            changes = fall_BxTxK, W_dec_KxD, past, logp_BxV, editable_BxT
-            clean = CleanValues(run.stream_BxTxD, run.value_BxTxD, *changes)
-        tree, end_SxC, *amounts = batch.filled(prompts, edits, split.point.positions)
-        placed = SharedPrefixBatch(*split.by_row(*tree))
-        end_SxC, answers_SxRx2 = split.by_row(end_SxC, run.answers_Bx2[tree.prompt_SxR])
-        amounts = [array if array is None else split.by_row(array)[0] for array in amounts]
-        yield run_rows(split.point, split.params, clean, placed, end_SxC, answers_SxRx2, *amounts)
+    domain_PxT = np.asarray(run.domain_BxT)[:count]
+    # Logits are read at the last few positions, so rows that are run hold these.
+    latest_P = prompts.last_P - (point.positions - 1)
+    for chosen, features_K in edits.chunks():
+        fall_BxTxK, W_dec_KxD = gather(point, split.dictionary, *edited.arrays, features_K, count)
+        first_PxK = np.asarray(first_falls(point, fall_BxTxK))[:count]
+        first_MxP = first_changes(first_PxK, features_K, edits, chosen, domain_PxT)
+        first_MxP = np.where(first_MxP <= prompts.last_P, np.minimum(first_MxP, latest_P), first_MxP)
+        for first_P, number in zip(first_MxP, chosen, strict=True):
+            if number >= clean:
+                first_P[:] = latest_P if number == clean else 0
+        changes = fall_BxTxK, W_dec_KxD, past, logp_BxV, editable_BxT
+        values = CleanValues(run.stream_BxTxD, run.value_BxTxD, *changes)
+        shards = document_devices(point.mesh)
+        for batch in batches_of(first_MxP, prompts, chosen, features_K, batch_rows * length, shards):
+            tree, end_SxC, *amounts = batch.filled(prompts, edits, point.positions)
+            placed = SharedPrefixBatch(*split.by_row(*tree))
+            end_SxC, answers_SxRx2 = split.by_row(end_SxC, run.answers_Bx2[tree.prompt_SxR])
+            amounts = [array if array is None else split.by_row(array)[0] for array in amounts]
+            readout_SxRxM = run_rows(point, split.params, values, placed, end_SxC, answers_SxRx2, *amounts)
+            yield run.index_P, batch, readout_SxRxM
 
 
 def prefetch(items: Iterable) -> Iterator:

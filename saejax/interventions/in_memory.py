@@ -104,7 +104,7 @@ def ablate(
         (``saejax.interventions.several_sites``); there are no simpler bases and no question 6.
       prompts: "train" prompts choose features, "test" prompts judge them.
       features: which to ablate, of one behaviour. None: the first ``top`` by attribution on the train prompts.
-      documents: held-out texts, on which cross-entropy and KL divergence are measured.
+      documents: held-out texts, on which cross-entropy is measured.
       repeats: dictionaries of other seeds, by name, tested in the same way.
       readout: what is measured in place of the logit difference: a pure JAX function of the logits of the next token
         after B prompts, fp32 ``[B, V]``, that returns a number for each, ``[B]``. It should be large where the model

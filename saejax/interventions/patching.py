@@ -388,7 +388,7 @@ class Interchange:
 
     prompts: int  #: number of these pairs
     top: Interval  #: with the top features, 95 % Wilson interval
-    random: float | None  #: mean over random sets of as many features, at their own doses; None without any
+    random: float | None  #: mean over random lists of the dose of the top features; None without any
     site: Interval  #: with the whole site at all positions, the ceiling of its parts
 
 

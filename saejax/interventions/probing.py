@@ -18,11 +18,12 @@ Controls of each probe:
 - a permutation test on the test labels.
 
 A probe reads what is there, and the model need not use it. So the features that a sparse probe selects are ablated one
-by one on test prompts, and compared with features matched in firing rate.
+by one on test prompts, each compared with random lists of features to its dose (``saejax.interventions.controls``).
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,8 +36,9 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import activity
 from saejax.interventions.answers import mean_interval
-from saejax.interventions.edits import mask
-from saejax.interventions.engine import run_edits
+from saejax.interventions.controls import MIN_FIRING, Changes, choose_pool, random_lists
+from saejax.interventions.edits import ZERO, mask
+from saejax.interventions.engine import measure_changes, run_edits
 from saejax.interventions.references import Reference, References
 from saejax.interventions.settings import ProbeConfig
 from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, in_order, of_features
@@ -57,7 +59,7 @@ _FOLDS = 5  # a class with as many train prompts has one of them in each
 _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
 ABLATED = 10  # features of a probe that are ablated, at most
 _RESAMPLES = 10_000  # of test prompts, for effects of ablated features
-_CONTROLS = 2  # matched features of each ablated one
+_CONTROLS = 5  # random lists to the dose of each ablated feature
 LEAST_PROMPTS = 6  # test prompts of a class, and of an effect: fewer all agree by chance in more than 5 % of cases
 
 
@@ -293,35 +295,37 @@ def paired_difference(right_M: np.ndarray, baseline_M: np.ndarray, seed: int) ->
 
 
 class FeatureAblation(NamedTuple):
-    """Test prompts on which features are ablated one by one."""
+    """Test prompts on which sets of features are ablated."""
 
     readout: str  #: the readout whose fall is measured
     fires_F: np.ndarray  #: number of prompts on which each feature fires
     templates: Sequence[str]  #: template of each of the P prompts
-    #: takes S features, returns the fall of the readout without each, float64 [S, P].
-    measure_drop: Callable[[Sequence[int]], np.ndarray]
+    changes: Callable[[Sequence[int]], Changes]  #: features -> the changes that ablating them makes
+    #: takes S sets and the fraction of each, returns the fall of the readout without each, float64 [S, P].
+    measure_drop: Callable[[Sequence[Sequence[int]], Sequence[float]], np.ndarray]
 
 
 def ablation_on_prompts(split: SplitModel, prompts: Sequence[Prompt]) -> FeatureAblation:
     """Return the ablation of features on prompts with two answers; the readout is the logit difference."""
     runs, templates = split.run(prompts), [prompt.template for prompt in prompts]
 
-    def measure_drop(features: Sequence[int]) -> np.ndarray:
-        diff_ExP = run_edits(split, runs, mask(split.dictionary, [[feature] for feature in features]))["logit_diff"]
+    def measure_drop(sets: Sequence[Sequence[int]], fractions: Sequence[float]) -> np.ndarray:
+        diff_ExP = run_edits(split, runs, mask(split.dictionary, sets, fractions))["logit_diff"]
         return diff_ExP[0] - diff_ExP[1:]
 
-    return FeatureAblation(LOGIT_DIFFERENCE, activity.statistics(split, runs).prompts_F, templates, measure_drop)
+    changes, fires_F = functools.partial(measure_changes, split, runs, ZERO), activity.statistics(split, runs).prompts_F
+    return FeatureAblation(LOGIT_DIFFERENCE, fires_F, templates, changes, measure_drop)
 
 
 def ablation_on_references(split: SplitModel, references: Sequence[Reference]) -> FeatureAblation:
     """Return the ablation of features on reference answers; the readout is their log-likelihood, in nats."""
     answers, templates = References(split, references, GROUP_TOKENS), [""] * len(references)
 
-    def measure_drop(features: Sequence[int]) -> np.ndarray:
-        value_ExN = answers.log_likelihoods(mask(split.dictionary, [[feature] for feature in features]))
+    def measure_drop(sets: Sequence[Sequence[int]], fractions: Sequence[float]) -> np.ndarray:
+        value_ExN = answers.log_likelihoods(mask(split.dictionary, sets, fractions))
         return value_ExN[0] - value_ExN[1:]
 
-    return FeatureAblation(LOG_LIKELIHOOD, answers.statistics().prompts_F, templates, measure_drop)
+    return FeatureAblation(LOG_LIKELIHOOD, answers.statistics().prompts_F, templates, answers.changes, measure_drop)
 
 
 def _control_task(task: ProbeTask, k: int, name: str, rng: np.random.Generator) -> ProbeTask:
@@ -375,6 +379,7 @@ class SelectedFeature:
     drop: Interval  #: fall of the readout, logits or nats, 95 % bootstrap interval over prompts within templates
     p_value: float  #: two-sided, of no effect
     p_holm: float  #: corrected by Holm's method over all ablated features of the run
+    controls: tuple[float, ...]  #: mean fall of the readout for each random list of features to its dose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,7 +388,6 @@ class SelectedFeatures:
 
     readout: str  #: the readout whose fall is measured: logit difference, or log-likelihood of the reference answer
     features: tuple[SelectedFeature, ...]  #: in the order of the probe
-    matched: tuple[float, ...]  #: mean fall of the readout for each feature matched in firing rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -499,7 +503,7 @@ def ablation_of(split: SplitModel, labelled: Labelled) -> FeatureAblation | None
 def ablate_selected(
     config: ProbeConfig, fits: Sequence[ProbeFit], ablation: Callable[[], FeatureAblation | None]
 ) -> SelectedFeatures | None:
-    """Ablate the features of the largest sparse probe that sees at most ``ABLATED``, and matched ones.
+    """Ablate the features of the largest sparse probe that sees at most ``ABLATED``, and random lists to their doses.
 
     Nothing is ablated on fewer than ``LEAST_PROMPTS`` prompts: on two, noise seems to have an effect.
     """
@@ -508,16 +512,19 @@ def ablate_selected(
     if tests is None or len(tests.templates) < LEAST_PROMPTS:
         return None
     features = list(sparse[-1].inputs or ())
-    # Matched on the prompts of the ablation: what fires on few of them can change few.
-    matched = match_firing_rates(tests.fires_F, _CONTROLS * features, np.random.default_rng(config.seed))
-    drop_SxP = tests.measure_drop([*features, *matched.tolist()])
+    pool = choose_pool(tests.fires_F, len(tests.templates), features, MIN_FIRING, config.seed)
+    changes = tests.changes([*features, *pool.tolist()])
+    doses = [changes.dose([feature]) for feature in features]
+    lists_of = [random_lists(changes, pool, dose, _CONTROLS, config.seed) if dose else [] for dose in doses]
+    every = [*(((feature,), 1.0) for feature in features), *itertools.chain(*lists_of)]
+    drop_SxP = tests.measure_drop(*zip(*every, strict=True))
     weight_RxP = resampling_weights(tests.templates, _RESAMPLES, config.seed)
+    controls = iter(drop_SxP[len(features) :].mean(axis=1).tolist())
     selected = []
-    for feature, drop_P in zip(features, drop_SxP, strict=False):
-        p_value = two_sided_p(weight_RxP @ drop_P)
-        selected.append(SelectedFeature(feature, mean_interval(drop_P, weight_RxP), p_value, p_value))
-    matched_drops = tuple(drop_SxP[len(features) :].mean(axis=1).tolist())
-    return SelectedFeatures(tests.readout, tuple(selected), matched_drops)
+    for feature, drop_P, lists in zip(features, drop_SxP, lists_of, strict=False):
+        p_value, own = two_sided_p(weight_RxP @ drop_P), tuple(itertools.islice(controls, len(lists)))
+        selected.append(SelectedFeature(feature, mean_interval(drop_P, weight_RxP), p_value, p_value, own))
+    return SelectedFeatures(tests.readout, tuple(selected))
 
 
 def correct(labels: Sequence[ProbedLabel]) -> tuple[ProbedLabel, ...]:

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.activity import FeatureStatistics, count_firings
-from saejax.interventions.controls import Changes, inner_products
-from saejax.interventions.edits import ZERO, FeatureEdits, filled_features
+from saejax.interventions.controls import Changes, GatheredPrompts, change_norms, measure_changes
+from saejax.interventions.edits import ZERO, ActivationReplacement, FeatureEdits
 from saejax.interventions.rows import edit_value, gather
 from saejax.interventions.slopes import weighted
 from saejax.interventions.split_model import SplitModel, active_features, run_head
@@ -36,7 +37,6 @@ from saejax.parallel.mesh import document_devices, sharding
 from saejax.progress import OnProgress, silent
 from saejax.tasks.likelihood import align, token_scores
 
-FEATURES = 512  # features gathered at once, unless one set has more
 _PROGRAM = 4096  # tokens that run in the time in which programs of another shape are compiled, roughly
 _NOT_RUN = 1.0  # where an edit changes nothing: no log-likelihood is above 0
 
@@ -129,71 +129,52 @@ class References:
 
     def change_norms(self, edits: FeatureEdits) -> np.ndarray:
         """Return the norm of each edit's change at the site, over all positions, float64 [E, N]."""
-        _check_masks(edits)
-        norm_ExN = np.zeros((len(edits), len(self._references)))
-        for places_Q, batch in self.batches():
-            count = len(places_Q)
-            for chosen, features_K in edits.chunks(FEATURES):
-                f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
-                arrays = np.asarray(f_BxTxK)[:count], np.asarray(W_dec_KxD), np.asarray(batch.domain_BxT)[:count]
-                norm_ExN[np.array(chosen)[:, None], places_Q] = edits.norms(chosen, features_K, *arrays)
-        return norm_ExN
+        return change_norms(self._parts(edits.replacement), edits, len(self._references))
 
     def changes(self, features: Sequence[int] | np.ndarray) -> Changes:
         """Return the changes that setting each of some features to zero makes, alone and with each other."""
-        features_K, total = np.unique(np.asarray(features, np.int64)), np.zeros(())
-        for places_Q, batch in self.batches():
-            domain_BxT = np.array(batch.domain_BxT)
-            domain_BxT[len(places_Q) :] = False  # copies
-            falls, rows = [], []
-            for first in range(0, len(features_K), FEATURES):
-                some = features_K[first : first + FEATURES]
-                filled = np.pad(some, (0, filled_features(len(some)) - len(some)), mode="edge")
-                f_BxTxX, W_dec_XxD = self._gather(batch, filled)
-                falls.append(np.asarray(f_BxTxX)[domain_BxT][:, : len(some)].astype(np.float64))
-                rows.append(np.asarray(W_dec_XxD, np.float64)[: len(some)])
-            total = total + inner_products(falls, rows)
-        return Changes(features_K, total / len(self._references))
+        return measure_changes(self._parts(ZERO), features, len(self._references))
+
+    def _parts(self, source: ActivationReplacement) -> Iterator[GatheredPrompts]:
+        for number, (places_Q, batch) in enumerate(self.batches()):
+            gather_features = functools.partial(self._gather, batch, source=source.of_run(number))
+            yield GatheredPrompts(places_Q, np.asarray(batch.domain_BxT)[: len(places_Q)], gather_features)
 
     def slopes(self) -> list[np.ndarray]:
         """Return the slope of each reference's log-likelihood at the site, [B, T, D] for each batch."""
         point = _keeping_little(self._split.point)
         return [np.asarray(_answer_slopes(point, self._split.params, batch)) for _, batch in self.batches()]
 
-    def attribution(self, slopes_of: Sequence[np.ndarray]) -> np.ndarray:
-        """Return each feature's attribution, mean over references, [F], given slopes that dictionaries share."""
-        point, dictionary, total = self._split.point, self._split.dictionary, np.zeros(())
-        for (places_Q, batch), slope_BxTxD in zip(self.batches(), slopes_of, strict=True):
-            rows_BxF = np.asarray(_attribute(point, dictionary, batch, slope_BxTxD), np.float64)
-            total = total + rows_BxF[: len(places_Q)].sum(axis=0)
-        return total / len(self._references)
-
-    def _gather(self, batch: ReferenceBatch, features_K: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Return activations [B, T, K] of some features on a batch, 0 where not editable, and directions [K, D]."""
+    def _gather(
+        self, batch: ReferenceBatch, features_K: np.ndarray, source: ActivationReplacement = ZERO
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return by how much activations of some features on a batch fall, [B, T, K], and their directions [K, D]."""
         arrays = [batch.read_BxTxD, batch.domain_BxT]
-        return gather(self._split.point, self._split.dictionary, ZERO, arrays, features_K, len(batch.domain_BxT))
+        if source.kind == "counterpart":  # texts have none: there a swapped feature is taken away
+            source = ZERO
+        return gather(self._split.point, self._split.dictionary, source, arrays, features_K, len(batch.domain_BxT))
 
     def log_likelihoods(self, edits: FeatureEdits, on_progress: OnProgress = silent) -> np.ndarray:
         """Return the log-likelihood of each reference without an edit, then with each edit, in nats, [1 + E, N].
 
         Args:
-          edits: masks of features, which are set to zero.
+          edits: edits of features, at all positions.
           on_progress: called with the rows done and in total; may raise to stop.
 
         Raises:
           UserError: a log-likelihood is not finite.
         """
-        _check_masks(edits)
         edits = edits.with_clean_rows(1)  # the last edit changes nothing
         value_ExN, done = np.full((len(edits), len(self._references)), np.nan), 0
-        for places_Q, batch in self.batches():
-            for chosen, features_K in edits.chunks(FEATURES):
+        for number, (places_Q, batch) in enumerate(self.batches()):
+            of_batch = dataclasses.replace(edits, replacement=edits.replacement.of_run(number))
+            for chosen, features_K in edits.chunks():
                 size = len(chosen) * len(places_Q)
 
                 def on_share(share: float, done: int = done, size: int = size) -> None:
                     on_progress(done + int(share * size), value_ExN.size)
 
-                value_MxQ = self._run(batch, len(places_Q), edits, chosen, features_K, on_share)
+                value_MxQ = self._run(batch, len(places_Q), of_batch, chosen, features_K, on_share)
                 value_ExN[np.array(chosen)[:, None], places_Q] = value_MxQ
                 done += size
         if not np.isfinite(value_ExN).all():
@@ -218,12 +199,14 @@ class References:
         ``on_share`` is called with the share of the work that is done; it may raise to stop.
         """
         split, rows = self._split, len(batch.domain_BxT)
-        f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
-        fires_NxK = np.asarray((f_BxTxK != 0).any(axis=1))[:count]
-        fraction_MxK, _ = edits.over(chosen, features_K)
-        # An edit of features that are silent on a reference is not run there.
-        runs_MxN = (fraction_MxK != 0).astype(np.float32) @ fires_NxK.T.astype(np.float32) > 0
+        fall_BxTxK, W_dec_KxD = self._gather(batch, features_K, edits.replacement)
+        falls_NxK = np.asarray((fall_BxTxK != 0).any(axis=1))[:count]
+        fraction_MxK, addend_MxK = edits.over(chosen, features_K)
+        # An edit that lowers nothing on a reference, and adds nothing, is not run there.
+        runs_MxN = (fraction_MxK != 0).astype(np.float32) @ falls_NxK.T.astype(np.float32) > 0
         runs_MxN |= np.array([not len(edits.sets[e]) for e in chosen])[:, None]
+        if addend_MxK is not None:
+            runs_MxN |= addend_MxK.any(axis=1, keepdims=True)
         value_MxN = np.full(runs_MxN.shape, _NOT_RUN, np.float32)
         edit_R, place_R = np.nonzero(runs_MxN)
         for first in range(0, len(edit_R), rows):
@@ -231,7 +214,8 @@ class References:
             part = slice(first, first + rows)
             # Filled up with copies to the batch's rows: one program for all parts.
             some_B, which_B = np.resize(place_R[part], rows), np.resize(edit_R[part], rows)
-            total_B = _run_answers(split.point, split.params, batch, f_BxTxK, W_dec_KxD, some_B, fraction_MxK[which_B])
+            amounts = fraction_MxK[which_B], None if addend_MxK is None else addend_MxK[which_B]
+            total_B = _run_answers(split.point, split.params, batch, fall_BxTxK, W_dec_KxD, some_B, *amounts)
             value_MxN[edit_R[part], place_R[part]] = np.asarray(total_B)[: len(edit_R[part])]
         return value_MxN
 
@@ -257,12 +241,12 @@ class References:
         real_BxT = kept_Bx1 & (np.arange(tokens.ids_BxT.shape[1])[None, :] <= tokens.last_B[:, None])
         ids_BxT, last_B, wanted_BxT = split.by_row(tokens.ids_BxT, tokens.last_B, real_BxT)
         stream, value, read, domain, finite_B = run_head(
-            split.point, "keep", split.params, split.dictionary, ids_BxT, last_B, wanted_BxT
+            split.point, split.error, split.params, split.dictionary, ids_BxT, last_B, wanted_BxT
         )
         if not np.asarray(finite_B).all():
             raise UserError(
-                f"the value of {split.point.site} is not finite on a benchmark's items: the model's weights hold "
-                "NaN or it overflows; try --model.dtype=float32 or another model"
+                f"the value of {split.point.site} is not finite on some of the texts: the model's weights hold NaN "
+                "or it overflows; try --model.dtype=float32 or another model"
             )
         length_Bx1 = np.array([len(reference.answer) for reference in filled])[:, None]
         is_answer_BxC = np.arange(positions_BxC.shape[1])[None, :] < length_Bx1
@@ -276,8 +260,11 @@ def attributions(
     references: Sequence[Reference],
     batch_tokens: int,
     check_stop: Callable[[], None] = lambda: None,
+    *,
+    weight_MxN: np.ndarray | None = None,
+    slopes_of: Sequence[np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """Return each feature's attribution for each reference, float32 [N, F] in nats, of each dictionary.
+    """Return each feature's attribution for each of N references, in nats, or sums of these, of each dictionary.
 
     The slopes, which take nearly all of the time, are computed once for all dictionaries of a site.
 
@@ -286,57 +273,26 @@ def attributions(
       references: N references, at least one.
       batch_tokens: tokens per batch, padding included.
       check_stop: called before each batch; may raise to stop.
+      weight_MxN: weight of each reference in each sum. There may be thousands of references, of which sums alone fit
+        into memory.
+      slopes_of: ``References.slopes`` of the same references, if they were computed before.
+
+    Returns:
+      Float32 arrays ``[N, F]``; with weights float64 ``[M, F]``.
 
     Raises:
       UserError: an attribution is not finite.
     """
-    rows_of = [np.zeros((len(references), split.dictionary.config.n_features), np.float32) for split in splits]
-    for place, places_Q, rows_QxF in _attribution_batches(splits, references, batch_tokens, check_stop):
-        rows_of[place][places_Q] = rows_QxF
-    return rows_of
-
-
-def attribution_sums(
-    splits: Sequence[SplitModel],
-    references: Sequence[Reference],
-    weight_MxN: np.ndarray,
-    batch_tokens: int,
-    check_stop: Callable[[], None] = lambda: None,
-) -> list[np.ndarray]:
-    """Return weighted sums of each feature's attributions over references, float64 [M, F], of each dictionary.
-
-    The attributions for the references themselves, [N, F], are never held: there may be thousands of references.
-
-    Args:
-      splits: as of ``attributions``.
-      references: N references, at least one.
-      weight_MxN: weight of each reference in each sum.
-      batch_tokens: tokens per batch, padding included.
-      check_stop: called before each batch; may raise to stop.
-
-    Raises:
-      UserError: an attribution is not finite.
-    """
-    sums = [np.zeros((len(weight_MxN), split.dictionary.config.n_features)) for split in splits]
-    for place, places_Q, rows_QxF in _attribution_batches(splits, references, batch_tokens, check_stop):
-        sums[place] += weight_MxN[:, places_Q] @ rows_QxF.astype(np.float64)
-    return sums
-
-
-def _attribution_batches(
-    splits: Sequence[SplitModel],
-    references: Sequence[Reference],
-    batch_tokens: int,
-    check_stop: Callable[[], None],
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield a dictionary's index, the indices of some references, and their attributions, [Q, F]."""
+    count, dtype = (len(references), np.float32) if weight_MxN is None else (len(weight_MxN), np.float64)
+    totals = [np.zeros((count, split.dictionary.config.n_features), dtype) for split in splits]
     for point in dict.fromkeys(split.point for split in splits):
         # The backward pass takes nearly all of the time and does not depend on the dictionary.
         group = [place for place, split in enumerate(splits) if split.point == point]
-        first = splits[group[0]]
-        keeping_little = _keeping_little(point)
-        for places_Q, batch in References(first, references, batch_tokens, check_stop).batches():
-            slope_BxTxD = _answer_slopes(keeping_little, first.params, batch)
+        first, keeping_little = splits[group[0]], _keeping_little(point)
+        batches = References(first, references, batch_tokens, check_stop).batches()
+        for number, (places_Q, batch) in enumerate(batches):
+            given = slopes_of[number] if slopes_of else None
+            slope_BxTxD = _answer_slopes(keeping_little, first.params, batch) if given is None else given
             for place in group:
                 rows_BxF = np.asarray(_attribute(point, splits[place].dictionary, batch, slope_BxTxD))
                 rows_QxF = rows_BxF[: len(places_Q)]
@@ -346,7 +302,11 @@ def _attribution_batches(
                         "the dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary "
                         "again"
                     )
-                yield place, places_Q, rows_QxF
+                if weight_MxN is None:
+                    totals[place][places_Q] = rows_QxF
+                else:
+                    totals[place] += weight_MxN[:, places_Q] @ rows_QxF.astype(np.float64)
+    return totals
 
 
 def _keeping_little(point: SplitPoint) -> SplitPoint:
@@ -377,16 +337,6 @@ def answer_pairs(sizes: Sequence[int], count: int, seed: int) -> list[tuple[np.n
         if len(targets) == count:
             break
     return list(targets.values())
-
-
-def is_mask(edits: FeatureEdits) -> bool:
-    """Return whether edits do nothing but scale activations, to zero or by another factor."""
-    return edits.replacement.kind == "zero" and edits.addends is None
-
-
-def _check_masks(edits: FeatureEdits) -> None:
-    if not is_mask(edits):
-        raise ValueError("whole answers are measured under masks that set features to zero")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -420,15 +370,20 @@ def _run_answers(
     point: SplitPoint,
     params: decoder.Params,
     batch: ReferenceBatch,
-    f_BxTxK: jax.Array,
+    fall_BxTxK: jax.Array,
     W_dec_KxD: jax.Array,
     some_R: jax.Array,
     fraction_RxK: jax.Array,
+    addend_RxK: jax.Array | None,
 ) -> jax.Array:
-    """Return the log-likelihood of R rows [R]: some references of a batch, each with fractions of features ablated."""
+    """Return the log-likelihood of R rows [R]: some references of a batch, each with amounts of an edit."""
     # Rows are gathered on the device: the batch stays there for all edits.
     rows = ReferenceBatch(*(array[some_R] for array in batch))
-    edited_RxTxD = edit_value(rows.value_BxTxD, f_BxTxK[some_R], W_dec_KxD, fraction_RxK[:, None, :])
+    addend_RxTxK = None
+    if addend_RxK is not None:
+        addend_RxTxK = jnp.where(rows.domain_BxT[..., None], addend_RxK[:, None, :], 0.0)
+    fall_RxTxK = fall_BxTxK[some_R]
+    edited_RxTxD = edit_value(rows.value_BxTxD, fall_RxTxK, W_dec_KxD, fraction_RxK[:, None, :], addend_RxTxK)
     x_RxTxD = point.run_suffix(params, rows.stream_BxTxD, edited_RxTxD)
     logp_RxC, _ = token_scores(point.config, params, x_RxTxD, rows.positions_BxC, rows.targets_BxC)
     return jax.lax.with_sharding_constraint((rows.weight_BxC * logp_RxC).sum(axis=1), sharding(point.mesh))

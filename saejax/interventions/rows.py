@@ -23,13 +23,14 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.interventions.edits import ActivationReplacement, FeatureEdits
-from saejax.interventions.split_model import active_features, of_features
+from saejax.interventions.split_model import SHORT, of_features
 from saejax.models import decoder
 from saejax.models.lengths import bucket_lengths
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.mesh import row_sharding, sharding
 
-_STEP = 8  # rows and tokens are filled up to a multiple of this
+_STEP = 8  # tokens are filled up to a multiple of this
+_ROWS = 32  # rows of a shard, at least
 _SHARES = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
 _PROGRAM = 16384  # tokens whose attention runs in the time in which a program of another shape is compiled, roughly
 
@@ -122,60 +123,69 @@ def all_different(prefix_PxT: np.ndarray) -> np.ndarray:
     return np.arange(prefix_PxT.size).reshape(prefix_PxT.shape)
 
 
-def first_changes(first_PxF: np.ndarray, edits: FeatureEdits, editable_PxT: np.ndarray) -> np.ndarray:
-    """Return the first position at which each edit changes a prompt, [S, P]; at least the prompt's length if nowhere.
+def first_changes(
+    first_PxK: np.ndarray, features_K: np.ndarray, edits: FeatureEdits, chosen: Sequence[int], editable_PxT: np.ndarray
+) -> np.ndarray:
+    """Return the first position at which some edits change a prompt, [M, P]; at least the prompt's length if nowhere.
 
     Args:
-      first_PxF: the first position that ablating each feature changes.
-      edits: S edits.
+      first_PxK: from ``first_falls``.
+      features_K: the features, rising, among them all that the edits name.
+      edits: all edits.
+      chosen: the M edits.
       editable_PxT: where features may change.
     """
-    nowhere = np.iinfo(first_PxF.dtype).max
-    first_SxP = np.full((len(edits.sets), len(first_PxF)), nowhere, np.int64)
-    for s, (first_P, members) in enumerate(zip(first_SxP, edits.sets, strict=True)):
-        changed = members[edits.fractions[s] != 0]
+    nowhere = np.iinfo(first_PxK.dtype).max
+    first_MxP = np.full((len(chosen), len(first_PxK)), nowhere, np.int64)
+    for first_P, e in zip(first_MxP, chosen, strict=True):
+        changed = edits.sets[e][edits.fractions[e] != 0]
         if len(changed):
-            first_P[:] = first_PxF[:, changed].min(axis=1)
-        if edits.addends is not None and np.any(edits.addends[s]):
+            first_P[:] = first_PxK[:, np.searchsorted(features_K, changed)].min(axis=1)
+        if edits.addends is not None and np.any(edits.addends[e]):
             editable_P = np.where(editable_PxT.any(axis=1), editable_PxT.argmax(axis=1), nowhere)
             first_P[:] = np.minimum(first_P, editable_P)
-    return first_SxP
+    return first_MxP
 
 
 def batches_of(
-    first_SxP: np.ndarray, prompts: Prompts, edits: FeatureEdits, most: int, features: int, shards: int = 1
+    first_MxP: np.ndarray,
+    prompts: Prompts,
+    chosen: Sequence[int],
+    features_K: np.ndarray,
+    most: int,
+    shards: int = 1,
 ) -> list[RowBatch]:
-    """Return the rows that have any tokens, in batches of few shapes, the longest first.
+    """Return the rows of some edits that have any tokens, in batches of few shapes, the longest first.
 
     Args:
-      first_SxP: the first position of each row.
+      first_MxP: the first position of each row.
       prompts: P of them.
-      edits: S edits.
+      chosen: the M edits, by their numbers.
+      features_K: the features that these edits name.
       most: tokens of a batch, but for those of one row in each shard.
-      features: maximum number of features in a batch's sets together, unless one set alone has more.
       shards: number of shards of each batch.
     """
     batches = []
     # Prompts that begin alike come after each other, and so share tokens within a batch.
     place_P = prompts.in_order()
-    for chosen, features_K in edits.chunks(features):
-        number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
-        set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
-        rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])
-        length_N = prompts.last_P[place_N] + 1 - rows.first_N
-        # Another shape is worth its compilation only if it saves more padding than that takes.
-        lengths = bucket_lengths(np.bincount(length_N), _PROGRAM)
-        shape_N = np.searchsorted(lengths, length_N)
-        for shape in range(len(lengths) - 1, -1, -1):
-            same_shape, length = rows[shape_N == shape], int(lengths[shape])
-            most_of_shard = max(most // shards, 1)
-            parts = _parts(same_shape, prompts, length, most_of_shard, shards)
-            # Shards without rows, so that every batch has one for each device.
-            parts += [same_shape[:0]] * (-len(parts) % shards)
-            size = few_rows(max(len(part.set_N) for part in parts))
-            tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), most_of_shard, length)
-            for first in range(0, len(parts), shards):
-                batches.append(RowBatch(parts[first : first + shards], size, length, tokens, features_K))
+    row_N, order_N = np.nonzero((first_MxP <= prompts.last_P[None, :])[:, place_P])
+    place_N = place_P[order_N]
+    rows = SetRows(np.array(chosen)[row_N], place_N, first_MxP[row_N, place_N])
+    length_N = prompts.last_P[place_N] + 1 - rows.first_N
+    width = prompts.prefix_PxT.shape[1]
+    # Another shape is worth its compilation only if it saves more padding than that takes.
+    lengths = np.array([width]) if width <= SHORT else bucket_lengths(np.bincount(length_N), _PROGRAM)
+    shape_N = np.searchsorted(lengths, length_N)
+    most_of_shard = max(most // shards, 1)
+    for shape in np.unique(shape_N)[::-1]:
+        same_shape, length = rows[shape_N == shape], int(lengths[shape])
+        parts = _parts(same_shape, prompts, length, most_of_shard, shards)
+        # Shards without rows, so that every batch has one for each device.
+        parts += [same_shape[:0]] * (-len(parts) % shards)
+        size = few_rows(max(len(part.set_N) for part in parts))
+        tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), most_of_shard, length)
+        for first in range(0, len(parts), shards):
+            batches.append(RowBatch(parts[first : first + shards], size, length, tokens, features_K))
     return batches
 
 
@@ -220,8 +230,8 @@ def _few_tokens(count: int, most: int, length: int) -> int:
 
 
 def few_rows(count: int) -> int:
-    """Return ``count`` or up to a third more: two numbers between each power of two and the next."""
-    return _filled(count, max(2 ** max(count.bit_length() - 2, 0), _STEP))
+    """Return ``count`` or more, a power of two: rows add nothing but attention, so few numbers serve all."""
+    return max(2 ** (count - 1).bit_length(), _ROWS)
 
 
 def _filled(count: float, step: int = _STEP) -> int:
@@ -244,27 +254,12 @@ class CleanValues(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def first_change(
-    point: SplitPoint, dictionary: Dictionary, source: ActivationReplacement, arrays: Sequence[jax.Array]
-) -> jax.Array:
-    """Return the first position at which ablating each feature changes anything, int32 [B, F]; T where there is none.
-
-    Args:
-      point: where the model is split.
-      dictionary: the dictionary of the features.
-      source: what replaces ablated activations.
-      arrays: what is read [B, T, D] and domains [B, T] of the prompts and, for ``counterpart``, of their counterparts.
-    """
-    length = arrays[1].shape[1]
+def first_falls(point: SplitPoint, fall_BxTxK: jax.Array) -> jax.Array:
+    """Return the first position at which ablation lowers each activation, int32 [B, K]; T where it lowers none."""
+    length = fall_BxTxK.shape[1]
     position_T = jnp.arange(length, dtype=jnp.int32)
-
-    def first(f_PxTxF: jax.Array, domain_PxT: jax.Array, *counterpart: jax.Array) -> jax.Array:
-        counterpart_PxTxF = active_features(dictionary, *counterpart) if counterpart else f_PxTxF
-        changes_PxTxF = source.changes(f_PxTxF, counterpart_PxTxF, domain_PxT)
-        return jnp.min(jnp.where(changes_PxTxF, position_T[None, :, None], jnp.int32(length)), axis=1)
-
-    first_BxF = of_features(point.mesh, dictionary, [*arrays[:2], *arrays[1:]], first)
-    return jax.lax.with_sharding_constraint(first_BxF, sharding(point.mesh))
+    first_BxK = jnp.min(jnp.where(fall_BxTxK != 0, position_T[None, :, None], jnp.int32(length)), axis=1)
+    return jax.lax.with_sharding_constraint(first_BxK, sharding(point.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -278,7 +273,13 @@ def gather(
 ) -> tuple[jax.Array, jax.Array]:
     """Return by how much the activations of ``features_K`` fall, f - r [B, T, K], and their directions [K, D].
 
-    Of the B rows the first ``prompts`` are prompts. Other arguments are as for ``first_change``.
+    Args:
+      point: where the model is split.
+      dictionary: the dictionary of the features.
+      source: what replaces ablated activations.
+      arrays: what is read [B, T, D] and domains [B, T] of the prompts and, for ``counterpart``, of their counterparts.
+      features_K: the features.
+      prompts: number of the B rows that are prompts.
     """
 
     def chosen(f_PxTxF: jax.Array) -> jax.Array:

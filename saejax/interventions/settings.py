@@ -82,6 +82,12 @@ class AblateConfig(Config):
         "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way; each "
         "takes about as long as the first",
     )
+    joined: tuple[str, ...] = setting(
+        (),
+        "SAEs of further sites, such as topk/resid_post.20: the tested set is of their features and those of "
+        "--ablate.dictionary together; without simpler bases, repeats and question 6",
+        changes_results=False,
+    )
     min_accuracy_drop: float = shared.min_accuracy_drop()
     seed: int = shared.causal_seed()
     bootstrap: int = shared.causal_bootstrap()

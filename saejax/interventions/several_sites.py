@@ -68,6 +68,14 @@ class SeveralSites(Dictionary):
         pairs = list(zip(self.saes, self.norms, strict=True))[1:]
         return tuple(LaterSite(Site.parse(sae.site), norm / self.norms[0]) for sae, norm in pairs)
 
+    def locate(self, feature: int) -> tuple[str, int]:
+        """Return the site of a feature, and its index in the SAE of that site."""
+        for sae in self.saes:
+            if feature < sae.config.n_features:
+                break
+            feature -= sae.config.n_features
+        return sae.site, feature
+
     def split(self, array_xF: np.ndarray) -> list[np.ndarray]:
         """Return the parts of an array of features that belong to the SAEs."""
         return np.split(array_xF, np.cumsum([sae.config.n_features for sae in self.saes])[:-1], axis=-1)

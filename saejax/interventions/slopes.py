@@ -15,6 +15,7 @@ for features Marks et al., equation 4). The attributions of all features then ad
 costs.
 """
 
+import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -153,7 +154,11 @@ def _likeliest(point: SplitPoint, most: int, params: decoder.Params, end_BxD: ja
 
 
 def attribution(
-    split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement = ZERO, steps: int = 0
+    split: SplitModel,
+    runs: Sequence[CleanRun],
+    source: ActivationReplacement = ZERO,
+    steps: int = 0,
+    slopes_of: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> np.ndarray:
     """Return activation x slope of every feature on every prompt.
 
@@ -162,6 +167,7 @@ def attribution(
       runs: from ``split.run``, with counterparts for the source ``counterpart``; N prompts in all.
       source: what replaces activations.
       steps: points of the path over which slopes are averaged; 0: the slope without an edit.
+      slopes_of: ``answer_slopes`` of the same prompts, if they were computed before; dictionaries of a site share them.
 
     Returns:
       fp32 [N, F] in logits; above 0 where ablating the feature should lower the logit difference.
@@ -172,19 +178,28 @@ def attribution(
     """
     shape = sum(len(run.index_P) for run in runs), split.dictionary.config.n_features
     attribution_NxF = np.zeros(shape, np.float32)
-    for run in runs:
-        arrays = _random_sums(split, run, source)
-        for part, rows in split.slices(run):
-            if source.kind == "counterpart" and run.counterpart:
-                arrays = tuple(split.by_row(run.counterpart.read_BxTxD[part], run.counterpart.domain_BxT[part]))
-            model, targets_1xBx2 = (split.point, split.params, [split.dictionary]), run.answers_Bx2[None, part]
-            index_P = run.index_P[part]
-            for some in _along_path(split, rows, source, arrays, steps):
-                (scores_1xBxF,) = score_targets(*model, [some], None, targets_1xBx2, source, [arrays])
-                attribution_NxF[index_P] += to_host(scores_1xBxF)[0, : len(index_P)] / max(steps, 1)
+    for run, some in zip(runs, slopes_of or answer_slopes(split, runs, source, steps), strict=True):
+        for (part, rows), slope_1xBxTxD in zip(split.slices(run), some, strict=True):
+            arrays, index_P = _source_arrays(split, run, source, part), run.index_P[part]
+            scores_1xBxF = score_slopes(split.point, split.dictionary, rows, slope_1xBxTxD, None, source, arrays)
+            attribution_NxF[index_P] = to_host(scores_1xBxF)[0, : len(index_P)]
     if not np.isfinite(attribution_NxF).all():
         raise UserError(not_finite(split.point, f"at {split.point.site}"))
     return attribution_NxF
+
+
+def answer_slopes(
+    split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement = ZERO, steps: int = 0
+) -> list[list[np.ndarray]]:
+    """Return the slope of the logit difference at the site, [1, B, T, D] for each of ``split.slices`` of each run."""
+    slopes_of: list[list[np.ndarray]] = []
+    for run in runs:
+        some = []
+        for part, rows in split.slices(run):
+            arrays = _source_arrays(split, run, source, part) if steps else ()
+            some.append(to_host(_mean_slopes(split, rows, run.answers_Bx2[None, part], source, arrays, steps)))
+        slopes_of.append(some)
+    return slopes_of
 
 
 def target_attributions(
@@ -213,14 +228,14 @@ def target_attributions(
     """
     if any(split.point != splits[0].point for split in splits) or (steps and len(splits) > 1):
         raise ValueError("slopes are shared by dictionaries of one site alone, and not on the path of one of them")
-    model, count = (splits[0].point, splits[0].params, [split.dictionary for split in splits]), len(targets_Rx2)
+    count = len(targets_Rx2)
     # Targets are repeated to fill the last group: one program for all.
     padded = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 1, 2)).astype(np.int32)
     totals = [np.zeros((len(padded), split.dictionary.config.n_features)) for split in splits]
     prompts, done = sum(len(run.index_P) for run in runs_of[0]), 0
     for runs in zip(*runs_of, strict=True):
         pairs = list(zip(splits, runs, strict=True))
-        sums = [_random_sums(split, run, source) for split, run in pairs]
+        arrays = [_source_arrays(split, run, source) for split, run in pairs]
         for parts in zip(*(split.slices(run, TARGET_PROMPTS) for split, run in pairs), strict=True):
             part, rows = parts[0][0], [each for _, each in parts]
             real_B = np.arange(part.start, part.stop) < len(runs[0].index_P)
@@ -228,14 +243,31 @@ def target_attributions(
             for first in range(0, len(padded) if real_B.any() else 0, TARGETS):
                 on_progress(done, count * prompts)
                 chunk = slice(first, first + TARGETS)
-                for some in _along_path(splits[0], rows[0], source, sums[0], steps):
-                    scores = score_targets(*model, [some, *rows[1:]], real_B, targets[chunk], source, sums)
-                    for total, scores_CxF in zip(totals, scores, strict=True):
-                        total[chunk] += to_host(scores_CxF) / max(steps, 1)
+                slope_CxBxTxD = _mean_slopes(splits[0], rows[0], targets[chunk], source, arrays[0], steps)
+                for total, split, *read in zip(totals, splits, rows, arrays, strict=True):
+                    fixed = split.point, split.dictionary, read[0], slope_CxBxTxD
+                    total[chunk] += to_host(score_slopes(*fixed, real_B, source, read[1]))
                 done += int(real_B.sum()) * min(TARGETS, count - first)
     if not all(np.isfinite(total).all() for total in totals):
         raise UserError(not_finite(splits[0].point, f"at {splits[0].point.site}"))
     return [total[:count] / prompts for total in totals]
+
+
+def _mean_slopes(
+    split: SplitModel,
+    rows: SiteRows,
+    targets_CxBx2: np.ndarray,
+    source: ActivationReplacement,
+    arrays: tuple[jax.Array, ...],
+    steps: int,
+) -> jax.Array:
+    """Return the slopes of C targets of each row, mean over the path, [C, B, T, D]."""
+    total_CxBxTxD: jax.Array | None = None
+    for some in _along_path(split, rows, source, arrays, steps):
+        slope_CxBxTxD = target_slopes(split.point, split.params, some, targets_CxBx2)
+        total_CxBxTxD = slope_CxBxTxD if total_CxBxTxD is None else total_CxBxTxD + slope_CxBxTxD
+    assert total_CxBxTxD is not None
+    return total_CxBxTxD / steps if steps else total_CxBxTxD
 
 
 def _along_path(
@@ -266,70 +298,16 @@ def _replace_share(
     return jax.lax.with_sharding_constraint(value_BxTxD.astype(rows.value_BxTxD.dtype), sharding(point.mesh))
 
 
-def answer_slopes(split: SplitModel, runs: Sequence[CleanRun]) -> list[list[np.ndarray]]:
-    """Return the slope of the logit difference at the site, [B, T, D] for each of ``split.slices`` of each run."""
-    return [[to_host(_answer_slope(split.point, split.params, rows)) for _, rows in split.slices(run)] for run in runs]
+def _source_arrays(
+    split: SplitModel, run: CleanRun, source: ActivationReplacement, part: slice | None = None
+) -> tuple[jax.Array, ...]:
+    """Return what ``_mean_fall`` needs beside the rows: nothing for most replacements.
 
-
-def attribute_slopes(
-    split: SplitModel,
-    runs: Sequence[CleanRun],
-    slopes_of: Sequence[Sequence[np.ndarray]],
-    source: ActivationReplacement = ZERO,
-) -> np.ndarray:
-    """Return each feature's attribution, mean over prompts, float64 [F], given slopes that dictionaries share.
-
-    Args:
-      split: the model with the dictionary.
-      runs: as for ``attribution``.
-      slopes_of: from ``answer_slopes`` of the same prompts.
-      source: what replaces activations.
-
-    Raises:
-      UserError: the result is not finite.
+    For ``counterpart`` what is read and the domain of the counterparts of some rows (``part``); for ``random`` at how
+    many positions of the clean run each feature is not 0, and the sum of its activations.
     """
-    total_F = np.zeros(split.dictionary.config.n_features)
-    for run, some in zip(runs, slopes_of, strict=True):
-        arrays = _random_sums(split, run, source)
-        for (part, rows), slope_BxTxD in zip(split.slices(run), some, strict=True):
-            if source.kind == "counterpart" and run.counterpart:
-                arrays = tuple(split.by_row(run.counterpart.read_BxTxD[part], run.counterpart.domain_BxT[part]))
-            real_B = np.arange(part.start, part.stop) < len(run.index_P)
-            (slope_BxTxD,) = split.by_row(slope_BxTxD)
-            total_F += to_host(_score_slope(split.point, split.dictionary, rows, slope_BxTxD, real_B, source, arrays))
-    if not np.isfinite(total_F).all():
-        raise UserError(not_finite(split.point, f"at {split.point.site}"))
-    return total_F / sum(len(run.index_P) for run in runs)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _answer_slope(point: SplitPoint, params: decoder.Params, rows: SiteRows) -> jax.Array:
-    def total(value_BxTxD: jax.Array) -> jax.Array:
-        x = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
-        # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        return point.logit_difference(params, x, rows.last_B, rows.answers_Bx2).sum()
-
-    return jax.lax.with_sharding_constraint(jax.grad(total)(rows.value_BxTxD), sharding(point.mesh))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _score_slope(
-    point: SplitPoint,
-    dictionary: Dictionary,
-    rows: SiteRows,
-    slope_BxTxD: jax.Array,
-    real_B: jax.Array,
-    source: ActivationReplacement,
-    source_arrays: tuple[jax.Array, ...],
-) -> jax.Array:
-    """Return the sum of each feature's attribution over the real rows, [F]."""
-    score_BxF = weighted(_mean_fall(dictionary, rows, source, source_arrays), slope_BxTxD, dictionary.W_dec_FxD[...])
-    score_F = jnp.where(real_B[:, None], score_BxF, 0.0).sum(axis=0)
-    return jax.lax.with_sharding_constraint(score_F, sharding(point.mesh))
-
-
-def _random_sums(split: SplitModel, run: CleanRun, source: ActivationReplacement) -> tuple[jax.Array, ...]:
-    """Return what ``removed_on_average`` needs of a clean run; nothing unless activations are drawn at random."""
+    if source.kind == "counterpart" and run.counterpart:
+        return tuple(split.by_row(run.counterpart.read_BxTxD[part], run.counterpart.domain_BxT[part]))
     counts = count_run(split, run) if source.kind == "random" else None
     return () if counts is None else (counts.nonzero_F, counts.total_F)
 
@@ -342,60 +320,72 @@ def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def score_targets(
-    point: SplitPoint,
-    params: decoder.Params,
-    dictionaries: Sequence[Dictionary],
-    rows_of: Sequence[SiteRows],
-    real_B: jax.Array | None,
-    targets_CxBx2: jax.Array,
-    source: ActivationReplacement,
-    source_arrays_of: Sequence[tuple[jax.Array, ...]],
-) -> list[jax.Array]:
-    """Return the attribution of every feature for C targets of each prompt, for each dictionary.
+def target_slopes(point: SplitPoint, params: decoder.Params, rows: SiteRows, targets_CxBx2: jax.Array) -> jax.Array:
+    """Return the slope of the difference of C targets of each prompt at the site, [C, B, T, D].
 
     The layers above the site run forward once and backward once per target.
 
     Args:
       point: where the model is split (static).
       params: parameters of the decoder.
-      dictionaries: dictionaries of the site.
-      rows_of: clean values of the same prompts, as each dictionary reads them.
-      real_B: the rows whose sum [C, F] is returned: not copies that pad a batch. None: every row, [C, B, F].
-      targets_CxBx2: token ids.
-      source: what replaces activations.
-      source_arrays_of: for each dictionary and the source ``counterpart`` what is read and the domain of the
-        counterparts; for ``random``, at how many positions of the clean run each feature is not 0, and the sum of its
-        activations.
+      rows: clean values of the prompts.
+      targets_CxBx2: token ids; of several readouts of the user the number of one, in the first column.
     """
-    first = rows_of[0]
 
     def end(value_BxTxD: jax.Array) -> jax.Array:
-        return point.ends(point.run_suffix(params, first.stream_BxTxD, value_BxTxD), first.last_B)
+        return point.ends(point.run_suffix(params, rows.stream_BxTxD, value_BxTxD), rows.last_B)
 
     # One forward pass for all targets; only the pullback is mapped over them.
-    last_Bx, pullback = jax.vjp(end, first.value_BxTxD)
+    last_Bx, pullback = jax.vjp(end, rows.value_BxTxD)
 
-    def difference(last_Bx: jax.Array, target_Bx2: jax.Array) -> jax.Array:
+    def difference(last_Bx: jax.Array, target_Bx2: jax.Array, measured: SplitPoint = point) -> jax.Array:
         # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        return point.readouts(params, last_Bx, target_Bx2)[:, 0].sum()
+        return measured.readouts(params, last_Bx, target_Bx2)[:, 0].sum()
 
-    end_slope_CxBx = jax.vmap(jax.grad(difference), in_axes=(None, 0))(last_Bx, targets_CxBx2)
+    if point.readout and len(point.readout.functions) > 1:
+        alone = [dataclasses.replace(point.readout, functions=(function,)) for function in point.readout.functions]
+        points = [dataclasses.replace(point, readout=readout) for readout in alone]
+        branches = [functools.partial(jax.grad(difference), measured=each) for each in points]
+        # One function at a time: together they would take as many times the logits of the whole vocabulary.
+        end_slope_CxBx = jax.lax.map(
+            lambda target_Bx2: jax.lax.switch(target_Bx2[0, 0], branches, last_Bx, target_Bx2), targets_CxBx2
+        )
+    else:
+        end_slope_CxBx = jax.vmap(jax.grad(difference), in_axes=(None, 0))(last_Bx, targets_CxBx2)
     slope_CxBxTxD = jax.vmap(lambda cotangent_Bx: pullback(cotangent_Bx)[0])(end_slope_CxBx)
+    return jax.lax.with_sharding_constraint(slope_CxBxTxD, sharding(point.mesh))
 
-    def score(dictionary: Dictionary, rows: SiteRows, source_arrays: tuple[jax.Array, ...]) -> jax.Array:
-        removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
-        W_dec_FxD = dictionary.W_dec_FxD[...]
 
-        def one_target(slope_BxTxD: jax.Array) -> jax.Array:
-            score_BxF = weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD)
-            return score_BxF if real_B is None else jnp.where(real_B[:, None], score_BxF, 0.0).sum(axis=0)
+@functools.partial(jax.jit, static_argnums=0)
+def score_slopes(
+    point: SplitPoint,
+    dictionary: Dictionary,
+    rows: SiteRows,
+    slope_CxBxTxD: jax.Array,
+    real_B: jax.Array | None,
+    source: ActivationReplacement,
+    source_arrays: tuple[jax.Array, ...],
+) -> jax.Array:
+    """Return the attribution of every feature for C targets of each prompt, given their slopes.
 
-        # One target at a time: [C, B, T, F] would be large.
-        return jax.lax.map(one_target, slope_CxBxTxD)
+    Args:
+      point: where the model is split (static).
+      dictionary: a dictionary of the site.
+      rows: clean values of the prompts, as the dictionary reads them.
+      slope_CxBxTxD: from ``target_slopes``.
+      real_B: the rows whose sum [C, F] is returned: not copies that pad a batch. None: every row, [C, B, F].
+      source: what replaces activations.
+      source_arrays: see ``_source_arrays``.
+    """
+    removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
+    W_dec_FxD = dictionary.W_dec_FxD[...]
 
-    scores = [score(*each) for each in zip(dictionaries, rows_of, source_arrays_of, strict=True)]
-    return jax.lax.with_sharding_constraint(scores, sharding(point.mesh))
+    def score(slope_BxTxD: jax.Array) -> jax.Array:
+        score_BxF = weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD)
+        return score_BxF if real_B is None else jnp.where(real_B[:, None], score_BxF, 0.0).sum(axis=0)
+
+    # One target at a time: [C, B, T, F] would be large.
+    return jax.lax.with_sharding_constraint(jax.lax.map(score, slope_CxBxTxD), sharding(point.mesh))
 
 
 def _mean_fall(

@@ -28,6 +28,8 @@ PROMPTS = 16  # prompts of one program, at most
 PROGRAM_TOKENS = 2048  # and its tokens, unless a single prompt has more
 LENGTH_STEP = 2  # prompts are padded to a multiple of this many tokens
 GROUP_TOKENS = 8192  # maximum number of tokens, padding included, whose clean run is kept at once
+KEPT_BYTES = 2**28  # maximum memory of keys and values that are kept with a clean run
+SHORT = 64  # tokens up to which all prompts are padded to one length: a program takes longer than the padding
 
 
 class SiteRows(NamedTuple):
@@ -58,6 +60,10 @@ class CleanRun:
     last_B: np.ndarray  #: index of each prompt's last token, int32
     answers_Bx2: np.ndarray  #: token ids of the correct and the wrong answer, int32
     counterpart: "CleanRun | None" = None  #: the prompts' counterparts, row by row, if they were run
+    #: results of ``SplitModel.past``, which the dictionaries of a site share
+    kept: dict[SplitPoint, tuple[jax.Array, PrefixKV]] = dataclasses.field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
 
 class SplitModel:
@@ -124,19 +130,20 @@ class SplitModel:
         split.point = dataclasses.replace(self.point, readout=readout)
         return split
 
-    def run(self, prompts: Sequence[Prompt], counterparts: bool = False) -> list[CleanRun]:
+    def run(self, prompts: Sequence[Prompt], counterparts: bool = False, least: int = 0) -> list[CleanRun]:
         """Run prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
 
         Args:
           prompts: the prompts.
           counterparts: whether their counterparts are run, too.
+          least: tokens to which shorter ones are padded, as those of other prompts that share their programs.
 
         Raises:
           UserError: a prompt is too long, or too short for the readout; an answer has no token of its own; the site's
             value is not finite; or a counterpart is asked for that does not exist, or has another number of tokens.
         """
         if counterparts:
-            pairs = zip(self.run(prompts), self.run(self._swap_sides(prompts)), strict=True)
+            pairs = zip(self.run(prompts, least=least), self.run(self._swap_sides(prompts), least=least), strict=True)
             return [dataclasses.replace(run, counterpart=counterpart) for run, counterpart in pairs]
         tokens = self._model.tokenize([prompt.text for prompt in prompts])
         for place in np.flatnonzero(tokens.lengths_B < self.point.positions)[:1]:
@@ -149,7 +156,8 @@ class SplitModel:
         if not self.point.readout or any(prompt.correct or prompt.wrong for prompt in prompts):
             answers_Nx2 = first_answer_ids(self._model.tokenizer, prompts)
         runs = []
-        for index_P, rows_B, length in groups_by_length(tokens.lengths_B, prompts_at_once, GROUP_TOKENS):
+        lengths_N = np.maximum(tokens.lengths_B, least)
+        for index_P, rows_B, length in groups_by_length(lengths_N, prompts_at_once, GROUP_TOKENS):
             ids_BxT, last_B = fit_ids(tokens.ids_BxT[rows_B], length), tokens.last_B[rows_B]
             wanted_BxT = editable_positions(self._positions, last_B, length)
             texts = [prompts[index].text for index in rows_B]
@@ -176,6 +184,11 @@ class SplitModel:
             )
         return [dataclasses.replace(prompt, text=prompt.counterpart) for prompt in prompts]
 
+    def common_length(self, prompts: Sequence[Prompt]) -> int:
+        """Return the tokens to which short prompts are padded together; 0 if there are long ones."""
+        longest = int(self._model.tokenize([prompt.text for prompt in prompts]).lengths_B.max())
+        return longest if longest <= SHORT else 0
+
     def slices(self, run: CleanRun, most: int = PROMPTS) -> Iterator[tuple[slice, SiteRows]]:
         """Yield at most ``most`` rows of a run at a time: which they are, and their arrays by ``by_row``."""
         size = min(most, prompts_at_once(run.domain_BxT.shape[1]))
@@ -185,14 +198,20 @@ class SplitModel:
 
     def past(self, run: CleanRun) -> tuple[jax.Array, PrefixKV]:
         """Return the stream leaving the last layer at each prompt's end [B, D], and keys and values above the site."""
+        if self.point in run.kept:
+            return run.kept[self.point]
         parts = [
             record(self.point, self.params, rows.stream_BxTxD, rows.value_BxTxD, rows.last_B)
             for _, rows in self.slices(run)
         ]
-        if len(parts) == 1:
-            return parts[0]
-        ends, pasts = zip(*parts, strict=True)
-        return jnp.concatenate(ends), jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *pasts)
+        past = parts[0]
+        if len(parts) > 1:
+            ends, pasts = zip(*parts, strict=True)
+            past = jnp.concatenate(ends), jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *pasts)
+        # Those of long prompts would take gigabytes.
+        if sum(array.nbytes for array in jax.tree.leaves(past)) <= KEPT_BYTES:
+            run.kept[self.point] = past
+        return past
 
     def _run_head(
         self, ids_BxT: np.ndarray, last_B: np.ndarray, wanted_BxT: np.ndarray, texts: Sequence[str]

@@ -11,7 +11,7 @@ position. Steering from answer c to answer w uses one of
   2024, arXiv 2312.06681).
 
 Train prompts also choose the strength of each method, among those that raise the cross-entropy of held-out text little.
-Test prompts judge it. Controls are added at the same norm, so that doses are equal:
+Test prompts judge it. For each pair of answers controls are added at the method's dose in its prompts:
 
 - *random features*: lists to the dose (``saejax.interventions.controls``) of features that fire on at least 5 % of the
   test prompts, without the top ones; each is added by as large a multiple of its mean activation on the texts as the
@@ -232,6 +232,8 @@ class SteeringMethod:
     control: str  #: the comparison at equal dose: random lists of features, or random directions
     controls: tuple[float, ...]  #: drop of each control change, logits, mean over prompts
     control_turned: float | None  #: mean share of prompts that the controls turn; None without any
+    #: test prompts that are compared with controls; in those of other answers no list of features reaches the dose
+    compared: int
     answer: CausalAnswer  #: does it steer more than the controls at equal dose?
 
 
@@ -404,39 +406,54 @@ class SteeringTest:
         allowed_S = np.array([not p.ce_rise or p.ce_rise.mean <= MAX_CE_RISE for p in points])
         # On train prompts, or the best of several strengths would look better than it is.
         chosen = choose_strength(self._steer(self._train, self._train_groups, edits)[0], allowed_S)
-        control_NxP, _ = self._steer_controls(method, points[chosen].strength, points[chosen].dose)
-        drop_N, effect = (clean_P - control_NxP).mean(axis=1), points[chosen].drop
-        p_value = rank_p(effect.mean, drop_N) if len(drop_N) else None
+        control_NxP, _, compared_P = self._steer_controls(method, points[chosen].strength, norm_SxP[chosen])
+        # On the same prompts as the controls.
+        drop_P = (clean_P - diff_SxP[chosen])[compared_P]
+        drop_N = (clean_P - control_NxP)[:, compared_P].mean(axis=1) if len(control_NxP) else np.zeros(0)
+        p_value = rank_p(float(drop_P.mean()), drop_N) if len(drop_N) else None
         return SteeringMethod(
             points=points,
             chosen=chosen,
             control=CONTROLS[method],
             controls=tuple(drop_N.tolist()),
-            control_turned=float((control_NxP < 0).mean()) if len(drop_N) else None,
-            answer=CausalAnswer("not tested", "Not tested: the run has not ended.", effect, p_value),
+            control_turned=float((control_NxP[:, compared_P] < 0).mean()) if len(drop_N) else None,
+            compared=int(compared_P.sum()),
+            answer=CausalAnswer("not tested", "Not tested: the run has not ended.", points[chosen].drop, p_value),
         )
 
-    def _steer_controls(self, method: str, strength: float, dose: float) -> tuple[np.ndarray, np.ndarray]:
-        """Run the controls of a method at a strength, at the dose that it has; see ``_steer``."""
-        # The method changes nothing in prompts of a swap without top features, and neither do its controls.
-        swaps = [swap for swap in self._groups if CONTROLS[method] == "random directions" or self._tops[swap]]
-        if not swaps or not dose:
-            return np.zeros((0, len(self._test))), np.zeros((0, len(self._test)))
+    def _steer_controls(
+        self, method: str, strength: float, norm_P: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Run the controls of a method, those of each swap at the dose that the method has in its prompts.
+
+        Args:
+          method: one of ``METHODS``.
+          strength: the method's.
+          norm_P: the norm of its change in each test prompt.
+
+        Returns:
+          The logit differences and the norms of the changes, as of ``_steer``, and the prompts that have controls, or
+          that the method does not change: where no list of features reaches the dose there is nothing to compare with.
+        """
         assert self._texts
-        dictionary = self._split.dictionary
-        # A vector of norm 1 has the dose sqrt(n) on a prompt with n positions that may change.
+        dictionary, norm_P = self._split.dictionary, np.asarray(norm_P, np.float64)
+        # A vector of norm 1 has the norm sqrt(n) in a prompt with n positions that may change.
         unit = vector_edits(dictionary, [np.eye(1, self._texts.value_NxD.shape[1])[0]])
-        edits = dict.fromkeys(self._groups, self._nothing) | dict.fromkeys(swaps, unit)
-        _, (unit_norm_P,) = self._steer(self._test, self._groups, edits)
-        norm = dose / max(root_mean_square(unit_norm_P), 1e-6)
-        drawn = {swap: self._draw_controls(method, strength, swap, norm) for swap in swaps}
-        # As many for each swap, since a control is one change on all prompts.
-        count = min(map(len, drawn.values()))
-        if not count:
-            return np.zeros((0, len(self._test))), np.zeros((0, len(self._test)))
-        edits = dict.fromkeys(self._groups, mask(dictionary, [[]] * count))
-        edits |= {swap: vector_edits(dictionary, vectors[:count]) for swap, vectors in drawn.items()}
-        return self._steer(self._test, self._groups, edits)
+        _, (unit_P,) = self._steer(self._test, self._groups, dict.fromkeys(self._groups, unit))
+        nothing = mask(dictionary, [[]] * self._config.random_sets)
+        edits, compared_P = dict.fromkeys(self._groups, nothing), np.ones(len(self._test), bool)
+        for swap, places in self._groups.items():
+            dose = root_mean_square(norm_P[places])
+            if not dose:  # the method changes nothing here, and neither do its controls
+                continue
+            vectors = self._draw_controls(method, strength, swap, dose / root_mean_square(unit_P[places]))
+            if vectors:
+                edits[swap] = vector_edits(dictionary, vectors)
+            else:
+                compared_P[places] = False
+        if all(each is nothing for each in edits.values()) or not len(nothing):
+            return np.zeros((0, len(norm_P))), np.zeros((0, len(norm_P))), np.zeros(len(norm_P), bool)
+        return *self._steer(self._test, self._groups, edits), compared_P
 
     def _draw_controls(self, method: str, strength: float, swap: AnswerSwap, norm: float) -> list[np.ndarray]:
         """Return the vectors that the controls of a method add in prompts of a swap, all of one norm."""
@@ -464,7 +481,7 @@ class SteeringTest:
         swaps = [swap for swap in self._groups if method == "mean_difference" or self._tops[swap]] or list(self._groups)
         rises = []
         for swap in swaps[:TEXT_SWAPS]:
-            ce_ExN = self._text.effects(self._split_for(edits[swap]), edits[swap])["ce"]
+            ce_ExN = self._text.effects(self._split_for(edits[swap]), edits[swap])
             rises.append(ce_ExN[1:] - ce_ExN[0])
         rise_SxN = np.mean(rises, axis=0)
         documents = [""] * rise_SxN.shape[1]
@@ -484,13 +501,15 @@ def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSte
         p_values = {name: each.answer.p_value for name, each in measured.items() if each.answer.p_value is not None}
         p_holm = holm_by_key(p_values)
         for name, each in measured.items():
-            answered = dataclasses.replace(each, answer=_conclude(each, p_holm.get(name), len(p_holm)))
+            answered = dataclasses.replace(
+                each, answer=_conclude(each, p_holm.get(name), len(p_holm), behaviours[name].prompts)
+            )
             judged[name] = dataclasses.replace(judged[name], methods={**judged[name].methods, method: answered})
     return judged
 
 
-def _conclude(result: SteeringMethod, p_holm: float | None, tests: int) -> CausalAnswer:
-    """Return the answer of a method on a behaviour, given its corrected p-value and the number of tests."""
+def _conclude(result: SteeringMethod, p_holm: float | None, tests: int, prompts: int) -> CausalAnswer:
+    """Return the answer of a method on a behaviour, given the corrected p-value over some tests."""
     effect, point, p_value = result.answer.effect, result.points[result.chosen], result.answer.p_value
     if p_holm is None or effect is None:
         reason = f"Not tested: there are no {result.control} to compare with."
@@ -515,6 +534,11 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int) -> Causa
             f"The drop is {verb} that of {count} {result.control} of equal dose (mean {np.mean(result.controls):.2f}, "
             f"maximum {max(result.controls):.2f}; p = {p_value:.2g}{corrected}), which turn "
             f"{100 * (result.control_turned or 0):.0f} % of the prompts."
+        )
+    if result.compared < prompts:
+        sentence += (
+            f" Both are compared on {result.compared} of {prompts} prompts: for the answers of the others, no "
+            f"{result.control} reach the dose."
         )
     numbers = dict(controls=float(count), needed=float(needed))
     return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)

@@ -48,9 +48,9 @@ KEPT_CONTROLS = ("placebo", "untrained")
 BASIS = "basis:"
 #: ``logit_diff``: logit of the correct minus the wrong answer's first token. ``log_prob``: log-probability of the
 #: correct answer's first token, nats. ``top1``: 1 where the correct token is the argmax. ``two_way``: 1 where the logit
-#: difference is positive. ``kl``: KL(clean || edited) of the next-token distribution, nats; on held-out text the mean
-#: over its positions. ``ce``: cross-entropy of the text, nats per token. ``change_norm``: norm of the change at the
-#: site, over all edited positions of the prompt together. Of benchmark items: ``answer_log_prob``, the teacher-forced
+#: difference is positive. ``kl``: KL(clean || edited) of the next-token distribution, nats. ``ce``: cross-entropy of
+#: held-out text, nats per token. ``change_norm``: norm of the change at the site, over all edited positions of the
+#: prompt together. Of benchmark items: ``answer_log_prob``, the teacher-forced
 #: log-likelihood of the whole reference answer, nats; ``answer_margin``, the log-probability of the final answer after
 #: the solution up to it, minus that of a corrupted answer of the same form, nats; ``accuracy``, 1 where the model's
 #: answer is right, ``strict``, 1 where it is right by the strict rule, ``formatted``, 1 where that rule finds an answer
@@ -285,11 +285,12 @@ def save_effects(folder: str | Path, table: EffectsTable) -> None:
         prompt=(table.prompt_N, [prompt.id for prompt in table.prompts]),
         readout=(table.readout_N, list(READOUTS)),
     )
-    # A name repeats in thousands of rows; dictionary columns store it once.
-    columns: dict[str, Any] = {
-        name: pa.array(np.array(texts, object)[place_N], pa.string()).dictionary_encode()
-        for name, (place_N, texts) in words.items()
-    }
+    columns: dict[str, Any] = {}
+    for name, (place_N, texts) in words.items():
+        # A name repeats in thousands of rows; dictionary columns store it once.
+        names, index_X = np.unique(np.array(texts, object), return_inverse=True)
+        indices = pa.array(index_X[place_N].astype(np.int32))
+        columns[name] = pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))
     columns["value"] = pa.array(table.value_N)
     with whole_file(folder / _FILES[0]) as unfinished:
         pq.write_table(pa.table(columns), unfinished)

@@ -119,7 +119,7 @@ class Readout:
     positions, the logits at the last C tokens, [B, C, V].
     """
 
-    functions: tuple[Callable[[jax.Array], jax.Array], ...]  #: of several, each prompt says which one is read
+    functions: tuple[Callable[[jax.Array], jax.Array], ...]  #: one that is measured, or several to rank features by
     positions: int = 1  #: C
 
 
@@ -296,8 +296,7 @@ class SplitPoint:
         Args:
           params: parameters of the decoder.
           x_Rx: the stream of R prompts at their last positions; see ``ends``.
-          answers_Rx2: token ids of the correct and the wrong answer. Of several readouts of the user, the first column
-            says which one is read.
+          answers_Rx2: token ids of the correct and the wrong answer.
           logp_RxV: the clean run's log-probabilities of the next token; None: for the logit difference alone.
 
         Returns:
@@ -313,15 +312,14 @@ class SplitPoint:
             width = x_Rx.shape[-1]
             logits_XxV = decoder.unembed(self.config, params, x_Rx.reshape(-1, width), self.rules)
             logits = logits_XxV.reshape(*x_Rx.shape[:-1], -1)
-            outputs = [jnp.asarray(function(logits)) for function in self.readout.functions]
-            for value in outputs:
-                if value.shape != x_Rx.shape[:1]:
-                    raise UserError(
-                        f"the readout returns an array {list(value.shape)} of logits {list(logits.shape)}: expected "
-                        "one number for each prompt"
-                    )
-            which_Rx1 = answers_Rx2[:, :1] if len(outputs) > 1 else jnp.zeros_like(answers_Rx2[:, :1])
-            return jnp.take_along_axis(jnp.stack(outputs, axis=1).astype(jnp.float32), which_Rx1, axis=1)
+            (function,) = self.readout.functions
+            value = jnp.asarray(function(logits))
+            if value.shape != x_Rx.shape[:1]:
+                raise UserError(
+                    f"the readout returns an array {list(value.shape)} of logits {list(logits.shape)}: expected one "
+                    "number for each prompt"
+                )
+            return value.astype(jnp.float32)[:, None]
         # Two rows of the unembedding suffice here; only top-1, log-probabilities and KL need the whole vocabulary.
         if logp_RxV is None:
             logits_Rx2 = self.logits(params, x_Rx, answers_Rx2)

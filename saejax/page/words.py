@@ -35,7 +35,9 @@ def behaviour(name: str) -> str:
 
 
 def place(site: str) -> str:
-    """Return a site in words: "the residual stream after layer 15 (resid_post.15)"."""
+    """Return a site, or several with commas, in words: "the residual stream after layer 15 (resid_post.15)"."""
+    if ", " in site:
+        return " and ".join(map(place, site.split(", ")))
     kind, _, layer = site.partition(".")
     return f"{_SITES[kind].format(layer)} ({site})" if kind in _SITES else site
 

@@ -1,5 +1,11 @@
-"""Effects of edited features of a prompt on the next token and on the text, beside as many random features."""
+"""Effects of edited features of a prompt on the next token and on the text, beside random features at equal dose.
 
+The dose of changes is the length of what they add to the stream, over layers and the prompt's positions
+(``circuits.measure.squared_doses``). Changes of as many random features are made longer or shorter until they have that
+of the named ones.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +20,7 @@ from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Target, read_targets
 from saejax.attribution.trace.gradient import SaeRun
+from saejax.circuits.measure import squared_doses
 from saejax.errors import UserError
 from saejax.models.tokens import token_text
 from saejax.progress import OnProgress, silent
@@ -31,7 +38,7 @@ def effects(
     targets: Sequence[Target] = (),
     on_progress: OnProgress = silent,
 ) -> dict[str, Any]:
-    """Run a prompt with some features changed, and with as many random active features changed in the same way.
+    """Run a prompt with some features changed, and with as many random active features changed at equal dose.
 
     Args:
       run: the run of the prompt.
@@ -50,12 +57,7 @@ def effects(
     Raises:
       UserError: there is nothing to change, or a feature is not active in the prompt or named twice.
     """
-    features, amount_N, is_factor_N = _changed(run, changes)
-    try:
-        sets, why = matched(run, features, DRAWS), ""
-    except UserError as error:
-        sets, why = [], str(error)
-    rows = [_row(members, amount_N, is_factor_N) for members in (features, *sets)]
+    rows, why = _rows(run, changes, DRAWS)
     readouts = read_targets(run, targets, 1, 0.0)
     changed_RxV = run.run(rows, freeze, readouts=readouts, on_progress=on_progress).logits_RxV
     assert changed_RxV is not None
@@ -103,9 +105,6 @@ def continuations(
 ) -> dict[str, Any]:
     """Continue a prompt as it is, with features changed, and with random active features changed at equal dose.
 
-    The dose of changes is the length of what they add to the stream, over layers and the prompt's positions; changes of
-    random features are made longer or shorter until they have that of the named ones.
-
     Args:
       run: the run of the prompt.
       changes: as for ``effects``.
@@ -125,36 +124,13 @@ def continuations(
     """
     if isinstance(run, SaeRun):
         raise UserError("text is generated for graphs of transcoders: this graph is of SAEs")
-    features, amount_N, is_factor_N = _changed(run, changes)
-    try:
-        sets, why = matched(run, features, TEXTS), ""
-    except UserError as error:
-        sets, why = [], str(error)
-    rows: list[list[Change]] = [[]]
-    wanted_dose: float | None = None
-    for members in (features, *sets):
-        old_N = members.value_N.astype(np.float64)
-        delta_N = np.where(is_factor_N, amount_N * old_N, amount_N) - old_N
-        dose = _dose(run, members, delta_N)
-        wanted_dose = dose if wanted_dose is None else wanted_dose  # that of the named ones, which come first
-        rows.append(set_to(members, old_N + delta_N * (wanted_dose / dose if dose else 0.0)))
+    changed, why = _rows(run, changes, TEXTS)
+    rows = [[], *changed]
     if onward:
         rows = [_onward(row) for row in rows]
     texts = run.generate_rows(rows, tokens, freeze, temperature=temperature, seed=seed, on_progress=on_progress)
-    kinds, decode = ["clean", "changed", *["random"] * len(sets)], run.model.tokenizer.decode
+    kinds, decode = ["clean", "changed", *["random"] * (len(changed) - 1)], run.model.tokenizer.decode
     return dict(texts=[[kind, decode(text.ids_N)] for kind, text in zip(kinds, texts, strict=True)], no_draws=why)
-
-
-def _dose(run: LocalModel, features: Nodes, delta_N: np.ndarray) -> float:
-    """Return the length of what changes of activations add to the stream."""
-    total = 0.0
-    for layer in np.unique(features.layer_N).tolist():
-        here = np.flatnonzero(features.layer_N == layer)
-        write_NxX = run.dictionaries.writes(layer, features.index_N[here]).reshape(len(here), -1)
-        for position in np.unique(features.position_N[here]):
-            at = features.position_N[here] == position
-            total += float(np.sum((delta_N[here][at] @ write_NxX[at].astype(np.float64)) ** 2))
-    return total**0.5
 
 
 def _onward(row: Sequence[Change]) -> list[Change]:
@@ -187,5 +163,21 @@ def _changed(
     return active[chosen_N].nodes, amount_N, is_factor_N.astype(bool)
 
 
-def _row(features: Nodes, amount_N: np.ndarray, is_factor_N: np.ndarray) -> list[Change]:
-    return set_to(features, np.where(is_factor_N, amount_N * features.value_N, amount_N))
+def _rows(
+    run: PromptRun, changes: Sequence[tuple[str, float, Sequence[str]]], draws: int
+) -> tuple[list[list[Change]], str]:
+    """Return the changes of the named features, then of random ones at equal dose; and why there are no random ones."""
+    features, amount_N, is_factor_N = _changed(run, changes)
+    try:
+        sets, why = matched(run, features, draws), ""
+    except UserError as error:
+        sets, why = [], str(error)
+    rows, doses = list[list[Change]](), list[float]()
+    for members in (features, *sets):
+        old_N = members.value_N.astype(np.float64)
+        rise_N = np.where(is_factor_N, amount_N * old_N, amount_N) - old_N
+        columns = members.layer_N.tolist(), members.position_N.tolist(), members.index_N.tolist(), rise_N.tolist()
+        *_, square = squared_doses(run.dictionaries, list(zip(*columns, strict=True)))
+        doses.append(math.sqrt(max(square, 0.0)))
+        rows.append(set_to(members, old_N + rise_N * (doses[0] / doses[-1] if doses[-1] else 0.0)))
+    return rows, why

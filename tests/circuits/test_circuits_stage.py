@@ -36,11 +36,13 @@ def flags(tiny_llama, lm, tmp_path_factory):
             split = "train" if n % 2 else "test"
             rest = dict(correct=f" {word}", wrong=f" {swapped}", split=split, template=split + word[0])
             lines.append(dict(behaviour="sides", **texts, **rest))
+    tests = [line for line in lines if line["split"] == "test"][:4]
+    lines = [line for line in lines if line["split"] == "train"] + tests
     (folder / "sides.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return [
         f"--model.path={tiny_llama}", f"--graph.transcoders={folder / 'transcoders'}", "--task.behaviours=",
         f"--task.prompts={folder / 'sides.jsonl'}", "--task.gate=1",
-        "--circuits.behaviours=sides", "--circuits.traced=3", "--circuits.measured=4", "--causal.bootstrap=200",
+        "--circuits.behaviours=sides", "--circuits.traced=3", "--causal.bootstrap=200",
         "--mesh.data=2",
     ]  # fmt: skip
 

@@ -4,12 +4,11 @@ import dataclasses
 
 import pytest
 
-from saejax.circuits.claims import CONFIRMED, NOT_SEEN, NOT_TESTABLE, TESTS, read_claims
 from saejax.circuits.edges import ANSWER, Edge
 from saejax.circuits.groups import Group, Key
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.results import Interval
-from saejax.stages.circuits.claims import compare_claims
+from saejax.stages.circuits.claims import CONFIRMED, NOT_SEEN, NOT_TESTABLE, TESTS, compare_claims, read_claims
 from saejax.tasks.settings import BEHAVIOURS
 
 GROUPS = (

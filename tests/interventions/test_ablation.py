@@ -131,11 +131,12 @@ def test_groups_of_prompts_are_small_and_change_nothing(split, prompts, monkeypa
     np.testing.assert_allclose(together.ablated_SxP, apart.ablated_SxP, atol=1e-5)
 
 
-def test_progress_counts_tokens_and_may_stop(split, runs, dictionary):
+def test_progress_counts_rows_and_may_stop(split, runs, dictionary):
     sets, seen = [[i] for i in range(dictionary.config.n_features)], []
     ablate_sets(split, runs, sets, 32, lambda done, total: seen.append((done, total)))
     assert seen[0] == (0, seen[-1][0]) and {total for _, total in seen} == {seen[-1][0]}
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1][0] == (1 + len(sets)) * sum(len(run.index_P) for run in runs)
 
     def stop(done, total):
         raise Interrupted("stopped")

@@ -6,8 +6,10 @@ import types
 
 import numpy as np
 import pytest
+from runs import write_members
 
 import saejax
+from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import ablation as ablation_module
 from saejax.interventions import activity, edits, engine
@@ -345,6 +347,26 @@ def test_the_stage_end_to_end_stopped_and_resumed(make_run, tiny, make_dictionar
         np.testing.assert_array_equal(resumed_ExP, whole_ExP)
 
 
+def test_the_stage_tests_one_set_of_several_sites(make_run, tiny, make_dictionary, tmp_path):
+    """As the library does; a feature of a joined SAE is named by its site and its index there."""
+    second = make_dictionary("resid_post.2", seed=3)
+    save_dictionary(tmp_path / "train" / "second", second)
+    write_members(tmp_path / "train" / "second", "")
+    config = dataclasses.replace(CONFIG, top=8, joined=("standard",), text_documents=0)
+    run, _ = make_run("joined", config)
+    run = dataclasses.replace(run, inputs={**run.inputs, "train/standard": tmp_path / "train" / "second"})
+    results = stage.run_ablate(run)
+    first = make_dictionary("resid_post.1")
+    called = saejax.ablate(
+        tiny, [first, second], read_prompts(run.inputs["baseline"] / "prompts.jsonl"), **SETTINGS | dict(top=8)
+    )
+    assert results.site == "resid_post.1, resid_post.2" and not results.verdict.dictionaries[TESTED]["first"].bases
+    for name, top in results.top.items():
+        features = [item.feature + first.config.n_features * bool(item.site) for item in top]
+        assert tuple(features) == called.verdict.dictionaries[TESTED][name].features
+        assert {item.site for item in top} == {"", "resid_post.2"}
+
+
 def test_neurons_of_several_experts_are_no_basis(tiny, dictionary):
     lm = types.SimpleNamespace(config=dataclasses.replace(tiny.config, n_experts=4, experts_per_token=2))
     tested = types.SimpleNamespace(lm=lm, basis=dictionary)
@@ -355,6 +377,7 @@ def test_what_cannot_be_run_is_said(make_run):
     for changes, message in (
         (dict(positions="middle"), "there are no positions 'middle'"),
         (dict(repeats=("topk",)), "name each dictionary once"),
+        (dict(joined=("standard",), error="drop"), "--ablate.joined goes with none of"),
         (dict(replacement="counterpart"), "first, prompt 'The .*', has no counterpart: give it one"),
     ):
         run, _ = make_run("refused", dataclasses.replace(CONFIG, **changes))

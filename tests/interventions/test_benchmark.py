@@ -15,7 +15,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.interventions import benchmark
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.edits import mask
-from saejax.interventions.references import Reference, References, answer_pairs, attribution_sums, attributions
+from saejax.interventions.references import Reference, References, answer_pairs, attributions
 from saejax.interventions.settings import StudyConfig
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED, EditDefinition, EffectsTable, PromptDefinition, load_effects
@@ -152,7 +152,7 @@ def test_dictionaries_measured_together_have_the_attributions_that_each_has_alon
         np.testing.assert_allclose(rows_NxF, attributions([split], references, 200)[0], atol=1e-6)
     assert np.abs(together[0] - together[2]).max() > 1e-3
     weight_MxN = np.array([[0.5, -0.5, 0.0], [1.0, 2.0, 3.0]])
-    sums = attribution_sums(splits, references, weight_MxN, 200)
+    sums = attributions(splits, references, 200, weight_MxN=weight_MxN)
     for rows_NxF, sum_MxF in zip(together, sums, strict=True):
         np.testing.assert_allclose(sum_MxF, weight_MxN @ rows_NxF.astype(np.float64), atol=1e-9)
 
@@ -388,11 +388,11 @@ def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary
     seen, placed = [], []
 
     def record(compute):
-        def recorded(splits, references, *rest):
+        def recorded(splits, references, *rest, **options):
             seen.extend(
                 (id(split), *map(tuple, (each.context, each.answer))) for split in splits for each in references
             )
-            return compute(splits, references, *rest)
+            return compute(splits, references, *rest, **options)
 
         return recorded
 
@@ -401,7 +401,6 @@ def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary
         return SplitModel(lm, basis)
 
     monkeypatch.setattr(benchmark, "attributions", record(attributions))
-    monkeypatch.setattr(benchmark, "attribution_sums", record(attribution_sums))
     monkeypatch.setattr(benchmark, "SplitModel", place)
     halves = benchmark_measure.split_items(read_items("gsm8k", task), CONFIG, "gsm8k")
     items = benchmark.BenchmarkItems(tiny, "gsm8k", task, *halves)

@@ -245,7 +245,7 @@ def test_simpler_bases_of_a_dictionary_in_units_of_the_site(dictionary):
         (dict(positions="4:2"), "no positions in '4:2'"),
         (dict(correct=" runs" * 200, readouts=("answer_log_prob",)), "with its answer, more than the model's context"),
         (dict(wrong="same"), "both answers of prompt 2, counted from 0, begin with the same token"),
-        (dict(edits=(edits.add, FEW_SETS, 0.4), readouts=("ce",)), "ce is measured where edits scale activations"),
+        (dict(edits=(edits.swap, FEW_SETS), readouts=("ce",)), "ce is measured on whole texts: use another"),
         (dict(edits=(edits.mask, [[1.5]])), "expected a list of their numbers"),
         (dict(edits=(edits.mask, [[True, False]])), "expected a list of their numbers"),
         (dict(edits=(edits.mask, [3, 4])), "expected a list of their numbers"),
@@ -323,6 +323,7 @@ def test_whole_answers_and_cross_entropy_equal_full_passes(tiny, few, dictionary
     pairs = [encode_pair(tiny.tokenizer, prompt.text, prompt.correct + " and on") for prompt in few]
     longer = [dataclasses.replace(prompt, correct=prompt.correct + " and on") for prompt in few]
     tokens = tiny.tokenize([prompt.text for prompt in few])
+    added_ExP = engine.effects(tiny, few, edits.add(dictionary, FEW_SETS, 0.4), ("ce",))[:, :, 0]
     whole = engine.effects(tiny, longer, batch, ("answer_log_prob",))[:, :, 0]
     for e, members in enumerate(FEW_SETS):
         changes = [dictionary.ablate(members)] if members else []
@@ -332,13 +333,20 @@ def test_whole_answers_and_cross_entropy_equal_full_passes(tiny, few, dictionary
         for p, length in enumerate(tokens.lengths_B):
             ce = -logp_PxTxV[p, np.arange(length - 1), tokens.ids_BxT[p, 1:length]].mean()
             assert value_ExPxR[e, p, 1] == pytest.approx(ce, abs=1e-4)
+        steered = [dictionary.steer(members, 0.4)] if members else []
+        logp_PxTxV = log_softmax(np.asarray(tiny(tokens, edits=steered).logits_BxTxV, np.float64), axis=2)
+        for p, length in enumerate(tokens.lengths_B):
+            ce = -logp_PxTxV[p, np.arange(length - 1), tokens.ids_BxT[p, 1:length]].mean()
+            assert added_ExP[e, p] == pytest.approx(ce, abs=1e-4)
     with pytest.raises(UserError, match="edits at all positions"):
         engine.effects(tiny, few, batch, ("ce",), positions="last")
 
 
-def test_without_edits_a_prompt_runs_its_last_token_alone(tiny, few, dictionary):
-    split, totals = SplitModel(tiny, dictionary), []
+def test_without_edits_a_prompt_runs_its_last_token_alone(tiny, few, dictionary, monkeypatch):
+    split, tokens, progress, run_rows = SplitModel(tiny, dictionary), [], [], engine.run_rows
     nothing = edits.mask(dictionary, [[]])
-    values = engine.run_edits(split, split.run(few), nothing, 1, lambda done, total: totals.append(total))
-    assert set(totals) == {-(-len(few) // 8) * 8}  # filled up to a multiple of 8 tokens
+    monkeypatch.setattr(engine, "run_rows", lambda *args: tokens.append(args[3].row_SxN.size) or run_rows(*args))
+    values = engine.run_edits(split, split.run(few), nothing, 1, lambda *done: progress.append(done))
+    assert tokens == [-(-len(few) // 8) * 8]  # filled up to a multiple of 8 tokens
+    assert progress[0] == (0, 2 * len(few)) and progress[-1] == (2 * len(few), 2 * len(few))
     np.testing.assert_array_equal(values["logit_diff"][0], values["logit_diff"][1])

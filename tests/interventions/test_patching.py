@@ -15,7 +15,7 @@ from saejax.interventions.edits import ActivationReplacement, swap
 from saejax.interventions.engine import effects
 from saejax.interventions.patching import PatchGrid, fitting_pairs
 from saejax.interventions.published_heads import IOI_HEADS, compare_published_heads, is_gpt2_small
-from saejax.interventions.rows import first_change, gather
+from saejax.interventions.rows import gather
 from saejax.interventions.settings import PatchConfig
 from saejax.interventions.split_model import PROMPTS, SplitModel
 from saejax.interventions.table import TESTED, load_effects
@@ -127,11 +127,8 @@ def test_memory_does_not_grow_with_prompts_times_features(tiny, make_dictionary)
         read_BxTxD = jax.ShapeDtypeStruct((prompts, length, width), np.float32)
         domain_BxT = jax.ShapeDtypeStruct((prompts, length), bool)
         arrays, chosen = [read_BxTxD, domain_BxT] * 2, jax.ShapeDtypeStruct((1,), np.int32)
-        programs = (
-            first_change.lower(split.point, split.dictionary, source, arrays),
-            gather.lower(split.point, split.dictionary, source, arrays, chosen, np.int32(prompts)),
-        )
-        return max(program.compile().memory_analysis().temp_size_in_bytes for program in programs)
+        program = gather.lower(split.point, split.dictionary, source, arrays, chosen, np.int32(prompts))
+        return program.compile().memory_analysis().temp_size_in_bytes
 
     more = 32 * PROMPTS * length
     growth = temporaries(33 * PROMPTS) - temporaries(PROMPTS)

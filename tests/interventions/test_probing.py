@@ -18,7 +18,7 @@ from saejax.errors import UserError
 from saejax.files import write_lines
 from saejax.interventions import probing
 from saejax.interventions.edits import mask
-from saejax.interventions.engine import effects
+from saejax.interventions.engine import change_norms, effects
 from saejax.interventions.references import Reference
 from saejax.interventions.settings import ProbeConfig
 from saejax.interventions.split_model import SplitModel
@@ -307,16 +307,36 @@ def test_effects_of_selected_features(tiny, make_dictionary, prompts, plain):
     """Of logit differences against a hook, of reference answers against the engine."""
     dictionary, some = make_dictionary("resid_post.1"), prompts[:3]
     split = SplitModel(tiny, dictionary)
-    drop_SxP = probing.ablation_on_prompts(split, some).measure_drop([3, 50])
+    drop_SxP = probing.ablation_on_prompts(split, some).measure_drop([[3], [50]], [1.0, 1.0])
     for p, prompt in enumerate(some):
         run = plain(dictionary, prompt)
         wanted_S = [run.ablated([]) - run.ablated([feature]) for feature in (3, 50)]
         np.testing.assert_allclose(drop_SxP[:, p], wanted_S, atol=2e-5)
     references = [Reference(*encode_pair(tiny.tokenizer, prompt.text, prompt.correct)) for prompt in some]
-    drop_SxP = probing.ablation_on_references(split, references).measure_drop([3, 50])
+    drop_SxP = probing.ablation_on_references(split, references).measure_drop([[3], [50]], [1.0, 1.0])
     value_SxP = effects(tiny, some, mask(dictionary, [[], [3], [50]]), ["answer_log_prob"])[..., 0]
     np.testing.assert_allclose(drop_SxP, value_SxP[:1] - value_SxP[1:], atol=1e-5)
     assert np.abs(drop_SxP).max() > 1e-3
+
+
+def test_controls_of_selected_features_have_their_doses(tiny, make_dictionary, prompts):
+    """Random lists of other features, each measured where it changes the site as much as the feature does."""
+    split = SplitModel(tiny, make_dictionary("resid_post.1"))
+    tests, seen = probing.ablation_on_prompts(split, prompts[:6]), []
+
+    def measure_drop(sets, fractions):
+        seen.extend(zip(sets, fractions, strict=True))
+        return tests.measure_drop(sets, fractions)
+
+    (fit,) = [fit for fit, _ in probing.run_probes(make_task(), CONFIG, [1]) if fit.k == 1]
+    firing = np.argsort(-tests.fires_F, kind="stable")[:2].tolist()
+    fit = dataclasses.replace(fit, inputs=tuple(firing))
+    selected = probing.ablate_selected(CONFIG, [fit], lambda: tests._replace(measure_drop=measure_drop))
+    edits = mask(split.dictionary, *map(list, zip(*seen, strict=True)))
+    dose_S = np.sqrt(np.mean(np.square(change_norms(split, split.run(prompts[:6]), edits)), axis=1))
+    assert len(seen) == 2 + 2 * 5 and [len(each.controls) for each in selected.features] == [5, 5]
+    assert not any({*members} & {*firing} for members, _ in seen[2:])
+    np.testing.assert_allclose(dose_S[2:], np.repeat(dose_S[:2], 5), rtol=1e-4)
 
 
 @pytest.mark.parametrize("prompts", [2, 5])
@@ -325,7 +345,9 @@ def test_noise_on_few_prompts_is_not_testable(prompts):
     noise = np.random.default_rng(0).normal(size=(40, prompts))
 
     def ablation():
-        return probing.FeatureAblation("", np.ones(40), [""] * prompts, lambda features: noise[features])
+        return probing.FeatureAblation(
+            "", np.ones(40), [""] * prompts, None, lambda sets, _: noise[np.concatenate(sets)]
+        )
 
     fits = [fit for fit, _ in probing.run_probes(make_task(test=2 * prompts), CONFIG, [1])]
     assert probing.ablate_selected(CONFIG, fits, ablation) is None
@@ -337,13 +359,13 @@ def test_noise_on_few_prompts_is_not_testable(prompts):
 def test_p_values_are_corrected_over_labels_and_features():
     fit = next(probing.run_probes(make_task(), CONFIG, [1]))[0]
     features = (
-        probing.SelectedFeature(3, Interval(1.0, 0.5, 1.5), 0.01, 0.01),
-        probing.SelectedFeature(8, Interval(0.1, -0.1, 0.3), 0.3, 0.3),
+        probing.SelectedFeature(3, Interval(1.0, 0.5, 1.5), 0.01, 0.01, (0.2, 1.2)),
+        probing.SelectedFeature(8, Interval(0.1, -0.1, 0.3), 0.3, 0.3, ()),
     )
     labels = []
-    for number, matched in enumerate(((0.2, 1.2), ())):
-        selected = probing.SelectedFeatures("logit difference", features, matched)
-        probe = dataclasses.replace(fit, p_value=(0.01, 0.04)[number])
+    for p_value in (0.01, 0.04):
+        selected = probing.SelectedFeatures("logit difference", features)
+        probe = dataclasses.replace(fit, p_value=p_value)
         labels.append(probing.ProbedLabel("answer", "b", None, {}, {}, 0, 0, 0, (probe,), selected))
     first, second = probing.correct(labels)
     assert [label.probes[0].p_holm for label in (first, second)] == pytest.approx([0.02, 0.04])

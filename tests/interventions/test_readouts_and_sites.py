@@ -9,7 +9,7 @@ import torch
 
 import saejax
 from saejax.errors import UserError
-from saejax.interventions import engine
+from saejax.interventions import engine, slopes
 from saejax.interventions.edits import mask
 from saejax.interventions.several_sites import join_saes
 from saejax.interventions.slopes import attribution, leaders, target_attributions
@@ -107,6 +107,22 @@ def test_a_readout_of_several_positions_equals_whole_runs(tiny, dictionary, plai
                     logp_CxV = torch.log_softmax(run.run(change)[-3:], dim=-1).numpy()
                 wanted = -(np.exp(logp_CxV) * logp_CxV).sum(axis=1) @ [1.0, 10.0, 100.0]
                 assert values_ExP[e, p] == pytest.approx(wanted, abs=2e-3), "of some 600"
+
+
+def test_many_placebo_readouts_take_the_memory_of_a_few(tiny, dictionary, prompts):
+    """Slopes of one function at a time: each takes the logits of the whole vocabulary for all targets of a program."""
+
+    def temporaries(count):
+        functions = tuple(lambda logits, n=n: jnp.tanh(logits[:, n:]).sum(axis=1) for n in range(count))
+        split = SplitModel(tiny, dictionary, readout=Readout(functions[:1]))
+        (run,) = split.run(prompts[:8])
+        _, rows = next(split.slices(run, 8))
+        targets_CxBx2 = np.broadcast_to(np.arange(16, dtype=np.int32)[:, None, None] % count, (16, 8, 2))
+        point = split.with_readout(Readout(functions)).point
+        compiled = slopes.target_slopes.lower(point, split.params, rows, targets_CxBx2).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(24) < 1.1 * temporaries(2)
 
 
 def test_readouts_that_cannot_be_used_are_refused(tiny, dictionary, asked):

@@ -34,12 +34,18 @@ def many():
     return first_SxP, Prompts(last_P, prefix_PxT), halved(sets), ids_PxT
 
 
+def all_batches(first_SxP, prompts, edits, most, features, shards=1):
+    """The batches of all edits, as the engine makes them."""
+    chunks = edits.chunks(features)
+    return [b for chosen, all_K in chunks for b in batches_of(first_SxP[chosen], prompts, chosen, all_K, most, shards)]
+
+
 @pytest.mark.parametrize("most", [1, 30, 2000])
 @pytest.mark.parametrize("features", [1, 7, 1000])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_every_token_of_every_row_is_run(many, most, features, shards):
     first_SxP, prompts, edits, ids_PxT = many
-    batches = batches_of(first_SxP, prompts, edits, most, features, shards)
+    batches = all_batches(first_SxP, prompts, edits, most, features, shards)
     rows = []
     for batch in batches:
         assert len(batch.shards) == shards and batch.size % 8 == batch.tokens % 8 == 0
@@ -77,7 +83,7 @@ def test_no_token_is_run_twice_in_a_batch(many):
 
 def tokens_run(first_SxP, prompts, edits):
     """How many tokens a single batch runs, without those that fill it up."""
-    (batch,) = batches_of(first_SxP, prompts, edits, 10**6, 1000)
+    (batch,) = all_batches(first_SxP, prompts, edits, 10**6, 1000)
     tree, *_ = batch.filled(prompts, edits)
     return len(set(zip(tree.row_SxN[0].tolist(), tree.column_SxN[0].tolist(), strict=True)))
 
@@ -86,7 +92,7 @@ def test_batches_have_few_shapes(many):
     first_SxP, prompts, edits, _ = many
     shapes, counts = set(), range(1, 51)
     for count in counts:
-        batches = batches_of(first_SxP[:count], prompts, halved(edits.sets[:count]), 80, 1000)
+        batches = all_batches(first_SxP[:count], prompts, halved(edits.sets[:count]), 80, 1000)
         shapes |= {(batch.size, batch.length, batch.tokens, len(batch.features_K)) for batch in batches}
     assert len(shapes) <= 12 and {features for *_, features in shapes} == {filled_features(40)}
     assert max(tokens for *_, tokens, _ in shapes) <= 96

@@ -1,6 +1,5 @@
 """Steering: text under a change against whole runs, directions and choices by hand, and the stage end to end."""
 
-import copy
 import dataclasses
 import json
 
@@ -50,7 +49,7 @@ def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
     rng = np.random.default_rng(1)
     documents = [rng.integers(5, 200, size=n).tolist() for n in (7, 12, 2)]
     for edits in make_edits(SplitModel(tiny, dictionary).dictionary, tiny.config.d_model):
-        ce_ExN = HeldOutText(documents).effects(SplitModel(tiny, edits.dictionary), edits)["ce"]
+        ce_ExN = HeldOutText(documents).effects(SplitModel(tiny, edits.dictionary), edits)
         for n, ids in enumerate(documents):
             tokens = dataclasses.replace(
                 tiny.tokenize(["x"]), ids_BxT=np.array([ids], np.int32), lengths_B=np.array([len(ids)])
@@ -63,21 +62,16 @@ def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
             for s in range(len(edits)):
                 wanted = cross_entropy([model_edit(edits, s)]) - cross_entropy([])
                 assert ce_ExN[1 + s, n] - ce_ExN[0, n] == pytest.approx(wanted, abs=2e-5)
-    # The clean run and edited ones are rows of one program: what changes nothing has no effect but for rounding.
+    # The clean run and edited ones are rows of one program.
     np.testing.assert_allclose(ce_ExN[2], ce_ExN[0], rtol=1e-6)
 
 
-def test_clean_text_is_kept_for_one_model_alone_and_without_the_error_goes_through_the_dictionary(tiny, dictionary):
-    documents = [np.random.default_rng(3).integers(5, 200, size=9).tolist()]
-    second = copy.copy(tiny)
-    second.params = {name: 1.1 * values for name, values in tiny.params.items()}
-    edits, text = mask(dictionary, [[3, 50]]), HeldOutText(documents)
-    first_ExN, second_ExN = (text.effects(SplitModel(lm, dictionary), edits)["ce"] for lm in (tiny, second))
-    alone_ExN = HeldOutText(documents).effects(SplitModel(second, dictionary), edits)["ce"]
-    np.testing.assert_array_equal(second_ExN, alone_ExN)
-    assert (first_ExN != second_ExN).all()
-    dropped_ExN = text.effects(SplitModel(tiny, dictionary, error="drop"), edits)["ce"]
-    assert np.abs(first_ExN[0] - dropped_ExN[0]).max() > 1e-4
+def test_clean_text_without_the_error_goes_through_the_dictionary(tiny, dictionary):
+    text, edits = HeldOutText([np.random.default_rng(3).integers(5, 200, size=9).tolist()]), mask(dictionary, [[3, 50]])
+    kept_ExN, dropped_ExN = (
+        text.effects(SplitModel(tiny, dictionary, error=error), edits) for error in ("keep", "drop")
+    )
+    assert np.abs(kept_ExN[0] - dropped_ExN[0]).max() > 1e-4
 
 
 def made_texts(answers, seed=0, features=30, width=8):
@@ -153,7 +147,7 @@ def test_the_strength_that_turns_most_is_chosen_among_those_allowed():
     assert steering.choose_strength(diff_SxP, np.zeros(4, bool)) == 0
 
 
-def judged(p_values, controls=99):
+def judged(p_values, controls=99, compared=9):
     """Return the answers on behaviours whose method has these p-values."""
     behaviours = {}
     for number, p_value in enumerate(p_values):
@@ -161,7 +155,7 @@ def judged(p_values, controls=99):
         point = steering.SteeringPoint(0.4, 3.0, effect, Interval(0.5, 0.4, 0.6), None)
         answer = CausalAnswer("not tested", "", effect, p_value)
         drops, turned = (0.1,) * controls, 0.05 if controls else None
-        method = steering.SteeringMethod((point,), 0, "random features", drops, turned, answer)
+        method = steering.SteeringMethod((point,), 0, "random features", drops, turned, compared, answer)
         behaviours[str(number)] = steering.BehaviourSteering(None, 9, {}, effect, dict(add=method), {})
     return [each.methods["add"].answer for each in steering.judge(behaviours).values()]
 
@@ -176,6 +170,8 @@ def test_answers_follow_the_rule():
         " Not testable: 19 controls (random features) of 39 needed."
     )
     assert judged([None], controls=0)[0].answer == "not tested"
+    assert "compared on 4 of 9 prompts" in judged([0.01], compared=4)[0].sentence
+    assert "compared on" not in judged([0.01])[0].sentence
 
 
 CONFIG = SteerConfig(dictionary="topk", top=3, doses=(0.4, 0.1), random_sets=12, bootstrap=200, batch_rows=16)
@@ -219,15 +215,22 @@ def make_test(tiny, dictionary):
     return make
 
 
-def test_controls_have_the_dose_that_is_asked_for(make_test, answered):
-    """Over all prompts, also where the method changes nothing in some of them."""
+def test_controls_of_each_swap_have_its_dose(make_test, answered):
+    """Also where the method changes nothing in some prompts; a swap whose dose no list reaches leaves the others be."""
     steered = make_test(answered)
-    for method, silent in (("mean_difference", False), ("add", False), ("add", True)):
-        if silent:
-            steered._tops[next(iter(steered._groups))] = []
-        _, norm_SxP = steered._steer_controls(method, 0.4, 3.0)
-        assert len(norm_SxP) and (norm_SxP == 0).any() == silent
-        np.testing.assert_allclose(np.sqrt(np.square(norm_SxP).mean(axis=1)), 3.0, rtol=1e-5)
+    first, *_ = steered._groups.values()
+    other = np.setdiff1d(np.arange(len(steered._test)), first)
+    assert len(first) and len(other)
+    for method, of_first in (("mean_difference", 5.0), ("add", 5.0), ("add", 0.0), ("add", 1e9)):
+        norm_P = np.full(len(steered._test), 3.0)
+        norm_P[first] = of_first
+        _, norm_SxP, compared_P = steered._steer_controls(method, 0.4, norm_P)
+        reaches = of_first < 1e9
+        assert len(norm_SxP) == 12 and compared_P[other].all() and (compared_P[first] == reaches).all()
+        for places, dose in ((first, of_first if reaches else 0.0), (other, 3.0)):
+            np.testing.assert_allclose(np.sqrt(np.square(norm_SxP[:, places]).mean(axis=1)), dose, rtol=1e-5)
+    *nothing, compared_P = steered._steer_controls("add", 0.4, np.full(len(steered._test), 1e9))
+    assert [len(each) for each in nothing] == [0, 0] and not compared_P.any()
 
 
 def test_without_text_no_strength_is_too_large(make_test, answered):

@@ -50,7 +50,8 @@ def programs(plan):
 def test_ablation(programs, plan, lm, spy, monkeypatch):
     calls = {
         "ablate: head": spy(split, "run_head"),
-        "ablate: placebo attribution": spy(screening, "score_targets"),
+        "ablate: placebo slopes": spy(screening, "target_slopes"),
+        "ablate: placebo attribution": spy(screening, "score_slopes"),
         "ablate: features": spy(ablation, "gather"),
         "ablate: tail": spy(ablation, "run_rows"),
     }
@@ -61,7 +62,8 @@ def test_ablation(programs, plan, lm, spy, monkeypatch):
     cut_model = split.SplitModel(lm, make_dictionary(lm, plan))
     runs = cut_model.run(prompts)
     screening.attribution(cut_model, runs)
-    calls["ablate: attribution"] = list(calls["ablate: placebo attribution"])
+    for name in ("slopes", "attribution"):
+        calls[f"ablate: {name}"] = list(calls[f"ablate: placebo {name}"])
     screening.target_attributions([cut_model], [runs], np.array([[3, 4]]))
     rows = plan.configs[AblateConfig].batch_rows
     # Every row on all its tokens, and none shared: batches are full.

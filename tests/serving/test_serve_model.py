@@ -157,14 +157,22 @@ def test_text_is_continued_beside_the_clean_text_and_random_features(asker, lm, 
         assert shown == lm.tokenizer.decode(local.generate(changes, 3, temperature=1.5, seed=3).ids_N)
     # Random features add as much to the stream.
     rows = []
-    keep = mock.patch.object(type(local), "generate_rows", lambda self, edits, *_, **__: rows.extend(edits) or [])
+    keep = mock.patch.object(type(local), "generate_rows", lambda self, edits, *_, **__: rows.extend(edits[1:]) or [])
+    named = [("set", 9.0, [f"1_{feature}_{last}"])]
     with keep, pytest.raises(ValueError, match="zip"):
-        effects.continuations(local, [("set", 9.0, [f"1_{feature}_{last}"])], "none", 3)
+        effects.continuations(local, named, "none", 3)
+    run = type(local).run
+    keep = mock.patch.object(
+        type(local), "run", lambda self, edits, *a, **b: rows.extend(edits) or run(self, edits, *a, **b)
+    )
+    with keep:
+        effects.effects(local, named, "none")
     doses = []
-    for (one,) in rows[1:]:
-        old = local.active.value_A[local.active.index_of[one.layer, one.position.start, one.feature]]
+    for (one,) in rows:
+        position = one.position.start if isinstance(one.position, slice) else one.position
+        old = local.active.value_A[local.active.index_of[one.layer, position, one.feature]]
         doses.append(abs(one.value - old) * np.linalg.norm(np.asarray(transcoders[1].W_dec_FxD[...])[one.feature]))
-    assert len(doses) == 4 and np.ptp(doses) < 1e-4 * doses[0]
+    assert len(doses) == 4 + 8 and np.ptp(doses) < 1e-4 * doses[0]
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,9 @@ def test_attribution(lm, one_device):
     point = SplitPoint(lm.config, site, site, one_device)
     value = jnp.ones((2, 6, lm.config.d_model))
     rows = SiteRows(value, value, value, jnp.ones((2, 6), bool), jnp.array([5, 5]), jnp.ones((2, 2), int))
-    fixed = [rows], None, jnp.ones((1, 2, 2), int), ZERO, [()]
-    check(lambda params, each: screening.score_targets(point, params, [each], *fixed), lm.params, dictionary, least=8)
+    check(lambda params: screening.target_slopes(point, params, rows, jnp.ones((1, 2, 2), int)), lm.params, least=6)
+    fixed = rows, jnp.ones((1, *value.shape)), None, ZERO, ()
+    check(lambda each: screening.score_slopes(point, each, *fixed), dictionary, least=2)
 
 
 def test_a_program_of_nested_bfloat16_products_runs_to_its_end(inputs, tmp_path):

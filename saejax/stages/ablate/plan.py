@@ -15,8 +15,7 @@ from saejax.costs.programs import Program, abstract_dictionary, abstract_params,
 from saejax.flops import pass_flops
 from saejax.interventions import slopes
 from saejax.interventions.ablation import STEPS, TOKENS, expected_rows
-from saejax.interventions.edits import ActivationReplacement, filled_features
-from saejax.interventions.engine import FEATURES
+from saejax.interventions.edits import GATHERED, ActivationReplacement, filled_features
 from saejax.interventions.rows import CleanValues, few_rows, full_batch, gather, run_rows
 from saejax.interventions.settings import AblateConfig
 from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, PROMPTS, SiteRows, run_head
@@ -94,14 +93,13 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     edited_rows = _FIRING * behaviours * expected_rows(ablate, named, "0", used.n_features)
     ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / PROMPTS
     points = STEPS if ablate.attribution == "integrated" else 1
-    attributions = ranked * points * (trainings + len(ablate.baselines))
-    if points > 1:  # slopes are not shared
-        attributions += ranked * points * (ablate.untrained_dictionaries + bool(ablate.untrained_dictionaries))
+    bases = trainings + len(ablate.baselines) + ablate.untrained_dictionaries + bool(ablate.untrained_dictionaries)
+    slope_runs = ranked * points * (bases if points > 1 else trainings)  # dictionaries share slopes without an edit
     size = f"{PROMPTS} prompts of {length} tokens"
     counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
 
-    def attribution_program(name: str, count: int, targets: int, sharing: int, calls: float) -> Program:
-        """Return the attribution of ``sharing`` dictionaries for some targets on some prompts."""
+    def slope_programs(name: str, count: int, targets: int, runs: float, calls: float) -> list[Program]:
+        """Return the slopes of some targets on some prompts, and the attribution of a dictionary by them."""
         row_value, row_domain, last_B = value(by_row, count), domain(by_row, count), by_row(mesh, (count,), jnp.int32)
         rows = SiteRows(row_value, row_value, row_value, row_domain, last_B, by_row(mesh, (count, 2), jnp.int32))
         # Random replacements are drawn from each feature's own activations, so their counts travel along.
@@ -110,31 +108,34 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         if ablate.replacement == "counterpart" and not is_sum:
             arrays = row_value, row_domain
         real_B = whole(mesh, (count,), bool) if is_sum else None
-        fixed = point, params, [dictionary] * sharing, [rows] * sharing
-        arguments = (*fixed, real_B, targets_CxBx2, source, [arrays] * sharing)
-        flops = (1 + targets) * (suffix_flops(count) + sharing * encode_flops(count))
+        slope_CxBxTxD = whole(mesh, (targets, count, length, used.d_in), plan.dtype)
         size = f"{count} prompts of {length} tokens"
-        return program(name, size, slopes.score_targets, arguments, flops, calls)
+        scored = point, dictionary, rows, slope_CxBxTxD, real_B, source, arrays
+        flops = (1 + targets) * suffix_flops(count), (1 + targets) * encode_flops(count)
+        return [
+            program(f"{name}slopes", size, slopes.target_slopes, (point, params, rows, targets_CxBx2), flops[0], runs),
+            program(f"{name}attribution", size, slopes.score_slopes, scored, flops[1], calls),
+        ]
 
     ids_BxT, last_B = by_row(mesh, (PROMPTS, length), jnp.int32), by_row(mesh, (PROMPTS,), jnp.int32)
     head = (point, ablate.error, params, dictionary, ids_BxT, last_B, domain(by_row, PROMPTS))
     head_flops = pass_flops(plan.model, PROMPTS * length, length, writes.layer + 1)
     programs = [program("head", size, run_head, head, head_flops, 2 * ranked)]
-    programs.append(attribution_program("attribution", PROMPTS, 1, 1, attributions))
+    programs += slope_programs("", PROMPTS, 1, slope_runs, ranked * bases)
     if ablate.placebo_targets:
         sharing = trainings if ablate.error == "keep" else 1  # dictionaries of the site
         tokens = max(TOKENS, ablate.placebo_targets)
-        calls = ranked * points * PROMPTS / slopes.TARGET_PROMPTS * tokens / slopes.TARGETS
-        sizes = slopes.TARGET_PROMPTS, slopes.TARGETS, sharing
-        programs.append(attribution_program("placebo attribution", *sizes, calls))
+        calls = ranked * PROMPTS / slopes.TARGET_PROMPTS * tokens / slopes.TARGETS
+        sizes = slopes.TARGET_PROMPTS, slopes.TARGETS
+        programs += slope_programs("placebo ", *sizes, calls * points, calls * sharing)
 
     # The engine gathers the columns of the features that a group of edits needs, filled up to a few widths.
-    gathered = filled_features(min(used.n_features, max(FEATURES, ablate.top)))
+    gathered = filled_features(min(used.n_features, max(GATHERED, ablate.top)))
     sides = [value(whole, prompts), domain(whole, prompts)] * (2 if ablate.replacement == "counterpart" else 1)
     chosen = (point, dictionary, source, sides, whole(mesh, (gathered,), jnp.int32), prompts)
     flops = len(sides) / 2 * encode_flops(prompts)
-    # Each untrained dictionary encodes the train prompts for its attribution, and the test prompts for its edit.
-    gathers = attributions + (ranked + behaviours) * ablate.untrained_dictionaries
+    # Each dictionary or basis encodes the test prompts for its list, its dose and its edit.
+    gathers = 3 * behaviours * bases
     programs.append(program("features", f"{prompts} prompts, {gathered} features", gather, chosen, flops, gathers))
 
     # Rows that share no tokens, each changed from its start on: batches are full.

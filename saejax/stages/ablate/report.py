@@ -145,7 +145,7 @@ def features(findings: Findings, shown: int) -> list[Section]:
     labels = labels_in(findings.folders, ablate.dictionary)
     make_strips = _make_strips(findings, labels) if shown and findings.examples else None
     for name, top in ablate.top.items():
-        strips = [make_strips(name, item) for item in top[:shown]] if make_strips else []
+        strips = [make_strips(name, item) for item in top[:shown] if not item.site] if make_strips else []
         blocks: list[Block] = [_feature_table(top, labels), *strips]
         importance = (ablate.importance or {}).get(name)
         if importance:
@@ -442,7 +442,7 @@ def _template_table(result: BehaviourVerdict) -> Table:
 def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) -> Table:
     columns = {
         "Feature": lambda item: (
-            f"{item.feature} {labels[item.feature].label if item.feature in labels else ''}".strip()
+            f"{item.feature} {item.site or (labels[item.feature].label if item.feature in labels else '')}".strip()
         ),
         "Logit difference lost": lambda item: interval(item.drop),
         "Attribution": lambda item: significant(item.attribution),
@@ -477,7 +477,8 @@ def held_out(findings: Findings, name: str) -> np.ndarray:
 def _make_strips(findings: Findings, labels: Mapping[int, Label]) -> Callable[[str, FeatureEffect], Strips]:
     """Return the function that shows the contexts of a behaviour's top feature, with a note."""
     rate_F, mean_F = (held_out(findings, name) for name in ("firing_rate", "mean_activation"))
-    tops = {name: {item.feature for item in top} for name, top in findings.first(AblateResults).top.items()}
+    every = findings.first(AblateResults).top
+    tops = {name: {item.feature for item in top if not item.site} for name, top in every.items()}
 
     def strips(name: str, item: FeatureEffect) -> Strips:
         feature, label = item.feature, labels.get(item.feature)

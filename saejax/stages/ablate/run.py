@@ -13,6 +13,7 @@ from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_beh
 from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.settings import BASES, AblateConfig
+from saejax.interventions.several_sites import SeveralSites, join_saes
 from saejax.interventions.split_model import parse_positions
 from saejax.interventions.table import load_effects, merge_tables, save_effects
 from saejax.interventions.text import HeldOutText
@@ -54,6 +55,8 @@ def run_ablate(run: Run) -> AblateResults:
         raise UserError(
             f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, and not the tested one"
         )
+    if config.joined and (config.repeats or config.error == "drop" or config.effects == "all"):
+        raise UserError("--ablate.joined goes with none of --ablate.repeats, --ablate.error=drop, --ablate.effects=all")
     if config.repeats and config.error == "drop":
         raise UserError("--ablate.error=drop and --ablate.repeats do not go together: test the repeats by themselves")
     for name in config.baselines:
@@ -62,21 +65,31 @@ def run_ablate(run: Run) -> AblateResults:
     prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
     mesh = run_inputs.run_mesh(run)
     repeats = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats", mesh) for name in config.repeats}
+    joined = [stacks.load_trained(name, run.inputs, "--ablate.joined", mesh) for name in config.joined]
 
     def begin() -> parts.Measure:
-        lm = run_inputs.load_run_model(run, dictionary.config, *(each.config for each in repeats.values()))
+        lm = run_inputs.load_run_model(run, dictionary.config, *(each.config for each in (*repeats.values(), *joined)))
+        texts = [prompt.text for each in prompts.values() for prompt in each if prompt.split == "train"]
+        tested = join_saes(lm, [dictionary, *joined], texts) if joined else dictionary
         corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
         text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
 
         def measure(name: str, on_progress: OnProgress) -> parts.Measured:
-            table, ablation = measure_behaviour(lm, dictionary, name, prompts, config, text, repeats, on_progress)
+            table, ablation = measure_behaviour(lm, tested, name, prompts, config, text, repeats, on_progress)
             importance = measure_importance(table, ablation) if config.effects == "all" else None
             if is_first_process():
                 # Before the part's results, whose file says that the part is done.
                 save_effects(parts.part_file(run, name, "-effects"), table)
                 if importance:
                     importance.save(Importance.file(run.folder, name))
-            results = BehaviourResults(describe_top(table, ablation), importance.summary if importance else None)
+            top = describe_top(table, ablation)
+            if isinstance(tested, SeveralSites):
+                places = [tested.locate(effect.feature) for effect in top]
+                top = tuple(
+                    dataclasses.replace(effect, feature=feature, site="" if site == dictionary.site else site)
+                    for effect, (site, feature) in zip(top, places, strict=True)
+                )
+            results = BehaviourResults(top, importance.summary if importance else None)
             return parts.Measured(results, f"{len(table.edits):,} edits on {len(ablation.test)} test prompts")
 
         return measure
@@ -93,7 +106,7 @@ def run_ablate(run: Run) -> AblateResults:
     importance = {name: results.importance for name, results in measured.items() if results.importance}
     return AblateResults(
         dictionary=config.dictionary,
-        site=dictionary.site,
+        site=", ".join([dictionary.site, *(each.site for each in joined)]),
         k=config.top,
         replacement=config.replacement,
         positions=config.positions,

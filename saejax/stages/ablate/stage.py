@@ -31,7 +31,7 @@ def _check(configs: Configs) -> None:
 def _dictionaries(configs: Configs) -> tuple[str, ...]:
     """Return the dictionaries that are tested, the main one first."""
     ablate = configs[AblateConfig]
-    return tuple(dict.fromkeys((ablate.dictionary, *ablate.repeats)))
+    return tuple(dict.fromkeys((ablate.dictionary, *ablate.repeats, *ablate.joined)))
 
 
 def _names(configs: Configs) -> tuple[str, ...]:

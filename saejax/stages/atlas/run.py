@@ -67,7 +67,8 @@ def run_atlas(run: Run) -> AtlasResults:
             automatic |= load_labels(explained / member.name / LABELS)
             judged = read_json(explained / member.name / EXPLAINED)
         automatic |= read_explanations(exported, member.features)
-        top = ablated[0].top if ablated and ablated[0].dictionary == name else {}
+        every = ablated[0].top if ablated and ablated[0].dictionary == name else {}
+        top = {behaviour: tuple(item for item in items if not item.site) for behaviour, items in every.items()}
         effects: dict[int, dict[str, float]] = {}
         for behaviour, items in top.items():
             for item in items:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saejax.circuits.claims import DATA
 from saejax.circuits.groups import ANSWER, ROLE_WORDS, ROLES, Key
 from saejax.circuits.results import CircuitResults
 from saejax.files import read_json
 from saejax.page.style import BLUE, INK, ORANGE, styled
 from saejax.page.tables import number
+from saejax.stages.circuits.claims import DATA
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

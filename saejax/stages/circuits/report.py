@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import quote
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.circuits.claims import CONFIRMED
 from saejax.circuits.edges import LEAST_DOSE, Edge
 from saejax.circuits.groups import ROLE_WORDS, Key, as_json, name_feature
 from saejax.circuits.results import CircuitResults, CircuitsResults
@@ -32,7 +31,7 @@ from saejax.page.tables import Table, answer, interval, number, percent
 from saejax.page.words import behaviour as title
 from saejax.runner.labels import names_of_layers
 from saejax.stages.circuits import figure
-from saejax.stages.circuits.claims import compare_claims
+from saejax.stages.circuits.claims import CONFIRMED, compare_claims
 from saejax.tasks.behaviours import Prompt
 from saejax.unicode import visible
 

@@ -12,7 +12,6 @@ class CircuitsConfig(Config):
 
     behaviours: tuple[str, ...] = setting((), "behaviours whose circuits are found; empty: none")
     traced: int = setting(10, "number of train prompts of each behaviour that are traced, to select features", low=1)
-    measured: int = setting(20, "maximum number of test prompts of each behaviour on which effects are measured", low=2)
     groups: str = setting(
         "",
         'file of groups to measure in place of proposed ones, .json: {"two_hop": [["places", "3_17_content", '
@@ -21,3 +20,4 @@ class CircuitsConfig(Config):
     )
     bootstrap: int = shared.causal_bootstrap()
     seed: int = shared.causal_seed()
+    measured: int = 20  #: maximum number of test prompts of each behaviour on which effects are measured; no flag

@@ -38,7 +38,7 @@ PROBE = Stage(
     follows=("ablate",),
     inputs=_inputs,
     names=_names,
-    revision=5,  # few prompts, or few of a class, are not testable
+    revision=6,  # controls of ablated features have their dose
     processes="items",
     section=sections,
 )

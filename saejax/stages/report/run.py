@@ -64,7 +64,7 @@ def run_report(run: Run) -> ReportResults:
         ablate = dataclasses.replace(ablate, dictionary=name)
         findings = findings.with_results(ablate)
     tops = ablate.top.values() if ablate else ()
-    wanted = [item.feature for top in tops for item in top[:_FEATURES]]
+    wanted = [item.feature for top in tops for item in top[:_FEATURES] if not item.site]
     if ablate:
         run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
         findings = dataclasses.replace(findings, examples=contexts(run, findings, wanted, _EXAMPLES))

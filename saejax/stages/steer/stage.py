@@ -40,7 +40,7 @@ STEER = Stage(
     follows=("ablate",),
     inputs=_inputs,
     names=_names,
-    revision=4,  # controls are lists to the dose
+    revision=5,  # each swap has controls of its own dose
     processes="items",
     section=sections,
 )
