@@ -56,11 +56,10 @@ def list_to_dose(
     changes_of: Callable[[Sequence[int]], "Changes"], order: Sequence[int], dose: float
 ) -> tuple[tuple[int, ...], float]:
     """Return ``Changes.beginning`` of an ordered list, given a function of features that returns their changes."""
-    for count in (_FIRST, len(order)):  # inner products of all would take longer than all else
-        some = order[:count]
-        members, fraction = changes_of(some).beginning(some, dose)
-        if len(members) < len(some) or fraction < 1.0:
-            break
+    some = order[:_FIRST]  # inner products of all would take longer than all else
+    members, fraction = changes_of(some).beginning(some, dose)
+    if len(some) < len(order) and len(members) == len(some) and fraction == 1.0:  # these do not reach it
+        return changes_of(order).beginning(order, dose)
     return members, fraction
 
 

@@ -522,8 +522,8 @@ def ablate_selected(
     controls = iter(drop_SxP[len(features) :].mean(axis=1).tolist())
     selected = []
     for feature, drop_P, lists in zip(features, drop_SxP, lists_of, strict=False):
-        p_value, own = two_sided_p(weight_RxP @ drop_P), tuple(itertools.islice(controls, len(lists)))
-        selected.append(SelectedFeature(feature, mean_interval(drop_P, weight_RxP), p_value, p_value, own))
+        p_value, list_drops = two_sided_p(weight_RxP @ drop_P), tuple(itertools.islice(controls, len(lists)))
+        selected.append(SelectedFeature(feature, mean_interval(drop_P, weight_RxP), p_value, p_value, list_drops))
     return SelectedFeatures(tests.readout, tuple(selected))
 
 

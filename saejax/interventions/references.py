@@ -291,8 +291,8 @@ def attributions(
         first, keeping_little = splits[group[0]], _keeping_little(point)
         batches = References(first, references, batch_tokens, check_stop).batches()
         for number, (places_Q, batch) in enumerate(batches):
-            given = slopes_of[number] if slopes_of else None
-            slope_BxTxD = _answer_slopes(keeping_little, first.params, batch) if given is None else given
+            known_BxTxD = slopes_of[number] if slopes_of else None
+            slope_BxTxD = _answer_slopes(keeping_little, first.params, batch) if known_BxTxD is None else known_BxTxD
             for place in group:
                 rows_BxF = np.asarray(_attribute(point, splits[place].dictionary, batch, slope_BxTxD))
                 rows_QxF = rows_BxF[: len(places_Q)]

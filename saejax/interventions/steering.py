@@ -451,7 +451,8 @@ class SteeringTest:
                 edits[swap] = vector_edits(dictionary, vectors)
             else:
                 compared_P[places] = False
-        if all(each is nothing for each in edits.values()) or not len(nothing):
+        is_compared = any(each is not nothing for each in edits.values()) and compared_P.sum() >= MIN_PROMPTS
+        if not is_compared or not len(nothing):
             return np.zeros((0, len(norm_P))), np.zeros((0, len(norm_P))), np.zeros(len(norm_P), bool)
         return *self._steer(self._test, self._groups, edits), compared_P
 

@@ -21,7 +21,7 @@ function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, fre
   const heads = ["Token", "Logit before", "after", "change", "Probability before", "after", "after random ones"];
   const said = draws
     ? `${draws === 1 ? "The only set" : `${draws} different random sets`} of as many other active features of the same ` +
-      `layers, changed alike: ${span(random_kl, nats)}.`
+      `layers, changed at equal dose: ${span(random_kl, nats)}.`
     : `No random features to compare with: ${no_draws}`;
   return [
     element("h3", {}, `The next token, with ${names}`),
