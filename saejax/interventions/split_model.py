@@ -20,11 +20,12 @@ from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import PrefixKV, Readout, SplitPoint
-from saejax.parallel.mesh import by_row, row_sharding, sharding
+from saejax.parallel.mesh import by_row, document_devices, row_sharding, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
 PROMPTS = 16  # prompts of one program, at most
+ROW_STEP = 8  # prompts are filled up with copies to a multiple of this, or of the devices where these are more
 PROGRAM_TOKENS = 2048  # and its tokens, unless a single prompt has more
 LENGTH_STEP = 2  # prompts are padded to a multiple of this many tokens
 GROUP_TOKENS = 8192  # maximum number of tokens, padding included, whose clean run is kept at once
@@ -45,7 +46,7 @@ class SiteRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CleanRun:
-    """Prompts run without an edit; B is a multiple of ``prompts_at_once`` of their padded length."""
+    """Prompts run without an edit; B is a multiple of ``row_step`` of their padded length."""
 
     #: the prompts' indices in the list they came from; the first P of the B rows, the rest are copies.
     index_P: np.ndarray
@@ -157,7 +158,8 @@ class SplitModel:
             answers_Nx2 = first_answer_ids(self._model.tokenizer, prompts)
         runs = []
         lengths_N = np.maximum(tokens.lengths_B, least)
-        for index_P, rows_B, length in groups_by_length(lengths_N, prompts_at_once, GROUP_TOKENS):
+        step_of = functools.partial(row_step, devices=document_devices(self.point.mesh))
+        for index_P, rows_B, length in groups_by_length(lengths_N, step_of, GROUP_TOKENS):
             ids_BxT, last_B = fit_ids(tokens.ids_BxT[rows_B], length), tokens.last_B[rows_B]
             wanted_BxT = editable_positions(self._positions, last_B, length)
             texts = [prompts[index].text for index in rows_B]
@@ -191,7 +193,7 @@ class SplitModel:
 
     def slices(self, run: CleanRun, most: int = PROMPTS) -> Iterator[tuple[slice, SiteRows]]:
         """Yield at most ``most`` rows of a run at a time: which they are, and their arrays by ``by_row``."""
-        size = min(most, prompts_at_once(run.domain_BxT.shape[1]))
+        size = rows_at_once(*run.domain_BxT.shape, most)
         for first in range(0, len(run.last_B), size):
             part = slice(first, first + size)
             yield part, SiteRows(*self.by_row(*(getattr(run, name)[part] for name in SiteRows._fields)))
@@ -217,7 +219,7 @@ class SplitModel:
         self, ids_BxT: np.ndarray, last_B: np.ndarray, wanted_BxT: np.ndarray, texts: Sequence[str]
     ) -> list[jax.Array]:
         """Return the arrays of a ``CleanRun`` that devices compute, a few prompts at a time."""
-        parts, size = [], prompts_at_once(ids_BxT.shape[1])
+        parts, size = [], rows_at_once(*ids_BxT.shape)
         for first in range(0, len(ids_BxT), size):
             batch = slice(first, first + size)
             rows = self.by_row(ids_BxT[batch], last_B[batch], wanted_BxT[batch])
@@ -284,6 +286,16 @@ def prompts_at_once(length: int) -> int:
     # All features at all tokens of 16 long prompts would take many gigabytes, and few prompts be filled up to 16.
     fitting = max(PROGRAM_TOKENS // max(length, 1), 1)
     return min(PROMPTS, 1 << fitting.bit_length() - 1)
+
+
+def row_step(length: int, devices: int = 1) -> int:
+    """Return the number of which the rows of a clean run are a multiple, given a padded length and the devices."""
+    return min(prompts_at_once(length), math.lcm(ROW_STEP, devices))
+
+
+def rows_at_once(rows: int, length: int, most: int = PROMPTS) -> int:
+    """Return how many of the rows of a clean run one program takes: at most ``most``, and a divisor of them all."""
+    return math.gcd(rows, min(most, prompts_at_once(length)))
 
 
 def groups_by_length(
@@ -401,7 +413,7 @@ def of_features(mesh: Mesh, dictionary: Dictionary, arrays: Sequence[jax.Array],
       arrays: what is read [B, T, D], editable positions [B, T], and others with B rows, given to ``use`` P at a time.
       use: returns arrays with P rows.
     """
-    size = math.gcd(len(arrays[0]), prompts_at_once(arrays[0].shape[1]))
+    size = rows_at_once(*arrays[0].shape[:2])
     chunks = [array.reshape(-1, size, *array.shape[1:]) for array in arrays]
 
     def use_chunk(chunk: Sequence[jax.Array]) -> Any:

@@ -15,7 +15,7 @@ from saejax.interventions import activity
 from saejax.interventions import engine as ablation
 from saejax.interventions import split_model as split_module
 from saejax.interventions.edits import mask
-from saejax.interventions.split_model import PROMPTS, SplitModel
+from saejax.interventions.split_model import ROW_STEP, SplitModel
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +118,13 @@ def test_neither_batch_size_nor_mesh_matter(split, runs, dictionary, prompts, ti
 
 
 def test_groups_of_prompts_are_small_and_change_nothing(split, prompts, monkeypatch):
-    monkeypatch.setattr(split_module, "GROUP_TOKENS", 20 * PROMPTS)
+    monkeypatch.setattr(split_module, "GROUP_TOKENS", 20 * ROW_STEP)
     runs = split.run(prompts)
     assert len(runs) > 1
     for run in runs:
         rows, length = run.value_BxTxD.shape[:2]
-        assert rows % PROMPTS == 0 and 0 <= rows - len(run.index_P) < PROMPTS
-        assert rows == PROMPTS or rows * length <= split_module.GROUP_TOKENS
+        assert rows % ROW_STEP == 0 and 0 <= rows - len(run.index_P) < ROW_STEP
+        assert rows == ROW_STEP or rows * length <= split_module.GROUP_TOKENS
         assert 0 < length - max(run.last_B) <= 2
     sets = draw_sets(np.random.default_rng(6), 100)
     together, apart = (ablate_sets(split, groups, sets) for groups in (runs, split.run(prompts)))

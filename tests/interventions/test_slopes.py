@@ -1,6 +1,7 @@
 """Activation x gradient of every feature, against PyTorch's autograd and against the effects it estimates."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,14 @@ from saejax.errors import UserError
 from saejax.interventions import slopes, split_model
 from saejax.interventions.edits import ActivationReplacement, mask
 from saejax.interventions.engine import run_edits
-from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, groups_by_length, prompts_at_once
+from saejax.interventions.split_model import (
+    GROUP_TOKENS,
+    SplitModel,
+    groups_by_length,
+    prompts_at_once,
+    row_step,
+    rows_at_once,
+)
 from saejax.models import language_model
 from saejax.models.config import RunRules
 
@@ -125,14 +133,25 @@ def test_a_gradient_that_is_not_finite(tiny, prompts, dictionary):
 
 def test_long_prompts_are_not_filled_up_to_sixteen():
     """A prompt of 4,000 tokens runs once, not 16 times; prompts of a few tokens run 16 at a time."""
-    for length, rows in ((4000, 1), (1000, 2), (128, 16), (20, 16)):
-        assert prompts_at_once(length) == rows
-        ((index_P, rows_B, padded),) = groups_by_length(np.array([length]), prompts_at_once, GROUP_TOKENS)
-        assert (len(index_P), len(rows_B), padded) == (1, rows, length)
+    for length, most in ((4000, 1), (1000, 2), (128, 16), (20, 16)):
+        assert prompts_at_once(length) == most
+        ((index_P, rows_B, padded),) = groups_by_length(np.array([length]), row_step, GROUP_TOKENS)
+        assert (len(index_P), len(rows_B), padded) == (1, min(most, 8), length)
     lengths_N = np.array([20] * 3 + [300] * 9 + [9000])
-    groups = list(groups_by_length(lengths_N, prompts_at_once, GROUP_TOKENS))
+    groups = list(groups_by_length(lengths_N, row_step, GROUP_TOKENS))
     assert sorted(np.concatenate([index_P for index_P, _, _ in groups])) == list(range(13))
-    assert all(len(rows_B) % prompts_at_once(length) == 0 for _, rows_B, length in groups)
+    assert all(len(rows_B) % row_step(length) == 0 for _, rows_B, length in groups)
+
+
+@pytest.mark.parametrize(
+    "prompts, devices, rows, program", [(20, 1, 24, 8), (24, 1, 24, 8), (80, 8, 80, 16), (3, 16, 16, 16)]
+)
+def test_few_prompts_are_filled_up_with_few_copies(prompts, devices, rows, program):
+    """20 prompts run as 24 rows, not 32, and each device has as many rows of a program as the others."""
+    step_of = functools.partial(row_step, devices=devices)
+    ((_, rows_B, _),) = groups_by_length(np.full(prompts, 12), step_of, GROUP_TOKENS)
+    assert (len(rows_B), rows_at_once(len(rows_B), 12)) == (rows, program)
+    assert program % devices == 0
 
 
 def test_attribution_of_long_prompts(tiny, prompts, dictionary, monkeypatch):

@@ -56,7 +56,7 @@ def test_ablation(programs, plan, lm, spy, monkeypatch):
         "ablate: tail": spy(ablation, "run_rows"),
     }
     text = "The cat near the dogs far"
-    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * kept_prompts(plan)
+    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * kept_prompts(plan, lm.mesh)
     # Nothing is padded, and the batches below are full.
     assert prompt_length(plan) == len(lm.tokenize([text]).ids_BxT[0])
     cut_model = split.SplitModel(lm, make_dictionary(lm, plan))

@@ -18,7 +18,7 @@ from saejax.interventions.ablation import STEPS, TOKENS, expected_rows
 from saejax.interventions.edits import GATHERED, ActivationReplacement, filled_features
 from saejax.interventions.rows import CleanValues, few_rows, full_batch, gather, run_rows
 from saejax.interventions.settings import AblateConfig
-from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, PROMPTS, SiteRows, run_head
+from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, SiteRows, row_step, rows_at_once, run_head
 from saejax.models.sites import Site
 from saejax.models.split import SharedPrefixBatch, SplitPoint
 from saejax.parallel.mesh import document_devices
@@ -36,12 +36,13 @@ def prompt_length(plan: PlannedRun) -> int:
     return -(-min(PROMPT_TOKENS, plan.model.context) // LENGTH_STEP) * LENGTH_STEP
 
 
-def kept_prompts(plan: PlannedRun) -> int:
+def kept_prompts(plan: PlannedRun, mesh: Mesh) -> int:
     """Return the prompts of a behaviour, filled up to whole runs of the head, or as many as one group holds."""
     task = plan.configs[TaskConfig]
     length = min(PROMPT_TOKENS, plan.model.context)
-    most = max(GROUP_TOKENS // length // PROMPTS, 1)
-    return PROMPTS * min(-(-max(task.train_prompts, task.test_prompts) // PROMPTS), most)
+    step = row_step(length, document_devices(mesh))
+    most = max(GROUP_TOKENS // length // step, 1)
+    return step * min(-(-max(task.train_prompts, task.test_prompts) // step), most)
 
 
 def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
@@ -55,7 +56,8 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         return []
     ablate, task = plan.configs[AblateConfig], plan.configs[TaskConfig]
     kept_dtype = plan.configs[TrainConfig].state_dtype
-    used, length, prompts = plan.dictionary("ablate"), prompt_length(plan), kept_prompts(plan)
+    used, length, prompts = plan.dictionary("ablate"), prompt_length(plan), kept_prompts(plan, mesh)
+    at_once = rows_at_once(prompts, length)
     reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
     point = SplitPoint(plan.model, writes, reads, mesh)
     params = abstract_params(plan.model, mesh, plan.dtype)
@@ -91,11 +93,11 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     test = [Prompt("", "test", "", "", "")] * task.test_prompts
     named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
     edited_rows = _FIRING * behaviours * expected_rows(ablate, named, "0", used.n_features)
-    ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / PROMPTS
+    ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / at_once
     points = STEPS if ablate.attribution == "integrated" else 1
     bases = trainings + len(ablate.baselines) + ablate.untrained_dictionaries + bool(ablate.untrained_dictionaries)
     slope_runs = ranked * points * (bases if points > 1 else trainings)  # dictionaries share slopes without an edit
-    size = f"{PROMPTS} prompts of {length} tokens"
+    size = f"{at_once} prompts of {length} tokens"
     counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
 
     def slope_programs(name: str, count: int, targets: int, runs: float, calls: float) -> list[Program]:
@@ -117,15 +119,15 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
             program(f"{name}attribution", size, slopes.score_slopes, scored, flops[1], calls),
         ]
 
-    ids_BxT, last_B = by_row(mesh, (PROMPTS, length), jnp.int32), by_row(mesh, (PROMPTS,), jnp.int32)
-    head = (point, ablate.error, params, dictionary, ids_BxT, last_B, domain(by_row, PROMPTS))
-    head_flops = pass_flops(plan.model, PROMPTS * length, length, writes.layer + 1)
+    ids_BxT, last_B = by_row(mesh, (at_once, length), jnp.int32), by_row(mesh, (at_once,), jnp.int32)
+    head = (point, ablate.error, params, dictionary, ids_BxT, last_B, domain(by_row, at_once))
+    head_flops = pass_flops(plan.model, at_once * length, length, writes.layer + 1)
     programs = [program("head", size, run_head, head, head_flops, 2 * ranked)]
-    programs += slope_programs("", PROMPTS, 1, slope_runs, ranked * bases)
+    programs += slope_programs("", at_once, 1, slope_runs, ranked * bases)
     if ablate.placebo_targets:
         sharing = trainings if ablate.error == "keep" else 1  # dictionaries of the site
         tokens = max(TOKENS, ablate.placebo_targets)
-        calls = ranked * PROMPTS / slopes.TARGET_PROMPTS * tokens / slopes.TARGETS
+        calls = ranked * at_once / slopes.TARGET_PROMPTS * tokens / slopes.TARGETS
         sizes = slopes.TARGET_PROMPTS, slopes.TARGETS
         programs += slope_programs("placebo ", *sizes, calls * points, calls * sharing)
 
