@@ -104,7 +104,7 @@ def buffer_shapes(
 ) -> tuple[tuple[jax.ShapeDtypeStruct, ...], jax.ShapeDtypeStruct]:
     """Return shapes and shardings of a buffer's parts, [sites, rows, d], and of its rows' norms, [sites, rows].
 
-    Rows are those of the largest buffer, rounded up to a multiple of the ``data`` axis; values are "float32" or
+    As many rows as the largest buffer has, rounded up to a multiple of the ``data`` axis; values are "float32" or
     "bfloat16", the ``dtype``.
     """
     rows = -(-rows // mesh.shape["data"]) * mesh.shape["data"]

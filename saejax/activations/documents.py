@@ -1,7 +1,7 @@
 """The documents of a store: pieces of text as token ids, each wholly in one split.
 
 A *document* is what goes through the model at a time: at most ``corpus.context`` tokens of a text of the corpus.
-Documents of the train split come first, those of the held-out split after them, each split in a seeded random order:
+Documents of the train split come first, then the held-out ones, each split in a seeded random order:
 any number of documents from the front of a split is a fair sample of it.
 """
 
@@ -18,7 +18,7 @@ from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 COLUMNS = ("split", "group", "source", "start")
 FILES = ("ids.npy", "starts.npy", "lengths.npy", "table.npy")
-_SELECTION, _ORDER = 1, 2  # streams of random numbers drawn from one seed, apart from those that split the groups
+_SELECTION, _ORDER = 1, 2  # streams of random numbers drawn from one seed, apart from the streams that split the groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Documents:
     #: int32 columns: split (index in ``SPLITS``), group (in ``groups``), source (index of the text in the corpus),
     #: start (the piece's first token, counted in the source).
     table_Nx4: np.ndarray
-    groups: tuple[str, ...]  #: names of the groups; those of streamed text have no names, only numbers
+    groups: tuple[str, ...]  #: names of the groups; groups of streamed text have numbers only
 
     @classmethod
     def contiguous(

@@ -1,4 +1,4 @@
-"""Rows of joined sites, which crosscoders are trained and scored on, from those of their parts."""
+"""Rows of joined sites, which crosscoders are trained and scored on, from rows of their parts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -64,7 +64,7 @@ class JoinedRows:
         return sum(map(self._rows.d, site_parts(site)))
 
     def max_norm(self, site: str) -> float:
-        """Return the sink rule of a site; a joined one has only those of its parts."""
+        """Return the sink rule of a site; a joined site has only its parts' rules."""
         # A joined value has no norm that a rule could compare: its parts were compared.
         return 3.4e38 if is_joined(site) else self._rows.max_norm(site)
 
@@ -106,7 +106,7 @@ class JoinedRows:
         return dict(scales=self.scales[site], max_norms=tuple(map(self._rows.max_norm, site_parts(site))))
 
     def _join(self, site: str, values: Mapping[str, np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
-        """Return the scaled vectors of a site, given those of its parts by name."""
+        """Return the scaled vectors of a site, given its parts' vectors by name."""
         scaled = [values[part].astype(np.float32) * factor for part, factor in self._parts(site)]
         return np.concatenate(scaled, axis=1, out=out)
 

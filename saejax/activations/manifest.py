@@ -37,7 +37,7 @@ class CapturedModel:
     name: str  #: of the hub, or its folder
     revision: str  #: of the hub; "" of a folder
     fingerprint: str  #: of its files
-    dtype: str | None = None  #: in which it ran; None of a second model, which ran in that of the first
+    dtype: str | None = None  #: in which it ran; None of a second model, which ran in the first model's
 
     @classmethod
     def of(cls, source: ModelSource, dtype: str | None = None) -> Self:
@@ -64,13 +64,13 @@ class Manifest:
 
     sites: Mapping[str, StoredSite]  #: by name
     dtype: str  #: of the vectors on disk: float32, bfloat16 or int8
-    tokens: Mapping[str, int]  #: rows of each split: those of train are the first ones
+    tokens: Mapping[str, int]  #: rows of each split: the train rows are the first ones
     shard_rows: int  #: rows of each shard, but for the last
     model: CapturedModel  #: the model
     bos: bool  #: whether every document begins with a BOS token
     sink_factor: float  #: rows with norms above so many times the median of their site are attention sinks
     documents: StoredDocuments  #: their number, and the meaning of their table
-    files: Mapping[str, FileFacts]  #: those that are not of a shard, by their paths in the folder
+    files: Mapping[str, FileFacts]  #: files that are not of a shard, by their paths in the folder
     corpus: str | None = None  #: a hash of the text; None if it was in memory
     last: int = 0  #: last positions of a document that were recorded, 0 for all
     other: CapturedModel | None = None  #: the second model, if there is one

@@ -17,7 +17,7 @@ from saejax.activations.documents import Documents
 from saejax.models.lengths import bucket_lengths, part_batches
 from saejax.models.sites import AnySite
 
-_PERMUTATION = 3  # stream of random numbers, apart from those of the documents
+_PERMUTATION = 3  # stream of random numbers, apart from the documents' streams
 _PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
 
@@ -33,7 +33,7 @@ class Batch:
     #: for each, the rows of the shard, [stop - first], that its recorded positions become.
     rows_B: tuple[np.ndarray, ...]
     train_B: np.ndarray  #: bool: whether each is of the train split
-    #: rows and length to which a program of fixed shape fills the batch up, at least those of ``ids_BxT``.
+    #: rows and length to which a program of fixed shape fills the batch up, at least as many as in ``ids_BxT``.
     shape: tuple[int, int]
 
     @property
@@ -195,7 +195,7 @@ class Plan:
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
-        """The lengths of programs, rising; the last is that of the longest document."""
+        """The lengths of programs, rising; the last is the longest document's."""
         return bucket_lengths(np.bincount(self.documents.lengths_N), _PROGRAM)
 
     def _spans(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

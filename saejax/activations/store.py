@@ -45,7 +45,7 @@ DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32)} | dict.fromkeys(
 )
 BITS = {name: np.dtype(np.uint16 if dtype.itemsize == 2 else np.float32) for name, dtype in DTYPES.items()}
 ON_DISK: dict[str, np.dtype] = BITS | {"int8": np.dtype(np.int8)}
-INDEX = "index"  # the folder of documents, positions and token ids, beside those of sites
+INDEX = "index"  # the folder of documents, positions and token ids, beside the sites' folders
 _MAX_MAPS = 4096  # open at once; each takes a file descriptor
 _SUMMED_ROWS = 8192  # that are read together
 
@@ -58,7 +58,7 @@ def shard_file(part: str, kind: str, shard: int) -> str:
 def shard_arrays(part: str, rows: int, d: int, dtype: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Return shape and dtype on disk of a shard's arrays, by the kind of file.
 
-    The part is a site of width d, or ``INDEX``; the shard has so many ``rows``; ``dtype`` is that of the store.
+    The part is a site of width d, or ``INDEX``; the shard has so many ``rows``; ``dtype`` is the store's.
     """
     if part == INDEX:
         return dict(shard=((rows, 3), np.dtype(np.int32)))
@@ -159,7 +159,7 @@ class Store:
 
     @property
     def documents(self) -> Documents:
-        """The documents: ``documents[i]`` is the token ids of document i, ``documents.of(split)`` those of a split."""
+        """The documents: ``documents[i]`` holds the token ids of document i, ``documents.of(split)`` a split's."""
         if self._documents is None:
             for name in FILES:
                 self._check_content(f"documents/{name}")
@@ -251,7 +251,7 @@ class Store:
           seed: seed of the order of rows.
           epochs: passes over the training rows, each in another order; every row comes once in each.
           window_rows: rows that are shuffled together.
-          slice_of_batch: the rows of each batch that are read, such as those of one process.
+          slice_of_batch: the rows of each batch that are read, such as the rows of one process.
 
         Returns:
           Batches; each has for every part an array [sites, rows, d] of ``dtype``. All sites give the same rows.

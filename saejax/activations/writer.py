@@ -171,7 +171,7 @@ class StoreWriter:
     ) -> None:
         """Write each site's sinks and sum and then, last, the manifest: now the folder is a store.
 
-        ``norms`` are those of ``site_norms``. The other arguments are fields of ``Manifest``; ``second`` is the second
+        ``norms`` come from ``site_norms``. The other arguments are fields of ``Manifest``; ``second`` is the second
         captured model, if any.
         """
         documents, plan = self.plan.documents, self.plan

@@ -44,7 +44,7 @@ class LoadedLayers(NamedTuple):
         features, width = opened.configs[0].n_features, opened.configs[0].d_in
 
         def read_decoder(layer: int) -> jax.Array:
-            """Read what a layer's features write, each device those of its own features."""
+            """Read what a layer's features write, each device for its own features."""
             shape = features, (len(opened.configs) - layer) * width
             every, where = np.arange(features), fitting_sharding(mesh, shape, "model", None)
             return read_parts(

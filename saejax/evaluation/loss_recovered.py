@@ -72,7 +72,7 @@ def stand_in_losses(
     Args:
       lm: the language model.
       dictionaries: dictionaries of one kind and shape, with the same site, target and sink rule (default: the model's).
-      documents: token ids; those of one token predict nothing.
+      documents: token ids; documents of one token predict nothing.
       mean_D: the target's mean over training tokens.
       batch_tokens: tokens per program, padding included.
       on_progress: called with the tokens that are scored and all.

@@ -10,7 +10,7 @@ from jax import lax
 from saejax.evaluation.results import NeighbourCosines
 
 _BLOCK_VALUES = 2**25  # cosines at once: 128 MiB in fp32
-_MOST_VALUES = 2**34  # in all: those of 131,072 features with one another
+_MOST_VALUES = 2**34  # in all: cosines of 131,072 features with one another
 NEAR = 0.9  # a feature with a neighbour above this cosine has nearly a copy
 
 

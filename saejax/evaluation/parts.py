@@ -98,7 +98,7 @@ def part_losses(
         stand_ins += [dictionary(x_BxTxD) for dictionary in dictionaries]
         new = [unjoin(config, jnp.where(inside_BxTx1, each_BxTxD, x_BxTxD)) for each_BxTxD in stand_ins]
         for name, (lm, sites) in groups.items():
-            # Not the logits of whole documents: ``compare`` makes those of a few positions at a time.
+            # Not the logits of whole documents: ``compare`` makes the logits of a few positions at a time.
             last = (Site("resid_post", lm.config.n_layers - 1),)
             edits = [(), *(replaced(sites, each) for each in new)]
             left = [forward(lm.config, last, False, lm.params, ids_BxT, lengths_B, each)[1][0] for each in edits]

@@ -18,7 +18,7 @@ from saejax.parallel.mesh import by_row
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """Scores over N tokens. y is what the dictionary rebuilds: its input, or a transcoder's target."""
+    """Scores over N tokens. y is the dictionary's target: its input, or a transcoder's target."""
 
     tokens: int  #: N
     explained_variance: float  #: 1 - sum |y - y_hat|^2 / sum |y - mean|^2 (R^2 over all dimensions, sums in fp64)

@@ -76,7 +76,7 @@ class DictionaryScores:
     dense_fraction: float  #: share of the features that fire on more than 10 % of the tokens
     #: cosines of decoder rows with their nearest; None for a single feature
     decoder_neighbours: NeighbourCosines | None
-    #: next-token cross-entropy; of a crosscoder, that of the first model with all its parts replaced at once
+    #: next-token cross-entropy; for a crosscoder, the first model's with all its parts replaced at once
     ce: StandInMeans
     kl: StandInMeans  #: KL divergence from the clean model
     #: (mean_ablated - reconstructed) / (mean_ablated - clean) of `ce`; None where ablation does no harm
@@ -108,7 +108,7 @@ class LayerScores:
 class CrossLayerScores:
     """A cross-layer transcoder on held-out text; also in ``scores.json``."""
 
-    tokens: int  #: number of held-out tokens, without those that are sinks at any layer
+    tokens: int  #: number of held-out tokens, without tokens that are sinks at any layer
     explained_variance: float  #: mean over the layers
     l0: float  #: features of all layers active per token, mean
     dead_fraction: float  #: share of all features that fire on no held-out token

@@ -155,7 +155,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
         batch_sums = _count(dictionary, world, *drawn, places, threshold)
         for name, value in batch_sums.items():
             value = np.asarray(value)
-            # Counts in int64 and sums in float64: those of a batch are fp32, and there are thousands of batches.
+            # Counts in int64 and sums in float64: a batch's are fp32, and there are thousands of batches.
             wide = value.astype(np.int64 if value.dtype.kind == "i" else np.float64)
             sums[name] = sums.get(name, 0) + wide
     scalars: dict[str, Any] = {name: float(sums.pop(name)) for name in ("error", "kept_error", "square")}

@@ -1,6 +1,6 @@
 """A synthetic world: known directions, and how often, how strongly and with which others each of them is active.
 
-The construction is that of SynthSAEBench (Chanin et al., arXiv 2602.14687): Zipf firing rates, a hierarchy in which
+The construction follows SynthSAEBench (Chanin et al., arXiv 2602.14687): Zipf firing rates, a hierarchy in which
 children fire only with their parents, exclusion among siblings, a low-rank Gaussian copula, and directions that are
 made more orthogonal. The random numbers are JAX's, so a world follows the benchmark's distribution without being the
 published sample.

@@ -102,7 +102,7 @@ class HeadShares:
         # The first token attends only to itself.
         shares_NxM = np.concatenate(rows)[:, 1:].reshape(len(documents_D) * (length - 1), -1)
         spread_M = shares_NxM.std(axis=0)
-        # A share that never varies, such as that of punctuation in a text without any, counts as uncorrelated.
+        # A share that never varies, such as the share of punctuation in a text without any, counts as uncorrelated.
         scaled_NxM = np.where(spread_M > 1e-6, (shares_NxM - shares_NxM.mean(axis=0)) / np.maximum(spread_M, 1e-6), 0)
         self._shares_NxM = scaled_NxM.astype(np.float32)
         self._row = np.full(len(documents.ids_T), -1)

@@ -104,7 +104,7 @@ def make_tests(prompts: Sequence[CategorisedPrompt], rng: np.random.Generator | 
 
 
 def associate(active_PxF: np.ndarray, tests: CategoryTests) -> dict[int, list[FeatureCategory]]:
-    """Return the associations at a false discovery rate of ``LEVEL``, by feature, those of smallest q first.
+    """Return the associations at a false discovery rate of ``LEVEL``, by feature, the smallest q first.
 
     Args:
       active_PxF: on which prompts each feature fires.
@@ -117,7 +117,7 @@ def associate(active_PxF: np.ndarray, tests: CategoryTests) -> dict[int, list[Fe
         return {}
     sizes = [(int(inside_P.sum()), int(outside_P.sum())) for inside_P, outside_P in tests.values()]
     counts = [[active_PxF[side_P][:, live].sum(axis=0) for side_P in sides] for sides in tests.values()]
-    # ``sf`` is the chance of more than its argument; the p-value is that of at least as many.
+    # ``sf`` is the chance of more than its argument; the p-value is the chance of at least as many.
     p_MxA = np.stack(
         [
             hypergeom.sf(inside_A - 1, n_in + n_out, inside_A + outside_A, n_in)

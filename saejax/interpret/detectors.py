@@ -6,7 +6,7 @@ with TP firings predicted, P predictions, N firings. For a given value v of F1, 
 the codes with the largest positive 2 TP - v P; raising v to the F1 of that set until it no longer changes is
 Dinkelbach's method (Management Science 13, 1967), which ends at the maximum. Codes with too few firings are left out.
 
-Detectors are scored on held-out text, beside those of other features and of random directions (``Scored``).
+Detectors are scored on held-out text, beside the detectors of other features and of random directions (``Scored``).
 """
 
 import dataclasses
@@ -168,7 +168,7 @@ def _promoted(block: Block, number: int, base: CodeCounts, pairs: PairCounts, co
 
 
 def make_scorer(block: Block, text: CodedText, bases: Mapping[str, CodeCounts]) -> Callable[[int, Detector], Interval]:
-    """Return a function that gives a detector's F1 on a text, as that of a feature of a block.
+    """Return a function that gives a detector's F1 on a text, as a detector of a feature of a block.
 
     F1 is a rising function of the share TP / (TP + FP + FN), and takes its 95 % interval from that share's, Wilson's.
 

@@ -40,7 +40,7 @@ class FeatureCategory(TypedDict):
     category: str  # a behaviour or benchmark, or its right or wrong answers
     active: int  # prompts of the category on which the feature fires
     prompts: int  # of the category
-    active_elsewhere: int  # the same of the other prompts; of answers, those of the category with the other verdict
+    active_elsewhere: int  # the same of other prompts; for answers, of the category's with the other verdict
     prompts_elsewhere: int
     q: float  # of Fisher's exact test, one-sided, Benjamini and Hochberg
 

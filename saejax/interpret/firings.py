@@ -4,7 +4,7 @@ A *firing* is a feature, a place and an activation. A *place* is a token of the 
 of them: ``documents.ids_T[place]`` is its token. The pass reads the shards in order, encodes a batch on the devices
 (f [B, F], dense), and copies a bit for each activation and the activations that fire to the host. They are appended to
 a file for every ``BLOCK`` features and read back by feature, so that statistics of a feature use all of its firings.
-Memory is that of a batch, of two million firings, and some hundred bytes for each token of the text.
+Memory holds a batch, two million firings, and some hundred bytes for each token of the text.
 
 The floor for T tokens, F features, d dimensions, L0 firings a token: 2 T d F operations to encode; T d x 2 bytes
 (bfloat16) read, 10 T L0 bytes written and read once. At T = 1e8, F = 131,072, d = 2,304, L0 = 64: 6e16 operations, 0.46

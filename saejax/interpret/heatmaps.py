@@ -16,7 +16,7 @@ class TokenMaps:
     Args:
       text: text of the store.
       place: encoded places.
-      documents: number of documents to show: those of the largest ``priority``.
+      documents: number of documents to show, by falling ``priority``.
     """
 
     def __init__(self, text: CodedText, place: np.ndarray, documents: int):
@@ -52,7 +52,7 @@ class TokenMaps:
             in_document = (place >= places[0]) & (place <= places[-1])
             # Minus the mean over all text, or features that are active everywhere would fill every heatmap.
             excess_F = np.bincount(feature[in_document], value[in_document], len(mean_F)) - is_encoded.sum() * mean_F
-            # Dictionaries may scale a feature's activation at will: what it adds to the output also depends on its
+            # Dictionaries may scale a feature's activation at will: its part of the output also depends on its
             # decoder row.
             excess_F *= length_F
             best = np.argsort(-excess_F, kind="stable")[:SHOWN]

@@ -166,14 +166,14 @@ class Answers:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all prompts and replies, those of earlier runs included."""
+        """Tokens of all prompts and replies, of earlier runs, too."""
         return sum(answer.tokens for answer in self._answers.values())
 
     def all(self, questions: Sequence[Question], label: str) -> list[str | None]:
-        """Return the replies to questions, asking those that have none yet.
+        """Return the replies to questions, asking the questions that have none yet.
 
         Raises:
-          UserError: the limit of tokens is reached, or the endpoint gives no answers; those that arrived are kept.
+          UserError: the limit of tokens is reached, or the endpoint gives no answers; answers that arrived are kept.
           Interrupted: asked to stop, likewise.
         """
         keys = [self._key(question) for question in questions]

@@ -21,7 +21,7 @@ ROWS = 256  # decoder rows in a block
 class OutputTokens:
     """Effects of features on logits by the direct path: final norm, then unembedding.
 
-    The logits are those of the decoder row alone, without biases and soft cap, minus their mean over the vocabulary
+    The logits come from the decoder row alone, without biases and soft cap, minus their mean over the vocabulary
     (VocabProj: Gur-Arieh et al., 2025, arXiv 2501.08319).
     """
 

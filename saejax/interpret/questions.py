@@ -1,6 +1,6 @@
 """Questions to a language model about features, and how its replies are parsed.
 
-The questions are those of EleutherAI's delphi (Paulo et al., 2024, arXiv 2410.13928), in our own words. *Explanation*:
+The questions follow EleutherAI's delphi (Paulo et al., 2024, arXiv 2410.13928), in our own words. *Explanation*:
 write a label from contexts in which the active tokens are marked. *Detection*: in which contexts does the feature with
 this label fire? *Fuzzing*: are the marked tokens those on which it fires? *Intruder*: which of some marked contexts
 does not belong to the others, no label shown? *Simulation*: how active is it on each token? A reply that cannot be

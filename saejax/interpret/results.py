@@ -88,7 +88,7 @@ class LabelScore:
 
     value: Interval  #: with its 95 % interval: Wilson's of shares, bootstrap over contexts of correlations
     #: the same with the label of another feature that fires about as often, None without any; of an intruder, whose
-    #: questions show no label, that of guessing
+    #: questions show no label, the score of guessing
     control: float | None
 
 

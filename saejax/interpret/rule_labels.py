@@ -1,9 +1,9 @@
-"""The labels of all features of a dictionary by the rules of ``detectors``, beside those of its two controls.
+"""The labels of all features of a dictionary by the rules of ``detectors``, beside the labels of its two controls.
 
 1. The firings of the dictionary and of a frozen-random one on the search text (the store's train split) are written to
-   a folder, then those of random directions that fire as often.
+   a folder, then the labels of random directions that fire as often.
 2. The best detector of every feature is searched there.
-3. Detectors are scored on held-out text, and those that pass become labels.
+3. Detectors are scored on held-out text, and detectors that pass become labels.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ BeginProgress = Callable[[str, int, str], Callable[[int], None]]
 class RuleLabels:
     """The labels of a dictionary's features, and how many there are beside its controls."""
 
-    labels: Mapping[int, Label]  #: by feature; those of features whose detector passes
+    labels: Mapping[int, Label]  #: by feature; of features whose detector passes
     counts: LabelCounts  #: of the dictionary
     frozen: LabelCounts  #: of a frozen-random dictionary as large and as sparse
     random: LabelCounts  #: of random directions that fire as often

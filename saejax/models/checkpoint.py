@@ -91,7 +91,7 @@ class Tensor:
 
     @property
     def dtype_problem(self) -> str:
-        """A message if the values are no floats, as those of masks and quantised weights, else ""."""
+        """A message if the values are no floats, as in masks and quantised weights, else ""."""
         if self.dtype in _FLOAT_DTYPES:
             return ""
         return f"has dtype {self.file_dtype}, expected one of {', '.join(_FLOATS)}: use unquantised weights"

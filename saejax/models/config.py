@@ -83,7 +83,7 @@ class RunRules:
     #: its input, and a gated product passes half of the gradient to each factor.
     backward: str = "gradient"
     #: whether all prompts of a batch use the norm factors and attention weights of the first one. The one rule that
-    #: changes outputs, those of the other prompts.
+    #: changes outputs, also outputs of the other prompts.
     first_fixes: bool = False
     #: whether a gradient computes each layer again from the stream that enters it, which takes the least memory;
     #: otherwise it keeps the matrix products of the forward pass.

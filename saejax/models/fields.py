@@ -1,4 +1,4 @@
-"""The fields of a model's ``config.json``: those that change the computation are read, or refused by name.
+"""The fields of a model's ``config.json``: fields that change the computation are read, or refused by name.
 
 All other fields are without effect. Where one of them has a name that is not known for that, the model is compared with
 transformers when it is first loaded (``parity``).
@@ -38,7 +38,7 @@ _HF_ACTIVATIONS = {
 
 
 class Fields:
-    """The fields of a ``config.json``, with a record of those that were read.
+    """The fields of a ``config.json``, with a record of the fields that were read.
 
     Args:
       data: the parsed file, or an object in it.
@@ -135,7 +135,7 @@ class Fields:
             raise self.refuse(name, actual, repr(value))
 
     def first_number(self, name: str, default: float, fallbacks: Iterable[tuple["Fields", str]] = ()) -> float:
-        """Return a number of this object, else the first of those that other objects have, else ``default``."""
+        """Return a number of this object, else the first that another object has, else ``default``."""
         numbers = [fields.number(key) for fields, key in [(self, name), *fallbacks] if key in fields]
         return numbers[0] if numbers else default
 

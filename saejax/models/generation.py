@@ -24,7 +24,7 @@ class Generated:
 
 
 def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that end a text: those of generation_config.json, else of config.json, else the tokenizer's."""
+    """Return the ids that end a text, from generation_config.json, else from config.json, else from the tokenizer."""
     for name in ("generation_config.json", "config.json"):
         ids = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
         if ids is not None:

@@ -75,7 +75,7 @@ def keep_hash(path: Path, kind: str, compute: Callable[[], str]) -> str:
 
     Args:
       path: the file.
-      kind: distinguishes hashes of one file; "" for that of its bytes.
+      kind: distinguishes hashes of one file; "" for the hash of its bytes.
       compute: returns the hash, 16 to 64 hexadecimal digits.
     """
     real = path.resolve()

@@ -249,7 +249,7 @@ class LanguageModel:
             ``JacobianLens.jacobians``; None: all are read as they are.
 
         Returns:
-          The reading at all layers, positions and prompts, and that of its control; see ``lens``.
+          The readings of the lens and of its control at all layers, positions and prompts; see ``lens``.
 
         Raises:
           UserError: the prompts do not fit the model.
@@ -279,7 +279,7 @@ class LanguageModel:
         if wrong:
             raise UserError(f"edits has a {wrong[0]}: expected edits such as sae.ablate([3]) or SiteEdit.ablate(SITE)")
         tokens.check(self.config.vocab, self.config.context)
-        # Edits of dictionaries that do not know their sink rule yet get that of the model.
+        # Edits of dictionaries that do not know their sink rule yet get the model's rule.
         edits = [edit.with_sink_norms(self.sink_norm) if hasattr(edit, "with_sink_norms") else edit for edit in edits]
         edits = [each for edit in edits for each in self._at_single_sites(edit, tokens)]
         for site in (*sites, *(edit.site for edit in edits)):
@@ -299,7 +299,7 @@ class LanguageModel:
 
     def _place_edits(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
         """Return the edits with their arrays on this model's devices."""
-        # Those of a dictionary that was loaded on another mesh, for instance.
+        # An edit of a dictionary that was loaded on another mesh, for instance.
         devices = set(self.mesh.devices.flat)
 
         def place(leaf: Any) -> Any:
@@ -315,7 +315,7 @@ class LanguageModel:
 class SiteValues(Sequence[jax.Array]):
     """The values at captured sites, [B, T, D] each, in the order of the sites.
 
-    Those of a kind may be one array, out of which a value is cut when it is read, so that they are not in memory twice.
+    The values of a kind may be one array. A value is cut out of it when it is read, so that it is not in memory twice.
     """
 
     arrays: Mapping[str, Any]  #: values by site or, [L, B, T, D], by kind

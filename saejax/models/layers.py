@@ -29,7 +29,7 @@ def norm(
     - "rms_plus_one": the same with ``1 + scale``;
     - "layer": ``(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`` (Ba et al., 2016).
 
-    ``letter`` is that of the last dimension in the parameters' names.
+    ``letter`` stands for the last dimension in the parameters' names.
     """
     # bfloat16 has 8 bits of precision: a sum of squares in it would be off by percents.
     y, scale = x.astype(at_least_float32(x)), weights[f"{name}_{letter}"]

@@ -35,7 +35,7 @@ def bucket_lengths(counts: np.ndarray, compile_cost: int, max_buckets: int = 16)
       max_buckets: largest number of lengths, at least 1.
 
     Returns:
-      Rising lengths; a text is padded to the first that is not shorter. The last is that of the longest text.
+      Rising lengths; a text is padded to the first that is not shorter. The last is the longest text's.
     """
     lengths = _cheapest_lengths(counts, compile_cost)
     # At a higher price of a program fewer are worth it.
@@ -108,7 +108,7 @@ def even_batches(
 def part_batches(
     lengths_N: np.ndarray, lengths: np.ndarray, batch_tokens: int, row_multiple: int, compile_cost: int
 ) -> list[tuple[np.ndarray, int, int]]:
-    """Divide a part of many texts into batches whose shapes are those of other parts, as nearly as that is cheap.
+    """Divide a part of many texts into batches with the shapes of other parts, as nearly as that is cheap.
 
     Args:
       lengths_N: lengths of the part's texts in tokens, at least 1.

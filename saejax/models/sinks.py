@@ -20,7 +20,7 @@ from saejax.parallel.collectives import to_host
 SINK_FACTOR = 10.0
 NO_SINKS = 3.4e38  # the rule for a model that is known to have none: no norm exceeds it
 
-# Prose, code, numbers and another language, so that the median is that of usual text. Only its order of magnitude
+# Prose, code, numbers and another language, so that the median is the median of usual text. Only its order of magnitude
 # matters: sinks are some hundred times the median, other positions at most a few times.
 SAMPLE = (
     "The river rises in the hills north of the old town and runs for forty miles through farms and woodland before it "

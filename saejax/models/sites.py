@@ -12,7 +12,7 @@ In the order in which layer L computes them:
 - ``mlp_out.L``: what the MLP adds, after the norm that follows it in those families;
 - ``resid_post.L``: the stream leaving the layer, ``resid_mid.L + mlp_out.L``, equal to ``resid_pre.(L+1)``.
 
-All have the width ``d_model`` but the four of heads, whose width is that of all heads side by side, [H x K] for
+All have the width ``d_model`` but the four of heads, whose width is the width of all heads side by side, [H x K] for
 ``attn_q`` and ``attn_z``, [N x K] for ``attn_k`` and ``attn_v``.
 
 In families whose layers are parallel (GPT-NeoX, Phi), the MLP reads ``resid_pre.L`` too: ``mlp_in.L`` is a norm of

@@ -4,7 +4,7 @@
     suffix   a value of the site -> the stream leaving the last layer, and the readouts          once per edit
 
 The suffix of an edit may run only the tokens from the first changed one on (``run_shared_suffix``): attention is
-causal, so the keys and values of the tokens before it are those of the clean run. Of prompts that begin alike, it runs
+causal, so the tokens before it have the keys and values of the clean run. Of prompts that begin alike, it runs
 the first tokens once. Logits are computed at each prompt's last position, two of them unless more readouts are asked
 for.
 """
@@ -127,7 +127,7 @@ class LaterSite(NamedTuple):
     """A site after the one at which a decoder is split, whose value edits change, too."""
 
     site: Site
-    scale: float  #: the factor by which a change is multiplied before it is added there
+    scale: float  #: the factor that multiplies a change before it is added there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class SplitPoint:
     mesh: Mesh  #: the devices
     rules: RunRules = GRADIENT  #: rules of differentiation
     readout: Readout | None = None  #: what is measured in place of the logit difference; None: the difference itself
-    #: sites after it, which edits change, too: the value is then that of the site, followed by a change of each of them
+    #: sites after it, which edits change, too: the value is then the site's, followed by a change of each of them
     later: tuple[LaterSite, ...] = ()
 
     @property
@@ -196,7 +196,7 @@ class SplitPoint:
     def run_suffix(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
         """Run the rest of the model from a value of the site, edited or not; return the stream leaving the last layer.
 
-        The ``stream`` is that of ``run_prefix``. All are [B, T, D].
+        The ``stream`` comes from ``run_prefix``. All are [B, T, D].
         """
         return self._run_on(params, stream_BxTxD, value_BxTxD).x
 

@@ -1,7 +1,7 @@
 """Tokenizers of folders, held to their ``tokenizer.json``.
 
 For many model types transformers builds a tokenizer anew from the vocabulary and merges, with the pre-tokenizer and the
-normaliser of a class in place of those that the file names. Digits, newlines and contractions may then be cut otherwise
+normaliser of a class in place of the file's. Digits, newlines and contractions may then be cut otherwise
 than in the model's training.
 """
 
@@ -60,7 +60,7 @@ def read_tokenizer(folder: Path) -> Any:
     if text is None:
         return tokenizer
     plain = PreTrainedTokenizerFast.from_pretrained(folder, **LOCAL)
-    for name in ("bos_token", "eos_token"):  # those that transformers knows of the class alone
+    for name in ("bos_token", "eos_token"):  # transformers may know these from the class alone
         token = getattr(tokenizer, name)
         if getattr(plain, name) is None and token is not None and file.token_to_id(token) is not None:
             setattr(plain, name, token)

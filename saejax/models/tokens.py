@@ -194,7 +194,7 @@ def continuation_ids(tokenizer: Any, answer: str, context: str | None = None) ->
     """Return the token ids with which a text goes on when an answer is appended to it.
 
     An answer that is tokenised alone may begin otherwise: SentencePiece tokenizers put a marker of a word's beginning
-    before it, and others merge its digits or letters with those of the context.
+    before it, and others merge its digits or letters with the context's.
 
     Args:
       tokenizer: tokenizer of the model.
@@ -202,7 +202,7 @@ def continuation_ids(tokenizer: Any, answer: str, context: str | None = None) ->
       context: the text before it; None: any.
 
     Returns:
-      The ids after those of the context; [] if the context's last tokens are other ones when the answer follows.
+      The ids after the context's ids; [] if the context's last tokens are other ones when the answer follows.
 
     Raises:
       UserError: the answer is empty, or there is no tokenizer.

@@ -198,7 +198,7 @@ def _callback(function: Callable[..., None], shapes: Sequence[jax.ShapeDtypeStru
         function(out, buffers)
 
     def call_on_host(*arrays: jax.Array) -> list[np.ndarray]:
-        """Call the function with arrays on the host; return those that it writes."""
+        """Call the function with arrays on the host; return the arrays that it writes."""
         rows = arrays[0].shape[: arrays[0].ndim - values[0].ndim]  # of vmap
         out = [np.empty((*rows, *shape.shape), shape.dtype) for shape in shapes]
         function(out, arrays)

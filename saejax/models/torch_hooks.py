@@ -167,7 +167,7 @@ class HookedModel:
           sites: where ``visit`` is called, with the value [B, T, width].
           visit: returns the value that the model goes on with, or the same tensor.
           read_only: stop once every site was visited.
-          options: further arguments of the model; those that it does not accept are left out.
+          options: further arguments of the model; arguments that it does not accept are left out.
 
         Returns:
           The model's output; None if it was stopped.

@@ -186,7 +186,7 @@ class _Continuation:
     Args:
       model: the model.
       tokens: prompts of a batch.
-      rows: indices of those that are continued; of one length, unless they are padded.
+      rows: indices of the prompts that are continued; of one length, unless they are padded.
       edits: of the whole batch.
       padded: whether prompts are padded on the left, and masked there.
       cached: whether what the model keeps of earlier tokens is used.
@@ -295,7 +295,7 @@ class TorchFunctions:
     def _visit(
         self, ids: np.ndarray, get: Sequence[Site], put: dict[Site, torch.Tensor], logits: bool
     ) -> list[torch.Tensor]:
-        """Run the model with some sites' values put in; return those of other sites, and the logits if wanted."""
+        """Run the model with some sites' values put in; return other sites' values, and the logits if wanted."""
         values: dict[Site, torch.Tensor] = {}
 
         def visit(site: AnySite, value: torch.Tensor) -> torch.Tensor:

@@ -146,7 +146,7 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
     Raises:
       UserError: the node has several processes, and not as many GPUs.
     """
-    # Open MPI first, as in JAX: SLURM's variables may be those of the step in which mpirun runs.
+    # Open MPI first, as in JAX: SLURM's variables may describe the step in which mpirun runs.
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
         tasks, local = environment["OMPI_COMM_WORLD_LOCAL_SIZE"], environment["OMPI_COMM_WORLD_LOCAL_RANK"]
     else:

@@ -72,7 +72,7 @@ def arrange_devices(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.n
     (``jax.experimental.mesh_utils``).
 
     Args:
-      devices: the devices; each process of a run with GPUs has those of one node, or one of them.
+      devices: the devices; each process of a run with GPUs has the devices of one node, or one of them.
       shape: sizes that multiply to the number of devices.
     """
     platform = devices[0].platform
@@ -137,7 +137,7 @@ def row_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 def place_on(array: jax.Array | np.ndarray, where: NamedSharding) -> jax.Array:
     """Place an array that is on the host, or on any devices of this process, so that no device gets more than its part.
 
-    An array that is on devices of other processes, too, is on those of ``where``.
+    An array that is on devices of other processes, too, is on the devices of ``where``.
     """
     if isinstance(array, jax.Array) and array.sharding.device_set == where.device_set:
         return jax.device_put(array, where)

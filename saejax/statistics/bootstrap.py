@@ -6,8 +6,8 @@ of these templates. Whether an effect holds beyond them is shown otherwise: by i
 one included (``has_same_sign``).
 
 From a stratum of n prompts n - 1 are drawn, so that the variance of a mean is estimated without bias (McCarthy and
-Snowden, The bootstrap and finite population sampling, 1985). Intervals and p-values are those of Davison and Hinkley
-(Bootstrap Methods and their Application, 1997, sections 3.2, 4.2 and 5.3), equivalence tests those of Schuirmann (A
+Snowden, The bootstrap and finite population sampling, 1985). Intervals and p-values follow Davison and Hinkley
+(Bootstrap Methods and their Application, 1997, sections 3.2, 4.2 and 5.3), equivalence tests follow Schuirmann (A
 comparison of the two one-sided tests procedure and the power approach, 1987).
 """
 

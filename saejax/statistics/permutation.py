@@ -60,7 +60,7 @@ def _sign_patterns(prompts: int, draws: int, seed: int) -> np.ndarray:
     """Return sign patterns [R, P]: all of few prompts, otherwise random ones after the measured one."""
     if prompts <= _EXACT:
         return 1.0 - 2.0 * (np.arange(2**prompts)[:, None] >> np.arange(prompts)[None, :] & 1)
-    # The measured pattern is one of those that could have been, so p is never 0 (Phipson and Smyth).
+    # The measured pattern is one of the possible ones, so p is never 0 (Phipson and Smyth).
     drawn_RxP = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, prompts))
     return np.concatenate([np.ones((1, prompts)), drawn_RxP])
 
@@ -92,7 +92,7 @@ def _centred_unit(value_NxC: np.ndarray) -> np.ndarray:
 
 
 def correlations(a_RxN: np.ndarray, b_xN: np.ndarray) -> np.ndarray:
-    """Return Pearson's correlation of each row of a with that of b, or with its only one, [R]; NaN of constant rows."""
+    """Return Pearson's correlation of each row of a with the row of b, or with b's only row, [R]; NaN if constant."""
     # By the range: rounding gives a constant row a variance above 0, and its correlation would be noise.
     defined_R = (np.ptp(a_RxN, axis=1) > 0) & (np.ptp(b_xN, axis=1) > 0)
     a_RxN, b_xN = (some - some.mean(axis=1, keepdims=True) for some in (a_RxN, b_xN))

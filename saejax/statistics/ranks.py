@@ -1,6 +1,6 @@
 """Rank tests against control sets, and Holm's correction.
 
-P-values are those of Phipson and Smyth (Permutation p-values should never be zero, 2010), the correction that of Holm
+P-values follow Phipson and Smyth (Permutation p-values should never be zero, 2010), the correction follows Holm
 (A simple sequentially rejective multiple test procedure, 1979).
 """
 
@@ -15,7 +15,7 @@ _ROUNDING = 1e-9  # relative: equal effects differ in their last bits
 
 
 def rank_p(tested: float, controls: np.ndarray) -> float:
-    """Return the p-value of a tested effect among those of control sets.
+    """Return the p-value of a tested effect among the effects of control sets.
 
     p = (1 + #{j: controls_j >= tested_j}) / (1 + N). If the tested set is one more random set, each of the 1 + N is as
     likely to have the largest effect, so that p <= a with a probability of at most a.

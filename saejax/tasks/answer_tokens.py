@@ -1,7 +1,7 @@
-"""The tokens of an answer: those that it adds to its prompt's.
+"""The tokens of an answer: the tokens that it adds to its prompt's.
 
 An answer that stands alone may have other tokens than one that goes on from a text: SentencePiece vocabularies put a
-marker of a word's beginning before what stands alone, and those that join digits or letters may join the answer's with
+marker of a word's beginning before what stands alone, and others that join digits or letters may join the answer's with
 the prompt's. So a prompt and its answer are tokenised together, and what is longer than the prompt alone is the answer.
 """
 

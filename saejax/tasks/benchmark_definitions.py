@@ -78,7 +78,7 @@ class Benchmark:
 
 
 def _categories(row: Row, *published: str) -> tuple[str, ...]:
-    """Return the text of the row's column "category", or else those that are published in other columns."""
+    """Return the text of the row's column "category", or else of the columns in which categories are published."""
     category = row.fields.get("category")
     if category is None:
         return tuple(name for name in published if name)

@@ -77,7 +77,7 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
 
 
 def training_items(name: str, task: TaskConfig) -> list[Item]:
-    """Return the items to train on: those of the train split, or of the whole source, that are not asked.
+    """Return the items to train on: items of the train split, or of the whole source, that are not asked.
 
     Raises:
       UserError: see ``read_items``; or all items are asked.

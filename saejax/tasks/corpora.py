@@ -1,6 +1,6 @@
 """Text on which dictionaries are trained: reading, identity, and the held-out split.
 
-A *document* is a text and its *group*: what it shares an origin with, such as the opening that it was
+A *document* is a text and its *group*: the texts of the same origin, such as the opening that it was
 sampled from ("story/3"). The part of a group before "/" is its *kind*. The split into training and
 held-out text keeps every group on one side, so that nothing held out continues an opening trained on.
 
@@ -174,7 +174,7 @@ def _held_out_groups(sizes: dict[str, int], held_out: float, seed: int) -> set[s
         # Groups without a kind are one kind together.
         kinds[group.split("/", 1)[0] if "/" in group else ""].append(group)
     chosen: set[str] = set()
-    wanted = 0.0  # characters that should have been held out by now, less those that were
+    wanted = 0.0  # characters that should have been held out by now, less the characters that were
     for groups in kinds.values():
         rng.shuffle(groups)
         wanted += held_out * sum(sizes[group] for group in groups)
@@ -191,7 +191,7 @@ def _held_out_groups(sizes: dict[str, int], held_out: float, seed: int) -> set[s
             group = next(group for group in groups if sizes[group] <= median)
             chosen.add(group)
             wanted -= sizes[group]
-    # The smallest, by which the share is missed least.
+    # The smallest, because it misses the share least.
     smallest = min(sizes, key=lambda group: (sizes[group], group))
     if not chosen:  # every kind is a single group, each too large
         chosen.add(smallest)

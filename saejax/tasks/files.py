@@ -22,7 +22,7 @@ def opened(path: Path, flag: str, advice: str) -> Iterator[IO[bytes]]:
 
     Args:
       path: the file.
-      flag: by which the user named it, for messages, such as "--corpus.path".
+      flag: the flag that named it, for messages, such as "--corpus.path".
       advice: what to do if it does not exist.
 
     Raises:
@@ -141,7 +141,7 @@ def table_rows(path: Path, file: IO[bytes], columns: Sequence[str] = ()) -> Iter
     Args:
       path: where it comes from; its ending tells the format.
       file: its content.
-      columns: those that rows are to have; all, where the first of these is missing or none is named.
+      columns: the columns that rows are to have; all, where the first of these is missing or none is named.
 
     Raises:
       UserError: it is damaged.

@@ -43,7 +43,7 @@ def hub_commit(hub: str, revision: str) -> str:
         with offline_if_unreachable():
             return str(HfApi().dataset_info(hub, revision=revision).sha)
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        # Without the hub, what is in its cache is what will be read: its commit is noted there.
+        # Without the hub, its cache will be read: its commit is noted there.
         ref = Path(constants.HF_HUB_CACHE) / f"datasets--{hub.replace('/', '--')}" / "refs" / revision
         if ref.is_file():
             return ref.read_text().strip()

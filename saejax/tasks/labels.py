@@ -10,7 +10,7 @@ correct    whether the model is right: its logit difference is above 0     one b
 number     the number of the subject, which the verb " is" or " are" says  one behaviour
 =========  ==============================================================  ===================
 
-and those that the user's own prompts have in their ``labels``, among prompts of one behaviour.
+and the labels that the user's own prompts have in their ``labels``, among prompts of one behaviour.
 
 In agreement the noun beside the verb always has the other number, so whoever reads that noun knows the subject's. The
 label ``number`` is therefore read off prompts of which every second has a noun of the same number (``congruent``).
@@ -117,7 +117,7 @@ def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[f
     behaviours = [""] if label == "behaviour" else list(dict.fromkeys(prompt.behaviour for prompt in prompts))
     read = balanced(prompts) if label == "number" else tuple(prompts)
     changed = {index for index, pair in enumerate(zip(read, prompts, strict=True)) if pair[0] != pair[1]}
-    # The logit differences are those of the prompts as they were: no label of congruent prompts reads them.
+    # The prompts had these logit differences before: no label of congruent prompts reads them.
     labelled = [_labelled(label, behaviour, read, logit_diffs) for behaviour in behaviours]
     return [
         dataclasses.replace(group, congruent=len(changed & {*group.train_N.tolist(), *group.test_M.tolist()}))

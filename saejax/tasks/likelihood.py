@@ -131,7 +131,7 @@ def batch_shape(longest: int, left: int, limit: int, data: int, batch_tokens: in
       batch_tokens: as for ``loglikelihoods``.
     """
     length = min(round_length(longest), limit)
-    # At most double those that are left: a power of two, so that the size of the rest is seldom a new one.
+    # At most twice as many rows as are left: a power of two, so that the size of the rest is seldom a new one.
     count = max(1, min(batch_tokens // length, 1 << (left - 1).bit_length()))
     return -(-count // data) * data, length
 
@@ -155,7 +155,7 @@ def align(rows: Sequence[tuple[list[int], list[int]]], length: int) -> tuple[Tok
 
     Args:
       rows: B pairs of token ids.
-      length: T, at least that of the longest pair.
+      length: T, at least the longest pair's.
 
     Returns:
       Tokens [B, T]; the position at which each continuation token is predicted, and its id, both [B, C] with C at

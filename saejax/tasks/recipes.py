@@ -70,7 +70,7 @@ _IOI_FIELDS = ("one", "two", "giver", "place", "object")
 
 
 class Draft(NamedTuple):
-    """A prompt that has no split and template yet; the fields are those of ``behaviours.Prompt``."""
+    """A prompt that has no split and template yet; it has the fields of ``behaviours.Prompt``."""
 
     text: str
     correct: str
@@ -156,7 +156,7 @@ def ioi_recipe(words: Mapping[str, Sequence[str]]) -> Recipe:
     """Return the recipe of indirect object identification.
 
     Args:
-      words: "templates", "names", "places" and "objects"; those that are missing are saejax's own.
+      words: "templates", "names", "places" and "objects"; saejax's own stand for missing ones.
 
     Raises:
       UserError: a list is unknown or too short, or a template lacks a name's place.

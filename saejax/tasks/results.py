@@ -28,7 +28,7 @@ class PromptExample:
     text: str  #: the text that the model reads
     correct: str  #: the answer, as it goes on from the text
     wrong: str  #: the wrong answer, as it goes on from the text
-    logit_diff: float  #: logit of the correct minus that of the wrong answer
+    logit_diff: float  #: logit of the correct answer minus logit of the wrong answer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -191,7 +191,7 @@ def _hub_text(part: str, config: CorpusConfig) -> TextSource:
 
 
 def _files(part: str) -> list[Path]:
-    """Return a file, or those that match a pattern, in the order of their names."""
+    """Return a file, or the files that match a pattern, in the order of their names."""
     paths = [Path(part).expanduser()]
     if glob.has_magic(part) and not paths[0].exists():
         paths = sorted(map(Path, glob.glob(str(paths[0]), recursive=True)))

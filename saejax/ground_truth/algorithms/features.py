@@ -29,7 +29,7 @@ def ablate_each(lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[Pro
       For each of N features that fire: whether an answer becomes right or wrong, bool [N]; the absolute change of the
       logit difference, mean over the prompts on which it fires, [N].
     """
-    # The first edit ablates nothing: its answers are those of the transformer itself.
+    # The first edit ablates nothing: it leaves the transformer's own answers.
     edits = mask(dictionary, [[], *([feature] for feature in range(dictionary.config.n_features))])
     readouts = effects(lm, prompts, edits, ("top1", "logit_diff", "change_norm"))
     live_E = (readouts[..., 2] > 0).any(axis=1)

@@ -26,8 +26,8 @@ class Case:
     model: HandSet  #: its description
     prompts: tuple[Prompt, ...]  #: prompts of all behaviours and both splits
     layer: int  #: the layer whose neurons the causal tests edit
-    causes: Mapping[str, tuple[int, ...]]  #: behaviour -> the neurons of that layer that its answer depends on
-    #: variable -> the neurons of that layer that represent it; no answer depends on them.
+    causes: Mapping[str, tuple[int, ...]]  #: behaviour -> the neurons of the layer that its answer depends on
+    #: variable -> the neurons of the layer that represent it; no answer depends on them.
     idle: Mapping[str, tuple[int, ...]]
     texts: Callable[[int, int], list[str]]  #: (count, seed) -> random texts to train dictionaries on
 

@@ -54,7 +54,7 @@ def known_edges(model: HandSet, prompt: Prompt) -> Edges:
     stream_SxTxJ[np.arange(length), np.arange(length)] = forward.start_TxJ
     parts = []
     for layer, (moves, spec) in enumerate(zip(forward.moves, model.layers, strict=True)):
-        # Attention weights are those of the whole text: along them the stream is linear in every source.
+        # Attention weights come from the whole text: along them the stream is linear in every source.
         stream_SxTxJ = stream_SxTxJ + sum(at_TxS @ stream_SxTxJ @ moved_JxJ for at_TxS, moved_JxJ in moves)
         nodes = [node for node in firing if node[0] == layer]
         position_N, neuron_N = (np.array([node[i] for node in nodes], int) for i in (1, 2))

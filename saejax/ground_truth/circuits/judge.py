@@ -1,6 +1,6 @@
 """Features of transcoders beside the known neurons and variables of a transformer set by hand.
 
-The causal tests are those of ``saejax.ablate``, with the features of one layer.
+The causal tests are the tests of ``saejax.ablate``, with the features of one layer.
 """
 
 import functools

@@ -110,7 +110,7 @@ def _llama3(rope: Fields, theta: float, width: int, context: int) -> tuple[np.nd
 def _yarn(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
     """Slow down pairs that turn rarely, and make attention sharper (YaRN, Peng et al., 2023).
 
-    Pairs that turn often stay, those that turn rarely are slowed down by a factor, with a ramp over the pairs between.
+    Pairs that turn often stay, pairs that turn rarely are slowed down by a factor, with a ramp over the pairs between.
     """
     original = rope.size("original_max_position_embeddings", context)
     factor = rope.number("factor", context / original)

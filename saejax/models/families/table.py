@@ -52,7 +52,7 @@ class Weight:
         return self.name.count("{}")
 
 
-# Axes of the projections' matrices and biases; those of attention are split into heads.
+# Axes of the projections' matrices and biases; attention's are split into heads.
 _PROJECTIONS = {
     "q": ("DxHxK", "HxK"),
     "k": ("DxNxK", "NxK"),
