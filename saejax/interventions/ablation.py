@@ -187,8 +187,7 @@ class BehaviourAblation:
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
         # Slopes along the path of one dictionary are not those of another.
-        can_share = shared is not None and not self.steps
-        self.slopes = shared.slopes if shared and can_share else self.answer_slopes()
+        self.slopes: Any = shared.slopes if shared and not self.steps else self.answer_slopes()
         self.attribution_F = self.mean_attribution(self.train_runs, self.slopes)
         self.like = None
 
