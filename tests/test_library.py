@@ -376,9 +376,22 @@ def test_contexts_matches_and_groups_in_memory(lm, acts, sae):
     matched = saejax.match_features(sae, sae)
     np.testing.assert_array_equal(matched.pairs.partner_F, np.arange(features))
     np.testing.assert_allclose(matched.pairs.value_F, 1, atol=1e-5)
+    noise_NxD = (
+        np.random.default_rng(0).normal(size=acts.values[SITE].shape).astype(np.float32)
+    )  # no text returns in it
+    made = dataclasses.replace(acts, values={SITE: noise_NxD})
+    fires_NxF = np.asarray(sae.encode(noise_NxD)) != 0
+    is_even_N = acts.index_Nx3[:, 0] % 2 == 0
+    live_F = np.minimum(fires_NxF[is_even_N].sum(axis=0), fires_NxF[~is_even_N].sum(axis=0)) >= 20
+    active = saejax.match_features(sae, sae, "activity", acts=made)
+    assert live_F.any() and (active.pairs.partner_F[live_F] >= 0).all()
+    np.testing.assert_allclose(active.pairs.value_F[live_F], 1, atol=1e-3)
+    assert np.nanmean(active.null.value_F[live_F]) < 0.5
+    with pytest.raises(UserError, match="compares activations: give acts="):
+        saejax.match_features(sae, sae, "activity")
     assert np.nanmean(matched.null.value_F) < 0.9
-    with pytest.raises(UserError, match="unknown kind of rows .activity."):
-        saejax.match_features(sae, sae, by="activity")
+    with pytest.raises(UserError, match="unknown kind of rows .bias."):
+        saejax.match_features(sae, sae, by="bias")
     other = sae.with_config(dataclasses.replace(sae.config, site="resid_post.0"))
     with pytest.raises(UserError, match="unknown site of these activations 'resid_post.0'"):
         saejax.group_features(acts, other)

@@ -8,9 +8,9 @@ from saejax.activations.in_memory import Activations
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.matching.clusters.groups import Coactivation, StableGroups, find_groups
-from saejax.matching.match import Matched, match
-from saejax.matching.rows import independent_rows, weight_rows
-from saejax.matching.transfer.activity import encode
+from saejax.matching.match import Matched, match, measure_pairs
+from saejax.matching.rows import CentredRows, independent_rows, weight_rows
+from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, encode
 from saejax.parallel.mesh import make_mesh
 
 _BATCH_TOKENS = 2048
@@ -18,25 +18,33 @@ _BATCH_TOKENS = 2048
 
 @dataclasses.dataclass(frozen=True)
 class MatchedFeatures:
-    """The features of two dictionaries, matched by cosine."""
+    """The features of two dictionaries, matched one to one."""
 
-    pairs: Matched  #: the assignment with the largest sum of cosines, and each feature's largest cosine
-    null: Matched  #: the same with random rows of the second one's mean and covariance: what chance gives
+    pairs: Matched  #: the assignment with the largest sum of cosines or correlations, and each feature's largest one
+    #: the same where nothing is shared: with random rows of the second one's mean and covariance; of activations, with
+    #: the second one's shifted by half of the text
+    null: Matched
 
 
-def match_features(first: Dictionary, second: Dictionary, by: str = "decoder", seed: int = 789) -> MatchedFeatures:
-    """Match the features of two dictionaries of one width one to one.
+def match_features(
+    first: Dictionary, second: Dictionary, by: str = "decoder", seed: int = 789, acts: Activations | None = None
+) -> MatchedFeatures:
+    """Match the features of two dictionaries one to one, as the stage ``transfer`` does.
 
     Args:
       first: a dictionary.
-      second: another one.
-      by: the rows that are compared, "decoder" or "encoder".
+      second: another one; for "decoder" and "encoder" of the same width.
+      by: the rows that are compared, "decoder", "encoder", or "activity": activations on the same tokens. Texts of even
+        number choose the pairs, and the values of pairs are those on the others.
       seed: of the random rows.
+      acts: result of ``capture`` with the sites of both; for "activity" alone.
 
     Raises:
-      UserError: the widths differ.
+      UserError: the widths differ, or there are no activations of a dictionary's site.
     """
-    one_of(by, ("decoder", "encoder"), "kind of rows")
+    one_of(by, ("decoder", "encoder", "activity"), "kind of rows")
+    if by == "activity":
+        return _match_activities(first, second, acts)
     first_FxD, second_GxD = weight_rows(by, first), weight_rows(by, second)
     if first_FxD.shape[1] != second_GxD.shape[1]:
         raise UserError(
@@ -44,6 +52,24 @@ def match_features(first: Dictionary, second: Dictionary, by: str = "decoder", s
         )
     problems = [("pairs", first_FxD, second_GxD), ("null", first_FxD, independent_rows(second_GxD, [seed]))]
     return MatchedFeatures(**dict(match(problems, make_mesh())))
+
+
+def _match_activities(first: Dictionary, second: Dictionary, acts: Activations | None) -> MatchedFeatures:
+    if acts is None:
+        raise UserError('by="activity" compares activations: give acts=, the result of saejax.capture')
+    pair = [_encode(acts, dictionary) for dictionary in (first, second)]
+    real = np.flatnonzero(pair[0].real_N & pair[1].real_N)
+    is_odd_N = acts.index_Nx3[real, 0] % 2 == 1
+    halves = real[~is_odd_N], real[is_odd_N]
+    live_F, live_G = (np.all([some.firings(half) >= MIN_FIRINGS for half in halves], axis=0) for some in pair)
+
+    def rows(side: str, half: np.ndarray) -> tuple[CentredRows, CentredRows]:
+        # Shifted by half, every feature keeps its runs of firings, and no token meets itself.
+        other = np.roll(half, len(half) // 2) if side == "null" else half
+        return pair[0].rows(half, live_F), pair[1].rows(other, live_G)
+
+    matched = match([(side, *rows(side, halves[0])) for side in ("pairs", "null")], make_mesh())
+    return MatchedFeatures(**{side: measure_pairs(found, *rows(side, halves[1])) for side, found in matched})
 
 
 def group_features(
@@ -65,8 +91,11 @@ def group_features(
     Raises:
       UserError: the dictionary's site was not captured, or it reads several.
     """
-    one_of(dictionary.site, acts.values, "site of these activations")
-    activity = encode(dictionary.with_sink_norms(acts.max_norm), acts.values[dictionary.site], _BATCH_TOKENS)
-    firings = Coactivation.of(activity, acts.index_Nx3[:, 0])
+    firings = Coactivation.of(_encode(acts, dictionary), acts.index_Nx3[:, 0])
     groups, _ = find_groups(firings, smallest, resamples, [seed])
     return firings.feature_F, groups
+
+
+def _encode(acts: Activations, dictionary: Dictionary) -> Activity:
+    one_of(dictionary.site, acts.values, "site of these activations")
+    return encode(dictionary.with_sink_norms(acts.max_norm), acts.values[dictionary.site], _BATCH_TOKENS)

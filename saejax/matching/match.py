@@ -198,6 +198,22 @@ def match(problems: Iterable[tuple[Key, Rows, Rows]], mesh: Mesh) -> Iterator[tu
                     yield problem.key, problem.result()
 
 
+def measure_pairs(matched: Matched, first: Rows, second: Rows) -> Matched:
+    """Return an assignment with the products of other rows of the same features, which had no part in the choice.
+
+    An assignment picks what correlates by chance, too.
+
+    Args:
+      matched: the assignment.
+      first: other rows of the first dictionary, such as activations on other text.
+      second: the same of the second.
+    """
+    paired = np.flatnonzero(matched.partner_F >= 0)
+    value_F = np.full(len(matched.partner_F), np.nan)
+    value_F[paired] = paired_products(first, paired, second, matched.partner_F[paired])
+    return dataclasses.replace(matched, value_F=value_F)
+
+
 def side_by_side(platform: str) -> int:
     """Return the number of pairs that a device multiplies together."""
     return 1 if platform == "cpu" else _VMAPPED

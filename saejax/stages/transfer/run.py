@@ -13,7 +13,6 @@ Written for the first dictionary of each pair: ``<part>.json``, the figures of i
 ``<part>-<measure>.parquet``, the pairs of features; then ``pairs.csv``.
 """
 
-import dataclasses
 import functools
 import itertools
 import shutil
@@ -24,8 +23,8 @@ from scipy.special import ndtri
 
 from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
-from saejax.matching.match import Matched, match
-from saejax.matching.rows import Rows, independent_rows, paired_products, weight_rows
+from saejax.matching.match import Matched, match, measure_pairs
+from saejax.matching.rows import Rows, independent_rows, weight_rows
 from saejax.matching.transfer.chains import SHARED, FeaturePairs, Pair
 from saejax.matching.transfer.compared import WEIGHTS, Compared, measures_of, same_model
 from saejax.matching.transfer.reading import CEILING, NULL, SCORES, Reading, is_movable
@@ -149,7 +148,9 @@ class Comparison:
         on_progress(0, len(keys))
         for done, (key, assignment) in enumerate(match(problems, self._mesh), 1):
             second, name, side = key
-            matched[second][name, side] = self._with_measured_values(first, key, assignment)
+            if name == "activity":
+                assignment = measure_pairs(assignment, *self._rows(first, key, measures=True))
+            matched[second][name, side] = assignment
             if len(matched[second]) == sum(len(_sides(measure)) for measure in measures[second]):
                 by_side = matched.pop(second)  # only figures and partners are kept of a finished pair
                 pairs[second] = self._pair(first, second, measures[second], by_side)
@@ -179,19 +180,6 @@ class Comparison:
             rows_FxD, live_F = weight_rows(name, self._compared[index].load()), self._live[index]
         # A feature that never fires means nothing: a pair with its direction would still count as shared.
         return rows_FxD if live_F is None else np.where(live_F[:, None], rows_FxD, np.float32(0))
-
-    def _with_measured_values(self, first: int, key: Key, matched: Matched) -> Matched:
-        """Return the assignment with correlations on the half of the text that did not choose the pairs.
-
-        An assignment picks what correlates by chance, too.
-        """
-        if key[1] != "activity":
-            return matched
-        first_rows, second_rows = self._rows(first, key, measures=True)
-        paired = np.flatnonzero(matched.partner_F >= 0)
-        value_F = np.full(len(matched.partner_F), np.nan)
-        value_F[paired] = paired_products(first_rows, paired, second_rows, matched.partner_F[paired])
-        return dataclasses.replace(matched, value_F=value_F)
 
     def _pair(
         self, first: int, second: int, names: Sequence[str], matched: Mapping[tuple[str, str], Matched]
