@@ -15,6 +15,7 @@ from saejax.interventions import controls
 from saejax.matching.track import tested
 from saejax.matching.track.firings import LayerFirings, activations, follow, step_features
 from saejax.matching.track.links import find_links, strongest_chains
+from saejax.matching.track.measured import CONTROLS, _all, _exceeds_controls
 from saejax.matching.track.settings import TrackConfig
 from saejax.matching.track.stack import LayerDictionary
 from saejax.matching.track.tested import StepTester, judge_steps
@@ -295,3 +296,17 @@ def test_prompts_that_are_refused(tmp_path, lines, message):
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match=message):
         read_problems(TrackConfig(prompts=str(path)))
+
+
+def test_a_chain_whose_effects_are_those_of_its_controls_rarely_holds():
+    """100 chains of one link whose effects are drawn like those of five controls, and 100 with larger ones."""
+    rates = {}
+    for shift in (0.0, 5.0):
+        rng, answers = np.random.default_rng(int(shift)), []
+        for _ in range(100):
+            # Of the link, and of the answer without the lowest and the highest feature.
+            drawn = rng.normal(size=(3, 1 + CONTROLS)) + shift * (np.arange(1 + CONTROLS) == 0)
+            answers.append(_all([_exceeds_controls(effects.tolist()) for effects in drawn]))
+        rates[shift] = answers.count(True)
+    print(f"a chain holds: yes in {rates[0.0]} of 100 null and {rates[5.0]} of 100 true worlds")
+    assert rates[0.0] <= 8 and rates[5.0] >= 80
