@@ -52,8 +52,9 @@ def label_features(lm: LanguageModel, acts: Activations | Store, dictionary: Dic
       UserError: there are fewer than three texts, or no activations of the dictionary's site.
     """
     with tempfile.TemporaryDirectory(prefix="saejax-labels-") as name:
-        store = acts
-        if isinstance(acts, Activations):
+        if isinstance(acts, Store):
+            store = acts
+        else:
             one_of(dictionary.site, acts.values, "site of these activations")
             count = len(acts.texts)
             if count < 3:
