@@ -69,7 +69,7 @@ def _match_activities(first: Dictionary, second: Dictionary, acts: Activations |
         return pair[0].rows(half, live_F), pair[1].rows(other, live_G)
 
     matched = match([(side, *rows(side, halves[0])) for side in ("pairs", "null")], make_mesh())
-    return MatchedFeatures(**{side: measure_pairs(found, *rows(side, halves[1])) for side, found in matched})
+    return MatchedFeatures(**{side: measure_pairs(assignment, *rows(side, halves[1])) for side, assignment in matched})
 
 
 def group_features(
