@@ -7,61 +7,58 @@ compiled for eight simulated devices of the processor, as member x data x model,
 a dictionary for each layer of a model of Qwen3-0.6B's shape. A device's FLOPs are those of the matrix products of the
 compiled program, times the counts of its loops; 1.00 is an eighth of what one device alone does. Loops over the layers,
 chunks and blocks of a graph, whose counts depend on the prompt, run eight times each. Bytes, in the program that takes
-most, are
-arguments, results and temporaries by the compiler; 1.00 is an eighth of those of one device. Filler rows belong to no
-document: of the batches of capture, on the demo's text and on made-up web texts. Prints a table and, last, one line of
-JSON.
+most, are arguments, results and temporaries by the compiler, without the language model's weights, which have a row
+of their own; 1.00 is an eighth of those of one device. Filler rows belong to no document: of the batches of capture,
+on the demo's text and on made-up web texts. Prints a table and, last, one line of JSON.
 """
 
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from saejax.activations.documents import COLUMNS, Documents, make_documents
+from saejax.activations.plan import Plan
+from saejax.activations.settings import CaptureConfig
+from saejax.attribution.local.layers import FrozenModel
+from saejax.attribution.local.rows import CHUNKS, TargetBatch, chunk_size, contributions, row_flops
+from saejax.attribution.local.sources import WIDTH, SourceBank
+from saejax.config import Configs
+from saejax.costs.plan import PlannedRun
+from saejax.costs.programs import Program, abstract_params, by_row, whole
+from saejax.evaluation.settings import EvaluateConfig
+from saejax.flops import step_flops
+from saejax.interpret import firings
+from saejax.interventions.settings import AblateConfig
+from saejax.matching.match import CANDIDATES, best_rows, side_by_side
+from saejax.models import source
+from saejax.models.config import DecoderConfig
+from saejax.models.families import read_config
+from saejax.models.parameters import parameter_table
+from saejax.models.settings import ModelConfig
+from saejax.parallel.mesh import AXES, BY_DOCUMENT, document_devices, fitting_sharding, make_mesh
+from saejax.parallel.settings import MeshConfig
+from saejax.preflight.collectives import product_flops
+from saejax.preflight.plan import plan_run, stage_programs
+from saejax.preflight.topology import device_bytes
+from saejax.runner.registry import default_configs
+from saejax.stages.evaluate.plan import abstract_member
+from saejax.tasks.settings import CorpusConfig
+from saejax.training.settings import TrainConfig
+
 DEVICES = 8
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
-
-from saejax.activations.documents import COLUMNS, Documents, make_documents  # noqa: E402
-from saejax.activations.plan import Plan  # noqa: E402
-from saejax.activations.settings import CaptureConfig  # noqa: E402
-from saejax.attribution.local.layers import FrozenModel  # noqa: E402
-from saejax.attribution.local.rows import CHUNKS, TargetBatch, chunk_size, contributions, row_flops  # noqa: E402
-from saejax.attribution.local.sources import WIDTH, SourceBank  # noqa: E402
-from saejax.config import Configs  # noqa: E402
-from saejax.costs.plan import PlannedRun  # noqa: E402
-from saejax.costs.programs import Program, abstract_params, by_row, whole  # noqa: E402
-from saejax.evaluation.settings import EvaluateConfig  # noqa: E402
-from saejax.flops import step_flops  # noqa: E402
-from saejax.interpret import firings  # noqa: E402
-from saejax.interventions.settings import AblateConfig  # noqa: E402
-from saejax.matching.match import CANDIDATES, best_rows, side_by_side  # noqa: E402
-from saejax.models import source  # noqa: E402
-from saejax.models.config import DecoderConfig  # noqa: E402
-from saejax.models.families import read_config  # noqa: E402
-from saejax.models.settings import ModelConfig  # noqa: E402
-from saejax.parallel.mesh import AXES, BY_DOCUMENT, document_devices, fitting_sharding, make_mesh  # noqa: E402
-from saejax.parallel.settings import MeshConfig  # noqa: E402
-from saejax.preflight.collectives import product_flops  # noqa: E402
-from saejax.preflight.plan import plan_run, stage_programs  # noqa: E402
-from saejax.preflight.topology import device_bytes  # noqa: E402
-from saejax.runner.registry import default_configs  # noqa: E402
-from saejax.stages.evaluate.plan import abstract_member  # noqa: E402
-from saejax.tasks.settings import CorpusConfig  # noqa: E402
-from saejax.training.settings import TrainConfig  # noqa: E402
-
 MODEL = Path(__file__).parents[1] / "configs/shapes/qwen3-0.6b.json"
 BATCH = 8192  # tokens of a batch, on all devices together
 PROMPT = 64  # tokens of a graph's prompt
 ACTIVE = 64  # features that are active at each position of a layer, of eight times as many that are active somewhere
+WEIGHTS = "the model's weights"
 STAGES = ("capture", "train", "evaluate", "interpret", "ablate", "attribute", "transfer")
 
 
@@ -70,7 +67,8 @@ class Measured(NamedTuple):
 
     flops: float  # of the products of one device
     work: float  # FLOPs of all devices by formula
-    bytes: int  # of the program that takes most on a device
+    bytes: int  # besides the language model's weights, of the program that takes most on a device
+    weights: int  # bytes of the language model's weights on a device, in the program that has most of them
 
 
 def settings(layers: int, devices: int) -> Configs:
@@ -106,7 +104,8 @@ def attribute_program(plan: PlannedRun, mesh: Mesh) -> Program:
     """Return what attributes a batch of targets of a graph to its sources."""
     model, places = plan.model, plan.model.n_layers + 1
     blocks = places * PROMPT * ACTIVE // WIDTH
-    targets = CHUNKS, chunk_size("cpu", PROMPT, mesh)
+    # As many as eight devices over which documents are split take, on every mesh.
+    targets = CHUNKS, DEVICES * chunk_size("cpu", PROMPT, mesh) // document_devices(mesh)
 
     def array(shape: tuple[int, ...], dtype: str, *axes) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
@@ -147,6 +146,15 @@ def transfer_program(plan: PlannedRun, mesh: Mesh) -> Program:
     return Program("transfer: nearest", f"{DEVICES} pairs", best_rows, arguments, (), flops)
 
 
+def weight_bytes(program: Program, model: DecoderConfig) -> int:
+    """Return the bytes of the language model's weights that a program has on each device."""
+    names, size = {*parameter_table(model)}, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path((program.arguments, program.kept)):
+        if names & {getattr(key, "key", "") for key in path}:
+            size += leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+    return size
+
+
 def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[str, Measured]:
     """Return what a device does and holds on a mesh of member x data x model devices, by stage."""
     member, data, tensor = axes
@@ -157,10 +165,16 @@ def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[st
     for program in (*stage_programs(plan), *programs):
         if (stage := stage_of(program)) not in STAGES:
             continue
-        compiled, so_far = program.lower().compile(), measured.get(stage, Measured(0, 0, 0))
+        compiled, so_far = program.lower().compile(), measured.get(stage, Measured(0, 0, 0, 0))
         flops = product_flops(compiled.as_text(), unknown=8 if stage == "attribute" else 1)
-        size = device_bytes(program, compiled)
-        measured[stage] = Measured(so_far.flops + flops, so_far.work + program.flops, max(so_far.bytes, size))
+        weights = weight_bytes(program, model)
+        size = device_bytes(program, compiled) - weights
+        measured[stage] = Measured(
+            so_far.flops + flops,
+            so_far.work + program.flops,
+            max(so_far.bytes, size),
+            max(so_far.weights, weights),
+        )
     return measured
 
 
@@ -194,6 +208,8 @@ def ratios(model: DecoderConfig, layers: int, meshes: list[str]) -> Iterator[tup
             whole = alone[stage]
             flops = DEVICES * on_mesh.flops / on_mesh.work / (whole.flops / whole.work)
             yield name, stage, flops, DEVICES * on_mesh.bytes / whole.bytes
+            if stage == "ablate":  # which has the whole model
+                yield name, WEIGHTS, 1.0, DEVICES * on_mesh.weights / whole.weights
 
 
 def main() -> None:
@@ -204,6 +220,8 @@ def main() -> None:
         "--meshes", default="8x1x1,4x2x1,1x8x1,1x1x8", help="member x data x model, with commas between"
     )
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
     model = dataclasses.replace(read_config(json.loads(MODEL.read_text()), MODEL.stem), n_layers=args.layers)
     meshes, summary = args.meshes.split(","), {}
     print("| stage, FLOPs / bytes of a device | " + " | ".join(meshes) + " |\n|---|" + "---|" * len(meshes))
@@ -212,6 +230,7 @@ def main() -> None:
         pairs = [figures[mesh, stage] for mesh in meshes]
         print(f"| {stage} | " + " | ".join(f"{flops:.2f} / {size:.2f}" for flops, size in pairs) + " |")
         summary[stage] = [round(flops, 3) for flops, _ in pairs]
+    print(f"| {WEIGHTS} | " + " | ".join(f"{figures[mesh, WEIGHTS][1]:.2f}" for mesh in meshes) + " |")
     for name, documents in (("the demo's text", demo_documents()), ("web texts", web_documents())):
         shares = {devices: filler_share(documents, devices) for devices in (1, DEVICES)}
         print(f"filler rows of {name}: {shares[DEVICES]:.1%} on {DEVICES} devices, {shares[1]:.1%} on one")

@@ -21,11 +21,15 @@ def results(workdir):
     return {u: json.loads((f / "done.json").read_text()) for u, f in units if u.partition("/")[0] not in timed}
 
 
+#: Figures that say what machine a result was made on: speed, and filler of batches, which are cut to the devices.
+OF_MACHINE = {"tokens_per_second", "padding_share"}
+
+
 def assert_same(first, second, tolerance, place=""):
     """Two results with the same figures, within a tolerance of those that are as large as 1."""
     if isinstance(first, dict):
         assert first.keys() == second.keys(), place
-        for name in first.keys() - {"tokens_per_second"}:
+        for name in first.keys() - OF_MACHINE:
             assert_same(first[name], second[name], tolerance, f"{place}.{name}")
     elif isinstance(first, list):
         assert len(first) == len(second), place
@@ -43,37 +47,57 @@ def assert_as_one(alone, together):
     What devices of several processes do together is rounded otherwise, and ablation's doses divide such figures by
     small differences; what is dealt out is the same to 1e-6.
     """
-    first, second = results(alone), results(together)
-    assert first.keys() == second.keys()
-    for unit in first:
-        assert first[unit]["files"].keys() == second[unit]["files"].keys(), unit
-        tolerance = 1e-4 if unit.startswith("ablate") else 1e-6
-        assert_same(first[unit]["results"], second[unit]["results"], tolerance, unit)
+    assert_same_figures(alone, together, 1e-6, ablate=1e-4)
     assert runs.checksums(alone) == runs.checksums(together)
 
 
+def assert_same_figures(first, second, tolerance, **of_stages):
+    """Two workdirs with the same units, files and, within a tolerance that a stage may have of its own, figures."""
+    units, others = results(first), results(second)
+    assert units.keys() == others.keys()
+    for unit in units:
+        assert units[unit]["files"].keys() == others[unit]["files"].keys(), unit
+        allowed = of_stages.get(unit.partition("/")[0], tolerance)
+        assert_same(units[unit]["results"], others[unit]["results"], allowed, unit)
+
+
+def kill_once(processes, moments: random.Random, lines: int) -> str:
+    """Kill one of a run's processes within a second of a random line of the first one's output.
+
+    Args:
+      processes: all processes of the run.
+      moments: random numbers.
+      lines: how many lines the first process of a whole run prints.
+
+    Returns:
+      The line; "" where the run was done before the moment came.
+    """
+    # A line comes as late on a busy machine as what it tells of.
+    *_, last = itertools.islice(processes[0].stdout, moments.randrange(1, lines))
+    time.sleep(moments.random())
+    if any(process.poll() is not None for process in processes):
+        for process in processes:
+            runs.finish(process)
+        return ""
+    moments.choice(processes).kill()
+    for process in processes:
+        process.communicate()  # JAX ends the others
+    # Nothing but a stop that was saved asks for another start.
+    assert not {process.returncode for process in processes} & {0, 2, 143}
+    return last
+
+
 def kill_at_random_moments(start, check, root, kills: int, lines: int) -> Path:
-    """Kill a run so often, each time within a second of a random line of its output, then let it finish.
+    """Kill a run so often, each time at a random moment (``kill_once``), then let it finish.
 
     ``start(folder)`` starts the run's processes, of which one is killed, ``check(folder)`` looks at what a run that has
     finished made, and ``lines`` is how many lines the first process of a whole run prints. Gives the run's folder.
     """
     moments, number, struck = random.Random(60 * kills), 0, []  # the first strikes a small run while it trains
     while len(struck) < kills:
-        processes = start(root / f"run{number}")
-        # A line comes as late on a busy machine as what it tells of.
-        *_, last = itertools.islice(processes[0].stdout, moments.randrange(1, lines))
-        time.sleep(moments.random())
-        if all(process.poll() is None for process in processes):
-            moments.choice(processes).kill()
-            for process in processes:
-                process.communicate()  # JAX ends the others
+        if last := kill_once(start(root / f"run{number}"), moments, lines):
             struck.append(last)
-            # Nothing but a stop that was saved asks for another start.
-            assert not {process.returncode for process in processes} & {0, 2, 143}
-        else:  # it was done before the moment came: the next kill strikes a fresh run
-            for process in processes:
-                runs.finish(process)
+        else:  # the next kill strikes a fresh run
             check(root / f"run{number}")
             number += 1
     print("killed after:", *struck)

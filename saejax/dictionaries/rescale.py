@@ -2,22 +2,25 @@
 
 All kinds are homogeneous: inputs, biases and thresholds times s give activations times s. So scales and lengths of
 decoder rows can be folded in and out. Functions of arrays take those of JAX, or of numpy on the host; functions of
-dictionaries compute on the host in float64 and round once to the arrays' own dtype.
+dictionaries compute on the host in float64, some features at a time, and round once to the arrays' own dtype.
 """
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries.joined import row_lengths, split
 from saejax.dictionaries.kinds.base import Arrays, Kind
-from saejax.dictionaries.modules import Dictionary, placements
+from saejax.dictionaries.modules import Dictionary, parameter_table, placements
 from saejax.errors import UserError
-from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import place_on
+from saejax.parallel.collectives import local_parts, sum_over_processes, to_host
+
+_AT_ONCE = 2**13  # features that are computed at a time
 
 
 def fold_input_scaling(kind: Kind, arrays: Arrays, inputs: float, outputs: float) -> Arrays:
@@ -72,19 +75,23 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
     Raises:
       UserError: a topk dictionary with rows of different lengths, whose k largest would become others.
     """
-    arrays = host_arrays(dictionary)
-    length_F = decoder_lengths(arrays["W_dec_FxD"], dictionary.config.widths)
+    widths, one_length = dictionary.config.widths, 0.0
     if dictionary.kind.depends_on_decoder_norms:
-        mean = float(length_F.mean())
+        length_F = _all_decoder_lengths(dictionary)
+        one_length = float(length_F.mean())
         # Rows that were normalised in float32 differ by rounding.
-        if np.abs(length_F - mean).max() > 1e-5 * mean:
+        if np.abs(length_F - one_length).max() > 1e-5 * one_length:
             raise UserError(
                 f"this {dictionary.config.kind} dictionary has decoder rows of different lengths: with rows of length "
                 "1 it would choose other features, so load it with unit_norm=False"
             )
-        # One length for all, so that the k largest stay the same to the last bit.
-        length_F = np.full_like(length_F, mean)
-    return _rebuild(dictionary, scale_features(dictionary.kind, arrays, length_F))
+
+    def unit(arrays: Arrays) -> Arrays:
+        length_F = decoder_lengths(arrays["W_dec_FxD"], widths)
+        # One length for all where it has to be, so that the k largest stay the same to the last bit.
+        return scale_features(dictionary.kind, arrays, np.full_like(length_F, one_length) if one_length else length_F)
+
+    return _change_by_feature(dictionary, unit)
 
 
 def scale_parts(dictionary: Dictionary, scales: Sequence[float]) -> Dictionary:
@@ -93,25 +100,29 @@ def scale_parts(dictionary: Dictionary, scales: Sequence[float]) -> Dictionary:
     if not config.widths or tuple(scales) == config.scales:
         return dictionary
     factor_D = np.repeat(np.divide(scales, config.scales), config.widths)
-    arrays = {name: array.astype(np.float64) for name, array in host_arrays(dictionary).items()}
-    arrays["W_enc_DxF"] = arrays["W_enc_DxF"] / factor_D[:, None]
-    arrays |= dict(W_dec_FxD=arrays["W_dec_FxD"] * factor_D[None], b_dec_D=arrays["b_dec_D"] * factor_D)
-    return _rebuild(dictionary, arrays, scales=tuple(scales))
+
+    def scale(arrays: Arrays) -> Arrays:
+        scaled = dict(W_enc_DxF=arrays["W_enc_DxF"] / factor_D[:, None], W_dec_FxD=arrays["W_dec_FxD"] * factor_D[None])
+        return arrays | scaled | dict(b_dec_D=arrays["b_dec_D"] * factor_D)
+
+    return _change_by_feature(dictionary, scale, scales=tuple(scales))
 
 
 def as_jumprelu(dictionary: Dictionary) -> Dictionary:
     """Return the JumpReLU dictionary that a dictionary of another kind is at inference, if its kind is ``jumprelu``."""
-    arrays = {name: array.astype(np.float64) for name, array in host_arrays(dictionary).items()}
-    return _rebuild(dictionary, dictionary.kind.as_jumprelu(arrays), kind="jumprelu")
+    return _change_by_feature(dictionary, dictionary.kind.as_jumprelu, kind="jumprelu")
 
 
 def centre(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
     """Return the dictionary with the decoder's bias subtracted from the input, or not: the encoder's bias makes up."""
     if dictionary.config.centred == wanted:
         return dictionary
-    arrays = {name: array.astype(np.float64) for name, array in host_arrays(dictionary).items()}
-    shift_F = (1 if wanted else -1) * (arrays["b_dec_D"] @ arrays["W_enc_DxF"])
-    return _rebuild(dictionary, dictionary.kind.move_bias(arrays, shift_F), centred=wanted)
+
+    def move(arrays: Arrays) -> Arrays:
+        shift_F = (1 if wanted else -1) * (arrays["b_dec_D"] @ arrays["W_enc_DxF"])
+        return dictionary.kind.move_bias(arrays, shift_F)
+
+    return _change_by_feature(dictionary, move, centred=wanted)
 
 
 def to_output_units(dictionary: Dictionary) -> Dictionary:
@@ -132,26 +143,88 @@ def drop_mean(dictionary: Dictionary) -> Dictionary:
     """
     if dictionary.config.input_norm != "center":
         return dictionary
-    arrays = {name: array.astype(np.float64) for name, array in host_arrays(dictionary).items()}
-    arrays["W_enc_DxF"] = arrays["W_enc_DxF"] - arrays["W_enc_DxF"].mean(axis=0, keepdims=True)
-    return _rebuild(dictionary, arrays, input_norm="")
+
+    def subtract_means(arrays: Arrays) -> Arrays:
+        W_enc_DxF = arrays["W_enc_DxF"]
+        return arrays | dict(W_enc_DxF=W_enc_DxF - W_enc_DxF.mean(axis=0, keepdims=True))
+
+    return _change_by_feature(dictionary, subtract_means, input_norm="")
 
 
-def host_arrays(dictionary: Dictionary) -> Arrays:
-    """Return the dictionary's arrays on the host."""
-    return {name: to_host(array) for name, array in dictionary.arrays.items()}
+def _all_decoder_lengths(dictionary: Dictionary) -> np.ndarray:
+    """Return ``decoder_lengths`` of all features, also of those on devices of other processes."""
+    W_dec_FxD = dictionary.W_dec_FxD[...]
+    length_F = np.zeros(len(W_dec_FxD))
+    for index, part_FxD in local_parts(W_dec_FxD):
+        length_F[index[0]] = decoder_lengths(part_FxD, dictionary.config.widths)
+    if not isinstance(W_dec_FxD, jax.Array) or W_dec_FxD.is_fully_addressable:
+        return length_F
+    # Every feature is 0 in all processes but one, so that the sum of its halves is its value to the last bit.
+    return sum_over_processes(length_F.view(np.uint32)).view(np.float64)
 
 
-def _rebuild(dictionary: Dictionary, arrays: Mapping[str, np.ndarray], **changes) -> Dictionary:
+def _change_by_feature(dictionary: Dictionary, change: Callable[[Arrays], Arrays], **facts: Any) -> Dictionary:
     """Return a dictionary of other arrays, rounded to its dtype, with some fields of its config changed.
 
-    Its arrays are on the mesh of the dictionary, if that is on one.
+    Each process computes the features of its own devices, those of a device at a time: no host has a whole matrix of a
+    dictionary whose features are split.
+
+    Args:
+      dictionary: the dictionary; its arrays stay on its mesh, if it is on one.
+      change: makes the new arrays of some features from the old ones, float64; arrays that have no features are whole,
+        and come out the same each time.
+      facts: fields of the new config.
     """
-    config, mesh = dataclasses.replace(dictionary.config, **changes), dictionary.mesh
-    dtype = dictionary.b_dec_D.dtype
-    where: Mapping[str, Any] = placements(config, mesh) if mesh else {}
-    placed = {
-        name: place_on(array.astype(dtype), where[name]) if mesh else jnp.asarray(array.astype(dtype))
-        for name, array in arrays.items()
+    config, mesh = dataclasses.replace(dictionary.config, **facts), dictionary.mesh
+    dictionary = dictionary.on_mesh(mesh) if mesh else dictionary
+    dtype, old, new = dictionary.b_dec_D.dtype, parameter_table(dictionary.config), parameter_table(config)
+    rest = {name: array for name, array in dictionary.arrays.items() if name not in old}
+    parts: dict[str, list[jax.Array]] = collections.defaultdict(list)
+    for (start, stop), devices in _devices_of_features(dictionary).items():
+        held = {name: _part_on(array, devices[0]) for name, array in dictionary.arrays.items() if name in old}
+        pieces = []
+        for first in range(0, stop - start, _AT_ONCE):
+            some = slice(first, first + _AT_ONCE)
+            piece = change({name: _features(old[name][1], held[name], some).astype(np.float64) for name in held})
+            pieces.append({name: array.astype(dtype) for name, array in piece.items()})
+        for name in pieces[0]:
+            axes = new[name][1]
+            # Arrays that have no features are the same in all pieces.
+            part = (
+                np.concatenate([piece[name] for piece in pieces], axes.index("model"))
+                if "model" in axes
+                else piece[name]
+            )
+            parts[name] += [jax.device_put(part, device) if mesh else jnp.asarray(part) for device in devices]
+    where = placements(config, mesh) if mesh else {}
+    arrays = {
+        name: jax.make_array_from_single_device_arrays(new[name][0], where[name], of_devices) if mesh else of_devices[0]
+        for name, of_devices in parts.items()
     }
-    return Dictionary(config, dictionary.matmul_dtype, **placed)
+    return Dictionary(config, dictionary.matmul_dtype, **rest | arrays)
+
+
+def _devices_of_features(dictionary: Dictionary) -> dict[tuple[int, int], list[jax.Device | None]]:
+    """Return first and last features + 1, and the devices of this process that hold them; None: wherever they are."""
+    mesh, count = dictionary.mesh, dictionary.config.n_features
+    if mesh is None:
+        return {(0, count): [None]}
+    devices_of: dict[tuple[int, int], list[jax.Device | None]] = collections.defaultdict(list)
+    where = placements(dictionary.config, mesh)["b_enc_F"]
+    for device, index in where.addressable_devices_indices_map((count,)).items():
+        assert index is not None
+        start, stop, _ = index[0].indices(count)
+        devices_of[start, stop].append(device)
+    return devices_of
+
+
+def _part_on(array: jax.Array, device: jax.Device | None) -> np.ndarray:
+    """Return the part of an array that a device holds; None: the whole."""
+    if device is None:
+        return to_host(array)
+    return np.asarray(next(shard.data for shard in array.addressable_shards if shard.device == device))
+
+
+def _features(axes: Sequence[str | None], array: np.ndarray, some: slice) -> np.ndarray:
+    """Return some features of an array whose dimensions are split over these mesh axes; the whole without features."""
+    return array[tuple(some if axis == "model" else slice(None) for axis in axes)]

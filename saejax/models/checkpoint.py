@@ -137,6 +137,11 @@ def not_finite_error(what: str, names: Sequence[str], dtype: str) -> UserError:
     )
 
 
+def file_dtype(dtype: np.dtype) -> str:
+    """Return the name of a dtype in safetensors files, such as "BF16"."""
+    return next(name for name, known in (_FLOATS | _INTEGERS).items() if np.dtype(known) == dtype)
+
+
 def read_header(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, or of one that ``torch.save`` wrote, by name.
 

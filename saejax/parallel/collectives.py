@@ -44,24 +44,35 @@ def from_first_process(array: np.ndarray | np.generic) -> np.ndarray:
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """Return the whole of an array in every process, wherever its parts are; all processes must call this together.
-
-    It is gathered a piece at a time, as each device gets a copy of what is gathered.
-    """
+    """Return the whole of an array in every process, wherever its parts are; all processes must call this together."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return np.asarray(array)
-    # Along the longest axis that is not split: a piece then takes as much from every device.
+    host = np.empty(array.shape, array.dtype)
+    for index, piece in host_pieces(array):
+        host[index] = piece
+    return host
+
+
+def host_pieces(array: jax.Array | np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Yield the whole of an array in every process, a piece at a time with its index; all must call this together.
+
+    Pieces of an array that is on this process's devices are the parts of these.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        yield from local_parts(array)
+        return
+    # Each device gets a copy of a piece. Along the longest axis that is not split it takes as much from every device.
     part = array.sharding.shard_shape(array.shape)
     whole_axes = [axis for axis in range(array.ndim) if part[axis] == array.shape[axis]]
     axis = max(whole_axes, key=lambda axis: array.shape[axis], default=None)
     pieces = -(-array.nbytes // _GATHERED_BYTES)
     if axis is None or pieces < 2:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    host, size = np.empty(array.shape, array.dtype), -(-array.shape[axis] // pieces)
+        yield (slice(None),) * array.ndim, np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        return
+    size = -(-array.shape[axis] // pieces)
     for start in range(0, array.shape[axis], size):
         index = (*[slice(None)] * axis, slice(start, start + size))
-        host[index] = multihost_utils.process_allgather(array[index], tiled=True)
-    return host
+        yield index, np.asarray(multihost_utils.process_allgather(array[index], tiled=True))
 
 
 def local_parts(array: jax.Array | np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from saejax.errors import Interrupted, OtherFailed, UserError
 
 _LOOK_EVERY, _SAY_EVERY = 0.1, 300.0  # seconds
+_LOOK_WORKING = 1.0  # seconds between looks whether others have failed, of a process that does not wait for them
 _SAY_MOST = 8  # names in a line about what is missing
 _VISIBLE = 120.0  # seconds within which a file is seen on all hosts that share its folder
 _LAST = 10.0  # seconds for which process 0, having failed, waits for the others to end
@@ -41,6 +42,7 @@ class Processes:
     def __init__(self, client: Any, rank: int, count: int, say: Callable[[str], None] = lambda line: None):
         self.rank, self.count, self._client, self._say = rank, count, client, say
         self._visits: collections.Counter[str] = collections.Counter()
+        self._last_look = time.monotonic()
         self.stopping: Callable[[], bool] = lambda: False
 
     def broadcast(self, place: str, value: str) -> str:
@@ -80,6 +82,21 @@ class Processes:
         """Return the rank and the exit status of another process that has failed; None if none has."""
         failed = {rank: int(status) for rank, status in self.get(_FAILED).items() if rank != self.rank}
         return min(failed.items()) if failed else None
+
+    def should_stop(self) -> bool:
+        """Return whether this process, which works and waits for no other, was asked to stop.
+
+        Raises:
+          OtherFailed: another one has failed.
+        """
+        failure = None
+        if time.monotonic() - self._last_look > _LOOK_WORKING:
+            self._last_look = time.monotonic()
+            with contextlib.suppress(Exception):  # the service may be busy: the next look comes soon
+                failure = self.failure()
+        if failure:
+            raise OtherFailed(*failure)
+        return self.stopping()
 
     def put(self, topic: str, value: str) -> None:
         """Give the other processes this one's value of a topic, in place of an earlier one."""

@@ -133,6 +133,7 @@ def run_stages(
         processes = joined_processes()
     if processes:
         processes.stopping = stopping
+        stopping = processes.should_stop
         check_same(processes, _settings_to_compare(configs, units))
         # By a plan of its own: a unit may read a folder that an earlier one makes.
         check_same(processes, inputs_to_compare(Workplan(configs), units))

@@ -25,7 +25,6 @@ from saejax.dictionaries.cross_layer import joined_lengths, sum_writes
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, EncoderInputs
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row, smallest
-from saejax.parallel.collectives import to_host
 from saejax.training.optimizer import penalty_schedule
 from saejax.training.stack import Hyperparams, TrainStack
 from saejax.training.state import PER_MEMBER, TrainState, apply_update
@@ -185,7 +184,7 @@ def held_out_sums(
     return jnp.sum(jnp.square(error_LxBxD), axis=(1, 2)).astype(jnp.float32), fired_LxF
 
 
-def finish_layer(stack: TrainStack, state: TrainState, layer: int, kept_L: Any = None) -> tuple[Dictionary, np.ndarray]:
+def finish_layer(stack: TrainStack, state: TrainState, layer: int, kept_L: Any = None) -> tuple[Dictionary, jax.Array]:
     """Return a layer's trained dictionary for raw activations, and what its features write.
 
     All processes must call this together.
@@ -197,13 +196,11 @@ def finish_layer(stack: TrainStack, state: TrainState, layer: int, kept_L: Any =
       kept_L: result of ``thresholds.Calibration``; None: 0.
 
     Returns:
-      The layer alone, with the decoder to its own layer, arrays on the host; and the decoders to each layer from its
-      own on, [F, X, D].
+      The layer alone, with the decoder to its own layer; and the decoders to each layer from its own on, [F, X, D].
     """
     config, arrays = _unscale(stack, state, layer, 0.0 if kept_L is None else kept_L[layer])
-    host = {name: to_host(array) for name, array in arrays.items()}
-    writes_FxXxD = host["W_dec_FxD"].reshape(config.n_features, -1, config.d_in)
-    return Dictionary(config, stack.config.matmul, **host | dict(W_dec_FxD=writes_FxXxD[:, 0])), writes_FxXxD
+    writes_FxXxD = arrays["W_dec_FxD"].reshape(config.n_features, -1, config.d_in)
+    return Dictionary(config, stack.config.matmul, **arrays | dict(W_dec_FxD=writes_FxXxD[:, 0])), writes_FxXxD
 
 
 def _unscale(stack: TrainStack, state: TrainState, layer: int, kept: Any) -> tuple[DictionaryConfig, Arrays]:

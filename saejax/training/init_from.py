@@ -127,7 +127,7 @@ def _scale(stack: TrainStack, index: int, dictionary: Dictionary) -> dict[str, n
     _check(stack, index, dictionary)
     dictionary = _with_unit_rows(stack, rescale.scale_parts(dictionary, stack.scales[index].scales))
     dictionary = rescale.centre(dictionary, stack.dictionary.centred)
-    arrays = {name: array.astype(np.float64) for name, array in rescale.host_arrays(dictionary).items()}
+    arrays = {name: to_host(array).astype(np.float64) for name, array in dictionary.arrays.items()}
     scale, kind = stack.scales[index], dictionary.kind
     resumed = kind.resume(rescale.fold_input_scaling(kind, arrays, 1 / scale.input, 1 / scale.output))
     return {name: array.astype(stack.config.state_dtype) for name, array in resumed.items()}

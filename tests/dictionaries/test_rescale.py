@@ -1,11 +1,19 @@
 """The same function in other parameters."""
 
+import dataclasses
+import tracemalloc
+
 import jax.numpy as jnp
 import known_dictionaries as known
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from saejax.dictionaries import rescale
+from saejax.dictionaries import Dictionary, rescale
+from saejax.dictionaries.formats import circuit_tracer
+from saejax.dictionaries.modules import parameter_table, placements
+from saejax.parallel.mesh import make_mesh, place_on
+from saejax.parallel.settings import MeshConfig
 
 
 @pytest.mark.parametrize("form", known.FORMS)
@@ -55,3 +63,42 @@ def test_in_output_units_what_a_feature_adds_is_its_activation_times_its_row(nor
     added = np.asarray(f)[:, 3, None] * np.asarray(scaled.W_dec_FxD[3])
     np.testing.assert_allclose(scaled(x) - without, added, atol=1e-4)
     assert scaled.output_scale(x) is None and rescale.to_output_units(known.make()).config == known.make().config
+
+
+def save_set(folder, dictionary):
+    """Write a set of one layer: as a threshold and without a bias on the input, so that every array is computed."""
+    circuit_tracer.save(folder, [dictionary])
+
+
+def save_cross_layer(folder, dictionary):
+    """Write a cross-layer transcoder of one layer."""
+    plain = rescale.as_jumprelu(dictionary)
+    circuit_tracer.save_cross_layer(folder, 1, lambda layer: (plain, plain.W_dec_FxD[...][:, None]))
+
+
+@pytest.mark.parametrize("save", [save_set, save_cross_layer])
+def test_split_features_are_folded_and_written_by_each_device(save, tmp_path, monkeypatch):
+    """The same files, and the host holds no whole matrix besides the new ones, of devices that share its memory."""
+    monkeypatch.setattr(rescale, "_AT_ONCE", 1024)
+    features, width = 2**15, 64
+    small = known.make("gated", "transcoder", layer=0).config
+    config = dataclasses.replace(small, d_in=width, n_features=features, centred=True)
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=of[0]).astype(np.float32) for name, of in parameter_table(config).items()}
+    mesh = make_mesh(MeshConfig(model=8))
+    split = Dictionary(config, **{name: place_on(arrays[name], to) for name, to in placements(config, mesh).items()})
+    save(tmp_path / "whole", Dictionary(config, **{name: jnp.asarray(array) for name, array in arrays.items()}))
+    save(tmp_path / "warm", split)  # compiles
+    tracemalloc.start()
+    save(tmp_path / "split", split)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * features * width * 4, f"{peak / 2**20:.1f} MiB"
+    files = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+    assert files
+    for file in files:
+        whole, parts = (load_file(tmp_path / folder / file) for folder in ("whole", "split"))
+        assert whole.keys() == parts.keys()
+        for name, array in whole.items():
+            # Each device sums its own features' shift of the bias.
+            np.testing.assert_allclose(parts[name], array, rtol=1e-6, atol=1e-6, err_msg=name)

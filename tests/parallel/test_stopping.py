@@ -1,8 +1,10 @@
 """Processes agree on where they stop, and a run under a cluster's launcher hears of SIGTERM like any other."""
 
 import itertools
+import json
 import os
 import random
+import shutil
 import signal
 import socket
 import threading
@@ -12,12 +14,19 @@ from pathlib import Path
 
 import pytest
 import runs
+from test_processes import WIDE
 
-from saejax.errors import Interrupted, OtherFailed
+import saejax.parallel.processes
+from saejax.errors import Interrupted, OtherFailed, UserError
+from saejax.parallel.cluster import check_same
 from saejax.parallel.processes import Processes
 from saejax.parallel.settings import MeshConfig
 from saejax.parallel.stopping import StopAgreement
-from saejax.runner import command
+from saejax.runner import command, command_line
+from saejax.runner.pipeline import RunOptions, run_stages
+from saejax.runner.plan import inputs_to_compare
+from saejax.runner.registry import all_stages
+from saejax.runner.workplan import Workplan
 from saejax.stages.capture import run as capture
 from saejax.stages.capture.run import _share_shards
 
@@ -109,6 +118,39 @@ def test_whoever_waits_hears_of_failures_and_signals(monkeypatch, what, ended_by
     assert ended_by == "a signal" or error.value.status == 7
 
 
+def test_whoever_works_hears_of_failures_and_signals(monkeypatch):
+    monkeypatch.setattr(saejax.parallel.processes, "_LOOK_WORKING", 0.0)
+    store, is_told = Store(), threading.Event()
+    first, second = (Processes(store, rank, 2) for rank in range(2))
+    second.stopping = is_told.is_set
+    assert not second.should_stop()
+    is_told.set()
+    assert second.should_stop()
+    first.put("failed", "7")
+    with pytest.raises(OtherFailed) as error:
+        second.should_stop()
+    assert error.value.status == 7
+    store.key_value_dir_get = None  # gone with process 0
+    assert second.should_stop()
+
+
+def test_hosts_with_other_files_of_a_model_are_refused(inputs, tmp_path):
+    """A branch of the hub may be another revision on another host; nothing has run when that is found."""
+    model, store = shutil.copytree(inputs[0], tmp_path / "model"), Store()
+    configs = runs.make_configs(model__path=str(model), corpus__path=str(inputs[1]))
+
+    def compare(rank):
+        check_same(Processes(store, rank, 2), inputs_to_compare(Workplan(configs), ["capture"]))
+
+    compare(0)
+    compare(1)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="the model that capture reads is [0-9a-f]+ in process 1 and [0-9a-f]+ in"):
+        compare(1)
+
+
 @pytest.fixture(scope="module")
 def captured(inputs, single_device, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("stopping") / "run"
@@ -165,3 +207,29 @@ def test_a_signal_to_one_of_two_processes_that_capture_stops_both(inputs, tmp_pa
     # And together they go on.
     for process in runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run")):
         runs.finish(process)
+
+
+#: stages whose units take moments, or that write one file from what others measured.
+MOMENTS = {"tokenize", "report"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_every_stage_asks_whether_to_stop_and_goes_on(inputs, single_device, tmp_path):
+    rows = [dict(question=f"What is {n} plus {n}?", answer=f"{n} + {n} = {2 * n}\n#### {2 * n}") for n in range(12)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    workdir = tmp_path / "run"
+    flags = runs.small_flags(*inputs, workdir, **WIDE | dict(task__path=tmp_path / "gsm8k.jsonl"))
+    configs = command_line.read_configs(command_line.stage_flags(), ["program", *flags])
+    stopped, deaf = set(), set()
+    for stage in all_stages().values():
+        for unit in stage.units(configs):
+            answers, options = itertools.chain([False], itertools.repeat(True)), RunOptions(only=unit)
+            try:  # the first question is asked before the unit is begun
+                run_stages([stage.name], configs, workdir, stopping=answers.__next__, options=options)
+                deaf.add(stage.name)
+            except Interrupted:
+                stopped.add(stage.name)
+            run_stages([stage.name], configs, workdir, options=options)
+    print("stopped:", *sorted(stopped))
+    assert deaf <= MOMENTS and len(stopped) > 10

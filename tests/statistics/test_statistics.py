@@ -1,5 +1,7 @@
 """Bootstrap, rank tests, permutations, corrections: by hand, by algorithm, where nothing is true."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.stats import kstest
@@ -167,3 +169,14 @@ def test_label_correlations_are_numpys_and_the_largest_of_moved_labels():
     np.testing.assert_allclose(seen_FxL, [*expected_2xL, [0, 0]], atol=1e-12)
     moved = [np.corrcoef(value_NxF[:, :2].T, has_NxL[order_N].T)[:2, 2:] for order_N in order_SxN]
     np.testing.assert_allclose(largest_S, [max(r_2xL.max(), 0) for r_2xL in moved], atol=1e-12)
+
+
+def test_permuted_labels_take_the_memory_of_one_permutation():
+    rng = np.random.default_rng(0)
+    value_NxF, has_NxL = rng.normal(size=(30, 2000)), rng.random((30, 6)) < 0.5
+    order_SxN = [rng.permutation(30) for _ in range(99)]
+    tracemalloc.start()
+    permutation.label_correlations(value_NxF, has_NxL, order_SxN)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * value_NxF.nbytes + 4 * 2000 * 6 * 8, "those of all permutations take 99 times 2,000 x 6 numbers"

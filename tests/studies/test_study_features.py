@@ -13,6 +13,7 @@ from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefin
 from saejax.matching.importance import FeatureMatch, ItemFeatures
 from saejax.matching.transfer.activity import Activity
 from saejax.page.blocks import Text
+from saejax.studies import gather_features
 from saejax.studies.gather_features import ReadBenchmark, choose_problems, exciting_words, problems
 from saejax.studies.report import _associations
 from saejax.studies.results import StudyFigures
@@ -46,6 +47,30 @@ def test_words_are_those_on_which_features_fire_the_strongest_first():
     assert exciting_words(read(), "sums", [1]) == ()
     assert exciting_words(read(), "sums", [2]) == ("six", "and")
     assert exciting_words(read(), "sums", [0, 2]) == ("six", "two", "and")
+
+
+def test_two_rows_are_matched_once(monkeypatch, tmp_path):
+    matched = []
+
+    def match(first, second):
+        matched.append((first, second))
+        return FeatureMatch(np.array([0, 1]), np.array([2, 0]), (3, 3), 1)
+
+    monkeypatch.setattr(gather_features, "match_features", match)
+    monkeypatch.setattr(gather_features, "load_effects", lambda folder: None)
+    monkeypatch.setattr(gather_features.ItemFeatures, "load", lambda file: file.parent.name)
+    rows = {}
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / gather_features.FEATURES_ON_ITEMS).touch()
+        sparse.save_npz(tmp_path / name / gather_features.ITEM_ATTRIBUTION, sparse.csr_array((2, 3)))
+        results = {"sums": SimpleNamespace(origin="one file")}
+        rows[name] = SimpleNamespace(
+            each=lambda kind, results=results: results, folders={"study/sums": tmp_path / name}
+        )
+    read_by_row = gather_features.read_benchmarks(rows, "sums")
+    assert matched == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert [*read_by_row["a"].matches["b"].first_M] == [*read_by_row["b"].matches["a"].second_M] == [0, 1]
 
 
 def test_a_problem_of_each_category_comes_first():

@@ -8,6 +8,8 @@ import re
 import pytest
 
 from saejax.errors import UserError
+from saejax.models import identity as hashes
+from saejax.tasks import text_sources
 from saejax.tasks.corpora import Document, identity, read_corpus, split
 from saejax.tasks.settings import CorpusConfig
 from saejax.tasks.text_sources import EMBEDDED
@@ -134,6 +136,18 @@ def test_identity_follows_content_and_not_packing_or_path(tmp_path):
     assert identity(written(tmp_path, gzip.compress(GOOD.encode()), "other.jsonl.gz")) == plain
     assert identity(written(tmp_path, GOOD + "\n", "other.jsonl")) != plain
     assert identity(written(tmp_path, GOOD, "other.txt")) != plain
+
+
+def test_a_large_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    """Every command and process asks for the hash, and reading a corpus takes minutes."""
+    read, hash_file = [], text_sources._hash
+    monkeypatch.setattr(text_sources, "_hash", lambda *of: read.append(of) or hash_file(*of))
+    monkeypatch.setattr(hashes, "_HASHED_AT_ONCE", 0)
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
+    config = written(tmp_path, GOOD)
+    assert identity(config) == identity(config) and len(read) == 1
+    before = identity(config)
+    assert identity(written(tmp_path, GOOD + "\n")) != before and len(read) == 2
 
 
 def test_the_split_is_decided_by_the_seed():

@@ -191,6 +191,9 @@ def test_features_over_eight_devices_are_those_of_one(kind, shape, zero, one_dev
         for layer, arrays in enumerate(found.params):  # only what is written is stored
             decoder = arrays["W_dec_FxD"]
             assert decoder.sharding.shard_shape(decoder.shape) == (F // shape[2], (LAYERS - layer) * D)
+            finished, writes = finish_layer(stack, found, layer)
+            for array in (finished.W_enc_DxF[...].T, finished.W_dec_FxD[...], writes):
+                assert array.sharding.shard_shape(array.shape)[0] == F // shape[2]
         for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
         text = compiled(stack).lower(abstract_state(stack), stack.hyperparams, (x[0], y[0])).compile().as_text()

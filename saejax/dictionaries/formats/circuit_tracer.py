@@ -19,6 +19,7 @@ says TopK, which keeps the k largest whatever their sign. Other things that it s
 Opening a set reads no values (but a few rows of the last layer of Gemma Scope 2's); a layer is read when asked for.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -27,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import yaml
 from jax.sharding import Mesh
@@ -39,7 +41,7 @@ from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.models.sites import Site
-from saejax.parallel.collectives import is_first_process
+from saejax.parallel.collectives import is_first_process, to_host
 
 DESCRIPTION = "config.yaml"
 LAYERS, ENCODERS, DECODERS = "layer_{}.safetensors", "W_enc_{}.safetensors", "W_dec_{}.safetensors"
@@ -445,7 +447,7 @@ def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[
         write_text(unfinished / DESCRIPTION, yaml.safe_dump(_describe(configs[by_layer[0]]), allow_unicode=True))
 
 
-def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dictionary, np.ndarray]]) -> None:
+def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dictionary, jax.Array]]) -> None:
     """Write a cross-layer transcoder, a layer at a time; all processes of a run must call it.
 
     ``config.yaml`` also has a key ``saejax``, which circuit-tracer does not read: the model's revision and fingerprint,
@@ -460,15 +462,12 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
     Raises:
       UserError: the folder holds a set already, or circuit-tracer has no such transcoders.
     """
-    loaded = (load(layer) for layer in range(layers))
-    if not is_first_process():
-        for _ in loaded:  # its arrays are on the devices of all
-            pass
-        return
     configs: list[DictionaryConfig] = []
     stamp = ""
-    with tensors.whole_folder(folder, *_CROSS_FILES) as unfinished:
-        for layer, (dictionary, writes_FxXxD) in enumerate(loaded):
+    # Parts of the arrays are on the devices of all processes, and the first one writes them.
+    with tensors.whole_folder(folder, *_CROSS_FILES) if is_first_process() else contextlib.nullcontext() as unfinished:
+        for layer in range(layers):
+            dictionary, writes_FxXxD = load(layer)
             config = dictionary.config
             if config.kind not in ("standard", "jumprelu") or config.skip:
                 raise UserError(f"circuit-tracer's cross-layer folders hold no {config.kind} layers, or skip paths")
@@ -478,9 +477,11 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
             writes_FxXxD = writes_FxXxD.astype(named["W_enc"].dtype)
             for pattern, of_file in ((ENCODERS, named), (DECODERS, dict(W_dec=writes_FxXxD))):
                 of_layer = {f"{name}_{layer}": array for name, array in of_file.items()}
-                tensors.write(unfinished / pattern.format(layer), of_layer, stamp)
+                tensors.write(unfinished and unfinished / pattern.format(layer), of_layer, stamp)
             configs.append(config)
         check(configs)
+        if unfinished is None:
+            return
         facts: dict[str, Any] = dict(
             revision=configs[0].revision, fingerprint=configs[0].fingerprint, bos=configs[0].bos
         )
@@ -544,19 +545,19 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
         raise UserError(f"the transcoders of a set must be of one {' and '.join(differ)}, and these are not")
 
 
-def _file_arrays(transcoder: Dictionary) -> dict[str, np.ndarray]:
+def _file_arrays(transcoder: Dictionary) -> dict[str, jax.Array]:
     """Return a transcoder's arrays by the names and in the order of axes of a layer's file."""
-    arrays = rescale.host_arrays(transcoder)
+    arrays = transcoder.arrays
     turned = {ours: array.T if ours in ("W_enc_DxF", "W_skip_DxD") else array for ours, array in arrays.items()}
     names = tensors.plain_names(transcoder.config)
     return {name: turned[ours] for name, ours in names.items() if ours in turned}
 
 
-def _stamp(config: DictionaryConfig, first: Mapping[str, np.ndarray]) -> str:
+def _stamp(config: DictionaryConfig, first: Mapping[str, jax.Array]) -> str:
     """Return a stamp of a set, from its model and the biases of its first layer: no two trainings share them."""
     digest = hashlib.sha256(config.fingerprint.encode())
     for name in sorted(first):
-        digest.update(first[name].tobytes() if first[name].ndim == 1 else b"")
+        digest.update(to_host(first[name]).tobytes() if first[name].ndim == 1 else b"")
     return digest.hexdigest()[:16]
 
 

@@ -32,6 +32,7 @@ from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
 from saejax.files import read_json, write_json
+from saejax.parallel.collectives import to_host
 
 DESCRIPTION, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 # architecture: (kind, is a transcoder, has a skip path)
@@ -184,8 +185,8 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     """
     trained_as, dictionary = dictionary.config, _as_saelens_has_it(dictionary)
     config = dictionary.config
-    arrays = rescale.host_arrays(dictionary)
-    if "threshold_F" in arrays and arrays["threshold_F"].min(initial=0) < 0:
+    arrays = dictionary.arrays
+    if "threshold_F" in arrays and to_host(arrays["threshold_F"]).min(initial=0) < 0:
         raise UserError("this dictionary has thresholds below 0, under which SAELens would not let anything pass")
     with tensors.whole_folder(folder, DESCRIPTION, WEIGHTS) as unfinished:
         named = {

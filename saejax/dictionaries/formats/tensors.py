@@ -11,6 +11,8 @@ Tensors that no layout names are never a reason to refuse a file.
 import contextlib
 import dataclasses
 import functools
+import itertools
+import json
 import os
 import zipfile
 import zlib
@@ -23,14 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table, placements
 from saejax.errors import UserError, one_of
 from saejax.files import read_json, unfinished_folder
-from saejax.models.checkpoint import Tensor, not_finite_error, read_header
-from saejax.parallel.collectives import local_parts
+from saejax.models.checkpoint import Tensor, file_dtype, not_finite_error, read_header
+from saejax.parallel.collectives import host_pieces, local_parts
 from saejax.parallel.mesh import read_parts
 
 DTYPES = ("float32", "bfloat16", "auto")  # of the matrices of a dictionary that is loaded
@@ -312,10 +313,34 @@ def plain_names(config: DictionaryConfig) -> dict[str, str]:
     return {name.rpartition("_")[0]: name for name in parameter_table(config)}
 
 
-def write(file: Path, arrays: Mapping[str, np.ndarray], stamp: str = "") -> None:
-    """Write arrays by name, row by row; ``stamp`` says which files belong together, see ``stamp_of``."""
-    named = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(named, file, metadata={_STAMP: stamp} if stamp else None)
+def write(file: Path | None, arrays: Mapping[str, np.ndarray | jax.Array], stamp: str = "") -> None:
+    """Write arrays by name, row by row, in the format safetensors.
+
+    Parts that are on several devices go into the file one after the other, so that no host has a whole array.
+
+    Args:
+      file: the file, made anew; None: another process writes it, and this one only gives its parts.
+      arrays: the arrays; where they are split over processes, all call this together.
+      stamp: says which files belong together, see ``stamp_of``.
+    """
+    # Wide numbers first: each array then begins at a multiple of its numbers' size, wherever the header ends.
+    ordered = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = dict(__metadata__={_STAMP: stamp}) if stamp else {}
+    ends = [0, *itertools.accumulate(array.nbytes for _, array in ordered)]
+    for (name, array), start, end in zip(ordered, ends, ends[1:], strict=False):
+        header[name] = dict(dtype=file_dtype(array.dtype), shape=list(array.shape), data_offsets=[start, end])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if file is not None:
+        with open(file, "wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(8 + len(text) + ends[-1])
+    for (_, array), start in zip(ordered, ends, strict=False):
+        where = 8 + len(text) + start
+        target = np.memmap(file, array.dtype, "r+", where, array.shape) if file is not None and array.nbytes else None
+        for index, piece in host_pieces(array):
+            if target is not None:
+                target[index] = piece
 
 
 def stamp_of(file: Path) -> str:

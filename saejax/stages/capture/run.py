@@ -26,7 +26,7 @@ from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import INDEX, ON_DISK
 from saejax.activations.writer import SiteShard, StoreWriter
-from saejax.errors import Interrupted, OtherFailed, UserError
+from saejax.errors import Interrupted, UserError
 from saejax.files import fingerprint
 from saejax.models.sites import AnySite, OtherSite
 from saejax.parallel.cluster import joined_processes
@@ -36,8 +36,6 @@ from saejax.runner.workspace import Run
 from saejax.stages.tokenize.run import text_documents
 from saejax.tasks import corpora
 from saejax.tasks.settings import CorpusConfig, TaskConfig
-
-_LOOK_EVERY = 1.0  # seconds between looks whether other processes have failed
 
 Missing = Mapping[int, tuple[str, ...]]  # the sites, and ``INDEX``, that a shard lacks
 
@@ -201,7 +199,6 @@ def _make_shards(
     reader = reader or load_reader(run.configs[MeshConfig], request, run.configs[CaptureConfig])
     buffers = ShardBuffers(widths, max(map(plan.size, missing)), writer.dtype, sets=2)
     progress = TextProgress(run.say, sum(map(plan.size, missing)))
-    processes, last_look = joined_processes(), time.monotonic()
 
     def take(batch: Batch, site: AnySite, values: CapturedValues) -> None:
         """Store a batch's values at a site; refuse what is not finite."""
@@ -216,13 +213,8 @@ def _make_shards(
 
     def batches(shard: int, done: int) -> Iterator[Batch]:
         """Yield the batches of a shard until the run is asked to stop."""
-        nonlocal last_look
         for batch in plan.batches(shard):
             forget_written()
-            if processes and time.monotonic() - last_look > _LOOK_EVERY:
-                last_look = time.monotonic()
-                if failure := processes.failure():
-                    raise OtherFailed(*failure)
             if run.stopping():
                 finished = f"{plan.shards - len(missing) + done} of {plan.shards} shards"
                 raise Interrupted(f"stopped; {finished} are finished and kept: run the same command to go on")

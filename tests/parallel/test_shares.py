@@ -1,0 +1,30 @@
+"""The work of one of eight devices in the programs of stages, beside an eighth of one device alone."""
+
+import dataclasses
+import functools
+import json
+
+import pytest
+
+from benchmarks import bench_devices as bench
+from saejax.models.families import read_config
+
+LAYERS = 2
+#: every device does its share on all four meshes, and what a stage may keep whole beside the model's weights is small.
+MESHES = ["8x1x1", "4x2x1", "1x8x1", "1x1x8"]
+
+
+@functools.cache
+def ratios():
+    """A device's share of FLOPs and bytes, by mesh and stage."""
+    model = read_config(json.loads(bench.MODEL.read_text()), bench.MODEL.stem)
+    model = dataclasses.replace(model, n_layers=LAYERS)
+    return {(mesh, stage): rest for mesh, stage, *rest in bench.ratios(model, LAYERS, MESHES)}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("stage", bench.STAGES)
+def test_each_device_does_its_share(mesh, stage):
+    flops, size = ratios()[mesh, stage]
+    print(f"{stage} on {mesh}: {flops:.3f} of the FLOPs, {size:.2f} of the bytes")
+    assert 0.9 < flops <= 1.15
