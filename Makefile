@@ -167,7 +167,7 @@ bench-attribute: $(INSTALLED)
 bench-capture: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_capture
 
-# The share of each of eight simulated devices in FLOPs and bytes, on four meshes; three minutes of processor time.
+# The share of each of eight simulated devices in FLOPs and bytes, on four meshes; five minutes of one core.
 bench-devices: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_devices
 
