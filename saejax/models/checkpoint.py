@@ -139,7 +139,7 @@ def not_finite_error(what: str, names: Sequence[str], dtype: str) -> UserError:
 
 def file_dtype(dtype: np.dtype) -> str:
     """Return the name of a dtype in safetensors files, such as "BF16"."""
-    return next(name for name, known in (_FLOATS | _INTEGERS).items() if np.dtype(known) == dtype)
+    return next(name for name, of_name in (_FLOATS | _INTEGERS).items() if np.dtype(of_name) == dtype)
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
