@@ -9,8 +9,8 @@ import pytest
 from benchmarks import bench_devices as bench
 from saejax.models.families import read_config
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # forty programs for eight devices are compiled
 LAYERS = 2
-#: every device does its share on all four meshes, and what a stage may keep whole beside the model's weights is small.
 MESHES = ["8x1x1", "4x2x1", "1x8x1", "1x1x8"]
 
 
