@@ -47,6 +47,9 @@ STAND_INS = {
     "DIR": "runs/demo",
     "result_fields.py STAGE": "result_fields.py ablate",
     '"RUN/': '"runs/demo/',
+    # Of a causal test, fewer prompts and controls than its defaults.
+    'saejax.make_prompts(lm, "capital"))': 'saejax.make_prompts(lm, "capital", 6, 6), top=5, random_sets=19, '
+    "placebo_targets=19, untrained_dictionaries=19)",
     "runs/mine,": "runs/mine/train/topk,",
     "--rows=FOLDER": "--rows=configs/study",
     " ...": " --workdir=runs/demo --flagfile=demo.flags",
@@ -124,7 +127,7 @@ def to_shell(command: str) -> str:
         looked_up = [f"grep -q -e {flag} help.txt" for flag in flags]
         return " && ".join([f"{PYTHON} {benchmark[0]} --help > help.txt", *looked_up])
     if "-m pytest" in command:
-        return f"{command} --collect-only -q"
+        return f"cd {shlex.quote(str(ROOT))} && {command} --collect-only -q"
     # Those have no --dry_run, and these models are not here: tests read the flags.
     if re.search(r"experiments\.(study_run|serve|compare)|configs/large", command):
         return f"{command} --help"
