@@ -9,6 +9,7 @@ The Python of a page is one program, in which the lines have the page's numbers.
 """
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -43,6 +44,7 @@ STAND_INS = {
     'dtype="bfloat16"': 'dtype="float32"',
     "--task.prompts=FILE": "--task.prompts=my_prompts.jsonl",
     "--track.prompts=FILE": "--track.prompts=configs/solution.jsonl",
+    "--study.benchmarks=logic": "--study.benchmarks=word_problems",
     "=NEW": "=runs/new",
     "DIR": "runs/demo",
     "result_fields.py STAGE": "result_fields.py ablate",
@@ -186,7 +188,7 @@ def write_readers_files() -> None:
     prompts = [
         dict(behaviour="plural", text=f"On the {place} lay two", correct=f" {noun}s", wrong=f" {noun}")
         | dict(counterpart=f"On the {place} lay one")
-        for place, noun in zip(places, nouns, strict=True)
+        for place, noun in itertools.product(places, nouns)  # 100: by default 80 choose features, and 20 test them
     ]
     (FOLDER / "my_prompts.jsonl").write_bytes(to_lines(prompts))
     questions = [dict(question=f"What is {i} plus 3?", options=[str(i + 2), str(i + 3)], answer=1) for i in range(40)]
