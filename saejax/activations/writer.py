@@ -171,8 +171,14 @@ class StoreWriter:
     ) -> None:
         """Write each site's sinks and sum and then, last, the manifest: now the folder is a store.
 
-        ``norms`` come from ``site_norms``. The other arguments are fields of ``Manifest``; ``second`` is the second
-        captured model, if any.
+        Args:
+          norms: from ``site_norms``.
+          sink_factor: norms above this multiple of the median are sinks.
+          model: the captured model.
+          bos: whether texts begin with a BOS token.
+          corpus: the hash of the text; see ``Manifest``.
+          last: only so many last positions of each text are stored; 0: all.
+          second: the second captured model, if any.
         """
         documents, plan = self.plan.documents, self.plan
         train = documents.train_count

@@ -294,7 +294,13 @@ def row_step(length: int, devices: int = 1) -> int:
 
 
 def rows_at_once(rows: int, length: int, most: int = PROMPTS) -> int:
-    """Return how many of the rows of a clean run one program takes: at most ``most``, and a divisor of them all."""
+    """Return how many of the rows of a clean run one program takes: a divisor of them all.
+
+    Args:
+      rows: of the run.
+      length: the padded length of a row.
+      most: maximum number of rows in a program.
+    """
     return math.gcd(rows, min(most, prompts_at_once(length)))
 
 
