@@ -71,6 +71,8 @@ TINY_FIELDS = {
     "qwen2": _TINY_ROTARY,
     "qwen3": _TINY_ROTARY | dict(head_dim=12),
     "olmo2": _TINY_ROTARY,
+    "olmo3": _TINY_ROTARY | dict(num_hidden_layers=4, sliding_window=6),
+    "gpt_oss": _TINY_ROTARY | dict(head_dim=12, sliding_window=5, num_local_experts=5, num_experts_per_tok=2),
     "phi3": _TINY_ROTARY | dict(original_max_position_embeddings=64),
     "smollm3": _TINY_ROTARY | dict(num_hidden_layers=4, no_rope_layer_interval=2),
     "gpt_neo": _TINY
@@ -115,7 +117,10 @@ def save_tiny(folder: Path, family: str, seed: int = 0, **changes) -> None:
         config = AutoConfig.for_model(family, **TINY_FIELDS[family] | changes)
     model = AutoModelForCausalLM.from_config(config)
     _randomise(
-        model, seed, plus_one=family.startswith("gemma"), post_norms=family.startswith(("gemma2", "gemma3", "olmo2"))
+        model,
+        seed,
+        plus_one=family.startswith("gemma"),
+        post_norms=family.startswith(("gemma2", "gemma3", "olmo2", "olmo3")),
     )
     model.save_pretrained(folder)
 

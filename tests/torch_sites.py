@@ -18,30 +18,34 @@ class Modules:
     mlp_out: str
     #: module that reads ``resid_mid``; None: there is none, because attention and the MLP are added at once.
     mid: str | None
+    down: str | None = "mlp.down_proj"  #: module that reads ``mlp_act``; None: there are several
 
 
 LLAMA = Modules("model.layers", "self_attn", "mlp", "mlp", "post_attention_layernorm")
 GEMMA2 = Modules(
     "model.layers", "post_attention_layernorm", "mlp", "post_feedforward_layernorm", "pre_feedforward_layernorm"
 )
-NEOX = Modules("gpt_neox.layers", "attention", "mlp", "mlp", "post_attention_layernorm")
+OLMO2 = Modules("model.layers", "post_attention_layernorm", "mlp", "post_feedforward_layernorm", "mlp")
+NEOX = Modules("gpt_neox.layers", "attention", "mlp", "mlp", "post_attention_layernorm", "mlp.dense_4h_to_h")
 MODULES = {
-    "gpt2": Modules("transformer.h", "attn", "mlp", "mlp", "ln_2"),
+    "gpt2": Modules("transformer.h", "attn", "mlp", "mlp", "ln_2", "mlp.c_proj"),
     "gpt_neox": NEOX,
     "gemma": LLAMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
     "gemma3": dataclasses.replace(GEMMA2, layers="model.language_model.layers"),
-    "phi": dataclasses.replace(LLAMA, mid=None),
+    "phi": dataclasses.replace(LLAMA, mid=None, down="mlp.fc2"),
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "olmo2": Modules("model.layers", "post_attention_layernorm", "mlp", "post_feedforward_layernorm", "mlp"),
+    "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "gpt_oss": dataclasses.replace(LLAMA, down=None),
     "phi3": LLAMA,
     "smollm3": LLAMA,
-    "gpt_neo": Modules("transformer.h", "attn", "mlp", "mlp", "ln_2"),
-    "qwen3_moe": LLAMA,
+    "gpt_neo": Modules("transformer.h", "attn", "mlp", "mlp", "ln_2", "mlp.c_proj"),
+    "qwen3_moe": dataclasses.replace(LLAMA, down=None),
 }
 
 
@@ -67,6 +71,7 @@ def run_torch(model, ids_BxT, **inputs) -> tuple[torch.Tensor, dict[str, torch.T
 
     for index, layer in enumerate(model.get_submodule(where.layers)):
         reads = {"resid_pre": "", "mlp_in": where.mlp} | ({"resid_mid": where.mid} if where.mid else {})
+        reads |= {"mlp_act": where.down} if where.down else {}
         gives = {"attn_out": where.attn_out, "mlp_out": where.mlp_out, "resid_post": ""}
         for kind, path in reads.items():
             module = layer.get_submodule(path)

@@ -1,10 +1,15 @@
-"""Text cut into pieces of token ids, as many as are wanted."""
+"""Text cut into pieces of token ids, as many as are wanted.
+
+With ``corpus.pack`` short texts are joined: the texts of a split stand one after another, separated by the tokens that
+begin a text, and are cut where the context is full. A token then attends to the texts before its own in the piece, as
+in most models' training and in SAELens.
+"""
 
 import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,10 +17,22 @@ from saejax.errors import UserError
 from saejax.models.tokens import bos_tokens
 from saejax.tasks.corpora import Document
 from saejax.tasks.settings import CorpusConfig, TaskConfig
-from saejax.tasks.text_sources import text_sources
+from saejax.tasks.text_sources import Messages, text_sources
 
 SPLITS = ("train", "held_out")
 _MAX_TEXTS, _MAX_CHARACTERS = 512, 2**22  # texts that are tokenized together; one alone may have more characters
+
+
+_Tokenized = tuple[Document, Sequence[int]]  # a text and its token ids
+
+
+class _Joined(NamedTuple):
+    """Token ids of one text, or of several that stand in one piece."""
+
+    first: Document  #: the text, or the first of them
+    start: int  #: place of the first token in that text
+    split: int  #: index in ``SPLITS``
+    ids: Sequence[int]  #: token ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +69,9 @@ class Chunker:
             )
         self._config, self._tokenizer = config, tokenizer
         self._bos = bos_tokens(tokenizer, bos)
+        # What stands between two packed texts; a tokenizer may have neither.
+        end = getattr(tokenizer, "eos_token_id", None)
+        self._separator = self._bos or ([] if end is None else [end])
         if len(self._bos) >= config.context:
             raise UserError(
                 f"--corpus.context={config.context} leaves no room after {len(self._bos)} special tokens: raise it"
@@ -69,15 +89,15 @@ class Chunker:
           UserError: a source has less text than its weight asks for.
         """
         size = self._config.context - len(self._bos)  # every piece begins with its own BOS
-        for text, ids in self._tokenize_in_batches(texts):
+        join = self._pack if self._config.pack else self._in_turn
+        for text, first, split, ids in join(self._tokenize_in_batches(texts), held_out, size):
             key = self._budget_key(text.source)
             for start in range(0, len(ids), size):
                 if self._budgets[key] <= 0:
                     break
                 ids_T = np.array([*self._bos, *ids[start : start + size]][: self._budgets[key]], np.int32)
                 self._budgets[key] -= len(ids_T)
-                side = SPLITS.index("held_out" if held_out(text) else "train")
-                yield TextPiece(ids_T, side, text.group, text.index, start)
+                yield TextPiece(ids_T, split, text.group, text.index, first + start)
             if not any(self._budgets.values()):
                 return
         if self._config.weights and any(self._budgets.values()):
@@ -86,6 +106,37 @@ class Chunker:
                 f"--corpus.weights asks for more tokens than there are: {short}; lower --corpus.max_tokens or those "
                 "weights"
             )
+
+    def _in_turn(
+        self, texts: Iterable[_Tokenized], held_out: Callable[[Document], bool], size: int
+    ) -> Iterator[_Joined]:
+        """Yield each text by itself, with its split."""
+        for text, ids in texts:
+            yield _Joined(text, 0, _split_of(text, held_out), ids)
+
+    def _pack(self, texts: Iterable[_Tokenized], held_out: Callable[[Document], bool], size: int) -> Iterator[_Joined]:
+        """Yield the texts of each split and budget joined to pieces of ``size`` tokens.
+
+        Every piece but the last of a split and budget is full. With pieces of five tokens and the separator s, the
+        texts abc, de and fghij become abcsd, esfgh and ij. A piece that would begin with the separator begins after it.
+        """
+        separator = list(self._separator)
+        waiting: dict[tuple[int, int], _Joined] = {}
+        for text, ids in texts:
+            split = _split_of(text, held_out)
+            before = waiting.pop((split, self._budget_key(text.source)), None)
+            joined = [*before.ids, *separator, *ids] if before else list(ids)
+            first, text_starts, start = before or _Joined(text, 0, split, ids), len(joined) - len(ids), 0
+            while len(joined) - start >= size:
+                yield _Joined(first.first, first.start, split, joined[start : start + size])
+                start += size
+                if start < text_starts:  # the cut fell before the separator's end
+                    start = text_starts
+                first = _Joined(text, start - text_starts, split, ())
+            if start < len(joined):
+                rest = _Joined(first.first, first.start, split, joined[start:])
+                waiting[split, self._budget_key(text.source)] = rest
+        yield from waiting.values()
 
     def check(self, splits: Collection[int]) -> None:
         """Raise a ``UserError`` unless the text's pieces are of all splits."""
@@ -100,25 +151,50 @@ class Chunker:
         """Return the key of a source's budget: its number where sources are weighted, else 0."""
         return source if self._config.weights else 0
 
-    def _tokenize_in_batches(self, texts: Iterable[Document]) -> Iterator[tuple[Document, Sequence[int]]]:
+    def _tokenize_in_batches(self, texts: Iterable[Document]) -> Iterator[_Tokenized]:
         """Yield each text with its token ids; texts are tokenized many at a time."""
         batch, characters = list[Document](), 0
         # None after the last text, so that the last, partly filled batch is tokenized as well.
         for text in itertools.chain(texts, [None]):
             full = len(batch) == _MAX_TEXTS or characters > _MAX_CHARACTERS
             if batch and (full or text is None):
-                yield from zip(batch, self._tokenize([document.text for document in batch]), strict=True)
+                yield from zip(batch, self._tokenize(batch), strict=True)
                 batch, characters = [], 0
             if text is not None:
                 batch.append(text)
-                characters += len(text.text)
+                characters += text.size
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of texts without special tokens; a BOS that a text itself begins with is dropped."""
+    def _tokenize(self, documents: Sequence[Document]) -> list[list[int]]:
+        """Return the token ids of documents, without special tokens of the tokenizer's own.
+
+        Token ids stay as they are, and chats get the special tokens of the chat template. A BOS that a document itself
+        begins with is dropped.
+        """
+        contents = [document.content for document in documents]
+        texts = [self._text_of(content) for content in contents if not isinstance(content, np.ndarray)]
         # verbose=False: long texts are cut afterwards, so the tokenizer need not warn about them.
-        sequences = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        of_texts = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        remaining = iter(of_texts)
+        sequences = [content.tolist() if isinstance(content, np.ndarray) else next(remaining) for content in contents]
         size = len(self._bos)
         return [ids[size:] if size and ids[:size] == self._bos else ids for ids in sequences]
+
+    def _text_of(self, content: str | Messages) -> str:
+        """Return a document's text; raise a ``UserError`` for a chat if the tokenizer has no template for it."""
+        if isinstance(content, str):
+            return content
+        try:
+            return str(self._tokenizer.apply_chat_template(list(content), tokenize=False))
+        except Exception as error:  # of any type: a template is a program that refuses roles in its own words
+            raise UserError(
+                f"the tokenizer cannot make text of the messages of a chat ({str(error).splitlines()[0]}): name a "
+                "model with a chat template that knows these roles, or text by --corpus.field"
+            ) from None
+
+
+def _split_of(text: Document, held_out: Callable[[Document], bool]) -> int:
+    """Return the split of a text, as an index in ``SPLITS``."""
+    return SPLITS.index("held_out" if held_out(text) else "train")
 
 
 def _token_budgets(config: CorpusConfig, task: TaskConfig | None) -> dict[int, int]:

@@ -66,8 +66,13 @@ class Documents:
         """Number of documents of the train split, which are the first ones."""
         return int(np.searchsorted(self.split_N, SPLITS.index("train"), side="right"))
 
-    def describe(self) -> str:
-        """Return how many documents of the corpus these are: "200 documents in 264 pieces of at most 256 tokens"."""
+    def describe(self, packed: bool = False) -> str:
+        """Return how many documents of the corpus these are: "200 documents in 264 pieces of at most 256 tokens".
+
+        Of packed ones the number of pieces alone is known.
+        """
+        if packed:
+            return f"{len(self):,} pieces of at most {self.lengths_N.max(initial=0):,} tokens, packed with texts"
         texts = len(np.unique(self.column("source")))
         if texts == len(self):
             return f"{texts:,} documents"

@@ -34,7 +34,7 @@ from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError, one_of
 from saejax.models.edits import Positions, Span, Values
-from saejax.models.sites import KINDS, Site, edit_site, site_parts
+from saejax.models.sites import ALL_KINDS, Site, edit_site, site_parts
 from saejax.parallel.mesh import fitting_sharding, place_on
 
 
@@ -416,7 +416,7 @@ class Dictionary(nnx.Module):
         site = edit_site(self.config.target) if self.config.target else reads
         # In the order of the forward pass: what is read must be known when the target is written.
         ordered = isinstance(reads, Site) and isinstance(site, Site) and reads.layer == site.layer
-        if reads != site and not (ordered and KINDS.index(reads.kind) <= KINDS.index(site.kind)):
+        if reads != site and not (ordered and ALL_KINDS.index(reads.kind) <= ALL_KINDS.index(site.kind)):
             raise UserError(f"a dictionary from {reads} to {site} cannot be edited: expected a later site of one layer")
         factors = Values.constant(factor, len(features_K), "the factor").values_BxTxN
         if not isinstance(offset, Values):

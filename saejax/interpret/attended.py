@@ -24,6 +24,8 @@ from saejax.models.attention import AttentionSpec, attention_weights, whole_prom
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.decoder import run_layers
 from saejax.models.language_model import LanguageModel
+from saejax.models.layers import layer_of
+from saejax.models.parameters import LAYERS
 
 CLASSES = (
     *("itself", "the token before", "2 to 7 before", "8 or more before", "the first token"),
@@ -59,9 +61,14 @@ def attended(
     by_key = [jnp.arange(length) == 0, same_BxTxT, after_BxTxT, marks_V[ids_BxT][:, None, :]]
     masks = [jnp.broadcast_to(mask, same_BxTxT.shape).astype(jnp.float32) for mask in (*by_age, *by_key)]
 
+    sinks_LxH = params.get(f"{LAYERS}sinks_H")
+
     def look(plain: Any, layer: Any, qkv: Any, carried: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Softmax weights are summed in float32: bfloat16 would lose small shares.
-        weights = attention_weights(config, GRADIENT, qkv[0], qkv[1], tables.at(config, layer)).astype(jnp.float32)
+        here = tables.at(config, layer)
+        if sinks_LxH is not None:
+            here = here._replace(sinks_H=layer_of(sinks_LxH, layer))
+        weights = attention_weights(config, GRADIENT, qkv[0], qkv[1], here).astype(jnp.float32)
         weights_BxHxTxT = weights.reshape(count, config.n_heads, length, length)
         shares = [jnp.einsum("bhts,bts->bth", weights_BxHxTxT, mask) for mask in masks]
         return plain(*qkv), carried.at[:, :, layer].set(jnp.stack(shares, axis=-1))

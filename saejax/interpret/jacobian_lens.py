@@ -23,6 +23,7 @@ from saejax.errors import UserError
 from saejax.models import decoder, lens
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.language_model import LanguageModel
+from saejax.models.layers import Taps
 from saejax.models.tokens import pad
 from saejax.progress import OnProgress, show_progress
 from saejax.short_reprs import has_short_repr
@@ -186,7 +187,7 @@ def _mean_jacobians(
             return value_TxD + added_LxTxD[layer].astype(value_TxD.dtype) if kind == "resid_post" else value_TxD
 
         # hook_layers=None: within the loop over layers, so that the program is as short for many of them.
-        last_TxD = decoder.run_layers(config, params, x_TxD, 0, config.n_layers, add, None).x
+        last_TxD = decoder.run_layers(config, params, x_TxD, 0, config.n_layers, Taps(add, None)).x
         return last_TxD.astype(jnp.float32)
 
     last_TxD, pull_back = jax.vjp(run, jnp.zeros((config.n_layers, *x_TxD.shape), jnp.float32))

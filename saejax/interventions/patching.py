@@ -35,7 +35,8 @@ from saejax.models import decoder
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.decoder import run_layers
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import HEAD_KINDS, KINDS, Site
+from saejax.models.layers import Taps
+from saejax.models.sites import ALL_KINDS, HEAD_KINDS, INNER_KINDS, Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import Tokens, token_text
 from saejax.parallel.collectives import to_host
@@ -132,7 +133,7 @@ def patch_sites(
       UserError: there is no such kind or layer, the model runs in PyTorch and the kind is one of heads, a counterpart
         has another number of tokens, or a logit difference is not finite.
     """
-    one_of(kind, (*KINDS, *HEAD_KINDS), "kind of site")
+    one_of(kind, ALL_KINDS, "kind of site")
     layers = tuple(sorted(set(range(lm.config.n_layers) if layers is None else layers)))
     for layer in layers:
         Site(kind, layer).check(lm.config)
@@ -211,7 +212,9 @@ def record(
     """
     config, kind = point.config, point.site.kind
     x_BxTxD = decoder.embed(config, params, ids_BxT)
-    output = run_layers(config, params, x_BxTxD, 0, config.n_layers, rules=point.rules, collect={"resid_pre", kind})
+    output = run_layers(
+        config, params, x_BxTxD, 0, config.n_layers, Taps(collect={"resid_pre", kind}), rules=point.rules
+    )
     diff_B = point.logit_difference(params, output.x, last_B, answers_Bx2)
     # The streams entering layers are kept, so that rows start at their layer instead of at the first.
     recorded = Recording(diff_B, output.collected["resid_pre"], output.collected[kind])
@@ -253,10 +256,8 @@ def _patched_rows(
         stream_LxBxTxD[start, rows.place_R],
         start,
         point.config.n_layers,
-        put,
-        (start,) if isinstance(start, int) else None,
+        Taps(put, (start,) if isinstance(start, int) else None, point.site.kind in INNER_KINDS),
         rules=point.rules,
-        head_sites=heads > 1 or point.site.kind in HEAD_KINDS,
     ).x
     diff_R = point.logit_difference(params, x_RxTxD, last_R, answers_Rx2)
     return jax.lax.with_sharding_constraint(diff_R, sharding(point.mesh))

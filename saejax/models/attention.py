@@ -58,6 +58,7 @@ class AttentionTables(NamedTuple):
     rope: tuple[jax.Array, jax.Array] | None
     mask: Mask  #: True where a query attends to a key, [T, S] or [B, T, S]
     scale: float | jax.Array  #: factor on the scores
+    sinks_H: jax.Array | None = None  #: score of each head's sink, see ``DecoderConfig.attn_sinks``; None: no sinks
 
     def block(self, queries: slice, keys: slice) -> "AttentionTables":
         """Return the tables of some of the queries and the keys from the first on, as in ``query_blocks``."""
@@ -174,6 +175,7 @@ def attention(
     if config.qk_norm:
         q, k = _norm_heads(config, rules, weights, "q_norm", q), _norm_heads(config, rules, weights, "k_norm", k)
     q, k = rotate(q, tables.rope), rotate(k, tables.rope)
+    tables = tables._replace(sinks_H=weights.get("sinks_H"))
     z = attend(config, rules, q, k, v, tables) if function is None else function(q, k, v, tables)
     return project("...thk,hkd->...td", at_heads("attn_z", z), weights["o_HxKxD"], weights.get("o_bias_D"))
 
@@ -229,12 +231,12 @@ def query_blocks(length: int, slots: int) -> list[tuple[slice, slice]]:
 def attention_weights(
     config: DecoderConfig, rules: RunRules, q_xTxHxK: jax.Array, k_xSxNxK: jax.Array, tables: AttentionTables
 ) -> jax.Array:
-    """Return the attention of each query q to each key k, which sums to 1 over keys.
+    """Return the attention of each query q to each key k, which sums to 1 over keys, or to less where heads have sinks.
 
     Both are those after the rotary embedding. The result is [..., N, G, T, S], query heads by their key-value head.
     """
-    weights = _exponentials(config, rules, _by_group(config, q_xTxHxK), jnp.swapaxes(k_xSxNxK, -2, -3), tables)
-    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+    weights, total = _exponentials(config, rules, _by_group(config, q_xTxHxK), jnp.swapaxes(k_xSxNxK, -2, -3), tables)
+    return weights / total
 
 
 def _by_group(config: DecoderConfig, q_xTxHxK: jax.Array) -> jax.Array:
@@ -252,11 +254,11 @@ def _attend_block(
     tables: AttentionTables,
 ) -> jax.Array:
     """Compute ``attend`` with heads first, in at least float32."""
-    weights = _exponentials(config, rules, q_xNxGxTxK, k_xNxSxK, tables)
+    weights, total = _exponentials(config, rules, q_xNxGxTxK, k_xNxSxK, tables)
     # The softmax's division comes after the product with the values, which are fewer than the scores.
     weights_xNxRxS = weights.astype(v_xNxSxK.dtype).reshape(*weights.shape[:-3], -1, weights.shape[-1])  # R = G x T
     attended = einsum("...rs,...sk->...rk", weights_xNxRxS, v_xNxSxK)
-    return attended.reshape(q_xNxGxTxK.shape) / jnp.sum(weights, axis=-1, keepdims=True)
+    return attended.reshape(q_xNxGxTxK.shape) / total
 
 
 def _map_block(
@@ -291,8 +293,11 @@ def _map_block(
 
 def _exponentials(
     config: DecoderConfig, rules: RunRules, q_xNxGxTxK: jax.Array, k_xNxSxK: jax.Array, tables: AttentionTables
-) -> jax.Array:
-    """Return the softmax's numerators [B, N, G, T, S], scaled so that the largest of each query is 1."""
+) -> tuple[jax.Array, jax.Array]:
+    """Return the softmax's numerators [B, N, G, T, S] and denominators [B, N, G, T, 1].
+
+    They are scaled so that the largest numerator of each query, or its head's sink, is 1.
+    """
     shape = q_xNxGxTxK.shape
     # Query heads of a group share their keys: stacked as rows, they need one product.
     q_xNxRxK = q_xNxGxTxK.reshape(*shape[:-3], -1, shape[-1])
@@ -306,4 +311,11 @@ def _exponentials(
     # On scores rather than weights: the weights themselves are never normalised (see ``_attend_block``).
     scores = rules.factor(jnp.where(jnp.broadcast_to(mask, scores.shape), scores, -jnp.inf))
     # The maximum cancels in the softmax, so nothing is lost by not differentiating it.
-    return jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    if tables.sinks_H is None:
+        weights = jnp.exp(scores - largest)
+        return weights, jnp.sum(weights, axis=-1, keepdims=True)
+    sinks = align_rank(tables.sinks_H.astype(scores.dtype).reshape(*shape[-4:-2], 1, 1), scores)
+    largest = jnp.maximum(largest, lax.stop_gradient(sinks))
+    weights = jnp.exp(scores - largest)
+    return weights, jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - largest)

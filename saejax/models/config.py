@@ -63,6 +63,11 @@ class DecoderConfig:
     sliding_window: int | None = None  #: number of those tokens, the query's own included
     scale_by_layer: bool = False  #: whether ``score_scale`` is divided by the layer's number, counted from 1
     attn_logit_softcap: float | None = None  #: attention scores s become ``cap * tanh(s / cap)``; None: no cap
+    #: whether each head has a sink: a learned score of no key, which takes part of the softmax (gpt-oss).
+    attn_sinks: bool = False
+    #: limit of the gated product of gpt-oss, activation(min(gate(x), limit)) * (clip(up(x), -limit, limit) + 1); None:
+    #: the plain one.
+    gate_limit: float | None = None
     final_logit_softcap: float | None = None  #: the same for the logits
     embed_scale: float = 1.0  #: factor on the embeddings that enter the first layer, not on the unembedding
 

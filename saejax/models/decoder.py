@@ -8,7 +8,7 @@ fp32.
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,14 +30,12 @@ from saejax.models.attention import (
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
 from saejax.models.experts import mix_experts
 from saejax.models.fused_attention import attend_fused, find_kernel
-from saejax.models.layers import SiteHook, align_rank, einsum, layer_of, mlp, norm, soft_cap
+from saejax.models.layers import NO_TAPS, SiteHook, Taps, align_rank, einsum, layer_of, mlp, norm, soft_cap
 from saejax.models.parameters import LAYERS
-from saejax.models.sites import HEAD_KINDS
+from saejax.models.sites import INNER_KINDS
 from saejax.parallel.mesh import mesh_of
 
 Params = Mapping[str, Any]
-# Maps a kind of site, a layer and the site's value to the value that replaces it.
-Hook = Callable[[str, Layer, jax.Array], jax.Array]
 KEYS, VALUES = "keys", "values"  # what ``run_layers`` can collect besides kinds of site
 
 
@@ -90,13 +88,13 @@ def run_layer(
     tables: TablesByLayer,
     hook: SiteHook,
     function: AttentionFunction | None = None,
-    head_sites: bool = False,
+    inner_sites: bool = False,
 ) -> jax.Array:
     """Run one layer, whose number may be an array, on the stream x that enters it; return the stream leaving it.
 
     ``params`` are the decoder's, all layers stacked, and ``tables`` the masks and rotary tables of all layers. The hook
     is called while tracing at each of the layer's sites, in their order, with its kind and its value [B, T, D]; what it
-    returns replaces the value. With ``head_sites`` it is called at those of heads, too, [B, T, H * K]. The attention
+    returns replaces the value. With ``inner_sites`` it is called at those, too, whose width is not D. The attention
     function is ``attention.attend`` where none is given.
     """
     if isinstance(config, TorchConfig):
@@ -104,8 +102,8 @@ def run_layer(
     weights = layer_params(params, layer)
     before_xTxD = hook("resid_pre", x_xTxD)
     normed_xTxD = norm(config, rules, weights, "attn_norm", before_xTxD) if config.pre_norms else before_xTxD
-    head_hook = hook if head_sites else None
-    out_xTxD = attention(config, rules, weights, normed_xTxD, tables.at(config, layer), function, head_hook)
+    inner_hook = hook if inner_sites else None
+    out_xTxD = attention(config, rules, weights, normed_xTxD, tables.at(config, layer), function, inner_hook)
     if config.post_norms:
         out_xTxD = norm(config, rules, weights, "attn_post_norm", out_xTxD)
     x_xTxD = hook("resid_mid", before_xTxD + hook("attn_out", out_xTxD))
@@ -118,7 +116,7 @@ def run_layer(
     if config.n_experts:
         out_xTxD = mix_experts(config, rules, params, layer, normed_xTxD)
     else:
-        out_xTxD = mlp(config, rules, weights, normed_xTxD)
+        out_xTxD = mlp(config, rules, weights, normed_xTxD, inner_hook)
     if config.post_norms:
         out_xTxD = norm(config, rules, weights, "mlp_post_norm", out_xTxD)
     return hook("resid_post", x_xTxD + hook("mlp_out", out_xTxD))
@@ -147,14 +145,10 @@ def run_layers(
     x_xTxD: jax.Array,
     start: int | jax.Array,
     stop: int,
-    hook: Hook | None = None,
-    hook_layers: Collection[int] | None = (),
+    taps: Taps = NO_TAPS,
     *,
     rules: RunRules = GRADIENT,
     attention: AttentionSpec | None = None,
-    collect: Collection[str] | Mapping[str, Sequence[int]] = (),
-    before_hook: bool = False,
-    head_sites: bool = False,
 ) -> LayersOutput:
     """Run layers ``start`` to ``stop - 1`` on the residual stream that enters layer ``start``.
 
@@ -168,24 +162,17 @@ def run_layers(
       start: if it is an array (int32 []), one program runs from any layer; then nothing is collected, and the run
         cannot be differentiated backwards.
       stop: number of the layer after the last one.
-      hook: called while tracing at every site of the layers in ``hook_layers``, with its kind, its layer's number and
-        its value [B, T, D]; what it returns replaces the value.
-      hook_layers: layers to unroll, so that the hook gets their numbers. None: the hook is called in every layer,
-        within the loop, where the layer's number is an array.
+      taps: the sites at which values are changed and collected.
       rules: rules of differentiation.
       attention: how tokens attend; None: to one another, at positions 0 to T - 1.
-      collect: kinds whose values are returned: kinds of site, ``KEYS``, ``VALUES``. A mapping gives the layers of each,
-        ascending and at least one: the values of others are in memory no longer than their layers run.
-      before_hook: whether values are collected before the hook changes them, not after.
-      head_sites: whether the hook is called at the sites of attention heads, too, whose width is not D.
     """
     if isinstance(config, TorchConfig):
-        request = (x_xTxD, start, stop, hook, hook_layers, rules, attention, collect, before_hook)
-        return LayersOutput(*torch_bridge.run_layers(config, *request), None)
+        return LayersOutput(*torch_bridge.run_layers(config, x_xTxD, start, stop, taps, rules, attention), None)
+    hook_layers, collect = taps.hook_layers, taps.collect
     spec = attention or AttentionSpec(whole_prompt_tables(config, x_xTxD.shape[-2]))
     mesh = mesh_of(params[f"{LAYERS}k_DxNxK"])
     kernel = find_kernel(config, rules, mesh, x_xTxD) if attention is None else None
-    with_heads = head_sites or not set(HEAD_KINDS).isdisjoint(collect)
+    inner_sites = taps.inner_sites or not set(INNER_KINDS).isdisjoint(collect)
 
     def run(hooked: bool, carry: tuple[jax.Array, Any], layer: Layer) -> tuple[tuple[jax.Array, Any], dict[str, Any]]:
         """Run one layer; return the stream leaving it and the attention's carry, and what is collected there."""
@@ -193,9 +180,11 @@ def run_layers(
 
         def at_site(kind: str, value: jax.Array) -> jax.Array:
             """Call the hook at a site and collect its value."""
-            new = hook(kind, layer, value) if hook and hooked and (head_sites or kind not in HEAD_KINDS) else value
+            new = value
+            if taps.hook and hooked and (taps.inner_sites or kind not in INNER_KINDS):
+                new = taps.hook(kind, layer, value)
             if kind in collect:
-                collected[kind] = value if before_hook else new
+                collected[kind] = value if taps.before_hook else new
             return new
 
         def attend_here(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
@@ -210,7 +199,7 @@ def run_layers(
             attended, carried = spec.function(plain, layer, (q, k, v), carried)
             return attended
 
-        x = run_layer(config, rules, params, layer, x, spec.tables, at_site, attend_here, with_heads)
+        x = run_layer(config, rules, params, layer, x, spec.tables, at_site, attend_here, inner_sites)
         return (x, carried), collected
 
     def step(hooked: bool, carry: Any, layer: Layer) -> tuple[Any, dict[str, Any]]:

@@ -27,6 +27,7 @@ from saejax.models.attention import QKV, Attend, AttentionSpec, CausalMask, Laye
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import Params, run_layers
 from saejax.models.edits import Edit, ForwardPass, edited_layers
+from saejax.models.layers import Taps
 from saejax.models.lengths import round_length
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import by_row
@@ -244,8 +245,8 @@ def _next_logits(
     """Run new tokens; return the logits [B, V] after the last of them and the extended cache."""
     new = ids_BxT.shape[1]
     x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(new))
-    hooks, attention = (run.hook(edits), edited_layers(edits)), cache.attention(config, new)
-    output = run_layers(config, params, x_BxTxD, 0, config.n_layers, *hooks, attention=attention, head_sites=True)
+    taps, attention = Taps(run.hook(edits), edited_layers(edits), inner_sites=True), cache.attention(config, new)
+    output = run_layers(config, params, x_BxTxD, 0, config.n_layers, taps, attention=attention)
     # The last position alone: with a large vocabulary, logits of whole prompts would take gigabytes.
     return decoder.unembed(config, params, output.x[:, -1:])[:, 0], cache.extend(output.carried, new)
 

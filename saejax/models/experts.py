@@ -25,7 +25,9 @@ from saejax.models.layers import at_least_float32, layer_of, mlp, project_float3
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.parallel.mesh import BY_DOCUMENT, fitting_spec, mesh_of
 
+# Parameters of an expert, and of all: matrices, and biases where a family has them.
 _MATRICES = {"gate_DxF": "gate_ExDxF", "up_DxF": "up_ExDxF", "down_FxD": "down_ExFxD"}
+_BIASES = {"gate_bias_F": "gate_bias_ExF", "up_bias_F": "up_bias_ExF", "down_bias_D": "down_bias_ExD"}
 _FILLER = 0.25  # most rows of blocks without a pair, as a share of the pairs
 _ALIGNED = 8  # rows of a block are a multiple of it, where there are as many: of registers, and of a TPU's tiles
 _LARGEST = 256  # rows of a block, with which its products are as fast as they get
@@ -39,10 +41,12 @@ def mix_experts(
     ``params`` are the decoder's, all layers stacked, so that the matrices of the ``layer`` are read where they are.
     """
     router_DxE = layer_of(params[f"{LAYERS}router_DxE"], layer)
-    logits_xTxE = project_float32("...td,de->...te", x_xTxD, router_DxE, None)
+    bias_E = layer_of(params[f"{LAYERS}router_bias_E"], layer) if config.mlp_bias else None
+    logits_xTxE = project_float32("...td,de->...te", x_xTxD, router_DxE, bias_E)
     # The router's choice is constant under the rules, as attention weights are.
     logits_xTxE = rules.factor(logits_xTxE)
-    matrices = {name: params[LAYERS + stacked] for name, stacked in _MATRICES.items()}
+    names = _MATRICES | (_BIASES if config.mlp_bias else {})
+    matrices = {name: params[LAYERS + stacked] for name, stacked in names.items()}
     run = functools.partial(_run_experts, config, rules)
     mesh = mesh_of(matrices["up_DxF"])
     if mesh.size > 1:
@@ -50,7 +54,7 @@ def mix_experts(
         # As ``weights.load_params`` places the parameters, and every pass its prompts.
         specs = {
             name: PartitionSpec(*fitting_spec(sizes, matrices[name].shape, *table[LAYERS + stacked][1]))
-            for name, stacked in _MATRICES.items()
+            for name, stacked in names.items()
         }
         whole = [None] * (x_xTxD.ndim - 1)
         by_prompt = PartitionSpec(*fitting_spec(sizes, x_xTxD.shape, BY_DOCUMENT if len(whole) > 1 else None, *whole))
@@ -94,7 +98,9 @@ def _run_experts(
     if config.normalize_experts:
         share_xTxK = share_xTxK / jnp.sum(share_xTxK, axis=-1, keepdims=True)
     share_NxK = share_xTxK.astype(x_NxD.dtype).reshape(len(x_NxD), -1)
-    stacks = {name: stack.reshape(-1, *stack.shape[2:]) for name, stack in matrices.items()}  # one dimension for both
+    down_bias = matrices.get("down_bias_D")
+    # One dimension for both.
+    stacks = {name: stack.reshape(-1, *stack.shape[2:]) for name, stack in matrices.items() if stack is not down_bias}
     pair_R, row_X, expert_C = _sort_pairs(expert_xTxK.reshape(-1), config.n_experts)
     rows_CxWxD = x_NxD[pair_R // config.experts_per_token].reshape(len(expert_C), -1, x_NxD.shape[-1])
 
@@ -111,6 +117,9 @@ def _run_experts(
     out_NxKxD = out_RxD[row_X].reshape(*share_NxK.shape, -1).astype(exact)
     total_NxD = jnp.sum(share_NxK.astype(exact)[..., None] * out_NxKxD, axis=1)
     total_NxD = lax.psum(total_NxD, "model") if split else total_NxD
+    if down_bias is not None:  # once, not on each device of ``model``
+        bias_NxKxD = layer_of(down_bias, layer)[expert_xTxK.reshape(share_NxK.shape)].astype(exact)
+        total_NxD = total_NxD + jnp.sum(share_NxK.astype(exact)[..., None] * bias_NxKxD, axis=1)
     return total_NxD.reshape(x_xTxD.shape)
 
 

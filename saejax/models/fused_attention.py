@@ -47,8 +47,8 @@ def select_kernel(
     # Derivatives of fused kernels are backward and of first order alone, of the function itself.
     if not rules.fused or rules.backward != "gradient" or rules.first_fixes:
         return None
-    # A window of its own for each layer is known, a scale is not.
-    if config.scale_by_layer or length < _SHORTEST or config.n_kv_heads % model_devices:
+    # A window of its own for each layer is known, a scale is not, and neither are sinks.
+    if config.scale_by_layer or config.attn_sinks or length < _SHORTEST or config.n_kv_heads % model_devices:
         return None
     if dtype not in (jnp.bfloat16, jnp.float16):  # float32 would be multiplied in less precision
         return None

@@ -24,6 +24,7 @@ from saejax.models.decoding import SamplingParams
 from saejax.models.edits import Edit as Edit
 from saejax.models.edits import ForwardPass, edited_layers, fit_values
 from saejax.models.generation import Generated
+from saejax.models.layers import Taps
 from saejax.models.lengths import round_length
 from saejax.models.lens import LensOutput
 from saejax.models.sites import AnySite, Site, parse_site
@@ -370,12 +371,12 @@ def forward(
         layers: dict[str, list[int]] = {}
         for site in sorted(set(capture), key=lambda site: site.layer):
             layers.setdefault(site.kind, []).append(site.layer)
-        x_BxTxD, stacked, _ = run_layers(config, params, x_BxTxD, 0, stop, rules=rules, collect=layers)
+        x_BxTxD, stacked, _ = run_layers(config, params, x_BxTxD, 0, stop, Taps(collect=layers), rules=rules)
         values = SiteValues(stacked, tuple((site.kind, layers[site.kind].index(site.layer)) for site in capture))
     else:
         hook_layers = {site.layer for site in capture} | edited_layers(edits)
-        hooks = run.hook(edits), hook_layers
-        x_BxTxD = run_layers(config, params, x_BxTxD, 0, stop, *hooks, rules=rules, head_sites=True).x
+        taps = Taps(run.hook(edits), hook_layers, inner_sites=True)
+        x_BxTxD = run_layers(config, params, x_BxTxD, 0, stop, taps, rules=rules).x
         at_sites = {str(site): run.values[site] for site in capture}
         values = SiteValues(at_sites, tuple((str(site), None) for site in capture))
     logits_BxTxV = decoder.unembed(config, params, x_BxTxD, rules) if logits else None

@@ -1,22 +1,52 @@
 """The parts of a decoder layer that act on each position alone: norms, projections, the MLP."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from saejax.models.config import DecoderConfig, RunRules
+from saejax.models.sites import NEURONS
 
 Weights = Mapping[str, jax.Array]
 SiteHook = Callable[[str, jax.Array], jax.Array]  # maps a kind of site and its value to the value that replaces it
+# Maps a kind of site, a layer, whose number may be an array, and the site's value to the value that replaces it.
+Hook = Callable[[str, Any, jax.Array], jax.Array]
 
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """Sites at which a run of layers is read and changed.
+
+    Attributes:
+      hook: called while tracing at every site of the layers in ``hook_layers``, with its kind, its layer's number and
+        its value [B, T, D]; the result replaces the value.
+      hook_layers: layers to unroll, so that the hook gets their numbers. None: the hook is called in every layer,
+        within the loop, where the layer's number is an array.
+      inner_sites: whether the hook is called at the sites within attention and the MLP, too, whose width is not D.
+      collect: kinds whose values are returned: kinds of site, ``decoder.KEYS``, ``decoder.VALUES``. A mapping gives the
+        layers of each, ascending and at least one: the values of others are in memory no longer than their layers run.
+      before_hook: whether values are collected before the hook changes them, not after.
+    """
+
+    hook: Hook | None = None
+    hook_layers: Collection[int] | None = ()
+    inner_sites: bool = False
+    collect: Collection[str] | Mapping[str, Sequence[int]] = ()
+    before_hook: bool = False
+
+
+NO_TAPS = Taps()
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 
@@ -47,20 +77,30 @@ def norm(
 
 
 def mlp_neurons(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array) -> jax.Array:
-    """Return activation(up(x)), [B, T, F] in the dtype of x; activation(gate(x)) * up(x) if gated (Shazeer, 2020)."""
+    """Return activation(up(x)), [B, T, F] in the dtype of x; activation(gate(x)) * up(x) if gated (Shazeer, 2020).
+
+    With ``config.gate_limit`` gate and up are clamped first, and up is raised by 1.
+    """
     activation = ACTIVATIONS[config.activation]
     hidden = project_float32("...td,df->...tf", x_xTxD, weights["up_DxF"], weights.get("up_bias_F"))
     if config.gated:
         gate = project_float32("...td,df->...tf", x_xTxD, weights["gate_DxF"], weights.get("gate_bias_F"))
+        if config.gate_limit is not None:
+            gate = jnp.minimum(gate, config.gate_limit)
+            hidden = jnp.clip(hidden, -config.gate_limit, config.gate_limit) + 1
         hidden = rules.product(rules.activation(gate, activation(gate)), hidden)
     else:
         hidden = rules.activation(hidden, activation(hidden))
     return hidden.astype(x_xTxD.dtype)
 
 
-def mlp(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array) -> jax.Array:
-    """Return down(``mlp_neurons``(x)), [B, T, D]."""
+def mlp(
+    config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array, hook: SiteHook | None = None
+) -> jax.Array:
+    """Return down(``mlp_neurons``(x)), [B, T, D]; the hook is called with the neurons."""
     hidden = mlp_neurons(config, rules, weights, x_xTxD)
+    if hook is not None:
+        hidden = hook(NEURONS, hidden)
     return project("...tf,fd->...td", hidden, weights["down_FxD"], weights.get("down_bias_D"))
 
 

@@ -64,6 +64,8 @@ def _attention(config: DecoderConfig) -> Table:
         table["q_bias_HxK"] = ((h, k), ("model", None))
         table["k_bias_NxK"] = ((n, k), ("model", None))
         table["v_bias_NxK"] = ((n, k), ("model", None))
+    if config.attn_sinks:
+        table["sinks_H"] = ((h,), ("model",))
     if config.o_bias:
         table["o_bias_D"] = ((d,), (None,))
     return table
@@ -73,7 +75,7 @@ def _mlp(config: DecoderConfig) -> Table:
     """Return the parameters of a layer's MLP, or of router and experts; the hidden width is split over ``model``."""
     d, f, e = config.d_model, config.d_mlp, config.n_experts
     if e:
-        return {
+        table: Table = {
             # Not split: every device needs the probabilities of all experts to choose some.
             "router_DxE": ((d, e), (None, None)),
             # Split over the hidden width, not over experts: every device has work, whichever are chosen.
@@ -81,7 +83,15 @@ def _mlp(config: DecoderConfig) -> Table:
             "up_ExDxF": ((e, d, f), (None, None, "model")),
             "down_ExFxD": ((e, f, d), (None, "model", None)),
         }
-    table: Table = {}
+        if config.mlp_bias:
+            table |= {
+                "router_bias_E": ((e,), (None,)),
+                "gate_bias_ExF": ((e, f), (None, "model")),
+                "up_bias_ExF": ((e, f), (None, "model")),
+                "down_bias_ExD": ((e, d), (None, None)),
+            }
+        return table
+    table = {}
     for name in ("gate", "up") if config.gated else ("up",):
         table[f"{name}_DxF"] = ((d, f), (None, "model"))
         if config.mlp_bias:

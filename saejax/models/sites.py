@@ -9,11 +9,14 @@ In the order in which layer L computes them:
 - ``attn_out.L``: what attention adds to the stream, after the norm that follows it in some families (Gemma 2 and 3);
 - ``resid_mid.L``: the stream after that, ``resid_pre.L + attn_out.L``;
 - ``mlp_in.L``: what the MLP reads, after its norm;
+- ``mlp_act.L``: the hidden activations that the MLP's last projection reads, of a gated MLP its product;
 - ``mlp_out.L``: what the MLP adds, after the norm that follows it in those families;
 - ``resid_post.L``: the stream leaving the layer, ``resid_mid.L + mlp_out.L``, equal to ``resid_pre.(L+1)``.
 
-All have the width ``d_model`` but the four of heads, whose width is the width of all heads side by side, [H x K] for
-``attn_q`` and ``attn_z``, [N x K] for ``attn_k`` and ``attn_v``.
+All have the width ``d_model`` but the *inner* ones: the four of heads have the width of all heads side by side, [H x K]
+for ``attn_q`` and ``attn_z``, [N x K] for ``attn_k`` and ``attn_v``; ``mlp_act`` has the hidden width of the MLP, and
+no mixture of experts has it, as each token has the activations of other experts there. The embeddings that enter the
+first layer, with learned positions where a model adds them, are ``resid_pre.0``.
 
 In families whose layers are parallel (GPT-NeoX, Phi), the MLP reads ``resid_pre.L`` too: ``mlp_in.L`` is a norm of
 that, and an edit of ``attn_out.L`` or ``resid_mid.L`` reaches ``resid_post.L`` without going through the MLP. No
@@ -30,18 +33,23 @@ from typing import Self, cast
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 
-KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 HEAD_KINDS = ("attn_q", "attn_k", "attn_v", "attn_z")
+NEURONS = "mlp_act"  # kind of the MLP's hidden activations
+INNER_KINDS = (*HEAD_KINDS, NEURONS)  # within attention and the MLP; not of the width of the stream
+# In the order in which a layer computes them.
+ALL_KINDS = ("resid_pre", *HEAD_KINDS, "attn_out", "resid_mid", "mlp_in", NEURONS, "mlp_out", "resid_post")
+KINDS = tuple(kind for kind in ALL_KINDS if kind not in INNER_KINDS)
 # What some dictionaries read that is no site, and what to do: see ``dictionaries.formats.hooks``.
 _ELSEWHERE = {
     "unknown": "stands for a site that a dictionary's files do not name: give it as site= of saejax.load_dictionary",
+    "embed": "is named resid_pre.0 here: the embeddings, with learned positions where a model adds them",
     "mlp_normed": "is the norm before an MLP before its gain, which only attribution graphs read (--graph.transcoders)",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A kind, one of ``KINDS`` or ``HEAD_KINDS``, and a layer, counted from 0."""
+    """A kind, one of ``ALL_KINDS``, and a layer, counted from 0."""
 
     kind: str
     layer: int
@@ -64,10 +72,10 @@ class Site:
         if kind in _ELSEWHERE:
             raise UserError(f"{text} {_ELSEWHERE[kind]}")
         # ``isdigit`` alone accepts digits of other scripts, which ``int`` reads too: one site would have two names.
-        if kind not in (*KINDS, *HEAD_KINDS) or not (layer.isascii() and layer.isdigit()):
+        if kind not in ALL_KINDS or not (layer.isascii() and layer.isdigit()):
             raise UserError(
-                f"there is no site {text!r}: expected one of {', '.join((*KINDS, *HEAD_KINDS))}, a dot and a layer, as "
-                "in resid_post.15"
+                f"there is no site {text!r}: expected one of {', '.join(ALL_KINDS)}, a dot and a layer, "
+                "as in resid_post.15"
             )
         return cls(kind, int(layer))
 
@@ -75,10 +83,16 @@ class Site:
         return f"{self.kind}.{self.layer}"
 
     def check(self, config: DecoderConfig) -> Self:
-        """Return the site; raise a ``UserError`` if the model has no such layer."""
+        """Return the site; raise a ``UserError`` if the model has no such layer, or experts for ``mlp_act``."""
         if not 0 <= self.layer < config.n_layers:
             raise UserError(
                 f"there is no site {self}: the model has {config.n_layers} layers, 0 to {config.n_layers - 1}"
+            )
+        if self.kind == NEURONS and config.n_experts:
+            raise UserError(
+                f"there is no site {self}: a router sends each token to {config.experts_per_token} of "
+                f"{config.n_experts} MLPs, whose hidden activations are no vector of one site; mlp_in.{self.layer} and "
+                f"mlp_out.{self.layer} are sites"
             )
         return self
 
@@ -86,6 +100,8 @@ class Site:
         """Return the size of the last dimension of the values at this site."""
         if self.kind in HEAD_KINDS:
             return config.d_head * (config.n_heads if self.kind in ("attn_q", "attn_z") else config.n_kv_heads)
+        if self.kind == NEURONS:
+            return config.d_mlp
         return config.d_model
 
 

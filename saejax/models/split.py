@@ -23,8 +23,9 @@ from saejax.errors import UserError
 from saejax.models import decoder, torch_bridge
 from saejax.models.attention import QKV, Attend, AttentionSpec, Layer, TablesByLayer, tables_by_layer
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
-from saejax.models.decoder import KEYS, VALUES, Hook, LayersOutput, run_layers
-from saejax.models.sites import Site
+from saejax.models.decoder import KEYS, VALUES, LayersOutput, run_layers
+from saejax.models.layers import Hook, Taps
+from saejax.models.sites import INNER_KINDS, Site
 
 
 class PrefixKV(NamedTuple):
@@ -164,6 +165,11 @@ class SplitPoint:
         widths = [site.width(self.config) for site in (self.site, *(later.site for later in self.later))]
         return [sum(widths[:count]) for count in range(1, len(widths))]
 
+    @property
+    def _has_inner_sites(self) -> bool:
+        """Return whether a site within attention or the MLP is changed."""
+        return any(site.kind in INNER_KINDS for site in (self.site, *(later.site for later in self.later)))
+
     def run_prefix(self, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Run the prompts, token ids ``ids``, up to the site.
 
@@ -184,9 +190,10 @@ class SplitPoint:
             return seen.setdefault(Site(kind, layer), value_BxTxD)
 
         sites = [self.reads, *(later.site for later in self.later)]
-        hooks = look, {site.layer for site in (self.site, *sites)}
-        stop = max(hooks[1]) + 1
-        run_layers(self.config, params, x_BxTxD, 0, stop, *hooks, rules=self.rules, head_sites=True)
+        layers = {site.layer for site in (self.site, *sites)}
+        inner_sites = self._has_inner_sites or self.reads.kind in INNER_KINDS
+        taps = Taps(look, layers, inner_sites)
+        run_layers(self.config, params, x_BxTxD, 0, max(layers) + 1, taps, rules=self.rules)
         stream = self.site if self.in_stream else Site("resid_pre", self.site.layer)
         # Of several sites all three are as wide: zeros stand for the changes, and beside the stream.
         unchanged = [jnp.zeros_like(seen[later.site]) for later in self.later]
@@ -259,12 +266,9 @@ class SplitPoint:
             value if self.in_stream else stream[..., : self.config.d_model],
             self._start,
             self.config.n_layers,
-            hook,
-            {self._start, *(later.site.layer for later in self.later)},
+            Taps(hook, {self._start, *(later.site.layer for later in self.later)}, self._has_inner_sites, collect),
             rules=self.rules,
             attention=attention,
-            collect=collect,
-            head_sites=True,
         )
 
     def ends(self, x_BxTxD: jax.Array, last_B: jax.Array) -> jax.Array:

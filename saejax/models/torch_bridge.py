@@ -10,7 +10,7 @@ thread that has to make them where there is one core.
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,8 @@ from jax.experimental.buffer_callback import buffer_callback
 
 from saejax.errors import UserError
 from saejax.models.config import RunRules, TorchConfig
-from saejax.models.sites import KINDS, Site
+from saejax.models.layers import Taps
+from saejax.models.sites import KINDS, NEURONS, Site
 
 Params = Any
 RESTRICTED = "restricted_N"  # in the parameters: token ids of the only logits that are wanted
@@ -59,19 +60,17 @@ def run_layers(
     x_xTxD: jax.Array,
     start: int | jax.Array,
     stop: int,
-    hook: Callable[[str, int, jax.Array], jax.Array] | None,
-    hook_layers: Collection[int] | None,
+    taps: Taps,
     rules: RunRules,
     attention: Any,
-    collect: Collection[str] | Mapping[str, Sequence[int]],
-    before_hook: bool,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Run layers as ``decoder.run_layers`` does; return the stream leaving them and what is collected.
 
     Raises:
       UserError: what is asked for goes into a layer's attention, or by rules of its own for gradients.
     """
-    inside = attention is not None or not set(collect) <= set(KINDS) or hook_layers is None
+    hook, hook_layers, collect = taps.hook, taps.hook_layers, taps.collect
+    inside = attention is not None or not set(collect) <= {*KINDS, NEURONS} or hook_layers is None
     if inside or not isinstance(start, int) or rules.backward != "gradient" or rules.first_fixes:
         raise not_in_torch_error(config)
     collected: dict[str, list[jax.Array]] = {kind: [] for kind in collect}
@@ -83,7 +82,7 @@ def run_layers(
             for site, value in zip(sites, values, strict=True):
                 collected[site.kind].append(value)
         if layer < stop and hook:
-            x_xTxD, at_sites = _run_hooked(config, layer, x_xTxD, hook, before_hook)
+            x_xTxD, at_sites = _run_hooked(config, layer, x_xTxD, taps)
             for kind in collect:
                 collected[kind] += [at_sites[kind]] if layer in layers[kind] else []
         start = layer + 1
@@ -98,14 +97,14 @@ def not_in_torch_error(config: TorchConfig) -> UserError:
     )
 
 
-def _run_hooked(
-    config: TorchConfig, layer: int, x: jax.Array, hook: Callable[[str, int, jax.Array], jax.Array], before_hook: bool
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _run_hooked(config: TorchConfig, layer: int, x: jax.Array, taps: Taps) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Run one layer with a hook; return the stream leaving it and the values at its sites.
 
     The layer runs once for all values, and again after each site whose value the hook changes.
     """
-    sites = config.functions.sites_of(layer)
+    hook = taps.hook
+    assert hook
+    sites = config.functions.sites_of(layer, taps.inner_sites or NEURONS in taps.collect)
     put: dict[Site, jax.Array] = {}
     at_sites: dict[str, jax.Array] = {}
 
@@ -115,9 +114,10 @@ def _run_hooked(
 
     values = run()
     for index, site in enumerate(sites):
-        new = hook(site.kind, layer, values[index])
+        unseen = site.kind == NEURONS and not taps.inner_sites
+        new = values[index] if unseen else hook(site.kind, layer, values[index])
         # The same array means that the hook left the value alone: then the layer need not run again.
-        at_sites[site.kind] = values[index] if before_hook else new
+        at_sites[site.kind] = values[index] if taps.before_hook else new
         if new is not values[index]:
             put[site] = new
             values = run()
@@ -168,7 +168,11 @@ def _run(segment: LayerSegment, values: tuple[jax.Array, ...]) -> list[jax.Array
     x_xTxD = values[0]
     like_x = jax.ShapeDtypeStruct(x_xTxD.shape, x_xTxD.dtype)
     logits = jax.ShapeDtypeStruct((*x_xTxD.shape[:-1], segment.config.vocab), jnp.float32)
-    shapes = [like_x] * len(segment.get) + [logits if segment.logits else like_x]
+    got = [
+        jax.ShapeDtypeStruct((*x_xTxD.shape[:-1], segment.config.functions.width(site)), x_xTxD.dtype)
+        for site in segment.get
+    ]
+    shapes = [*got, logits if segment.logits else like_x]
     return _callback(functools.partial(segment.config.functions.run, segment), shapes, *values)
 
 

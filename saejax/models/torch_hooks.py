@@ -6,9 +6,11 @@ Where a layer has its sites is read off a forward pass on a few tokens, not off 
 2. of the modules of a layer, two are attention and the MLP if their outputs, added to ``resid_pre`` in one of the
    orders in which models add them, give ``resid_post`` bit for bit (some outputs hold the stream already, and some
    are scaled first);
-3. ``resid_mid`` is ``resid_pre + attn_out``, and a change of it is a change of ``attn_out``.
+3. ``resid_mid`` is ``resid_pre + attn_out``, and a change of it is a change of ``attn_out``;
+4. ``mlp_act`` is the input of the projection whose output is the MLP's, bit for bit, perhaps with the stream added.
 
-Where no two modules do that, ``attn_out``, ``resid_mid`` and ``mlp_out`` are refused for the architecture.
+Where no two modules are as in 2, ``attn_out``, ``resid_mid`` and ``mlp_out`` are refused for the architecture, and
+``mlp_act`` where no projection is as in 4, as in mixtures of experts.
 """
 
 import contextlib
@@ -28,7 +30,7 @@ import torch
 from torch import nn
 
 from saejax.errors import UserError
-from saejax.models.sites import HEAD_KINDS, AnySite, ModuleSite, Site
+from saejax.models.sites import HEAD_KINDS, NEURONS, AnySite, ModuleSite, Site
 from saejax.models.torch_devices import own_device, place_model
 
 Visit = Callable[[AnySite, torch.Tensor], torch.Tensor]  # from a site's value to the one that the model goes on with
@@ -37,7 +39,13 @@ _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|^fc\d")
 _HELPER = re.compile(r"norm|dropout|^ln")
 # The part of ``_Layer`` that a site of some kind needs.
-_BRANCHES = {"attn_out": "attention", "resid_mid": "attention", "mlp_in": "mlp_input", "mlp_out": "mlp"}
+_BRANCHES = {
+    "attn_out": "attention",
+    "resid_mid": "attention",
+    "mlp_in": "mlp_input",
+    NEURONS: "last_projection",
+    "mlp_out": "mlp",
+}
 
 
 class _Stop(Exception):
@@ -73,6 +81,7 @@ class _Layer:
     attention: _Branch | None
     mlp: _Branch | None
     mlp_input: str | None  #: name of the module that reads ``mlp_in``
+    last_projection: str | None  #: name of the MLP's last projection, which reads ``mlp_act``
 
 
 class HookedModel:
@@ -301,6 +310,10 @@ class HookedModel:
             name = self._resolved[layer].mlp_input
             assert name
             handles.append(_hook(module.get_submodule(name), False, functools.partial(at, "mlp_in")))
+        if NEURONS in kinds:
+            name = self._resolved[layer].last_projection
+            assert name
+            handles.append(_hook(module.get_submodule(name), False, functools.partial(at, NEURONS)))
         if "resid_post" in kinds:
             handles.append(_hook(module, True, functools.partial(at, "resid_post")))
         return handles
@@ -333,7 +346,7 @@ class HookedModel:
             return value
 
         for layer, values in zip(self._layers, seen, strict=True):
-            for name, module in (("", layer), *layer.named_children()):
+            for name, module in {"": layer, **dict(layer.named_children()), **_mlp_projections(layer)}.items():
                 for after in (False, True):
                     handles.append(_hook(module, after, functools.partial(record, values, (name, after))))
         self._probe(handles)
@@ -363,11 +376,13 @@ def _resolve(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) ->
 
     ``seen`` is what the layer ("") and its modules took, and returned (True), by name.
     """
-    outputs = {name: value for (name, after), value in seen.items() if after and name}  # in the order of the pass
+    # In the order of the pass; the projections within an MLP are no children of the layer.
+    outputs = {name: value for (name, after), value in seen.items() if after and name and "." not in name}
     mlp_input = next((name for name in outputs if _is_named(_MLP, name)), None)
+    inner = mlp_input, _find_last_projection(layer, seen)
     pre, post = seen.get(("", False)), seen.get(("", True))
     if pre is None or post is None:
-        return _Layer(None, None, mlp_input)
+        return _Layer(None, None, *inner)
     candidates = {name: value for name, value in outputs.items() if value.shape == pre.shape}
     for attention, mlp in itertools.permutations(candidates, 2):
         if _is_named(_MLP, attention) or _is_named(_ATTENTION, mlp):
@@ -376,14 +391,37 @@ def _resolve(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) ->
         for scale in dict.fromkeys((1.0, float(getattr(layer, "residual_multiplier", 1.0)))):
             sums = (pre + a * scale) + m * scale, (pre + m * scale) + a * scale, pre + (a * scale + m * scale)
             if any(torch.equal(total, post) for total in sums):
-                return _Layer(_Branch(attention, scale), _Branch(mlp, scale), mlp_input)
+                return _Layer(_Branch(attention, scale), _Branch(mlp, scale), *inner)
         if torch.equal(m, post) and _is_named(_MLP, mlp) and _is_named(_ATTENTION, attention):
             for includes, middle in ((False, pre + a), (True, a)):
                 same_shape = (value for value in seen.values() if value is not a and value.shape == pre.shape)
                 if any(torch.equal(value, middle) for value in same_shape):
                     branches = _Branch(attention, includes_stream=includes), _Branch(mlp, includes_stream=True)
-                    return _Layer(*branches, mlp_input)
-    return _Layer(None, None, mlp_input)
+                    return _Layer(*branches, *inner)
+    return _Layer(None, None, *inner)
+
+
+def _mlp_projections(layer: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a layer's MLP that have one matrix, by their names in the layer."""
+    return {
+        name: module
+        for name, module in layer.named_modules()
+        if _is_named(_MLP, name.partition(".")[0]) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    }
+
+
+def _find_last_projection(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) -> str | None:
+    """Return the name of the projection whose output is the MLP's, alone or added to a value of the layer."""
+    projections = _mlp_projections(layer)
+    for name in reversed([name for name, after in seen if after and name in projections]):
+        # The MLP is a child of the layer, or its projections are (OPT).
+        output, whole = seen[name, True], seen.get((name.partition(".")[0], True))
+        if whole is None or output.shape != whole.shape:
+            continue
+        streams = (value for (path, _), value in seen.items() if "." not in path and value.shape == whole.shape)
+        if torch.equal(output, whole) or any(torch.equal(value + output, whole) for value in streams):
+            return name
+    return None
 
 
 def _is_named(kind: re.Pattern[str], name: str) -> bool:

@@ -24,7 +24,7 @@ from saejax.models.edits import Edit, ForwardPass, fit_values
 from saejax.models.generation import StopCondition
 from saejax.models.language_model import LanguageModel, Output
 from saejax.models.lengths import round_length
-from saejax.models.sites import KINDS, AnySite, Site
+from saejax.models.sites import ALL_KINDS, KINDS, NEURONS, AnySite, Site
 from saejax.models.source import ModelSource, longest_input
 from saejax.models.tokens import Tokens, as_tokens, pad
 from saejax.models.torch_bridge import LayerSegment
@@ -243,19 +243,24 @@ class TorchFunctions:
         self._model, self._context = model, context
 
     @functools.cache  # noqa: B019 - one model lives as long as its functions
-    def sites_of(self, layer: int) -> tuple[Site, ...]:
-        """Return the sites of a layer that are resolved, in their order."""
+    def sites_of(self, layer: int, neurons: bool = False) -> tuple[Site, ...]:
+        """Return the sites of a layer that are resolved, in their order; with or without the MLP's neurons."""
         if not layer and not self._layers_share_the_stream_alone():
             raise UserError(
                 "the layers of this architecture hand on more than the residual stream: causal stages need another "
                 "model, though calls with capture and edits work"
             )
         sites = []
-        for site in (Site(kind, layer) for kind in KINDS):
+        for site in (Site(kind, layer) for kind in ALL_KINDS if kind in KINDS or (neurons and kind == NEURONS)):
             with contextlib.suppress(UserError):  # a pass does not come by it once
                 self._model.check(site)
                 sites.append(site)
         return tuple(sites)
+
+    @functools.cache  # noqa: B019 - one model lives as long as its functions
+    def width(self, site: Site) -> int:
+        """Return the width of a site."""
+        return self._model.widths([site])[site]
 
     def embed(self, out: Sequence[Any], buffers: Sequence[Any]) -> None:
         """Write the stream entering layer 0."""

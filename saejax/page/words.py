@@ -25,6 +25,7 @@ _SITES = {
     "resid_post": "the residual stream after layer {}",
     "attn_out": "the output of attention in layer {}",
     "mlp_in": "the input of the MLP in layer {}",
+    "mlp_act": "the hidden activations of the MLP in layer {}",
     "mlp_out": "the output of the MLP in layer {}",
 }
 

@@ -21,7 +21,7 @@ def used_text(config: CorpusConfig, task: TaskConfig) -> tuple[int, int]:
     Of a stream the first documents and the sizes of its files tell; where these are not known, ``max_tokens`` alone.
     """
     sample = list(itertools.islice(documents(config, task), _SAMPLE)) if config.stream else read_corpus(config, task)
-    of_sample = round(sum(len(document.text) for document in sample) / CHARACTERS_PER_TOKEN)
+    of_sample = round(sum(document.size for document in sample) / CHARACTERS_PER_TOKEN)
     of_all = round(characters(config, task) / CHARACTERS_PER_TOKEN) if config.stream else of_sample
     used = min(filter(None, (of_all, config.max_tokens)), default=0)
     return -(-len(sample) * used // max(of_sample, 1)), used

@@ -16,10 +16,12 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from saejax.errors import UserError
 from saejax.files import fingerprint
 from saejax.tasks.settings import CorpusConfig, TaskConfig
-from saejax.tasks.text_sources import text_sources
+from saejax.tasks.text_sources import Content, content_size, text_sources
 
 _MOST_IN_MEMORY = 2**30  # characters
 _STREAMED_SAMPLE = 1024  # held-out documents of a stream that other stages than capture read
@@ -29,12 +31,32 @@ _STREAMED_SAMPLE = 1024  # held-out documents of a stream that other stages than
 class Document:
     """One text."""
 
-    text: str  #: not blank
+    content: Content  #: text that is not blank, token ids, or the messages of a chat
     #: documents of one group are never split; a document without one is its own group, "document-<index>", or in a
     #: stream a hash of its text.
     group: str
     index: int  #: its place in the corpus, from 0
     source: int = 0  #: which of the corpus's sources it is from, from 0
+
+    @property
+    def text(self) -> str:
+        """The text.
+
+        Raises:
+          UserError: the document is token ids or a chat, which only a model's tokenizer makes text of.
+        """
+        if isinstance(self.content, str):
+            return self.content
+        held = "token ids" if isinstance(self.content, np.ndarray) else "the messages of a chat"
+        raise UserError(
+            f"document {self.index} of --corpus.path is {held}: only tokenize, capture and train read these; name text "
+            "instead, by --corpus.path or --corpus.field"
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of characters; of token ids, about how many they stand for."""
+        return content_size(self.content)
 
 
 def documents(
@@ -56,10 +78,10 @@ def documents(
     sources, index = text_sources(config, task or TaskConfig()), 0
     for number, source in enumerate(sources):
         before = index
-        for text, group in source.texts():
-            group = group or (f"text-{_hash(text):016x}" if config.stream else f"document-{index}")
+        for content, group in source.texts():
+            group = group or (f"text-{_hash(_as_text(content)):016x}" if config.stream else f"document-{index}")
             # A kind for each source, so that each has text on both sides of the split.
-            yield Document(text, group if len(sources) == 1 else f"{source.name}/{group}", index, number)
+            yield Document(content, group if len(sources) == 1 else f"{source.name}/{group}", index, number)
             index += 1
             if enough(number):
                 break
@@ -81,7 +103,7 @@ def read_corpus(config: CorpusConfig, task: TaskConfig | None = None) -> list[Do
     corpus, characters = list[Document](), 0
     for document in documents(config, task):
         corpus.append(document)
-        characters += len(document.text)
+        characters += document.size
         if characters > _MOST_IN_MEMORY:
             raise UserError(
                 f"--corpus.path={config.path} has more than {_MOST_IN_MEMORY / 1e9:.1f} billion characters, too many "
@@ -108,6 +130,11 @@ def is_held_out(document: Document, config: CorpusConfig) -> bool:
     """Return whether a document of a stream is held out: a hash of group and seed falls within the held-out share."""
     # With the seed, so that another seed holds out other groups.
     return _hash(f"{config.seed}/{document.group}") < config.held_out * 2**64
+
+
+def _as_text(content: Content) -> str:
+    """Return a text that is the same for the same content."""
+    return content if isinstance(content, str) else repr(list(content))
 
 
 def _hash(text: str) -> int:
@@ -152,7 +179,7 @@ def split(documents: Sequence[Document], held_out: float, seed: int) -> tuple[li
     """
     sizes: dict[str, int] = collections.Counter()
     for document in documents:
-        sizes[document.group] += len(document.text)
+        sizes[document.group] += document.size
     if len(sizes) < 2:
         raise UserError(
             f"the corpus has {len(documents)} documents in {len(sizes)} groups, which cannot be split into training "

@@ -100,7 +100,11 @@ class CorpusConfig(Config):
         "solutions, none of those that are asked); empty: the embedded corpus",
         changes_results=False,  # its content counts, not its place
     )
-    field: str = setting("text", "name of the field that holds the text of a row")
+    field: str = setting(
+        "text",
+        "name of the field that holds a row's text, its token ids (tokenized before by the model's tokenizer), or the "
+        "messages of a chat, to which the tokenizer's chat template is applied",
+    )
     weights: tuple[float, ...] = setting(
         (),
         "shares of --corpus.max_tokens, one for each source of --corpus.path; empty: as much of each as there is",
@@ -114,6 +118,11 @@ class CorpusConfig(Config):
     )
     held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)
     context: int = setting(256, "maximum number of tokens per document; longer documents are split", low=2)
+    pack: bool = setting(
+        False,
+        "join texts of a split until they fill the context, each beginning with BOS (or, where texts begin with none, "
+        "after the end-of-text token); attention reaches across texts, as in SAELens",
+    )
     seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0)
 
 

@@ -6,6 +6,9 @@ FILE.txt                                  documents separated by blank lines
 a pattern of these, such as 'text/*.jsonl.gz'
 hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT]   a data set of the hub; at "main" and its split "train" by default
 gsm8k, math, logic, logiqa, commonsense   questions of a benchmark with their solutions, none of those that are asked
+
+The field of a row holds text, token ids of the model's tokenizer (text that was tokenized before), or the messages of a
+chat, [{"role": "user", "content": "..."}, ...], which the tokenizer's chat template makes text of.
 """
 
 import contextlib
@@ -18,6 +21,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from saejax.errors import UserError
 from saejax.models.identity import keep_hash
@@ -39,7 +44,21 @@ _CHARACTERS = (
 )
 _COMPRESSION = 3  # characters of text for a byte of a compressed file, roughly
 
-Text = tuple[str, str]  # the text, and its group or ""
+_ID_CHARACTERS = 4  # that a token stands for, about, where sizes of texts are compared
+_LARGEST_ID = np.iinfo(np.int32).max
+
+Messages = tuple[dict[str, str], ...]  # of a chat, each with "role" and "content"
+Content = str | np.ndarray | Messages  # text, or int32 token ids [T], or a chat
+Text = tuple[Content, str]  # a document's content, and its group or ""
+
+
+def content_size(content: Content) -> int:
+    """Return the number of characters of a content; of token ids, about how many they stand for."""
+    if isinstance(content, str):
+        return len(content)
+    if isinstance(content, np.ndarray):
+        return _ID_CHARACTERS * len(content)
+    return sum(len(message["content"]) for message in content)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +149,9 @@ def hub_source(hub: str, configuration: str, revision: str, split: str, field: s
         for number, row in enumerate(hub_rows(hub, configuration, hub_commit(hub, revision), split, stream=True), 1):
             if _is_blank(row, field):
                 continue
-            yield _text_of(row, field, f"{hub}, {split}, row {number}")
-            left -= len(row[field])
+            text = _text_of(row, field, f"{hub}, {split}, row {number}")
+            yield text
+            left -= content_size(text[0])
             if left <= 0:
                 return
 
@@ -208,7 +228,8 @@ def _files(part: str) -> list[Path]:
 
 def _is_blank(row: Mapping[str, Any], field: str) -> bool:
     """Return whether a data set's row has a blank text: those made line by line have many."""
-    return isinstance(row.get(field), str) and not row[field].strip()
+    content = row.get(field)
+    return isinstance(content, str | list) and not (content.strip() if isinstance(content, str) else content)
 
 
 def _text_of(row: Any, field: str, where: str) -> Text:
@@ -218,11 +239,29 @@ def _text_of(row: Any, field: str, where: str) -> Text:
             f'{where} has no field {field!r}{has}: expected an object such as {{"{field}": "..."}}; --corpus.field '
             "names another"
         )
-    text, group = row[field], row.get("group")
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: {field!r} is {shown(text)}: expected a string that is not blank; fix or remove it")
-    if has_surrogates(text):
-        raise UserError(f"{where}: {field!r} has an unpaired surrogate: expected valid Unicode; fix it")
+    content, group = _content(row[field], f"{where}: {field!r}"), row.get("group")
     if group is not None and (not isinstance(group, str) or not group):
         raise UserError(f"{where}: 'group' is {shown(group)}: expected a string that is not empty, or no 'group'")
-    return text, group or ""
+    return content, group or ""
+
+
+def _content(value: Any, where: str) -> Content:
+    """Return a field's text, token ids or messages; raise a ``UserError`` if it holds none of these."""
+    if isinstance(value, list) and value and all(type(id) is int and 0 <= id <= _LARGEST_ID for id in value):
+        return np.array(value, np.int32)
+    if isinstance(value, list) and value and all(map(_is_message, value)):
+        value = tuple({"role": message["role"], "content": message["content"]} for message in value)
+    texts = [message["content"] for message in value] if isinstance(value, tuple) else [value]
+    if not all(isinstance(text, str) for text in texts) or not any(text.strip() for text in texts):
+        raise UserError(
+            f"{where} is {shown(value)}: expected a string that is not blank, token ids, or messages with role and "
+            "content; fix or remove it"
+        )
+    if any(map(has_surrogates, texts)):
+        raise UserError(f"{where} has an unpaired surrogate: expected valid Unicode; fix it")
+    return value
+
+
+def _is_message(value: Any) -> bool:
+    """Return whether a value is a message of a chat."""
+    return isinstance(value, Mapping) and all(isinstance(value.get(name), str) for name in ("role", "content"))

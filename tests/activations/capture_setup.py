@@ -11,13 +11,13 @@ from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import Store
 from saejax.config import Configs
 from saejax.models.settings import ModelConfig
-from saejax.models.sites import KINDS
+from saejax.models.sites import KINDS, NEURONS
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
 from saejax.stages.capture import run as capture
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
-ALL_SITES = tuple(f"{kind}.{layer}" for layer in (0, 2) for kind in KINDS)
+ALL_SITES = tuple(f"{kind}.{layer}" for layer in (0, 2) for kind in (*KINDS, NEURONS))
 WORDS = ["the", "cat", "near", "dogs", "runs", "capital", "France", "is", "Paris", "war", "lasted", "year", "1732"]
 RESUMED = dict(sites=("resid_post.1", "mlp_in.2"), shard_rows=40, batch_tokens=64)
 

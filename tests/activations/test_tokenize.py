@@ -160,6 +160,54 @@ def test_contexts_begin_with_bos_once_and_end_in_no_eos(bos, adds):
     assert not any(1 in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("bos", ["always", "never"])
+def test_packed_texts_fill_the_context_of_their_split(bos):
+    """Against the joined tokens of each split, cut by hand: 0 begins a text, 1 ends one where none has a beginning."""
+    words = ["a b c d e", "f", "g h", "i j k l m n o p q", "r", "s t u"]
+    documents = [Document(text, str(i), i) for i, text in enumerate(words)]
+    held_out = {1, 4}
+    tokenizer = WordTokenizer()
+    tokenizer.eos_token_id = 1
+    chunker = Chunker(CorpusConfig(context=5, pack=True), tokenizer, 5, TaskConfig(), bos)
+    pieces = list(chunker.pieces(documents, lambda document: document.index in held_out))
+    ids = lambda text: [2 + "abcdefghijklmnopqrstu".index(letter) for letter in text if letter != " "]  # noqa: E731
+    if bos == "always":
+        expected = [[0, *ids("a b c d")], [0, *ids("e"), 0, *ids("g h")], [0, *ids("i j k l")], [0, *ids("m n o p")]]
+        expected += [[0, *ids("q"), 0, *ids("s t")], [0, *ids("u")]]
+        places = [(0, 0), (0, 4), (3, 0), (3, 4), (3, 8), (5, 2)]
+        out = [[0, *ids("f"), 0, *ids("r")]]
+    else:
+        expected = [ids("a b c d e"), [*ids("g h"), 1, *ids("i j")], ids("k l m n o")]
+        expected += [[*ids("p q"), 1, *ids("s t")], ids("u")]
+        places = [(0, 0), (2, 0), (3, 2), (3, 7), (5, 2)]
+        out = [[*ids("f"), 1, *ids("r")]]
+    assert [piece.ids_T.tolist() for piece in pieces if not piece.split] == expected
+    assert [(piece.source, piece.start) for piece in pieces if not piece.split] == places
+    assert [piece.ids_T.tolist() for piece in pieces if piece.split] == out
+
+
+def test_token_ids_and_chats_are_read_as_they_are_meant(tmp_path):
+    """Token ids stay, less a BOS in front; chats go through the chat template."""
+
+    class ChatTokenizer(WordTokenizer):
+        def apply_chat_template(self, messages, tokenize):
+            return "<s> " + " ".join(f"{message['role']} {message['content']}" for message in messages)
+
+    chat = [dict(role="user", content="a b"), dict(role="assistant", content="c")]
+    lines = [json.dumps(dict(x=value)) for value in ([0, 7, 9, 1, 8, 5], chat)]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
+    config = CorpusConfig(path=str(tmp_path / "mixed.jsonl"), field="x", context=5)
+    documents = list(corpora.documents(config))
+    chunker = Chunker(config, ChatTokenizer(adds=True), 5, TaskConfig(), "always")
+    pieces = [piece.ids_T.tolist() for piece in chunker.pieces(documents, lambda document: False)]
+    assert pieces == [[0, 7, 9, 1, 8], [0, 5], [0, 3, 2, 4, 5], [0, 6]]  # "a" was the first word to be read
+    for document, held in zip(documents, ("token ids", "the messages of a chat"), strict=True):
+        with pytest.raises(UserError, match=f"is {held}: only tokenize, capture and train read these"):
+            document.text  # noqa: B018
+    with pytest.raises(UserError, match="cannot make text of the messages of a chat"):
+        list(Chunker(config, WordTokenizer(adds=True), 5).pieces(documents, lambda document: False))
+
+
 def test_of_many_documents_a_sample_takes_little_memory():
     lengths_N = np.random.default_rng(0).integers(1, 7, 50_000)
     split_N = np.sort(np.random.default_rng(1).random(len(lengths_N)) < 0.3)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from saejax.activations.plan import Batch
 from saejax.activations.torch_capture import SiteReader
-from saejax.models.sites import KINDS, Site
+from saejax.models.sites import KINDS, NEURONS, Site
 
 LENGTHS = (9, 4)  # longer than the sliding windows; the second document is padded
 CHANGES = {
@@ -40,7 +40,8 @@ def test_every_site_of_a_family_and_nothing_after_the_last_one(name, tmp_path):
     save_tiny(tmp_path, family, **CHANGES.get(name, {}))
     plain, whole, cut = (AutoModelForCausalLM.from_pretrained(tmp_path).eval() for _ in range(3))
     layers, ids_BxT = len(plain.get_submodule(MODULES[family].layers)), make_batch().ids_BxT
-    found = read(SiteReader(whole, [Site(kind, layer) for kind in reversed(KINDS) for layer in range(layers)]))
+    kinds = (*KINDS, NEURONS) if MODULES[family].down else KINDS
+    found = read(SiteReader(whole, [Site(kind, layer) for kind in reversed(kinds) for layer in range(layers)]))
     for row, length in enumerate(LENGTHS):
         _, expected = run_torch(plain, ids_BxT[row : row + 1, :length])
         assert {str(site) for site in found} == expected.keys()

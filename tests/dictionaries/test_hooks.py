@@ -9,7 +9,7 @@ from saejax.errors import UserError
 from saejax.models.sites import KINDS
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "mlp_act"])
 def test_every_site_has_a_hook_that_means_it(kind):
     hook = hooks.to_hook(f"{kind}.15")
     assert hook.startswith("blocks.15.") and hooks.to_site(hook) == f"{kind}.15"
@@ -34,6 +34,9 @@ def test_every_site_has_a_hook_that_means_it(kind):
         ("mlp_3", "mlp_out.3"),
         ("blocks.3.ln2.hook_normalized", "mlp_normed.3"),
         ("blocks.3.attn.hook_z", "attn_z.3"),
+        ("blocks.3.mlp.hook_post", "mlp_act.3"),
+        ("blocks.3.mlp.out.hook_in", "mlp_act.3"),
+        ("transformer.h.7.mlp.c_proj.input", "mlp_act.7"),
         ("blocks.3.hook_in", "resid_pre.3"),  # version 3 of TransformerLens
         ("blocks.3.hook_out", "resid_post.3"),
         ("blocks.3.ln2.hook_in", "resid_mid.3"),

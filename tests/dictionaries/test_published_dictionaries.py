@@ -496,6 +496,13 @@ def openai_relu(folder, w):
 
 
 @layout()
+def openai_neurons(folder, w):
+    file = folder / "mlp_post_act" / "autoencoders" / "3.pt"
+    write_pickled(file, **linears(w, bias="pre_bias") | dict(encoder__bias=0.0, latent_bias=w["b_enc"]))
+    return file, function(w), dict(site="mlp_act.3", kind="standard", input_norm="", model="gpt2")
+
+
+@layout()
 def qwen_scope(folder, w):
     file = folder / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_30" / "layer4.sae.pt"
     write_pickled(file, **{name: array.T for name, array in w.items()})

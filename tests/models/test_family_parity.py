@@ -15,7 +15,8 @@ from torch_sites import relative_error, run_torch
 from saejax.models import decoder
 from saejax.models.decoder import run_layers
 from saejax.models.decoding import init_cache
-from saejax.models.sites import KINDS
+from saejax.models.layers import Taps
+from saejax.models.sites import KINDS, NEURONS, Site
 from saejax.parallel.mesh import fitting_sharding
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -84,6 +85,12 @@ CASES = {
     "qwen3-multi_query_llama3": MULTI_QUERY | dict(rope_parameters=LLAMA3, hidden_act="gelu_pytorch_tanh"),
     "olmo2-grouped": {},
     "olmo2-biases_tied_multi_query": MULTI_QUERY | BIASED | TIED | dict(rope_parameters=YARN),
+    "olmo3-windows": {},
+    "olmo3-multi_query_listed_yarn": MULTI_QUERY
+    | dict(layer_types=[GLOBAL, LOCAL] * 2, rope_parameters={GLOBAL: YARN, LOCAL: PLAIN}),
+    "gpt_oss-windows_yarn": dict(rope_parameters=YARN | dict(truncate=False)),
+    "gpt_oss-clamped_unbiased_attention": MULTI_QUERY
+    | dict(attention_bias=False, swiglu_limit=0.3, sliding_window=None, layer_types=[GLOBAL] * 3),
     "phi3-window": dict(sliding_window=5),
     "phi3-longrope_partial": MULTI_QUERY
     | dict(hidden_size=48, original_max_position_embeddings=20, rope_parameters=LONGROPE),
@@ -106,30 +113,38 @@ if version("jaxlib").startswith("0.10."):  # later ones refuse the option
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
+def kinds_of(config) -> tuple[str, ...]:
+    """All kinds of sites but those of heads."""
+    return KINDS if config.n_experts else (*KINDS, NEURONS)
+
+
 @functools.partial(quick_jit, static_argnums=0)
 def run_all(config, params, ids_BxT):
     """Logits, the values at all sites, and the gradients of a logit difference at the sites of the layer ``MIDDLE``."""
     x_BxTxD = decoder.embed(config, params, ids_BxT)
-    x_BxTxD, sites, _ = run_layers(config, params, x_BxTxD, 0, config.n_layers, collect=KINDS)
+    x_BxTxD, sites, _ = run_layers(config, params, x_BxTxD, 0, config.n_layers, Taps(collect=kinds_of(config)))
     logits_BxTxV = decoder.unembed(config, params, x_BxTxD)
 
     def difference(added):
         def hook(kind, layer, value_BxTxD):
-            return value_BxTxD + added[kind]
+            return value_BxTxD + added[kind] if kind in added else value_BxTxD
 
         start_BxTxD = sites["resid_pre"][MIDDLE]
-        end_BxTxD = run_layers(config, params, start_BxTxD, MIDDLE, config.n_layers, hook, {MIDDLE}).x
+        end_BxTxD = run_layers(
+            config, params, start_BxTxD, MIDDLE, config.n_layers, Taps(hook, {MIDDLE}, inner_sites=True)
+        ).x
         logits_BxV = decoder.unembed(config, params, end_BxTxD[:, -1])
         return (logits_BxV[:, 7] - logits_BxV[:, 20]).sum()
 
-    zeros = {kind: jnp.zeros_like(x_BxTxD) for kind in KINDS}
+    shape = x_BxTxD.shape[:-1]
+    zeros = {kind: jnp.zeros((*shape, Site(kind, MIDDLE).width(config))) for kind in kinds_of(config)}
     return logits_BxTxV, sites, jax.grad(difference)(zeros)
 
 
 @functools.partial(quick_jit, static_argnums=0)
 def run_plain(config, params, ids_BxT):
     x_BxTxD = decoder.embed(config, params, ids_BxT)
-    x_BxTxD, sites, _ = run_layers(config, params, x_BxTxD, 0, config.n_layers, collect=KINDS)
+    x_BxTxD, sites, _ = run_layers(config, params, x_BxTxD, 0, config.n_layers, Taps(collect=kinds_of(config)))
     return decoder.unembed(config, params, x_BxTxD), sites
 
 
@@ -145,7 +160,7 @@ def run_chunk(config, params, ids_BxT, cache):
     new = ids_BxT.shape[1]
     x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(new))
     attention = cache.attention(config, new)
-    ran = run_layers(config, params, x_BxTxD, 0, config.n_layers, hook, {0}, attention=attention)
+    ran = run_layers(config, params, x_BxTxD, 0, config.n_layers, Taps(hook, {0}), attention=attention)
     return decoder.unembed(config, params, ran.x), seen, cache.extend(ran.carried, new)
 
 
@@ -153,7 +168,7 @@ def sites_error(config, sites, expected) -> float:
     """The largest error at any site, against values by their names."""
     return max(
         relative_error(sites[kind][layer], expected[f"{kind}.{layer}"].detach())
-        for kind in KINDS
+        for kind in kinds_of(config)
         for layer in range(config.n_layers)
     )
 
@@ -173,7 +188,7 @@ def check_gradients(config, params, model, ids_BxT) -> dict[str, float]:
     # of OLMo 2 reads the stream itself.
     skipped = {"resid_mid"} if config.parallel else set()
     skipped |= {"mlp_in"} if config.shared_norm or not config.pre_norms else set()
-    kinds, sites = {*KINDS} - skipped, sites_error(config, our_sites, their_sites)
+    kinds, sites = {*kinds_of(config)} - skipped, sites_error(config, our_sites, their_sites)
     gradients = [relative_error(our_gradients[kind], their_sites[f"{kind}.{MIDDLE}"].grad) for kind in kinds]
     return dict(logits=relative_error(ours, theirs.detach()), sites=sites, gradients=max(gradients))
 

@@ -11,6 +11,7 @@ from tiny_models import save_tiny
 
 from saejax.models import decoder
 from saejax.models.decoder import KEYS, VALUES, run_layers
+from saejax.models.layers import Taps
 from saejax.models.sites import KINDS, Site
 from saejax.models.split import SplitPoint
 
@@ -46,8 +47,9 @@ def test_a_hook_of_all_layers_in_the_loop_or_unrolled(model):
         added = jnp.where((layer == 1) | (layer == 3), 0.5, 0.0)
         return value_BxTxD + added if kind == "attn_out" else value_BxTxD
 
-    run = functools.partial(compiled, config, params, x_BxTxD, 0, LAYERS, hook, collect=("attn_out", KEYS, VALUES))
-    looped, unrolled, before = run(None), run(range(LAYERS)), run({1, 3}, before_hook=True)
+    taps = functools.partial(Taps, hook, collect=("attn_out", KEYS, VALUES))
+    run = functools.partial(compiled, config, params, x_BxTxD, 0, LAYERS)
+    looped, unrolled, before = run(taps(None)), run(taps(range(LAYERS))), run(taps({1, 3}, before_hook=True))
     for run_in_steps in (unrolled, before):
         np.testing.assert_allclose(looped.x, run_in_steps.x, atol=1e-5)
         np.testing.assert_allclose(looped.collected[KEYS], run_in_steps.collected[KEYS], atol=1e-5)
@@ -58,13 +60,13 @@ def test_a_hook_of_all_layers_in_the_loop_or_unrolled(model):
     assert np.abs(looped.x - compiled(config, params, x_BxTxD, 0, LAYERS).x).max() > 0.1
     seen = []  # by a hook of some layers: their sites in order
     keep = lambda *place: seen.append(place[:2]) or place[2]  # noqa: E731
-    jax.eval_shape(lambda x_BxTxD: run_layers(config, params, x_BxTxD, 0, LAYERS, keep, (2, 0, 9)), x_BxTxD)
+    jax.eval_shape(lambda x_BxTxD: run_layers(config, params, x_BxTxD, 0, LAYERS, Taps(keep, (2, 0, 9))), x_BxTxD)
     assert seen == [(kind, layer) for layer in (0, 2) for kind in KINDS]
 
 
 def test_a_run_of_no_layers(model):
     config, params, x_BxTxD = model
-    run = compiled(config, params, x_BxTxD, LAYERS, LAYERS, collect=("mlp_out", KEYS))
+    run = compiled(config, params, x_BxTxD, LAYERS, LAYERS, Taps(collect=("mlp_out", KEYS)))
     np.testing.assert_array_equal(run.x, x_BxTxD)
     assert run.collected["mlp_out"].shape == (0, *x_BxTxD.shape)
     assert run.collected[KEYS].shape == (0, 2, 9, config.n_kv_heads, config.d_head)
@@ -79,7 +81,7 @@ def test_the_two_halves_of_a_split_decoder_are_the_whole(model, one_device, site
     point = SplitPoint(config, Site.parse(site), Site.parse(reads), one_device)
     stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
     x_BxTxD, kinds = decoder.embed(config, params, ids_BxT), (point.site.kind, point.reads.kind)
-    whole = compiled(config, params, x_BxTxD, 0, LAYERS, collect=kinds)
+    whole = compiled(config, params, x_BxTxD, 0, LAYERS, Taps(collect=kinds))
     np.testing.assert_allclose(value_BxTxD, whole.collected[point.site.kind][point.site.layer], atol=1e-4)
     np.testing.assert_allclose(read_BxTxD, whole.collected[point.reads.kind][point.reads.layer], atol=1e-4)
     np.testing.assert_allclose(point.run_suffix(params, stream_BxTxD, value_BxTxD), whole.x, atol=1e-4)

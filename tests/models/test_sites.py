@@ -1,5 +1,7 @@
 """Names of sites; values and edits at those of heads, compared with hooks on the projections of transformers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,14 +12,14 @@ from saejax import SiteEdit, load_model
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.families import read_config
-from saejax.models.sites import HEAD_KINDS, KINDS, Site
+from saejax.models.sites import ALL_KINDS, HEAD_KINDS, Site
 from saejax.models.tokens import pad
 
 CONFIG = read_config(LLAMA, "config.json")
 
 
 def test_names_go_there_and_back():
-    for kind in (*KINDS, *HEAD_KINDS):
+    for kind in ALL_KINDS:
         site = Site.parse(f"{kind}.15")
         assert (site.kind, site.layer, str(site)) == (kind, 15, f"{kind}.15")
     assert {Site.parse("mlp_in.3"): 1}[Site("mlp_in", 3)] == 1
@@ -30,6 +32,11 @@ def test_widths_and_layers():
     assert Site("attn_out", 3).width(CONFIG) == CONFIG.d_model
     assert Site("attn_z", 3).width(CONFIG) == Site("attn_q", 3).width(CONFIG) == CONFIG.n_heads * CONFIG.d_head
     assert Site("attn_k", 3).width(CONFIG) == Site("attn_v", 3).width(CONFIG) == CONFIG.n_kv_heads * CONFIG.d_head
+    assert Site("mlp_act", 3).width(CONFIG) == CONFIG.d_mlp
+    with pytest.raises(UserError, match="no site mlp_act.3: a router sends each token to 2 of 5 MLPs"):
+        Site("mlp_act", 3).check(dataclasses.replace(CONFIG, n_experts=5, experts_per_token=2))
+    with pytest.raises(UserError, match="embed.0 is named resid_pre.0 here"):
+        Site.parse("embed.0")
     with pytest.raises(UserError, match="attn_out.4: the model has 4 layers, 0 to 3"):
         Site("attn_out", 4).check(CONFIG)
 

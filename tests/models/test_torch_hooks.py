@@ -19,6 +19,9 @@ LAYOUTS = OTHER_FIELDS | {
     "cohere": ROTARY,
     "glm4": ROTARY | dict(head_dim=12),
 }
+# The last projection of an MLP; None: a mixture of experts has several.
+PROJECTIONS = dict(gptj="mlp.fc_out", bloom="mlp.dense_4h_to_h", falcon="mlp.dense_4h_to_h", opt="fc2", mixtral=None)
+PROJECTIONS |= dict(mpt="ffn.down_proj")
 
 
 def values_at(model: HookedModel, sites, put=None) -> tuple[dict, torch.Tensor]:
@@ -57,6 +60,28 @@ def test_sites_of_a_layout(family):
     assert torch.equal(*skipped.values())
 
 
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_hidden_activations_of_the_mlp_of_a_layout(family):
+    """Their values are the last projection's input; without them the MLP adds that projection's bias."""
+    model, site = HookedModel(make_tiny(family, LAYOUTS[family])), Site("mlp_act", 1)
+    path = PROJECTIONS.get(family, "mlp.down_proj")
+    if path is None:
+        with pytest.raises(UserError, match=r"the site mlp_act.1 cannot be resolved in MixtralForCausalLM"):
+            model.check(site)
+        return
+    model.check(site)  # with passes of its own
+    projection = model._layers[1].get_submodule(path)
+    read = []
+    handle = projection.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    at, _ = values_at(model, [site])
+    handle.remove()
+    assert torch.equal(at[site].reshape(-1), read[0].reshape(-1)) and at[site].shape[:2] == IDS_BxT.shape
+    silent, _ = values_at(model, [site, Site("mlp_out", 1)], {site: torch.zeros_like(at[site])})
+    added, bias = silent[Site("mlp_out", 1)], getattr(projection, "bias", None)
+    expected = torch.zeros_like(added) if bias is None else bias.detach().expand(added.shape)
+    torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_encoder_is_refused():
     """transformers has a class for it among the causal language models."""
     fields = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=131)
@@ -69,7 +94,7 @@ def test_an_encoder_is_refused():
 def test_a_layout_that_is_not_understood_asks_for_a_module():
     model = HookedModel(make_tiny("mamba", dict(vocab_size=131, hidden_size=16, state_size=4, num_hidden_layers=2)))
     model.check(Site("resid_post", 1))
-    for kind in ("attn_out", "resid_mid", "mlp_in", "mlp_out"):
+    for kind in ("attn_out", "resid_mid", "mlp_in", "mlp_act", "mlp_out"):
         with pytest.raises(UserError, match=rf"^the site {kind}.1 .* name a module .*module:backbone.layers.1.<path>$"):
             model.check(Site(kind, 1))
     model.check(ModuleSite("backbone.layers.1.mixer"))

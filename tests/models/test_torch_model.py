@@ -13,7 +13,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, check_dictionary
 from saejax.errors import UserError
 from saejax.models.edits import SiteEdit
 from saejax.models.language_model import forward
-from saejax.models.sites import KINDS, Site
+from saejax.models.sites import KINDS, NEURONS, Site
 from saejax.models.split import SharedPrefixBatch, SplitPoint
 from saejax.models.tokens import pad
 from saejax.parallel.mesh import make_mesh
@@ -60,7 +60,7 @@ def check_same(both, edits, tokens):
 
 def test_sites_and_logits(both):
     tokens = both[0].tokenize(TEXTS)
-    sites = [Site(kind, layer) for layer in range(3) for kind in KINDS]
+    sites = [Site(kind, layer) for layer in range(3) for kind in (*KINDS, NEURONS)]
     ours, theirs = (lm(tokens, capture=sites) for lm in both)
     for site in map(str, sites):
         assert relative_error(theirs.sites[site][tokens.mask_BxT], ours.sites[site][tokens.mask_BxT]) < 1e-5
@@ -79,6 +79,8 @@ def test_edits_of_sites(both, positions):
     tokens, direction = both[0].tokenize(TEXTS), np.linspace(-1, 1, 40)
     edits = [make_dictionary(f"{kind}.1").steer([3], 2.0, positions) for kind in KINDS]
     edits += [SiteEdit.steer(f"{kind}.1", direction, 1.5, positions) for kind in KINDS]
+    width = Site(NEURONS, 1).width(both[0].config)
+    edits += [make_dictionary("mlp_act.1", d=width).steer([3], 2.0, positions), SiteEdit.ablate("mlp_act.0", positions)]
     changed = check_same(both, edits, tokens).logits_BxTxV
     assert relative_error(changed, both[0](tokens).logits_BxTxV) > 1e-3
 
@@ -137,7 +139,7 @@ def test_generated_tokens(both, edits, options):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("kind", ["resid_post", "inside"])
+@pytest.mark.parametrize("kind", ["resid_post", "inside", "mlp_act"])
 def test_jax_functions_of_a_model(both, kind):
     """The functions that causal stages run: split at a site, differentiated, vmapped, and run from a changed token."""
     lm = both[1]

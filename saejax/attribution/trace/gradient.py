@@ -43,7 +43,8 @@ from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import DecoderConfig, RunRules
 from saejax.models.edits import ForwardPass
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import HEAD_KINDS, Site
+from saejax.models.layers import Taps
+from saejax.models.sites import INNER_KINDS, Site
 from saejax.models.tokens import Tokens
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row, document_devices
@@ -189,7 +190,7 @@ def _run(
     config: DecoderConfig, rules: RunRules, kinds: tuple[str, ...], params: decoder.Params, x_TxD: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the stream leaving the last layer, and the values at kinds of sites in all layers, each [L, T, D]."""
-    return decoder.run_layers(config, params, x_TxD, 0, config.n_layers, rules=rules, collect=kinds)[:2]
+    return decoder.run_layers(config, params, x_TxD, 0, config.n_layers, Taps(collect=kinds), rules=rules)[:2]
 
 
 class GradientRows:
@@ -334,7 +335,7 @@ def _pull_layer(
     tables = whole_prompt_tables(config, len(x_TxD))
 
     def run_layer(x_TxD: jax.Array, delta_TxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        read = [jnp.zeros_like(x_TxD)]
+        read = [jnp.zeros_like(delta_TxD)]
 
         def hook(hook_kind: str, value_TxD: jax.Array) -> jax.Array:
             if hook_kind != kind:
@@ -343,8 +344,9 @@ def _pull_layer(
             # Frozen, the model goes on with this value, whatever comes from below.
             return (lax.stop_gradient(value_TxD) if direct else value_TxD) + delta_TxD
 
-        heads = kind in HEAD_KINDS
-        return decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook, head_sites=heads), read[-1]
+        inner = kind in INNER_KINDS
+        return decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook, inner_sites=inner), read[-1]
 
-    _, pull = jax.vjp(run_layer, x_TxD, jnp.zeros_like(x_TxD))
+    width = Site(kind, 0).width(config) if kind else config.d_model
+    _, pull = jax.vjp(run_layer, x_TxD, jnp.zeros((len(x_TxD), width), x_TxD.dtype))
     return jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxTxD)

@@ -9,7 +9,8 @@ Some names need care. ``blocks.L.mlp.hook_out`` and a module ``...L.mlp`` are wh
 to the stream (``mlp_out.L``) only in models that do not normalise it first. ``blocks.L.hook_mlp_in`` is the stream
 before the norm, not ``mlp_in.L``, which is ``blocks.L.mlp.hook_in``. And ``blocks.L.ln2.hook_normalized`` is the norm
 before the MLP before its gain: it is called ``mlp_normed.L``, which attribution graphs can read, and nothing else.
-``attn.hook_z`` has an axis for heads, which are side by side in ``attn_z.L``.
+``attn.hook_z`` has an axis for heads, which are side by side in ``attn_z.L``. ``mlp.hook_post`` are the hidden
+activations that the last projection of an MLP reads, ``mlp_act.L``.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from saejax.errors import UserError
-from saejax.models.sites import KINDS, Site
+from saejax.models.sites import ALL_KINDS, Site
 from saejax.models.source import read_model_config
 
 UNKNOWN = "unknown"  # in place of a site that a file does not name
@@ -38,6 +39,7 @@ _WRITTEN = {
     "attn_out": "hook_attn_out",
     "resid_mid": "hook_resid_mid",
     "mlp_in": "mlp.hook_in",
+    "mlp_act": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
     NORMED: "ln2.hook_normalized",
@@ -46,7 +48,7 @@ _OF_MODULES = {"mlp.hook_out": "mlp_out", "attn.hook_out": "attn_out"}  # what m
 _READ = {hook: kind for kind, hook in _WRITTEN.items()} | _OF_MODULES
 # In version 3 of TransformerLens the older names are aliases of these.
 _READ |= {"hook_in": "resid_pre", "ln2.hook_in": "resid_mid", "hook_out": "resid_post", "attn.o.hook_in": "attn_z"}
-_READ |= {"ln1_post.hook_out": "attn_out", "ln2_post.hook_out": "mlp_out"}
+_READ |= {"ln1_post.hook_out": "attn_out", "ln2_post.hook_out": "mlp_out", "mlp.out.hook_in": "mlp_act"}
 _MODULES = {None: "resid_post", "mlp": "mlp_out", "self_attn": "attn_out", "attn": "attn_out", "attention": "attn_out"}
 # Norms of models that normalise what attention and the MLP give; others have the first name for another norm.
 _NORMS = {
@@ -54,9 +56,9 @@ _NORMS = {
     "pre_feedforward_layernorm": "mlp_in",
     "post_feedforward_layernorm": "mlp_out",
 }
-_INPUTS = {None: "resid_pre", "mlp": "mlp_in"} | dict.fromkeys(
-    ("self_attn.o_proj", "attn.c_proj", "attention.dense"), "attn_z"
-)
+_INPUTS = {None: "resid_pre", "mlp": "mlp_in"}
+_INPUTS |= dict.fromkeys(("self_attn.o_proj", "attn.c_proj", "attention.dense"), "attn_z")
+_INPUTS |= dict.fromkeys(("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2"), "mlp_act")
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
 _MODULE = re.compile(r"(?:\w+\.)*(?:layers|h)[._](\d+)(?:\.([a-z_.]+))?")
 _SIDE = re.compile(r"(.+?)\.(?:(output)|inputs?)(?:\.0)*")
@@ -180,7 +182,7 @@ def require_sites(*sites: str) -> None:
     for site in sites:
         if site.startswith(NO_SITE):
             raise UserError(
-                f"the hook {site.removeprefix(NO_SITE)} is none of the sites here ({', '.join(KINDS)}): to load it "
+                f"the hook {site.removeprefix(NO_SITE)} is none of the sites here ({', '.join(ALL_KINDS)}): to load it "
                 "all the same, say which site stands for it (site= or target= of load_dictionary)"
             )
 

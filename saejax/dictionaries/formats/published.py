@@ -25,9 +25,13 @@ _PLAIN = {"W_enc_DxF": "W_enc", "b_enc_F": "b_enc", "W_dec_FxD": "W_dec", "b_dec
 _L0 = re.compile(r"-L0_(\d+)")
 _QWEN = re.compile(r"layer(\d+)\.sae\.pt")
 _LAYER_SUFFIX = re.compile(r"-l(\d+)\b", re.IGNORECASE)
-_OPENAI_PATH = re.compile(r"/(resid_(?:delta|post)_(?:attn|mlp))[^/]*/autoencoders/(\d+)\.pt$")
+_OPENAI_PATH = re.compile(r"/(resid_(?:delta|post)_(?:attn|mlp)|mlp_post_act)[^/]*/autoencoders/(\d+)\.pt$")
 _OPENAI_SITES = dict(
-    resid_delta_attn="attn_out", resid_post_attn="resid_mid", resid_delta_mlp="mlp_out", resid_post_mlp="resid_post"
+    resid_delta_attn="attn_out",
+    resid_post_attn="resid_mid",
+    mlp_post_act="mlp_act",
+    resid_delta_mlp="mlp_out",
+    resid_post_mlp="resid_post",
 )
 # Factors of the inputs of a crosscoder's parts that its publisher's code states, by the name of its repository.
 _KNOWN_SCALES = {"crosscoder-gemma-2-2b-model-diff": (0.2758961493232058, 0.24422852496546169)}

@@ -281,7 +281,9 @@ def _input_norm(file: Path, settings: Mapping[str, Any], model: str, site: str, 
             f"{model or 'an unnamed model'}, {reason}: use a dictionary of the model as published"
         )
     # What the heads and an MLP read is centred by their norms already.
-    return "center" if layer_norms and site.partition(".")[0] not in ("attn_z", "mlp_in", hooks.NORMED) else ""
+    return (
+        "center" if layer_norms and site.partition(".")[0] not in ("attn_z", "mlp_in", "mlp_act", hooks.NORMED) else ""
+    )
 
 
 def _training_facts(settings: Mapping[str, Any], features: int) -> dict[str, Any]:

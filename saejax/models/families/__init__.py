@@ -9,13 +9,13 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
-from saejax.models.families import gemma, gpt2, gpt_neo, llama, neox, olmo2, phi3, qwen3_moe, smollm3
+from saejax.models.families import gemma, gpt2, gpt_neo, gpt_oss, llama, neox, olmo2, phi3, qwen3_moe, smollm3
 from saejax.models.families.table import Family, Weight
 from saejax.models.fields import Fields
 
 __all__ = ["FAMILIES", "Family", "Weight", "check_family", "has_family", "read_config", "unread_fields"]
 
-_MODULES = (llama, gemma, gpt2, neox, gpt_neo, olmo2, phi3, smollm3, qwen3_moe)
+_MODULES = (llama, gemma, gpt2, neox, gpt_neo, olmo2, phi3, smollm3, qwen3_moe, gpt_oss)
 FAMILIES: dict[str, Family] = {name: family for module in _MODULES for name, family in module.FAMILIES.items()}
 
 

@@ -7,9 +7,9 @@ import dataclasses
 import math
 from typing import Any
 
-from saejax.models.config import DecoderConfig, Rope
-from saejax.models.families.llama import FULL, SLIDING, WEIGHTS, read_sliding, rms_decoder
-from saejax.models.families.rotary import make_rope, rope_object
+from saejax.models.config import DecoderConfig
+from saejax.models.families.llama import WEIGHTS, read_sliding, rms_decoder
+from saejax.models.families.rotary import FULL, SLIDING, read_ropes
 from saejax.models.families.table import Family, norm_weights
 from saejax.models.fields import Fields
 
@@ -64,19 +64,9 @@ def _read_gemma3_text(fields: Fields, family: str = "gemma3_text") -> DecoderCon
     sliding = read_sliding(
         fields, fields.size_or_null("sliding_window"), lambda layer: SLIDING if (layer + 1) % period else FULL
     )
-    rope, sliding_rope = _read_ropes(fields)
+    sizes = fields.size("head_dim"), fields.size("max_position_embeddings")
+    rope, sliding_rope = read_ropes(fields, *sizes, 1_000_000.0, 10_000.0, "rope_local_base_freq")
     return _read_later(fields, family, qk_norm=True, rope=rope, sliding_rope=sliding_rope, **sliding)
-
-
-def _read_ropes(fields: Fields) -> tuple[Rope, Rope]:
-    """Read the rotary embeddings of full and of sliding layers, which transformers 4 writes into different fields."""
-    d_head, context = fields.size("head_dim"), fields.size("max_position_embeddings")
-    rope = rope_object(fields)
-    # What transformers 4 writes into "rope_scaling" is for full layers; sliding ones rotate plainly.
-    far, near = (rope.part(FULL), rope.part(SLIDING)) if FULL in rope or SLIDING in rope else (rope, Fields({}, ""))
-    theta = far.first_number("rope_theta", 1_000_000.0, [(fields, "rope_theta")])
-    sliding_theta = near.first_number("rope_theta", 10_000.0, [(fields, "rope_local_base_freq")])
-    return make_rope(far, theta, 1.0, d_head, context), make_rope(near, sliding_theta, 1.0, d_head, context)
 
 
 def _read_gemma3(fields: Fields) -> DecoderConfig:

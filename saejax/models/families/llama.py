@@ -4,11 +4,9 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 from saejax.models.config import DecoderConfig
-from saejax.models.families.rotary import read_rope
+from saejax.models.families.rotary import FULL, SLIDING, read_rope
 from saejax.models.families.table import Family, Weight, linear, linear_weights, norm_weights
 from saejax.models.fields import Fields
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def rms_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfig:

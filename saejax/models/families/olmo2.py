@@ -1,17 +1,32 @@
-"""OLMo 2: attention and the MLP read the stream itself, and norms come after them, over queries and keys as well."""
+"""OLMo 2 and 3: attention and the MLP read the stream itself; norms come after them, and over queries and keys.
+
+Of OLMo 3 three of four layers have a sliding window and a plain rotary embedding.
+"""
+
+from typing import Any
 
 from saejax.models.config import DecoderConfig
-from saejax.models.families.llama import WEIGHTS, rms_decoder
+from saejax.models.families.llama import WEIGHTS, read_sliding, rms_decoder
+from saejax.models.families.rotary import FULL, SLIDING, read_ropes
 from saejax.models.families.table import Family, Weight, vector
 from saejax.models.fields import Fields
 
 
-def _read_olmo2(fields: Fields) -> DecoderConfig:
-    """Read a config of OLMo 2."""
+def _read_olmo2(fields: Fields, family: str = "olmo2", **differences: Any) -> DecoderConfig:
+    """Read a config of OLMo 2, or of a family that differs from it."""
     bias = fields.take("attention_bias", bool)
-    return rms_decoder(
-        fields, "olmo2", pre_norms=False, post_norms=True, qk_norm=True, qk_norm_joint=True, qkv_bias=bias, o_bias=bias
+    norms = dict(pre_norms=False, post_norms=True, qk_norm=True, qk_norm_joint=True)
+    return rms_decoder(fields, family, **norms, qkv_bias=bias, o_bias=bias, **differences)
+
+
+def _read_olmo3(fields: Fields) -> DecoderConfig:
+    """Read a config of OLMo 3."""
+    sliding = read_sliding(
+        fields, fields.size_or_null("sliding_window"), lambda layer: SLIDING if (layer + 1) % 4 else FULL
     )
+    sizes = fields.quotient("hidden_size", "num_attention_heads"), fields.size("max_position_embeddings")
+    rope, sliding_rope = read_ropes(fields, *sizes, 500_000.0, 500_000.0, "rope_theta")
+    return _read_olmo2(fields, "olmo3", rope=rope, sliding_rope=sliding_rope, **sliding)
 
 
 _OLMO2_WEIGHTS = {name: weight for name, weight in WEIGHTS.items() if not name.endswith("_norm_K")} | {
@@ -21,16 +36,15 @@ _OLMO2_WEIGHTS = {name: weight for name, weight in WEIGHTS.items() if not name.e
     "layers.mlp_post_norm_D": Weight("model.layers.{}.post_feedforward_layernorm.weight"),
 }
 
+_DEFAULTS: dict[str, Any] = dict(
+    hidden_act="silu",
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    attention_bias=False,
+    tie_word_embeddings=False,
+)
+
 FAMILIES = {
-    "olmo2": Family(
-        _read_olmo2,
-        _OLMO2_WEIGHTS,
-        dict(
-            hidden_act="silu",
-            max_position_embeddings=2048,
-            rms_norm_eps=1e-5,
-            attention_bias=False,
-            tie_word_embeddings=False,
-        ),
-    )
+    "olmo2": Family(_read_olmo2, _OLMO2_WEIGHTS, _DEFAULTS),
+    "olmo3": Family(_read_olmo3, _OLMO2_WEIGHTS, _DEFAULTS | dict(sliding_window=4096)),
 }

@@ -13,6 +13,8 @@ from saejax.errors import UserError
 from saejax.models.config import Rope
 from saejax.models.fields import Fields
 
+SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of layers, as configs name them
+
 
 def read_rope(
     fields: Fields,
@@ -43,6 +45,27 @@ def read_rope(
     if share_names:
         share = rope.first_number("partial_rotary_factor", default_share, [(fields, name) for name in share_names])
     return make_rope(rope, theta, share, d_head, context)
+
+
+def read_ropes(
+    fields: Fields, d_head: int, context: int, theta: float, sliding_theta: float, sliding_name: str
+) -> tuple[Rope, Rope]:
+    """Read the rotary embeddings of full and of sliding layers, which transformers 4 writes into different fields.
+
+    Args:
+      fields: fields of the config.
+      d_head: width of a head.
+      context: longest prompt in tokens.
+      theta: base of full layers where no field has it.
+      sliding_theta: base of sliding layers where no field has it.
+      sliding_name: field of transformers 4 for the base of sliding layers.
+    """
+    rope = rope_object(fields)
+    # What transformers 4 writes into "rope_scaling" is for full layers; sliding ones rotate plainly.
+    far, near = (rope.part(FULL), rope.part(SLIDING)) if FULL in rope or SLIDING in rope else (rope, Fields({}, ""))
+    theta = far.first_number("rope_theta", theta, [(fields, "rope_theta")])
+    sliding_theta = near.first_number("rope_theta", sliding_theta, [(fields, sliding_name)])
+    return make_rope(far, theta, 1.0, d_head, context), make_rope(near, sliding_theta, 1.0, d_head, context)
 
 
 def rope_object(fields: Fields) -> Fields:

@@ -3,8 +3,8 @@
 import dataclasses
 
 from saejax.models.config import DecoderConfig, Rope
-from saejax.models.families.llama import FULL, SLIDING, WEIGHTS, rms_decoder
-from saejax.models.families.rotary import read_rope
+from saejax.models.families.llama import WEIGHTS, rms_decoder
+from saejax.models.families.rotary import FULL, SLIDING, read_rope
 from saejax.models.families.table import Family
 from saejax.models.fields import Fields
 

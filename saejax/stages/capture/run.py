@@ -75,8 +75,9 @@ def run_capture(run: Run) -> CaptureResults:
     if is_first:
         writer.begin((part, shard) for shard, parts in missing.items() for part in parts)
         writer.write_documents()
+    documents = plan.documents.describe(run.configs[CorpusConfig].pack)
     run.say(
-        f"{plan.documents.describe()}, {plan.rows:,} tokens at {', '.join(config.sites)}; "
+        f"{documents}, {plan.rows:,} tokens at {', '.join(config.sites)}; "
         f"{plan.shards - len(missing)} of {plan.shards} shards are done"
     )
     make = functools.partial(_make_shards, run, request, plan, writer, site_widths, reader)

@@ -63,7 +63,7 @@ def run_tokenize(run: Run) -> TokenizeResults:
             if run.stopping():
                 raise Interrupted("stopped; the text is read anew: run the same command to start again")
             yield document
-            progress.add(len(document.text))
+            progress.add(document.size)
 
     with _DocumentsWriter(run.folder) as writer:
         with _use_all_cores():
