@@ -28,7 +28,6 @@ STAGES = ("tokenize", "train", "capture", "evaluate", "interpret")
 FLAGS = {
     "corpus.stream": True,
     "corpus.context": CONTEXT,
-    "capture.backend": "jax",
     "capture.sites": "resid_post.0",
     "capture.tokens": 50_000,
     "train.source": "model",

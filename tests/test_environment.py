@@ -105,12 +105,12 @@ def test_hosts_of_accelerators_keep_many_heaps(monkeypatch):
 
 
 def test_defaults_do_not_depend_on_the_device(monkeypatch):
-    def defaults(*arguments: str) -> tuple[str, str, str]:
+    def defaults(*arguments: str) -> tuple[str, str]:
         configs = command_line.read_configs(command_line.stage_flags(), ["program", *arguments])
-        return configs[ModelConfig].dtype, configs[CaptureConfig].dtype, configs[CaptureConfig].backend
+        return configs[ModelConfig].dtype, configs[CaptureConfig].dtype
 
     here = defaults()
     monkeypatch.setattr(environment, "may_have_accelerators", lambda: True)
     assert defaults() == defaults("--preflight.topology=h100:8") == here
     shipped = runs.ROOT / "configs" / "accelerator.flags"
-    assert defaults(f"--flagfile={shipped}") == ("bfloat16", "bfloat16", "jax")
+    assert defaults(f"--flagfile={shipped}") == ("bfloat16", "bfloat16")

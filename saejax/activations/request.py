@@ -4,8 +4,8 @@ A request is run by one of two backends: hooks in the transformers model, or our
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Batch, Reader, Take
@@ -32,16 +32,12 @@ class CaptureRequest:
 
     source: source.ModelSource  #: the model's files
     sites: tuple[AnySite, ...]  #: the sites, in the order given
-    #: the decoder's configuration; None if it does not know the model, or only modules are asked for.
+    in_torch: bool  #: whether PyTorch runs the model, by hooks; otherwise the decoder does
+    #: the decoder's configuration; None if it does not know the model, or modules are asked for.
     decoder: DecoderConfig | None
     context: int | None  #: the longest input in tokens; None: it has no limit
     #: the request for the second model, whose sites are also among ``sites``; None: no second model.
     second: "CaptureRequest | None" = None
-
-    @property
-    def needs_torch(self) -> bool:
-        """True if the decoder cannot run the model, whatever ``--capture.backend`` says."""
-        return self.decoder is None
 
     def widths(self) -> dict[AnySite, int] | None:
         """Return the width of every site; None where the model has to be run to know it."""
@@ -64,7 +60,7 @@ def read_request(configs: Configs) -> CaptureRequest:
     config = configs[CaptureConfig]
     model_source = source.resolve(configs[ModelConfig])
     in_torch = source.runs_in_torch(configs[ModelConfig])
-    sites = parse_sites(config.sites, "torch" if in_torch else config.backend)
+    sites = parse_sites(config.sites, "torch" if in_torch else configs[ModelConfig].backend)
     of_other = tuple(site for site in sites if isinstance(site, OtherSite))
     if of_other:
         first = dataclasses.replace(config, sites=tuple(str(site) for site in sites if site not in of_other))
@@ -75,13 +71,22 @@ def read_request(configs: Configs) -> CaptureRequest:
         contexts = [each for each in (request.context, second.context) if each is not None]
         return dataclasses.replace(request, sites=sites, context=min(contexts, default=None), second=second)
     fields, where = source.read_model_config(model_source.folder), str(model_source.folder / "config.json")
-    if in_torch or all(isinstance(site, ModuleSite) for site in sites):
-        return CaptureRequest(model_source, sites, None, source.longest_input(model_source))
+    modules = any(isinstance(site, ModuleSite) for site in sites)
+    if modules or (in_torch and not _is_readable(fields, where)):
+        return CaptureRequest(model_source, sites, True, None, source.longest_input(model_source))
     decoder = read_config(fields, where)
     for site in sites:
         if isinstance(site, Site):
             site.check(decoder)
-    return CaptureRequest(model_source, sites, decoder, decoder.context)
+    return CaptureRequest(model_source, sites, in_torch, decoder, decoder.context)
+
+
+def _is_readable(fields: Mapping[str, Any], where: str) -> bool:
+    """Return whether the decoder knows a model of this ``config.json``, whose sites then have known widths."""
+    try:
+        return bool(read_config(fields, where))
+    except UserError:
+        return False
 
 
 def _other_request(configs: Configs, first: source.ModelSource, sites: Sequence[OtherSite]) -> CaptureRequest:
@@ -139,17 +144,16 @@ def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
             raise UserError(f"--capture.sites names {site} twice: name each site once")
         if isinstance(site, ModuleSite) and backend == "jax":
             raise UserError(
-                f"--capture.sites names {site}, a module of the PyTorch model: use --capture.backend=torch, or "
-                "a site of the decoder, such as resid_post.15"
+                f"--capture.sites names {site}, a module of the PyTorch model: use --model.backend=torch, or a site of "
+                "the decoder, such as resid_post.15"
             )
     return sites
 
 
-def batch_devices(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig) -> int:
+def batch_devices(mesh: MeshConfig, request: CaptureRequest) -> int:
     """Return the number of devices over which the rows of a batch are split."""
     models = [request, *([request.second] if request.second else [])]
-    in_torch = config.backend == "torch" or all(each.needs_torch for each in models)
-    return 1 if in_torch else document_devices(make_mesh(mesh))
+    return 1 if all(each.in_torch for each in models) else document_devices(make_mesh(mesh))
 
 
 def load_reader(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig) -> Reader:
@@ -160,7 +164,7 @@ def load_reader(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig
         # Each model by itself: the two may run in different backends.
         return PairReader(*(load_reader(mesh, each, config) for each in (first, request.second)))
     hand_over = DTYPES[config.store_dtype].name
-    if config.backend == "torch" or request.needs_torch:
+    if request.in_torch:
         from saejax.activations.torch_capture import SiteReader
 
         return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites, hand_over)

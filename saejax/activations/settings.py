@@ -13,8 +13,8 @@ class CaptureConfig(Config):
     sites: tuple[str, ...] = setting(
         ("resid_post.15",),
         "sites to record, such as resid_post.15,mlp_in.15,mlp_out.15, or layers of one kind such as "
-        "mlp_in.0-29; with --capture.backend=torch also modules of any transformers model: module:transformer.h.3.mlp "
-        "(its output), module_in:transformer.h.3.mlp (its input)",
+        "mlp_in.0-29; where PyTorch runs the model (--model.backend=torch, or modules alone) also its modules: "
+        "module:transformer.h.3.mlp (its output), module_in:transformer.h.3.mlp (its input)",
     )
     last: int = setting(0, "number of last positions of every document to record; 0: all positions", low=0)
     tokens: int = setting(
@@ -23,15 +23,10 @@ class CaptureConfig(Config):
         "dictionaries that were trained with --train.source=model; 0: all",
         low=0,
     )
-    backend: str = setting(
-        "jax",
-        "implementation that is captured: 'jax' (the JAX decoder, on the mesh) or 'torch' (hooks in the transformers "
-        "model, on a GPU if torch has one); both record the same rows, with values equal within rounding",
-        choices=("torch", "jax"),
-    )
     dtype: str = setting(
         "float32",
-        "dtype of the model during capture, with either backend (--model.dtype is for the other stages)",
+        "dtype of the model's weights and products while it is captured (--model.dtype is for the other stages; "
+        "--capture.store_dtype is of the activations on disk)",
         choices=("float32", "bfloat16"),
     )
     bos: str = setting(

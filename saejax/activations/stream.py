@@ -52,7 +52,7 @@ class ModelStream:
     the devices (``on_devices``); those of torch, of a second model and of joined sites pass through the host.
 
     Args:
-      configs: settings of model, corpus, capture and mesh; the backend is ``capture.backend``, the values are of
+      configs: settings of model, corpus, capture and mesh; the backend is ``model.backend``, the values are of
         ``capture.store_dtype``.
       parts: the sites of every part of a batch.
       rows: number of rows of a buffer.
@@ -84,7 +84,7 @@ class ModelStream:
         self._say, self._stopping, self._source = say, stopping, request.source
         self._sink_factor = config.sink_factor
         self.bos = "always" if begins_with_bos(request, config.bos) else "never"
-        self.documents, devices = documents(request), batch_devices(configs[MeshConfig], request, config)
+        self.documents, devices = documents(request), batch_devices(configs[MeshConfig], request)
         self._batch_tokens, self._last = config.batch_tokens, config.last
         self._seed, self._devices = configs[CorpusConfig].seed, devices
         self._plan = self._make_plan(self.documents.training(), rows)

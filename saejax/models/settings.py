@@ -29,8 +29,9 @@ class ModelConfig(Config):
     )
     backend: str = setting(
         "auto",
-        "implementation of the model: the JAX decoder (jax); transformers' PyTorch model on one device, slower and "
-        "without attribution graphs (torch); or PyTorch only for families that the decoder lacks (auto)",
+        "implementation of the model, in capture and all other stages: the JAX decoder (jax); transformers' PyTorch "
+        "model on one device, slower and without attribution graphs (torch); or PyTorch only for families that the "
+        "decoder lacks, and to capture modules alone (auto)",
         choices=("auto", "jax", "torch"),
         changes_results=False,  # what the model runs in counts, however it is chosen
     )

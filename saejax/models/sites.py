@@ -64,8 +64,8 @@ class Site:
             )
         if ModuleSite.names(text):
             raise UserError(
-                f"the site {text} is a module of the PyTorch model, which only capture (with --capture.backend=torch), "
-                "train, and lm(...) of a model loaded with backend='torch' can use: the other stages run a model up to "
+                f"the site {text} is a module of the PyTorch model, which only capture, train, "
+                "and lm(...) of a model loaded with backend='torch' can use: the other stages run a model up to "
                 "a site of a layer and on from there, and a module is no such place; expected one such as resid_post.15"
             )
         kind, _, layer = text.partition(".")

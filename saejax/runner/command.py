@@ -17,12 +17,10 @@ from pathlib import Path
 
 from absl import flags
 
-from saejax.activations.settings import CaptureConfig
 from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
 from saejax.models.settings import ModelConfig
 from saejax.parallel.cluster import joined_processes, process_label
 from saejax.runner import command_line, environment, pipeline
-from saejax.training.settings import TrainConfig
 
 _signals: list[int] = []  # that came since the handlers were installed
 _DISK = {
@@ -54,9 +52,8 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         workdir = command_line.named_workdir(flag_values)
         say = make_logger()
         say(f"the workdir is {workdir}")
-        runs_model = "capture" in stages or ("train" in stages and configs[TrainConfig].source == "model")
         # Which family a model is of, and so what "auto" means, is only known once its files are there.
-        shares_gpu = configs[ModelConfig].backend != "jax" or (runs_model and configs[CaptureConfig].backend != "jax")
+        shares_gpu = configs[ModelConfig].backend != "jax"
         # Before JAX is imported: it reads these variables when it first looks for devices.
         environment.for_devices(bool(flag_values["deterministic"].value), shares_gpu)
         environment.keep_programs(Path(workdir))

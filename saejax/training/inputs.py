@@ -180,7 +180,7 @@ def model_source(
         stream = ModelStream(configs, parts, config.buffer_rows, documents, say, stopping)
     if several and stream.on_devices is None:
         raise UserError(
-            "--train.source=model runs in several processes with --capture.backend=jax, one model and no joined sites "
+            "--train.source=model runs in several processes with --model.backend=jax, one model and no joined sites "
             "alone: use --mesh.processes=1, or capture a store"
         )
     steps = config.count_steps(_buffer_order(config, stream).per_epoch)

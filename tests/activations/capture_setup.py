@@ -30,12 +30,19 @@ class Setup:
     folder: object
 
     def make_run(
-        self, name="capture", corpus=(), say=lambda line: None, stopping=lambda: False, model=None, mesh=None, **options
+        self,
+        name="capture",
+        corpus=(),
+        say=lambda line: None,
+        stopping=lambda: False,
+        model=None,
+        mesh=None,
+        backend="torch",
+        **options,
     ):
         settings = dict(sites=ALL_SITES, store_dtype="float32", shard_rows=200, batch_tokens=64, max_sink_share=1.0)
-        settings["backend"] = "torch"
         configs = Configs(
-            ModelConfig(path=str(model or self.model)),
+            ModelConfig(path=str(model or self.model), backend=backend),
             CorpusConfig(**dict(path=str(self.folder / "corpus.jsonl"), context=32, held_out=0.3) | dict(corpus)),
             TaskConfig(),
             CaptureConfig(**settings | options),

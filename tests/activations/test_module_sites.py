@@ -70,7 +70,7 @@ def test_modules_beside_sites_of_the_decoder(setup, captured):
     assert np.array_equal(store.read(module, rows), store.read("mlp_out.2", rows))
     assert relative_error(store.read("resid_post.0", rows), captured[0].read("resid_post.0", rows)) < 1e-5
     assert store.d("module:model.layers.0.mlp.act_fn") == 96
-    with pytest.raises(UserError, match="module:model.layers.2.mlp, a module of the PyTorch model: use --capture.b"):
+    with pytest.raises(UserError, match="module:model.layers.2.mlp, a module of the PyTorch model: use --model.b"):
         setup.capture("refused", sites=(module,), backend="jax")
 
 
@@ -109,7 +109,7 @@ def test_sites_that_a_model_does_not_have(bloom_setup, site, message):
 
 @pytest.mark.usefixtures("single_device")
 def test_from_capture_to_training_and_no_further(bloom_setup, tmp_path, capsys):
-    settings = dict(task__behaviours="", capture__sites=SITES[0], capture__backend="torch", train__kinds="topk")
+    settings = dict(task__behaviours="", capture__sites=SITES[0], train__kinds="topk")
     corpus = bloom_setup.folder / "corpus.jsonl"
     flags = small_flags(bloom_setup.model, corpus, tmp_path / "run", train__sites=SITES[0], **settings)
     assert command.run(["capture", "train"], "", ["program", *flags]) == 0

@@ -39,9 +39,9 @@ def run(tiny_llama, tmp_path, backend):
     """A run over 60 short documents."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n\n".join(f"The {i % 7} dogs run near {i} rivers, and {i + 3} trees." for i in range(60)))
-    configs = default_configs() | ModelConfig(path=str(tiny_llama))
+    configs = default_configs() | ModelConfig(path=str(tiny_llama), backend=backend)
     configs |= CorpusConfig(path=str(corpus), held_out=0.2, context=20)
-    configs |= CaptureConfig(sites=SITES, store_dtype="float32", max_sink_share=1.0, batch_tokens=128, backend=backend)
+    configs |= CaptureConfig(sites=SITES, store_dtype="float32", max_sink_share=1.0, batch_tokens=128)
 
     return Run("capture", "", tmp_path, configs, {}, say=lambda line: None)
 

@@ -139,7 +139,7 @@ def test_decoding_compiles_and_its_flops_are_those_of_the_new_tokens(programs, p
 
 def test_training_from_the_model_keeps_all_of_it_on_the_devices(mesh, lm):
     """While a buffer is filled there is the state; while a step is taken there are the model and the buffer."""
-    changes = dict(train__source="model", capture__backend="jax", train__batch=64, train__buffer_rows=512)
+    changes = dict(train__source="model", train__batch=64, train__buffer_rows=512)
     plan = on_mesh(plan_run(lm.config, "resid_post.3", **READ, **changes), mesh)
     programs = {program.name: program for program in stage_programs(plan)}
     stack = make_stack(plan, mesh)

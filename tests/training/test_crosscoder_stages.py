@@ -19,7 +19,6 @@ from saejax.runner.results import load_results
 pytestmark = pytest.mark.usefixtures("two_devices")
 LAYERS, MODELS = "resid_post.0+resid_post.1", "resid_post.1+other:resid_post.1"
 CHANGES = dict(
-    capture__backend="jax",
     capture__sites="resid_post.0,resid_post.1,other:resid_post.1",
     train__sites=f"{LAYERS},{MODELS}",
     train__kinds="batchtopk",

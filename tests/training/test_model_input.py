@@ -34,7 +34,7 @@ def train(inputs, tmp_path_factory):
 
     def run(workdir=None, **changes):
         workdir = workdir or tmp_path_factory.mktemp("model") / "run"
-        flags = runs.small_flags(*inputs, workdir, **CHANGES | dict(capture__backend="jax") | changes)
+        flags = runs.small_flags(*inputs, workdir, **CHANGES | changes)
         return command.run(["train"], "", ["program", *flags]), workdir
 
     return run
@@ -103,7 +103,7 @@ def test_bad_input_is_one_line(train, capsys):
 
 
 def test_it_is_evaluated_and_reported_with_a_sample_in_place_of_a_store(inputs, tmp_path, capsys):
-    changes = dict(capture__backend="jax", corpus__stream=True, capture__tokens=150, train__kinds="topk")
+    changes = dict(corpus__stream=True, capture__tokens=150, train__kinds="topk")
     changes |= dict(task__behaviours="agreement", ablate__baselines="", ablate__untrained_dictionaries=0)
     flags = runs.small_flags(*inputs, tmp_path / "run", **CHANGES | changes, ablate__text_documents=0)
     stages = ["preflight", "baseline", "tokenize", "capture", "train", "evaluate", "ablate", "report"]
@@ -180,7 +180,7 @@ def test_each_step_takes_its_rows_of_its_buffer(tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_from_the_model_as_one(inputs, tmp_path):
     sites = "resid_post.0,resid_post.1"
-    changes = dict(train__source="model", capture__backend="jax", train__kinds="topk", train__buffer_rows=400)
+    changes = dict(train__source="model", train__kinds="topk", train__buffer_rows=400)
     changes |= dict(train__sites=sites, capture__sites=sites, train__epochs=20, train__max_steps=40)
     changes |= dict(mesh__member=2, mesh__model=2)
     one = runs.start("train", runs.small_flags(*inputs, tmp_path / "one", **changes), JAX_NUM_CPU_DEVICES="8")
@@ -189,13 +189,13 @@ def test_two_processes_train_from_the_model_as_one(inputs, tmp_path):
         runs.finish(process)
     assert runs.dictionary_checksums(tmp_path / "one") == runs.dictionary_checksums(tmp_path / "two")
     assert len(runs.dictionary_checksums(tmp_path / "two")) == 2
-    refused = runs.start_pair("train", [*flags, "--capture.backend=torch"], JAX_NUM_CPU_DEVICES="4")
+    refused = runs.start_pair("train", [*flags, "--model.backend=torch"], JAX_NUM_CPU_DEVICES="4")
     outputs = [process.communicate()[0] for process in refused]
-    assert [process.returncode for process in refused] == [2, 2] and "with --capture.backend=jax" in outputs[0]
+    assert [process.returncode for process in refused] == [2, 2] and "with --model.backend=jax" in outputs[0]
 
 
 CROSS_LAYER = dict(
-    train__source="model", capture__backend="jax", train__form="cross_layer_transcoder", train__sites="mlp_in.0-1",
+    train__source="model", train__form="cross_layer_transcoder", train__sites="mlp_in.0-1",
     train__kinds="batchtopk", train__buffer_rows=200, train__epochs=3, train__checkpoint_every=2,
     train__state_dtype="float64",
 )  # fmt: skip

@@ -97,7 +97,6 @@ def test_attribution(lm, one_device):
 def test_a_program_of_nested_bfloat16_products_runs_to_its_end(inputs, tmp_path):
     """In a process of its own, compiled as in real runs: the compiled step once ended it, on a CPU."""
     changes = dict(task__behaviours="", train__kinds="matryoshka", train__matmul="bfloat16", train__source="model")
-    changes |= dict(capture__backend="jax")  # torch takes longer to import than all that is asked here
     flags = runs.small_flags(*inputs, tmp_path, train__max_steps=4, **changes)
     runs.finish(runs.start("train", flags, XLA_FLAGS=""))
     (member,) = load_results(tmp_path / "train" / "matryoshka").members

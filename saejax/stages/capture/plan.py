@@ -11,13 +11,14 @@ from saejax.costs.programs import Program, abstract_params
 from saejax.flops import pass_flops
 from saejax.models.language_model import forward
 from saejax.models.lengths import rows_per_batch
+from saejax.models.settings import ModelConfig
 from saejax.parallel.mesh import BY_DOCUMENT, document_devices
 from saejax.tasks.settings import CorpusConfig
 
 
 def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """Return the program of the JAX decoder's forward pass; none where the model runs in PyTorch."""
-    if plan.configs[CaptureConfig].backend != "jax" or not plan.sites:
+    if plan.configs[ModelConfig].backend == "torch" or not plan.sites:
         return []
     rows, length = batch_shape(plan, mesh)
     layers = 1 + max((site.layer for site in plan.sites), default=0)

@@ -61,7 +61,7 @@ def run_capture(run: Run) -> CaptureResults:
         with _alone_of_several(mesh):
             reader = load_reader(mesh, request, config)
         site_widths = reader.widths
-    backend = "torch" if request.needs_torch else config.backend
+    backend = "torch" if request.in_torch else "jax"
     widths = {str(site): width for site, width in site_widths.items()}
     writer = StoreWriter(run.folder, plan, widths, config.store_dtype, _work(run, request, plan.documents))
     # Shards of other runs are taken before anything is counted as missing, by one process, as they are hard links.
@@ -123,7 +123,7 @@ def _plan_capture(run: Run, request: CaptureRequest) -> Plan:
     documents = whole.sample(config.tokens) if config.tokens else whole
     seed, mesh = run.configs[CorpusConfig].seed, run.configs[MeshConfig]
     with _alone_of_several(mesh):
-        devices = batch_devices(mesh, request, config)
+        devices = batch_devices(mesh, request)
     plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, seed, whole, devices)
     if not plan.rows:
         raise UserError(
@@ -139,7 +139,7 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
     hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
     index = [config.shard_rows, config.last, run.configs[CorpusConfig].seed, hashes]
     # A change of any of these would make other values; the mesh and the batch size do not belong here.
-    vectors = ["torch" if request.needs_torch else config.backend, config.dtype, config.store_dtype]
+    vectors = ["torch" if request.in_torch else "jax", config.dtype, config.store_dtype]
     work = {INDEX: fingerprint(index)}
     for site in request.sites:
         captured = request.second if isinstance(site, OtherSite) and request.second else request

@@ -28,6 +28,7 @@ from saejax.stages.train.pretrained import Pretrained, find_pretrained
 from saejax.training.checkpoints import KEPT
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.scales import SiteScale
+from saejax.models.settings import ModelConfig
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, batch_parts, check_divides, stack_shape
 from saejax.training.state import abstract_state
@@ -151,7 +152,7 @@ def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
-    filled = plan.configs[TrainConfig].source == "model" and plan.configs[CaptureConfig].backend == "jax"
+    filled = plan.configs[TrainConfig].source == "model" and plan.configs[ModelConfig].backend != "torch"
     programs: list[Program] = []
     for stack in (stack for kind, stack in plan.stacks.items() if kind != PRETRAINED):
         step = _step(plan, stack, mesh)
