@@ -28,7 +28,7 @@ def load_model(
       dtype: "float32" or "bfloat16", of weights and products.
       mesh: the devices, with the axes of ``saejax.parallel.mesh``; heads, MLP and vocabulary are split over ``model``
         where it divides them, prompts over ``data``. None: all devices on ``data``.
-      check: whether to compare the logits of 64 tokens with transformers', which loads the model there too. None: the
+      check: whether to compare the model with transformers on some tokens, which loads the model there too. None: the
         first time that a model with fields in its config.json that saejax does not know is loaded.
       backend: "jax", the decoder; "torch", transformers' model behind the same interface, on one device (slower, and
         without attribution graphs); "auto": the decoder if it has the family.

@@ -6,6 +6,5 @@ hand or for others that need not be there; the compiler says how much memory eac
 - ``shapes``: models, known by their ``config.json`` alone;
 - ``plan``: a configuration on a model, its programs, the bytes and hours that it takes;
 - ``topology``: the devices, TPU slices and nodes of GPUs included; ``collectives``: what a program makes devices send;
-- ``rates``: the speed of this machine, measured;
-- ``parity``: the decoder against transformers.
+- ``rates``: the speed of this machine, measured.
 """

@@ -7,6 +7,7 @@ from loaded_models import change_config
 import saejax
 from saejax.errors import UserError
 from saejax.models import parity
+from saejax.models.sites import KINDS, NEURONS
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -60,13 +61,25 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(copy, compared, monkeypat
     assert len(compared) == 2
 
 
-def test_the_error_is_relative_to_the_spread_of_the_logits():
-    rng = np.random.default_rng(0)
-    theirs_TxV = rng.standard_normal((5, 7))
-    noise_TxV = rng.standard_normal((5, 7))
-    noise_TxV -= noise_TxV.mean(-1, keepdims=True)
-    expected = 1e-3 * np.linalg.norm(noise_TxV) / np.linalg.norm(theirs_TxV - theirs_TxV.mean(-1, keepdims=True))
-    error = parity.relative_error(theirs_TxV + 100 + 1e-3 * noise_TxV, theirs_TxV)  # a constant changes no probability
-    np.testing.assert_allclose(error, expected, rtol=1e-9)
-    theirs_TxV[0, 0] = np.nan
-    assert parity.relative_error(noise_TxV, theirs_TxV) == float("inf")
+def test_a_difference_is_found_where_it_is(copy):
+    """A decoder whose second layer reads other weights differs from there on, on random tokens and on real text."""
+    lm = saejax.load_model(str(copy))
+    lm.params["layers.down_FxD"] = lm.params["layers.down_FxD"].at[1].multiply(1.01)
+    measured = parity.measure(lm, "float32", ["The cat near the dogs runs.", "3 + 4 ="])
+    assert list(measured) == ["random tokens", "real text"]
+    for errors in measured.values():
+        assert set(errors) == {*KINDS, NEURONS, "logits"}
+        assert errors["mlp_out"].value >= 0.0099 and errors["mlp_out"].layer >= 1
+        assert errors["resid_post"].value > 1e-4 and errors["logits"].value > 1e-4 and errors["logits"].layer == -1
+    lm.params["layers.down_FxD"] = lm.params["layers.down_FxD"].at[1].divide(1.01)
+    exact = parity.measure(lm, "float32")
+    assert max(error.value for errors in exact.values() for error in errors.values()) < 1e-5
+
+
+def test_errors_are_relative_to_the_largest():
+    theirs_NxD = np.array([[4.0, -8.0], [0.0, 0.0]], np.float32)
+    ours_NxD = theirs_NxD.copy()
+    ours_NxD[1, 0] = 2.0
+    assert parity.relative_error(ours_NxD, theirs_NxD) == 0.25
+    ours_NxD[0, 0] = np.nan
+    assert parity.relative_error(ours_NxD, theirs_NxD) == parity.relative_error(theirs_NxD, ours_NxD) == np.inf

@@ -1,6 +1,7 @@
 """The stage ``preflight``: compile what will run, and say whether it fits and how long it takes."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import psutil
 from saejax.costs.plan import PlannedRun
 from saejax.errors import CheckFailed, Interrupted, UserError
 from saejax.flops import parameters, peak_flops
+from saejax.models import parity
+from saejax.models.loading import load_model
 from saejax.models.settings import ModelConfig
 from saejax.parallel.collectives import process_count
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
-from saejax.preflight import parity, rates
+from saejax.preflight import rates
 from saejax.preflight.plan import (
     check_dictionaries,
     disk_bytes,
@@ -29,6 +32,7 @@ from saejax.runner.registry import all_stages
 from saejax.runner.workspace import Run
 from saejax.stages.preflight.settings import PreflightConfig
 from saejax.stages.train.plan import host_bytes, resident_bytes
+from saejax.tasks import corpora
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 from saejax.training.settings import TrainConfig
 
@@ -46,8 +50,6 @@ SHORTENING = dict(
     ablate="--task.test_prompts",
     benchmark="--task.examples",
 )
-# Largest relative error that passes: what another order of sums makes of float32, and rounding of bfloat16.
-TOLERANCE = dict(float32=1e-4, bfloat16=0.05)
 
 
 def run_preflight(run: Run) -> PreflightResults:
@@ -55,7 +57,7 @@ def run_preflight(run: Run) -> PreflightResults:
 
     Raises:
       UserError: something is missing or does not fit; the message says what to change.
-      CheckFailed: the decoder differs from transformers by more than ``TOLERANCE``.
+      CheckFailed: the decoder differs from transformers by more than ``parity.TOLERANCE``.
       Interrupted: asked to stop.
     """
     configs, config = run.configs, run.configs[PreflightConfig]
@@ -253,19 +255,22 @@ def _check_parity(run: Run, path: str) -> dict[str, dict[str, float]]:
     """Return a model's largest error of every kind of site, on each kind of tokens.
 
     Raises:
-      CheckFailed: one is above ``TOLERANCE``.
+      CheckFailed: one is above ``parity.TOLERANCE``.
     """
-    model = run.configs[ModelConfig]
+    model = named(path, run.configs[ModelConfig])
     run.say(f"{path}: decoder against transformers in {model.dtype}; largest relative error")
-    measured = parity.measure(run.configs, named(path, model), make_mesh(run.configs[MeshConfig]))
+    lm = load_model(model.path, model.revision, model.dtype, make_mesh(run.configs[MeshConfig]), check=False)
+    documents = corpora.documents(run.configs[CorpusConfig], run.configs[TaskConfig])
+    texts = [document.text for document in itertools.islice(documents, parity.PROMPTS)]
+    measured = parity.measure(lm, model.dtype, texts)
     for name, errors in measured.items():
         for kind, (value, layer) in errors.items():
             run.say(f"  {name:<14} {kind:<11} {value:.2e}{f' (layer {layer})' if layer >= 0 else ''}")
     for name, errors in measured.items():
         kind, (value, _) = max(errors.items(), key=lambda item: item[1])
-        if value > TOLERANCE[model.dtype]:
+        if value > parity.TOLERANCE[model.dtype]:
             raise CheckFailed(
                 f"{path} on {name}: {kind} differs from transformers by {value:.2e} of its largest value, more than "
-                f"{TOLERANCE[model.dtype]:g}"
+                f"{parity.TOLERANCE[model.dtype]:g}"
             )
     return {name: {kind: error.value for kind, error in errors.items()} for name, errors in measured.items()}

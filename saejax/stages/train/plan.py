@@ -21,6 +21,7 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.flops import pass_flops, step_flops, weights_share
 from saejax.models.config import DecoderConfig
+from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.parallel.mesh import BY_DOCUMENT
 from saejax.stages.capture.plan import batch_shape, recorded_rows
@@ -28,7 +29,6 @@ from saejax.stages.train.pretrained import Pretrained, find_pretrained
 from saejax.training.checkpoints import KEPT
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.scales import SiteScale
-from saejax.models.settings import ModelConfig
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, batch_parts, check_divides, stack_shape
 from saejax.training.state import abstract_state
