@@ -93,10 +93,10 @@ def stand_in_losses(
     ce_E, kl_E, tokens = np.zeros(3 + len(members)), np.zeros(3 + len(members)), 0
     for ids_BxT, lengths_B, predicted in document_batches(lm, documents, batch_tokens):
         limits = site_limit, target_limit
-        stream_BxTxD, x_BxTxD, y_BxTxD, inside_BxT = programs.head(point, lm.params, ids_BxT, *limits)
+        stream_BxTxX, x_BxTxD, y_BxTxD, inside_BxT = programs.head(point, lm.params, ids_BxT, *limits)
         values = [y_BxTxD, *(programs.constant(y_BxTxD, inside_BxT, value_D) for value_D in (floor_D, zero_D))]
         values += [programs.stand_in(member, x_BxTxD, y_BxTxD, inside_BxT) for member in members]
-        left = [programs.tail(point, lm.params, stream_BxTxD, value_BxTxD) for value_BxTxD in values]
+        left = [programs.tail(point, lm.params, stream_BxTxX, value_BxTxD) for value_BxTxD in values]
         # Together, so that the clean model's logits, which all variants are compared with, are computed once.
         ce_CxExB, kl_CxExB = programs.compare(lm.config, lm.params, jnp.stack(left), ids_BxT, lengths_B)
         # In fp64: the recovered loss is a difference of sums that are nearly equal.

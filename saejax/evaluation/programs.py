@@ -37,8 +37,8 @@ def head(
       The stream entering the suffix, the value that the dictionary reads, the target's value, each [B, T, D], and bool
       [B, T]: where neither value is a sink.
     """
-    stream_BxTxD, y_BxTxD, x_BxTxD = point.run_prefix(params, ids_BxT)
-    return stream_BxTxD, x_BxTxD, y_BxTxD, (_norm(x_BxTxD) <= site_limit) & (_norm(y_BxTxD) <= target_limit)
+    stream_BxTxX, y_BxTxD, x_BxTxD = point.run_prefix(params, ids_BxT)
+    return stream_BxTxX, x_BxTxD, y_BxTxD, (_norm(x_BxTxD) <= site_limit) & (_norm(y_BxTxD) <= target_limit)
 
 
 @jax.jit
@@ -55,9 +55,9 @@ def stand_in(member: MemberData, x_BxTxD: jax.Array, y_BxTxD: jax.Array, inside_
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def tail(point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
+def tail(point: SplitPoint, params: decoder.Params, stream_BxTxX: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
     """Return the stream [B, T, D] leaving the last layer, given another value of the target."""
-    return point.run_suffix(params, stream_BxTxD, value_BxTxD)
+    return point.run_suffix(params, stream_BxTxX, value_BxTxD)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -302,7 +302,7 @@ def _end_logits(
 ) -> jax.Array:
     """Return the logits of the next token after each prompt under an edit, [B, V]."""
     value_BxTxD = edit_value(rows.value_BxTxD, fall_BxTxK, W_dec_KxD, fraction_K[None, None, :])
-    last = point.ends(point.run_suffix(params, rows.stream_BxTxD, value_BxTxD), rows.last_B)
+    last = point.ends(point.run_suffix(params, rows.stream_BxTxX, value_BxTxD), rows.last_B)
     logits_BxV = decoder.unembed(point.config, params, last, point.rules)
     return jax.lax.with_sharding_constraint(logits_BxV, sharding(point.mesh))
 
@@ -363,7 +363,7 @@ def _start(
             if number >= clean:
                 first_P[:] = latest_P if number == clean else 0
         changes = fall_BxTxK, W_dec_KxD, past, logp_BxV, editable_BxT
-        values = CleanValues(run.stream_BxTxD, run.value_BxTxD, *changes)
+        values = CleanValues(run.stream_BxTxX, run.value_BxTxD, *changes)
         shards = document_devices(point.mesh)
         for batch in batches_of(first_MxP, prompts, chosen, features_K, batch_rows * length, shards):
             tree, end_SxC, *amounts = batch.filled(prompts, edits, point.positions)

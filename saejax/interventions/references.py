@@ -55,8 +55,8 @@ class Reference:
 class ReferenceBatch(NamedTuple):
     """References after the layers below the site; of the B rows some are copies that pad the batch."""
 
-    #: stream_BxTxD, value_BxTxD, read_BxTxD: as in ``CleanRun``.
-    stream_BxTxD: jax.Array
+    #: stream_BxTxX, value_BxTxD, read_BxTxD: as in ``CleanRun``.
+    stream_BxTxX: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
     real_BxT: jax.Array  #: True at the tokens of references; False in padding and in copies
@@ -348,8 +348,8 @@ def _answer_slopes(point: SplitPoint, params: decoder.Params, batch: ReferenceBa
 
     def objective(value_BxTxD: jax.Array) -> jax.Array:
         # Rows do not see each other, so the gradient of the sum holds every row's own.
-        x_BxTxD = point.run_suffix(params, batch.stream_BxTxD, value_BxTxD)
-        logp_BxC, _ = token_scores(point.config, params, x_BxTxD, batch.positions_BxC, batch.targets_BxC)
+        x = point.run_suffix(params, batch.stream_BxTxX, value_BxTxD)
+        logp_BxC, _ = token_scores(point.config, params, x, batch.positions_BxC, batch.targets_BxC)
         return (batch.weight_BxC * logp_BxC).sum()
 
     return jax.lax.with_sharding_constraint(jax.grad(objective)(batch.value_BxTxD), sharding(point.mesh))
@@ -384,6 +384,6 @@ def _run_answers(
         addend_RxTxK = jnp.where(rows.domain_BxT[..., None], addend_RxK[:, None, :], 0.0)
     fall_RxTxK = fall_BxTxK[some_R]
     edited_RxTxD = edit_value(rows.value_BxTxD, fall_RxTxK, W_dec_KxD, fraction_RxK[:, None, :], addend_RxTxK)
-    x_RxTxD = point.run_suffix(params, rows.stream_BxTxD, edited_RxTxD)
-    logp_RxC, _ = token_scores(point.config, params, x_RxTxD, rows.positions_BxC, rows.targets_BxC)
+    x = point.run_suffix(params, rows.stream_BxTxX, edited_RxTxD)
+    logp_RxC, _ = token_scores(point.config, params, x, rows.positions_BxC, rows.targets_BxC)
     return jax.lax.with_sharding_constraint((rows.weight_BxC * logp_RxC).sum(axis=1), sharding(point.mesh))

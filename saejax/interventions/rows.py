@@ -244,7 +244,7 @@ class CleanValues(NamedTuple):
     ``editable_BxT`` is None where no edit adds anything; ``logp_BxV`` where no readout needs it.
     """
 
-    stream_BxTxD: jax.Array
+    stream_BxTxX: jax.Array
     value_BxTxD: jax.Array
     fall_BxTxK: jax.Array
     W_dec_KxD: jax.Array
@@ -351,7 +351,7 @@ def run_rows(
       fraction_SxRxK: share of each feature's fall that each row applies; 0 for features that its edit does not name.
       addend_SxRxK: what is added to each activation; None: nothing.
     """
-    stream_SxNxD, value_SxNxD, fall_SxNxK = (array[tree.prompt_SxN, tree.position_SxN] for array in clean[:3])
+    stream, value_SxNxD, fall_SxNxK = (array[tree.prompt_SxN, tree.position_SxN] for array in clean[:3])
     addend_SxNxK = None
     if addend_SxRxK is not None:
         assert clean.editable_BxT is not None
@@ -359,8 +359,8 @@ def run_rows(
         addend_SxNxK = jnp.where(editable_SxN[..., None], tree.per_token(addend_SxRxK), 0.0)
     edited_SxNxD = edit_value(value_SxNxD, fall_SxNxK, clean.W_dec_KxD, tree.per_token(fraction_SxRxK), addend_SxNxK)
     by_shard = row_sharding(point.mesh, edited_SxNxD.shape)
-    stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
-    x = point.run_shared_suffix(params, clean.past, tree, stream_SxNxD, edited_SxNxD)
+    stream, edited_SxNxD = jax.lax.with_sharding_constraint((stream, edited_SxNxD), by_shard)
+    x = point.run_shared_suffix(params, clean.past, tree, stream, edited_SxNxD)
     # Last tokens are picked before the unembedding, the logits of all others are not needed.
     last = jnp.take_along_axis(x, end_SxC[..., None], axis=1).reshape(-1, point.positions, x.shape[-1])
     last = last if point.positions > 1 else last[:, 0]

@@ -99,15 +99,15 @@ def _readout_slopes(
     answers_Bx2: jax.Array,
 ) -> jax.Array:
     """Return the slope of a readout (static) with respect to the site's value, [B, T, D]; see ``run_head``."""
-    stream_BxTxD, value_BxTxD, _ = point.run_prefix(params, ids_BxT)
+    stream_BxTxX, value_BxTxD, _ = point.run_prefix(params, ids_BxT)
 
     def total(value_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = point.run_suffix(params, stream_BxTxD, value_BxTxD)
+        x = point.run_suffix(params, stream_BxTxX, value_BxTxD)
         # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
         if readout == "logit_diff":
-            return point.logit_difference(params, x_BxTxD, last_B, answers_Bx2).sum()
-        last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
-        logp_BxV = jax.nn.log_softmax(decoder.unembed(point.config, params, last_BxD, point.rules))
+            return point.logit_difference(params, x, last_B, answers_Bx2).sum()
+        last = jnp.take_along_axis(x, last_B[:, None, None], axis=1)[:, 0]
+        logp_BxV = jax.nn.log_softmax(decoder.unembed(point.config, params, last, point.rules))
         return jnp.take_along_axis(logp_BxV, answers_Bx2[:, :1], axis=1).sum()
 
     return jax.lax.with_sharding_constraint(jax.grad(total)(value_BxTxD), sharding(point.mesh))
@@ -333,7 +333,7 @@ def target_slopes(point: SplitPoint, params: decoder.Params, rows: SiteRows, tar
     """
 
     def end(value_BxTxD: jax.Array) -> jax.Array:
-        return point.ends(point.run_suffix(params, rows.stream_BxTxD, value_BxTxD), rows.last_B)
+        return point.ends(point.run_suffix(params, rows.stream_BxTxX, value_BxTxD), rows.last_B)
 
     # One forward pass for all targets; only the pullback is mapped over them.
     last_Bx, pullback = jax.vjp(end, rows.value_BxTxD)

@@ -36,7 +36,7 @@ SHORT = 64  # tokens up to which all prompts are padded to one length: a program
 class SiteRows(NamedTuple):
     """Inputs of the layers above the site on B prompts; fields as in ``CleanRun``."""
 
-    stream_BxTxD: jax.Array
+    stream_BxTxX: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
     domain_BxT: jax.Array
@@ -50,9 +50,9 @@ class CleanRun:
 
     #: the prompts' indices in the list they came from; the first P of the B rows, the rest are copies.
     index_P: np.ndarray
-    #: stream_BxTxD, value_BxTxD, read_BxTxD: the stream entering the layers above, the site's value, and the value that
+    #: stream_BxTxX, value_BxTxD, read_BxTxD: the stream entering the layers above, the site's value, and the value that
     #: the dictionary reads.
-    stream_BxTxD: jax.Array
+    stream_BxTxX: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
     domain_BxT: jax.Array  #: True at editable positions: those that were asked for and are not attention sinks
@@ -203,7 +203,7 @@ class SplitModel:
         if self.point in run.kept:
             return run.kept[self.point]
         parts = [
-            record(self.point, self.params, rows.stream_BxTxD, rows.value_BxTxD, rows.last_B)
+            record(self.point, self.params, rows.stream_BxTxX, rows.value_BxTxD, rows.last_B)
             for _, rows in self.slices(run)
         ]
         past = parts[0]
@@ -370,7 +370,7 @@ def read_site(
     point: SplitPoint,
     error: str,
     dictionary: Dictionary,
-    stream_BxTxD: jax.Array,
+    stream_BxTxX: jax.Array,
     value_BxTxD: jax.Array,
     read_BxTxD: jax.Array,
     last_B: jax.Array,
@@ -382,7 +382,7 @@ def read_site(
       point: as for ``run_head`` (static).
       error: likewise (static).
       dictionary: likewise.
-      stream_BxTxD: from ``SplitPoint.run_prefix``, as are
+      stream_BxTxX: from ``SplitPoint.run_prefix``, as are
       value_BxTxD: the site's value, and
       read_BxTxD: what the dictionary reads.
       last_B: as for ``run_head``.
@@ -396,16 +396,16 @@ def read_site(
         rebuilt_BxTxD = dictionary.decode(dictionary.encode(read_BxTxD), read_BxTxD).astype(value_BxTxD.dtype)
         # Sinks keep their values: dictionaries were not trained to rebuild them.
         value_BxTxD = jnp.where(domain_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
-    outputs = stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
+    outputs = stream_BxTxX, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
     return jax.lax.with_sharding_constraint(outputs, sharding(point.mesh))  # edited rows pick theirs from all of these
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def record(
-    point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array, last_B: jax.Array
+    point: SplitPoint, params: decoder.Params, stream_BxTxX: jax.Array, value_BxTxD: jax.Array, last_B: jax.Array
 ) -> tuple[jax.Array, PrefixKV]:
     """Return what ``SplitModel.past`` does, of arrays as ``CleanRun`` has them."""
-    x, past = point.run_suffix_with_kv(params, stream_BxTxD, value_BxTxD)
+    x, past = point.run_suffix_with_kv(params, stream_BxTxX, value_BxTxD)
     last = jnp.take_along_axis(x, last_B[:, None, None], axis=1)[:, 0]
     return jax.lax.with_sharding_constraint((last, past), sharding(point.mesh))
 

@@ -78,8 +78,8 @@ def _run_kept(
     means_BxTxD = clean_BxTxD - matmul(fall_BxTxF, W_dec_FxD)  # all features at their means
 
     def measure(value_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD.astype(rows.value_BxTxD.dtype))
-        return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2)
+        x = point.run_suffix(params, rows.stream_BxTxX, value_BxTxD.astype(rows.value_BxTxD.dtype))
+        return point.logit_difference(params, x, rows.last_B, rows.answers_Bx2)
 
     def keep(chosen: tuple[jax.Array, jax.Array]) -> jax.Array:
         members_K, weight_K = chosen

@@ -174,8 +174,8 @@ class SplitPoint:
         """Run the prompts, token ids ``ids``, up to the site.
 
         Returns:
-          The stream entering the suffix's first layer, the site's value, and what the dictionary reads, all [B, T, D];
-          the same array where they are the same site. Of several sites D is the width of all.
+          The stream entering the suffix's first layer, the site's value, and what the dictionary reads, [B, T, width of
+          the site]; the same array where they are the same site. Of several sites the width is that of all.
         """
         x_BxTxD = decoder.embed(self.config, params, ids_BxT)
         if self.in_stream and self.reads == self.site and not self.later:
@@ -200,21 +200,21 @@ class SplitPoint:
         wide = [jnp.concatenate([seen[site], *unchanged], axis=-1) for site in (stream, self.site)]
         return wide[0], wide[1], jnp.concatenate([seen[site] for site in sites], axis=-1)
 
-    def run_suffix(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
+    def run_suffix(self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxX: jax.Array) -> jax.Array:
         """Run the rest of the model from a value of the site, edited or not; return the stream leaving the last layer.
 
-        The ``stream`` comes from ``run_prefix``. All are [B, T, D].
+        The ``stream`` comes from ``run_prefix``, [B, T, D], and so does the result's shape; X is the site's width.
         """
-        return self._run_on(params, stream_BxTxD, value_BxTxD).x
+        return self._run_on(params, stream_BxTxD, value_BxTxX).x
 
     def run_suffix_with_kv(
-        self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array
+        self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxX: jax.Array
     ) -> tuple[jax.Array, PrefixKV]:
         """Return the result of ``run_suffix`` and the keys and values of its layers; see ``run_suffix``."""
         if isinstance(self.config, TorchConfig):
-            clean = torch_bridge.as_prefix(stream_BxTxD, value_BxTxD)
-            return self.run_suffix(params, stream_BxTxD, value_BxTxD), PrefixKV(*clean)
-        output = self._run_on(params, stream_BxTxD, value_BxTxD, collect=(KEYS, VALUES))
+            clean = torch_bridge.as_prefix(stream_BxTxD, value_BxTxX)
+            return self.run_suffix(params, stream_BxTxD, value_BxTxX), PrefixKV(*clean)
+        output = self._run_on(params, stream_BxTxD, value_BxTxX, collect=(KEYS, VALUES))
         return output.x, PrefixKV(output.collected[KEYS], output.collected[VALUES])
 
     def run_shared_suffix(
@@ -223,7 +223,7 @@ class SplitPoint:
         prefix: PrefixKV,
         batch: SharedPrefixBatch,
         stream_SxNxD: jax.Array,
-        value_SxNxD: jax.Array,
+        value_SxNxX: jax.Array,
     ) -> jax.Array:
         """Run the rest of the model on edited prompts, from the first changed token of each on.
 
@@ -232,9 +232,9 @@ class SplitPoint:
         """
         if isinstance(self.config, TorchConfig):
             run = functools.partial(self.run_suffix, params)
-            return torch_bridge.run_rows(run, prefix, batch, (stream_SxNxD, value_SxNxD))
+            return torch_bridge.run_rows(run, prefix, batch, (stream_SxNxD, value_SxNxX))
         attention = batch.attention(self.config, prefix, self._start)
-        return self._run_on(params, stream_SxNxD, value_SxNxD, attention).x
+        return self._run_on(params, stream_SxNxD, value_SxNxX, attention).x
 
     def _run_on(
         self,

@@ -129,9 +129,9 @@ def restrict_unembedding(params: Params, ids_N: jax.Array) -> Params:
     return {**params, RESTRICTED: ids_N}
 
 
-def as_prefix(stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def as_prefix(stream_BxTxD: jax.Array, value_BxTxX: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return stream and value of the site of clean prompts, for ``run_rows``, in the shape of keys, [1, P, T, 1, D]."""
-    return stream_BxTxD[None, :, :, None], value_BxTxD[None, :, :, None]
+    return stream_BxTxD[None, :, :, None], value_BxTxX[None, :, :, None]
 
 
 def run_rows(

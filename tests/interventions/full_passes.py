@@ -135,14 +135,20 @@ class PlainRun:
         kind, _, layer = (site or self.dictionary.config.target or self.dictionary.site).partition(".")
         block = self.model.model.layers[int(layer)]
         attention = block.self_attn
-        modules = dict(mlp_in=block.mlp, mlp_out=block.mlp, attn_out=attention, attn_z=attention.o_proj)
+        modules = dict(
+            mlp_in=block.mlp,
+            mlp_act=block.mlp.down_proj,
+            mlp_out=block.mlp,
+            attn_out=attention,
+            attn_z=attention.o_proj,
+        )
         modules |= dict(attn_q=attention.q_proj, attn_k=attention.k_proj, attn_v=attention.v_proj)
         module = modules.get(kind, block)
 
         def swap(value):
             return (change(value[0]), *value[1:]) if isinstance(value, tuple) else change(value)
 
-        if kind in ("resid_pre", "mlp_in", "attn_z"):
+        if kind in ("resid_pre", "mlp_in", "mlp_act", "attn_z"):
             hook = module.register_forward_pre_hook(lambda module, inputs: swap(inputs))
         else:
             hook = module.register_forward_hook(lambda module, inputs, output: swap(output))

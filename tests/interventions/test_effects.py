@@ -41,7 +41,9 @@ PLACES = [
     ("transcoder", "1:4", "drop"),
 ]
 CASES = [(kind, *place) for kind, place in itertools.product(EDITS, PLACES)]
-CASES += [("zero", site, "all", "keep") for site in ("resid_pre.2", "resid_post.3", "mlp_in.1", "attn_out.3")]
+CASES += [
+    ("zero", site, "all", "keep") for site in ("resid_pre.2", "resid_post.3", "mlp_in.1", "mlp_act.1", "attn_out.3")
+]
 
 
 @pytest.fixture(scope="module")

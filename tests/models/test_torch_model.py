@@ -156,8 +156,8 @@ def test_jax_functions_of_a_model(both, kind):
         def run(ids_BxT, point=point, each=each):
             stream, value, read = point.run_prefix(each.params, ids_BxT)
 
-            def difference(value_BxTxD):
-                x_BxTxD = point.run_suffix(each.params, stream, value_BxTxD)
+            def difference(value_BxTxX):
+                x_BxTxD = point.run_suffix(each.params, stream, value_BxTxX)
                 return point.logit_difference(each.params, x_BxTxD, last_B, answers_Bx2)
 
             slope = jax.grad(lambda value: difference(value).sum())(value)
