@@ -178,21 +178,6 @@ class Plan:
             batches.append(Batch(ids_BxT, *where, taken, train_B, (filled, length)))
         return batches
 
-    def padding_share(self, filled: bool = True) -> float:
-        """Return the share of padding in all tokens that go through the model.
-
-        Args:
-          filled: whether batches are filled up to their ``shape``; otherwise they go through as they are, each document
-            padded to the longest.
-        """
-        real = padded = 0
-        for shard in range(self.shards):
-            _, _, stop_S = self._spans(shard)
-            real += int(stop_S.sum())
-            for chosen, rows, length in self._groups(stop_S):
-                padded += rows * length if filled else len(chosen) * int(stop_S[chosen[0]])
-        return 1 - real / padded
-
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
         """The lengths of programs, rising; the last is the longest document's."""

@@ -49,6 +49,5 @@ class CaptureResults:
     documents: Mapping[str, int]  #: texts, or pieces of them that fit the context, by split
     tokens: Mapping[str, int]  #: recorded tokens by split
     tokens_per_second: float  #: speed, padding excluded; 0 if nothing was left to do
-    padding_share: float  #: share of padding in the tokens that the model ran on
     backend: str  #: which ran the model, torch or jax
     dtype: str  #: in which it ran

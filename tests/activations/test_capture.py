@@ -29,7 +29,6 @@ def test_every_token_is_stored_once_and_no_padding(captured):
     store, results = captured
     expected = {(i, position) for i, ids in enumerate(store.documents) for position in range(len(ids))}
     assert set(rows_by_place(store)) == expected
-    assert results.padding_share > 0  # there was padding to leave out
     assert 1 in store.documents.lengths_N  # and a document of one token
     assert results.documents == {split: len(store.documents.of(split)) for split in ("train", "held_out")}
     assert sum(results.tokens.values()) == len(expected) == results.sites["attn_out.0"].rows

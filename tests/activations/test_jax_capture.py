@@ -75,11 +75,11 @@ def test_a_mesh_of_eight_devices_gives_the_same_rows(setup, monkeypatch, mesh, r
     assert jax.device_count() == 8
     options = dict(sites=("mlp_in.0", "resid_post.2"), shard_rows=rows)
     expected, _ = setup.capture("torch_for_mesh", **options)
-    found, results = setup.capture("jax_on_mesh", backend="jax", mesh=MeshConfig(**mesh), **options)
+    found, _ = setup.capture("jax_on_mesh", backend="jax", mesh=MeshConfig(**mesh), **options)
     assert_same_store(found, expected)
     # Each device computes its share of the rows, whichever axis it is on, but for that of the heads.
     assert shares and all(rows == share * 8 // mesh.get("model", 1) for rows, share in shares)
-    assert sum(real) < sum(ran) and results.padding_share == pytest.approx(1 - sum(real) / sum(ran))
+    assert sum(real) < sum(ran), "there was padding to leave out"
 
 
 def test_bfloat16_products_stay_close_and_are_stored_rounded(setup, on_one_device):

@@ -180,7 +180,7 @@ def make_workspace(
     site = dict(rows=9, bytes=9, d=4, median_norm=1.0, largest_norm=2.0, max_norm=10.0, sinks=sinks)
     counts = dict(train=8, held_out=1)
     captured = dict(sites={"resid_post.15": site}, documents=counts, tokens=counts)
-    captured |= dict(tokens_per_second=0.0, padding_share=0.1, backend="jax", dtype="float32")
+    captured |= dict(tokens_per_second=0.0, backend="jax", dtype="float32")
     results = dict(baseline=made_up_baseline(), capture=captured)
     trained = dict(site="resid_post.15", target="resid_post.15", settings=dict(seed=123), final={})
     trained |= dict(input_scale=1.0, output_scale=1.0, dead_fraction=0.0)

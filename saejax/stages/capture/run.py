@@ -107,7 +107,6 @@ def run_capture(run: Run) -> CaptureResults:
         backend=backend,
         dtype=config.dtype,
         tokens_per_second=round(rate, 1),
-        padding_share=plan.padding_share(filled=backend == "jax"),
     )
 
 
