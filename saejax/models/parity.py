@@ -115,19 +115,16 @@ def _random_tokens(lm: Any, longest: int) -> Tokens:
 
 def _compare(lm: Any, output: Any, model: Any, tokens: Tokens) -> dict[str, Error]:
     """Return the largest error of every kind of site, and of the logits."""
-    import torch
-
     mask_BxT, errors = tokens.mask_BxT, dict[str, Error]()
 
-    def look(site: AnySite, value: torch.Tensor) -> torch.Tensor:
+    def look(site: AnySite, value: Any) -> Any:
         """Compare a site's value, and leave it unchanged."""
         assert isinstance(site, Site)
         error = relative_error(to_host(output.sites[str(site)])[mask_BxT], value.float().cpu().numpy()[mask_BxT])
         errors[site.kind] = max(errors.get(site.kind, Error(0.0, 0)), Error(error, site.layer))
         return value
 
-    with torch.inference_mode():
-        theirs = model.run(tokens.ids_BxT, mask_BxT, [Site.parse(site) for site in output.sites], look).logits
+    theirs = model.run(tokens.ids_BxT, mask_BxT, [Site.parse(site) for site in output.sites], look).logits
     theirs_NxV = theirs.float().cpu().numpy()[mask_BxT][:, : lm.config.vocab]
     ours_NxV = to_host(output.logits_BxTxV)[mask_BxT]
     centred = (logits - logits.mean(axis=-1, keepdims=True) for logits in (ours_NxV, theirs_NxV))
