@@ -90,7 +90,7 @@ CASES = {
     | dict(layer_types=[GLOBAL, LOCAL] * 2, rope_parameters={GLOBAL: YARN, LOCAL: PLAIN}),
     "gpt_oss-windows_yarn": dict(rope_parameters=YARN | dict(truncate=False)),
     "gpt_oss-clamped_unbiased_attention": MULTI_QUERY
-    | dict(attention_bias=False, swiglu_limit=0.3, sliding_window=None, layer_types=[GLOBAL] * 3),
+    | dict(attention_bias=False, swiglu_limit=0.3, layer_types=[GLOBAL] * 3),
     "phi3-window": dict(sliding_window=5),
     "phi3-longrope_partial": MULTI_QUERY
     | dict(hidden_size=48, original_max_position_embeddings=20, rope_parameters=LONGROPE),
