@@ -193,7 +193,8 @@ class SplitModel:
 
     def slices(self, run: CleanRun, most: int = PROMPTS) -> Iterator[tuple[slice, SiteRows]]:
         """Yield at most ``most`` rows of a run at a time: which they are, and their arrays by ``by_row``."""
-        size = rows_at_once(*run.domain_BxT.shape, most)
+        rows, length = run.domain_BxT.shape
+        size = rows_at_once(rows, length, most)
         for first in range(0, len(run.last_B), size):
             part = slice(first, first + size)
             yield part, SiteRows(*self.by_row(*(getattr(run, name)[part] for name in SiteRows._fields)))
