@@ -9,7 +9,7 @@ from math import prod
 
 import jax
 
-from saejax.dictionaries.cross_layer import FORM
+from saejax.dictionaries.cross_layer import FORMS
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
 
@@ -52,7 +52,7 @@ def weights_share(form: str, layers: int) -> float:
     Of each layer's two matrices a cross-layer transcoder (a ``form`` of ``--train.form``) has one encoder, and
     (layers + 1) / 2 decoders on average.
     """
-    return (layers + 3) / 4 if form == FORM else 1.0
+    return (layers + 3) / 4 if form in FORMS else 1.0
 
 
 def parameters(model: DecoderConfig) -> int:

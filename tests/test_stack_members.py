@@ -11,6 +11,7 @@ import pytest
 import runs
 
 from saejax import load_dictionary, load_results
+from saejax.activations.store import Store
 from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.files import write_json
@@ -223,6 +224,25 @@ def test_a_member_that_was_deleted_is_trained_again(inputs, swept, tmp_path):
     go(inputs, run, ["train"], train__k="4,8")
     assert contents(run / "train" / "topk" / "k4") == kept
     assert runs.dictionary_checksums(run) == runs.dictionary_checksums(swept)
+
+
+@pytest.mark.parametrize("source", ["store", "model"])
+def test_a_member_leaves_out_the_sinks_of_its_own_site_alone(inputs, tmp_path, source):
+    """Two sites with many sinks, which differ: each member trained alone has the bits of the one of the stack."""
+    sites, flag = "resid_post.0,resid_post.1", dict(capture__sink_factor=1.1, capture__max_sink_share=0.9)
+    flag |= dict(capture__sites=sites, train__sites=sites, train__source=source, train__auxk=0.1)
+    flag |= dict(train__batch=64, train__buffer_rows=256, train__score_every=5, train__max_steps=40)
+    stages, run = ["capture", "train"] if source == "store" else ["tokenize", "train"], tmp_path / "run"
+    go(inputs, run, stages, **flag)
+    trained = runs.dictionary_checksums(run)
+    if source == "store":
+        store = Store.open(run / "capture")
+        sinks = [len(store.usable("train", site).excluded) for site in sites.split(",")]
+        assert len(store.usable("train", *sites.split(",")).excluded) > max(sinks) > 20
+    for member in sites.split(","):
+        shutil.rmtree((run / "train" / "topk" / member).resolve())
+        go(inputs, run, stages, **flag)
+        assert runs.dictionary_checksums(run) == trained, member
 
 
 def test_without_links_a_text_file_leads_to_a_member(inputs, swept, tmp_path, monkeypatch):

@@ -6,11 +6,16 @@
 3. The windows' rows, one after the other, are cut into batches. Rows that do not fill the epoch's last batch are left
    out. Within a batch rows ascend, so that they are read in the order in which they lie on disk.
 
+Attention sinks differ from site to site, so each column of a batch, an input with its target, has an order of its own:
+what other columns there are changes nothing in it. All have as many batches as the split has rows for, sinks included.
+The first rows of one more epoch make up for a column's sinks.
+
 So batch n can be computed from its number, a run that resumes at step n needs no other state, and the first batch reads
 one window only. The order depends neither on the number of processes nor on where the rows are read from.
 """
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +71,7 @@ class RowRange:
 
 
 class BatchOrder:
-    """The order of batches; see the module docstring.
+    """The order of batches of a column; see the module docstring.
 
     Args:
       usable: the rows that make up an epoch.
@@ -81,13 +86,13 @@ class BatchOrder:
         self._window_shards = max(1, window_rows // usable.shard_rows)
         self._counts = usable.shard_counts()
         self.per_epoch = len(usable) // batch
-        self._length = self.per_epoch * epochs
+        self._length = (usable.stop - usable.first) // batch * epochs if self.per_epoch else 0
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._windows: dict[tuple[int, int], np.ndarray] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """Return the number of batches of all epochs."""
+        """Return the number of batches of a run; 0 if there are fewer rows than one batch has."""
         return self._length
 
     def rows(self, step: int) -> np.ndarray:
@@ -138,30 +143,57 @@ class BatchOrder:
 class _Batches:
     """Random access to the batches of all epochs; a Grain data source."""
 
-    def __init__(self, rows: Any, parts: Parts, order: BatchOrder, slice_of_batch: slice):
-        self._rows, self._parts, self._order, self._slice = rows, parts, order, slice_of_batch
+    def __init__(self, rows: Any, parts: Parts, orders: Sequence[BatchOrder], slice_of_batch: slice):
+        self._rows, self._parts, self._orders, self._slice = rows, parts, orders, slice_of_batch
 
     def __len__(self) -> int:
-        return len(self._order)
+        return min(map(len, self._orders))
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, ...]:
-        rows_B = self._order.rows(int(step))[self._slice]
+        rows_of_order = [order.rows(int(step))[self._slice] for order in self._orders]
         batch = []
         for part in self._parts:
             # Read into one array: stacking the sites afterwards would copy the batch.
-            values_SxBxD = np.empty((len(part), len(rows_B), self._rows.d(part[0])), self._rows.dtype)
-            for site, values_BxD in zip(part, values_SxBxD, strict=True):
+            values_SxBxD = np.empty((len(part), len(rows_of_order[0]), self._rows.d(part[0])), self._rows.dtype)
+            # One order may serve all columns.
+            for site, rows_B, values_BxD in zip(part, itertools.cycle(rows_of_order), values_SxBxD, strict=False):
                 self._rows.read(site, rows_B, values_BxD)
             batch.append(values_SxBxD)
         return tuple(batch)
 
 
 def make_batches(
-    rows: Any, parts: Parts, batch: int, seed: int, epochs: int, window_rows: int, slice_of_batch: slice = slice(None)
+    rows: Any,
+    parts: Parts,
+    batch: int,
+    seed: int,
+    epochs: int,
+    window_rows: int,
+    slice_of_batch: slice = slice(None),
+    same_tokens: bool = False,
 ) -> grain.MapDataset:
     """Return the training batches of a ``Store``, or ``JoinedRows``, as a data set; see ``Store.batches``."""
-    order = BatchOrder(rows.usable("train", *sites_of(parts)), batch, seed, epochs, window_rows)
-    return grain.MapDataset.source(_Batches(rows, parts, order, slice_of_batch))
+    columns = usable_of_columns(rows, parts, same_tokens)
+    orders = [BatchOrder(usable, batch, seed, epochs, window_rows) for usable in columns]
+    return grain.MapDataset.source(_Batches(rows, parts, orders, slice_of_batch))
+
+
+def usable_of_columns(rows: Any, parts: Parts, same_tokens: bool = False) -> list[RowRange]:
+    """Return the training rows that are no sinks of each column; one range if it is the same for all columns."""
+    columns = [rows.usable("train", *sites) for sites in columns_of(parts, same_tokens)]
+    are_alike = all(np.array_equal(usable.excluded, columns[0].excluded) for usable in columns)
+    return columns[:1] if are_alike else columns
+
+
+def columns_of(parts: Parts, same_tokens: bool = False) -> list[tuple[str, ...]]:
+    """Return the sites of each column of a batch, at whose sinks its rows are left out.
+
+    Args:
+      parts: the sites of every part of a batch.
+      same_tokens: a row is the same token in all columns, and left out where it is a sink at any of the sites.
+    """
+    every = tuple(sites_of(parts))
+    return [every if same_tokens else tuple(dict.fromkeys(column)) for column in zip(*parts, strict=True)]
 
 
 def sites_of(parts: Parts) -> list[str]:

@@ -45,8 +45,7 @@ class JoinedRows:
 
     def __init__(self, rows: Any, names: Sequence[str], scales: Mapping[str, Sequence[float]] | None = None):
         self._rows, self.sites = rows, (*rows.sites, *names)
-        all_scales = scales or self._estimate_scales(names)
-        self.scales = {name: tuple(all_scales[name]) for name in names}
+        self.scales = {name: tuple(scales[name] if scales else self._estimate_scales(name)) for name in names}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rows, name)
@@ -114,9 +113,9 @@ class JoinedRows:
         """Return the parts of a site with their factors."""
         return zip(site_parts(site), map(np.float32, self.scales.get(site, (1.0,))), strict=True)
 
-    def _estimate_scales(self, names: Sequence[str]) -> dict[str, list[float]]:
-        """Estimate the scales that bring all parts of each joined site to one mean norm."""
-        parts = single_sites(names)
+    def _estimate_scales(self, name: str) -> list[float]:
+        """Estimate the scales that bring all parts of a joined site to one mean norm."""
+        parts = site_parts(name)
         rows = self._rows.rows("train", *parts)
         if not len(rows):
             raise UserError(
@@ -125,7 +124,8 @@ class JoinedRows:
             )
         # Spread over all rows: the first ones are of few documents.
         sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(np.int64)]
-        factor = {}
+        # The mean norm that training scales inputs to, for a part of the mean width.
+        size, scales = np.sqrt(self.d(name) / len(parts)), []
         for part in parts:
             norm = float(np.linalg.norm(self._rows.read(part, sample).astype(np.float64), axis=1).mean())
             if norm == 0:
@@ -133,8 +133,6 @@ class JoinedRows:
                     f"all activations at {part} are zero: nothing can be learned from this store; check the model's "
                     "weights, or capture another site"
                 )
-            factor[part] = 1 / norm
-        # The mean norm that training scales inputs to, for a part of the mean width.
-        size = {name: np.sqrt(self.d(name) / len(site_parts(name))) for name in names}
-        # Rounded here, so that the scale that is saved is the one that is multiplied with.
-        return {name: [float(np.float32(size[name] * factor[part])) for part in site_parts(name)] for name in names}
+            # Rounded here, so that the scale that is saved is the one that is multiplied with.
+            scales.append(float(np.float32(size / norm)))
+        return scales

@@ -239,7 +239,14 @@ class Store:
         return total_D / max(len(usable), 1)
 
     def batches(
-        self, parts: Parts, batch: int, seed: int, epochs: int, window_rows: int, slice_of_batch: slice = slice(None)
+        self,
+        parts: Parts,
+        batch: int,
+        seed: int,
+        epochs: int,
+        window_rows: int,
+        slice_of_batch: slice = slice(None),
+        same_tokens: bool = False,
     ) -> "grain.MapDataset":
         """Return the training batches of all epochs as a ``grain.MapDataset`` whose element n is batch n.
 
@@ -252,11 +259,12 @@ class Store:
           epochs: passes over the training rows, each in another order; every row comes once in each.
           window_rows: rows that are shuffled together.
           slice_of_batch: the rows of each batch that are read, such as the rows of one process.
+          same_tokens: rows are the same tokens at all sites, see ``columns_of``; otherwise at an input and its target.
 
         Returns:
-          Batches; each has for every part an array [sites, rows, d] of ``dtype``. All sites give the same rows.
+          Batches; each has for every part an array [sites, rows, d] of ``dtype``.
         """
-        return make_batches(self, parts, batch, seed, epochs, window_rows, slice_of_batch)
+        return make_batches(self, parts, batch, seed, epochs, window_rows, slice_of_batch, same_tokens)
 
     def check_model(self, source: ModelSource) -> None:
         """Raise a ``UserError`` if the store was captured from another model."""

@@ -1,6 +1,6 @@
 """Cross-layer transcoders: of every layer an encoder, whose features write to this layer and to all later ones.
 
-    f_l = sparsity(x_l W_enc_l + b_enc_l),   y_hat_m = sum over l <= m of f_l W_dec_{l -> m} + b_dec_m
+    f_l = sparsity(x_l W_enc_l + b_enc_l),   y_hat_m = sum over l <= m of f_l W_dec_{l -> m} + b_dec_m [+ x_m W_skip_m]
 
 (Ameisen et al., 2025, Circuit Tracing, transformer-circuits.pub), x_l what the MLP of layer l reads and y_m what that
 of layer m adds. What the features of a layer write is one matrix, [F, (L - l) D], its blocks of columns the layers from
@@ -18,7 +18,9 @@ from jax.sharding import Mesh, PartitionSpec
 from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.matmul import matmul
 
-FORM = "cross_layer_transcoder"  # of ``--train.form``
+#: forms of ``--train.form``: without and with a linear path from what a layer reads to what it predicts.
+FORM, SKIP_FORM = "cross_layer_transcoder", "skip_cross_layer_transcoder"
+FORMS = (FORM, SKIP_FORM)
 KINDS = ("standard", "jumprelu", "batchtopk")  # of which circuit-tracer's folders can hold the result
 
 

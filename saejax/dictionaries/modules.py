@@ -90,7 +90,7 @@ class Dictionary(nnx.Module):
     def __init__(self, config: DictionaryConfig, matmul_dtype: str = "float32", **arrays: jax.Array):
         self.config = nnx.static(config)
         self.matmul_dtype = nnx.static(matmul_dtype)
-        optional = () if "W_dec_FxD" in arrays else ("W_dec_FxD", "b_dec_D")
+        optional = () if "W_dec_FxD" in arrays else ("W_dec_FxD", "b_dec_D", "W_skip_DxD")
         for name, (shape, _) in parameter_table(config).items():
             if name in optional and name not in arrays:
                 continue

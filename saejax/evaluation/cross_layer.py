@@ -113,8 +113,10 @@ def _score_layers(
     count: int,
 ) -> tuple[jax.Array, ...]:
     f_LxBxF = jnp.stack([member.encode(x_LxBxD[layer]) for layer, member in enumerate(layers)])
-    bias_LxD = jnp.stack([member.dictionary.b_dec_D[...] for member in layers])
-    y_hat_LxBxD = sum_writes(f_LxBxF, decoders, mesh) + bias_LxD[:, None]
+    written_LxBxD = sum_writes(f_LxBxF, decoders, mesh)
+    # What is not of the features: the bias, and a skip path.
+    rests = [-member.dictionary.without_bias(jnp.zeros_like(x), x) for member, x in zip(layers, x_LxBxD, strict=True)]
+    y_hat_LxBxD = written_LxBxD + jnp.stack(rests)
     return jax.vmap(functools.partial(measures, count=count))(f_LxBxF, f_LxBxF > 0, y_hat_LxBxD, y_LxBxD)
 
 

@@ -3,6 +3,10 @@
     loss = sum over layers of (squared error of what is written to it + penalty of its kind, and its further terms
                                + auxk * AuxK of what is written to it)
 
+With ``batchtopk.across_layers`` the B k L largest activations of a batch are kept in all L layers together, k for each
+token and layer on average (BatchTopK of open-source cross-layer transcoders, 2025); one threshold for all layers stands
+for them afterwards, because a layer of a model that runs cannot know the features of later ones.
+
 In the AuxK loss the top dead features of every layer write to their own and all later layers, and what they write to a
 layer reconstructs its residual, a constant (after Gao et al., 2024).
 
@@ -80,26 +84,26 @@ def cross_layer_loss(
     settings, decoders = config.of_kind(kind.name), [arrays["W_dec_FxD"] for arrays in layers]
     dead_k = (config.auxk_features or max(stack.dictionary.d_in // 2, 1)) if config.auxk else 0
 
-    def encode(layer: Any) -> tuple[jax.Array, jax.Array, Arrays, jax.Array]:
+    def encode(layer: Any) -> tuple[jax.Array, jax.Array, Arrays]:
         arrays, norms_F, x_BxD, values, dead_F = layer
-        encoder, encoder_inputs = _encoder_inputs(stack, arrays, norms_F, x_BxD, config.matmul)
-        f_BxF = kind.encode_in_training(encoder, encoder_inputs, values, settings)
+        encoder, encoder_inputs, f_BxF = _encode_layer(stack, arrays, norms_F, x_BxD, values, config.matmul)
         batch = EncodedBatch(encoder, x_BxD, x_BxD, encoder_inputs.pre_xF, f_BxF, dead_F, None, values, settings)
         penalty, terms = kind.penalty(batch), kind.losses(batch)
         terms |= {} if penalty is None else dict(sparsity=penalty * penalty_schedule(config, stack.steps)(step))
         of_dead = jnp.zeros(0)
         if config.auxk:
             of_dead = sparsity.topk(jnp.where(dead_F[None], encoder_inputs.pre_xF, 0.0), dead_k)
-        return f_BxF, of_dead, terms, jnp.sum((f_BxF > 0).astype(jnp.float32), axis=0)
+        return f_BxF, of_dead, terms
 
     layer_inputs = _encoders(stack, layers), joined_lengths(decoders), x_LxBxD, hyper.kind_params, dead_LxF
     # One layer after the other on a CPU, where batched products are slower than their parts.
     map_layers = (lambda args: lax.map(encode, args)) if stack.platform == "cpu" else jax.vmap(encode)
-    f_LxBxF, of_dead, terms, firings_LxF = map_layers(layer_inputs)
+    f_LxBxF, of_dead, terms = map_layers(layer_inputs)
+    f_LxBxF = _keep_largest(stack, f_LxBxF, hyper)
+    firings_LxF = jnp.sum((f_LxBxF > 0).astype(jnp.float32), axis=1)
 
     # What a layer is given is the sum over all layers below, so errors need all activations first.
-    bias_LxD = jnp.stack([arrays["b_dec_D"] for arrays in layers])
-    error_LxBxD = y_LxBxD - sum_writes(f_LxBxF, decoders, stack.mesh, config.matmul) - bias_LxD[:, None]
+    error_LxBxD = y_LxBxD - _predict(stack, layers, f_LxBxF, x_LxBxD, config.matmul)
     mse_L = jax.vmap(losses.squared_size)(error_LxBxD)
     terms = dict(error=mse_L) | terms
     if config.auxk:
@@ -136,18 +140,64 @@ def _encoder_inputs(
     return encoder, EncoderInputs(x_BxD, projected_BxF, projected_BxF + row(arrays["b_enc_F"], 2))
 
 
+def _encode_layer(
+    stack: TrainStack, arrays: Arrays, norms_F: jax.Array, x_BxD: jax.Array, values: Any, matmul_dtype: str
+) -> tuple[Dictionary, EncoderInputs, jax.Array]:
+    """Return a layer's encoder, the inputs of its kind, and activations [B, F], of which ``_keep_largest`` keeps some.
+
+    For the arguments see ``_encoder_inputs``; ``values`` are its hyperparameters of the kind.
+    """
+    encoder, encoder_inputs = _encoder_inputs(stack, arrays, norms_F, x_BxD, matmul_dtype)
+    if _is_across_layers(stack):
+        return encoder, encoder_inputs, jax.nn.relu(encoder_inputs.pre_xF)
+    settings = stack.config.of_kind(stack.kind.name)
+    return encoder, encoder_inputs, stack.kind.encode_in_training(encoder, encoder_inputs, values, settings)
+
+
+def _is_across_layers(stack: TrainStack) -> bool:
+    """Return whether layers share the features that are kept of a batch."""
+    return stack.kind.name == "batchtopk" and stack.config.of_kind("batchtopk").across_layers
+
+
+def _keep_largest(stack: TrainStack, f_LxBxF: jax.Array, hyper: Hyperparams) -> jax.Array:
+    """Return activations of all layers, the largest of them alone where layers share those that are kept."""
+    if not _is_across_layers(stack):
+        return f_LxBxF
+    # The tokens of all layers as one batch: all have one k.
+    of_all_XxF = f_LxBxF.reshape(-1, f_LxBxF.shape[-1])
+    return sparsity.batch_topk(of_all_XxF, hyper.kind_params["k"][0]).reshape(f_LxBxF.shape)
+
+
+def _predict(
+    stack: TrainStack, layers: Sequence[Arrays], f_LxBxF: jax.Array, x_LxBxD: jax.Array, matmul_dtype: str
+) -> jax.Array:
+    """Return the prediction of every layer's target, [L, B, D]."""
+    bias_LxD = jnp.stack([arrays["b_dec_D"] for arrays in layers])
+    written_LxBxD = sum_writes(f_LxBxF, [arrays["W_dec_FxD"] for arrays in layers], stack.mesh, matmul_dtype)
+    predicted_LxBxD = written_LxBxD + bias_LxD[:, None]
+    if not stack.dictionary.skip:
+        return predicted_LxBxD
+    skips = [
+        matmul(x_BxD, arrays["W_skip_DxD"], matmul_dtype) for x_BxD, arrays in zip(x_LxBxD, layers, strict=True)
+    ]
+    return predicted_LxBxD + jnp.stack(skips)
+
+
 def smallest_kept(stack: TrainStack, layers: Sequence[Arrays], hyper: Hyperparams, x_LxBxD: jax.Array) -> jax.Array:
     """Return the smallest activation above 0 [L] that each layer keeps of a batch of scaled inputs; 0: none."""
 
     def of_layer(layer: Any) -> jax.Array:
         arrays, norms_F, x_BxD, values = layer
         # In float32, as finished dictionaries are read.
-        encoder, encoder_inputs = _encoder_inputs(stack, arrays, norms_F, x_BxD, "float32")
-        settings = stack.config.of_kind(stack.kind.name)
-        return smallest(stack.kind.encode_in_training(encoder, encoder_inputs, values, settings))
+        _, _, f_BxF = _encode_layer(stack, arrays, norms_F, x_BxD, values, "float32")
+        return f_BxF if _is_across_layers(stack) else smallest(f_BxF)
 
     norms_LxF = joined_lengths([arrays["W_dec_FxD"] for arrays in layers])
-    return lax.map(of_layer, (_encoders(stack, layers), norms_LxF, x_LxBxD, hyper.kind_params))
+    of_layers = lax.map(of_layer, (_encoders(stack, layers), norms_LxF, x_LxBxD, hyper.kind_params))
+    if _is_across_layers(stack):
+        kept_LxBxF = _keep_largest(stack, of_layers, hyper)
+        return jnp.full(len(layers), smallest(kept_LxBxF.reshape(-1, kept_LxBxF.shape[-1])))
+    return of_layers
 
 
 def held_out_sums(
@@ -168,7 +218,7 @@ def held_out_sums(
       x_LxBxD: scaled inputs.
       y_LxBxD: scaled targets.
     """
-    kind, decoders = stack.kind, [arrays["W_dec_FxD"] for arrays in layers]
+    kind = stack.kind
 
     def encode(layer: Any) -> jax.Array:
         arrays, norms_F, x_BxD, values, kept = layer
@@ -176,10 +226,9 @@ def held_out_sums(
         encoder, encoder_inputs = _encoder_inputs(stack, finished, norms_F, x_BxD, "float32")
         return kind.encode(encoder, encoder_inputs, values)
 
-    inputs = _encoders(stack, layers), joined_lengths(decoders), x_LxBxD, hyper.kind_params, kept_L
-    f_LxBxF = lax.map(encode, inputs)
-    bias_LxD = jnp.stack([arrays["b_dec_D"] for arrays in layers])
-    error_LxBxD = y_LxBxD - sum_writes(f_LxBxF, decoders, stack.mesh, "float32") - bias_LxD[:, None]
+    norms_LxF = joined_lengths([arrays["W_dec_FxD"] for arrays in layers])
+    f_LxBxF = lax.map(encode, (_encoders(stack, layers), norms_LxF, x_LxBxD, hyper.kind_params, kept_L))
+    error_LxBxD = y_LxBxD - _predict(stack, layers, f_LxBxF, x_LxBxD, "float32")
     fired_LxF = jnp.sum((f_LxBxF > 0).astype(jnp.float32), axis=1)
     return jnp.sum(jnp.square(error_LxBxD), axis=(1, 2)).astype(jnp.float32), fired_LxF
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.activations.batches import sites_of
+from saejax.activations.batches import columns_of
 from saejax.dictionaries import Dictionary, rescale
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.evaluation.loss_recovered import recovered
@@ -35,22 +35,24 @@ class HeldOutScorer:
 
     Args:
       stack: what is trained.
-      values: raw activations [N, D] of each site that is read or predicted; the same N > 0 tokens of all sites.
+      columns: for each (input, target) pair of ``stack.sites`` the raw activations [N, D] of its sites, on tokens that
+        are no sinks there; the smallest N counts.
     """
 
-    def __init__(self, stack: TrainStack, values: Mapping[str, np.ndarray]):
-        self._stack, self._parts, self._values = stack, batch_parts(stack.members), values
-        count, data = len(next(iter(values.values()))), stack.mesh.shape["data"]
+    def __init__(self, stack: TrainStack, columns: Sequence[Mapping[str, np.ndarray]]):
+        self._stack, self._parts, self._columns = stack, batch_parts(stack.members), columns
+        count, data = min(len(values) for column in columns for values in column.values()), stack.mesh.shape["data"]
         # Batches of one size, as large as those of training, so that they fit and are compiled once.
         self._batch = min(stack.config.batch, count) // data * data
         self.tokens = count // max(self._batch, 1) * self._batch
         spreads = {}
-        for site in self._parts[-1]:
-            spreads[site] = Spread(values[site].shape[1])
-            spreads[site].add(values[site][: self.tokens])
-        pairs = zip(stack.members, stack.scales, strict=True)
+        for pair, column in zip(stack.sites, columns, strict=True):
+            target_NxD = column[pair[-1]][: self.tokens]
+            spreads[pair] = Spread(target_NxD.shape[1])
+            spreads[pair].add(target_NxD)
         variance = [
-            spreads[member.target].variance * scale.output**2 if self.tokens else 0.0 for member, scale in pairs
+            spreads[member.site, member.target].variance * scale.output**2 if self.tokens else 0.0
+            for member, scale in zip(stack.members, stack.scales, strict=True)
         ]
         self._variance_M = np.array(variance, np.float32)
         whole = sharding(stack.mesh)
@@ -60,7 +62,8 @@ class HeldOutScorer:
     @classmethod
     def of(cls, stack: TrainStack, rows: ScaledRows) -> "HeldOutScorer | None":
         """Return a scorer on a sample of the rows that training reads; None if too few of them are held out."""
-        scorer = cls(stack, rows.held_out(HELD_OUT_TOKENS, *sites_of(batch_parts(stack.members))))
+        columns = columns_of(batch_parts(stack.members), stack.is_cross_layer)
+        scorer = cls(stack, [rows.held_out(HELD_OUT_TOKENS, *sites) for sites in columns])
         return scorer if scorer.tokens else None
 
     def __call__(self, state: TrainState, kept_M: jax.Array | None) -> Arrays:
@@ -82,7 +85,8 @@ class HeldOutScorer:
         for start in range(0, self.tokens, self._batch):
             batch = []
             for part in self._parts:
-                values_SxBxD = np.stack([self._values[site][start : start + self._batch] for site in part])
+                columns = zip(part, self._columns, strict=True)
+                values_SxBxD = np.stack([column[site][start : start + self._batch] for site, column in columns])
                 place = self._stack.batch_sharding
                 # Of several processes each places what its own devices hold.
                 batch.append(jax.make_array_from_callback(values_SxBxD.shape, place, values_SxBxD.__getitem__))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.activations.batches import READ_OPTIONS, BatchOrder, Parts, sites_of
+from saejax.activations.batches import READ_OPTIONS, BatchOrder, Parts, columns_of, sites_of, usable_of_columns
 from saejax.activations.device_buffers import check_room
 from saejax.activations.documents import Documents
 from saejax.activations.joined import with_joined
@@ -23,6 +23,7 @@ from saejax.activations.request import CaptureRequest
 from saejax.activations.store import Store
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.config import Configs
+from saejax.dictionaries.cross_layer import FORMS
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.collectives import from_first_process, process_count
 from saejax.parallel.mesh import free_bytes, part_size
@@ -68,7 +69,9 @@ def store_source(config: TrainConfig, store: Store, parts: Parts, say: Callable[
       say: logs where activations are kept.
     """
     rows = with_joined(store, sites_of(parts))
-    per_epoch = len(rows.usable("train", *sites_of(parts))) // config.batch
+    # Of all rows, because sinks, which differ from site to site, must not change the length of a member's training.
+    most, least = len(rows.usable("train")), min(map(len, usable_of_columns(rows, parts, config.form in FORMS)))
+    per_epoch = most // config.batch if least >= config.batch else 0
     return Source(rows, per_epoch, lambda stack: open_store(stack, rows, say))
 
 
@@ -79,8 +82,8 @@ def open_store(stack: TrainStack, store: Store, say: Callable[[str], None] = lam
       UserError: the activations are to be resident and exceed the free memory.
     """
     config, parts = stack.config, batch_parts(stack.members)
-    usable = store.usable("train", *sites_of(parts))
-    needed, free = resident_bytes(stack, store, len(usable)), free_bytes(stack.mesh)
+    columns = usable_of_columns(store, parts, stack.is_cross_layer)
+    needed, free = resident_bytes(stack, store, max(map(len, columns))), free_bytes(stack.mesh)
     mode = config.input
     if mode == "auto":  # the memory of CPU devices is the host's, where the page cache holds what was read
         fits = needed <= _RESIDENT_SHARE * free and stack.platform != "cpu"
@@ -94,9 +97,11 @@ def open_store(stack: TrainStack, store: Store, say: Callable[[str], None] = lam
             f"{free / 1e9:.2f} GB are free: use --train.input=streamed, or more devices on --mesh.data"
         )
     say(f"activations are resident: {needed / 1e9:.3f} GB on each device of {free / 1e9:.1f} GB free")
-    arrays = tuple(place_rows(stack, store, part, usable.rows()) for part in parts)
-    order = BatchOrder(usable, config.batch, config.seed[0], config.epochs, config.buffer_rows)
-    return ResidentBatches(stack, arrays, order.ranks)
+    rows_of_columns = [usable.rows() for usable in columns]
+    arrays = tuple(place_rows(stack, store, part, rows_of_columns) for part in parts)
+    arguments = (config.batch, config.seed[0], config.epochs, config.buffer_rows)
+    orders = [BatchOrder(usable, *arguments) for usable in columns]
+    return ResidentBatches(stack, arrays, lambda step: np.stack([order.ranks(step) for order in orders]))
 
 
 class StreamedBatches:
@@ -106,7 +111,7 @@ class StreamedBatches:
         config = stack.config
         self._stack, self._rows = stack, local_rows(stack)
         arguments = (config.batch, config.seed[0], config.epochs, config.buffer_rows)
-        self._data = store.batches(batch_parts(stack.members), *arguments, self._rows)
+        self._data = store.batches(batch_parts(stack.members), *arguments, self._rows, stack.is_cross_layer)
         self._ahead: Iterator[tuple[np.ndarray, ...]] = iter(())
         self._next = -1
 
@@ -136,7 +141,7 @@ class ResidentBatches:
     Args:
       stack: what is trained.
       arrays: for each part of a batch the rows [sites, rows, d]; bfloat16 may come as uint16.
-      indices: returns the rows [B], among these, of the batch of a step.
+      indices: returns the rows [sites, B], among these, of the batch of a step; [1, B]: the same at all sites.
     """
 
     def __init__(self, stack: TrainStack, arrays: Batch, indices: Callable[[int], np.ndarray]):
@@ -148,9 +153,13 @@ class ResidentBatches:
         return self._take(self.arrays, self.indices(step).astype(np.int32))
 
 
-def _take_rows(arrays: Batch, index_B: jax.Array) -> Batch:
+def _take_rows(arrays: Batch, index_SxB: jax.Array) -> Batch:
     # clip: the indices are in range, and the default would check each of them.
-    taken = (jnp.take(rows_SxRxD, index_B, axis=1, mode="clip") for rows_SxRxD in arrays)
+    if len(index_SxB) == 1:
+        taken = [jnp.take(rows_SxRxD, index_SxB[0], axis=1, mode="clip") for rows_SxRxD in arrays]
+    else:
+        take = jax.vmap(functools.partial(jnp.take, axis=0, mode="clip"))
+        taken = [take(rows_SxRxD, index_SxB) for rows_SxRxD in arrays]
     return tuple(lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x for x in taken)
 
 
@@ -216,9 +225,9 @@ class ModelBatches:
         self._largest = max(stream.size(i) for i in range(len(stream)))
         if stream.on_devices is None:
             check_room(stack.mesh, self._largest, resident_bytes(stack, stream, self._largest))
-        self._resident = ResidentBatches(stack, (), lambda step: self._batches[step - self._first])
+        self._resident = ResidentBatches(stack, (), lambda step: self._batches_SxNxB[:, step - self._first])
         self._buffer, self._epoch, self._first = 0, -1, 0  # the first buffer is made, but not yet resident
-        self._batches = np.zeros((0, stack.config.batch), np.int64)
+        self._batches_SxNxB = np.zeros((1, 0, stack.config.batch), np.int64)
 
     def batch(self, step: int) -> Batch | None:
         """Return the batch of a step; None if the process was asked to stop while its buffer was made."""
@@ -234,17 +243,18 @@ class ModelBatches:
             self._buffer = -1
             return False
         stack, stream = self._stack, self._stream
-        rows_R = stream.rows("train", *sites_of(self._parts))
-        if not len(rows_R):
+        columns = [stream.rows("train", *sites) for sites in columns_of(self._parts, stack.is_cross_layer)]
+        if not all(map(len, columns)):
             raise UserError(
                 f"all {stream.size(buffer)} tokens of buffer {buffer + 1} are attention sinks: raise "
                 "--train.buffer_rows or --capture.sink_factor"
             )
         # All buffers in one shape, so that taking batches from them is compiled once.
         self._resident.arrays = stream.on_devices or tuple(
-            place_rows(stack, stream, part, np.arange(stream.size(buffer)), self._largest) for part in self._parts
+            place_rows(stack, stream, part, [np.arange(stream.size(buffer))], self._largest) for part in self._parts
         )
-        self._batches = rows_R[self._order.places(epoch, buffer, len(rows_R))]
+        batches = [rows_R[self._order.places(epoch, buffer, len(rows_R))] for rows_R in columns]
+        self._batches_SxNxB = np.stack(batches)
         self._epoch, self._buffer, self._first = epoch, buffer, first
         return True
 
@@ -272,20 +282,21 @@ def _resident_shape(
 
 
 def place_rows(
-    stack: TrainStack, rows: Store | ModelStream, part: Sequence[str], rows_R: np.ndarray, size: int = 0
+    stack: TrainStack, rows: Store | ModelStream, part: Sequence[str], columns: Sequence[np.ndarray], size: int = 0
 ) -> jax.Array:
     """Return rows of a part's sites on the devices, [sites, rows, d], in the dtype of the store.
 
-    Rows are split over the ``data`` axis. Every process reads what its own devices hold. Zeros fill up to ``size``
-    rows, and to a multiple of the axis.
+    ``columns`` are the rows of each site, or of all. Rows are split over the ``data`` axis. Every process reads what
+    its own devices hold. Zeros fill up to ``size`` rows, and to a multiple of the axis.
     """
-    shape = _resident_shape(stack, rows, part, max(size, len(rows_R)))
+    shape = _resident_shape(stack, rows, part, max(size, *map(len, columns)))
 
     @functools.lru_cache(maxsize=1)  # devices that differ in the ``model`` axis alone hold the same
     def read(first_site: int, last_site: int, first_row: int, last_row: int) -> np.ndarray:
-        chosen = rows_R[first_row:last_row]
         values = np.zeros((last_site - first_site, last_row - first_row, shape[2]), rows.dtype)
         for index, site in enumerate(part[first_site:last_site]):
+            rows_R = columns[(first_site + index) % len(columns)]
+            chosen = rows_R[first_row:last_row]
             values[index, : len(chosen)] = rows.read(site, chosen)
         return values
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saejax.dictionaries.cross_layer import FORM
+from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.kinds.settings import KIND_SETTINGS
 from saejax.errors import UserError, one_of
 from saejax.models.sites import KINDS as SITE_KINDS
@@ -50,7 +50,7 @@ def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[M
     depth_l1 = _l1_by_depth(config, kind, sites)
     members = []
     for index, site in enumerate(sites):
-        of_site = index if config.form == FORM else zlib.crc32(site.encode()) & 0x7FFFFFFF if len(sites) > 1 else 0
+        of_site = index if config.form in FORMS else zlib.crc32(site.encode()) & 0x7FFFFFFF if len(sites) > 1 else 0
         for values in itertools.product(*lists.values()):
             settings = dict(zip(lists, values, strict=True))
             parts = [site] if len(sites) > 1 else []

@@ -1,6 +1,7 @@
 """Estimates from activations before training: their scale, the decoder bias to start from, the whitening matrix."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,6 +11,7 @@ import numpy as np
 from saejax.activations.joined import JoinedRows
 from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries import losses
+from saejax.dictionaries.cross_layer import FORMS
 from saejax.errors import UserError
 from saejax.training.settings import TrainConfig
 
@@ -70,7 +72,9 @@ def sample_rows(rows_N: np.ndarray, seed: int) -> np.ndarray:
 
 
 def estimate_scales(rows: ScaledRows, config: TrainConfig, pairs: Sequence[tuple[str, str]]) -> list[SiteScale]:
-    """Return the scale of each (input, target) pair of sites.
+    """Return the scale of each (input, target) pair of sites, which depends on no other pair.
+
+    The layers of a cross-layer transcoder are one dictionary, of tokens that are sinks at none of them.
 
     Args:
       rows: a store, whose training rows are sampled; or a stream, whose first buffer is.
@@ -80,38 +84,42 @@ def estimate_scales(rows: ScaledRows, config: TrainConfig, pairs: Sequence[tuple
     Raises:
       UserError: all activations of a site are zero, or are the same where errors are to be whitened.
     """
-    sites = list(dict.fromkeys(site for column in zip(*pairs, strict=True) for site in column))
-    targets = {target for _, target in pairs}
-    sampled_N = sample_rows(rows.rows("train", *sites), config.seed[0])
-    factor, bias, metric = {}, {}, {}
-    for site in sites:
+    every = tuple(dict.fromkeys(site for column in zip(*pairs, strict=True) for site in column))
+    sample_of = functools.cache(lambda sites: sample_rows(rows.rows("train", *sites), config.seed[0]))
+    by_pair = {}
+    for pair in dict.fromkeys(pairs):
+        by_pair[pair] = _estimate_scale(rows, config, pair, sample_of(every if config.form in FORMS else pair))
+    return [by_pair[pair] for pair in pairs]
+
+
+def _estimate_scale(rows: ScaledRows, config: TrainConfig, pair: tuple[str, str], rows_N: np.ndarray) -> SiteScale:
+    """Return the scale of an (input, target) pair of sites, estimated on these rows."""
+    site, target = pair
+    factor = {}
+    for name in dict.fromkeys(pair):
         # In float64: sums over 65,536 rows of large activations lose digits in float32.
-        acts_NxD = rows.read(site, sampled_N).astype(np.float64)
+        acts_NxD = rows.read(name, rows_N).astype(np.float64)
         norm = float(np.linalg.norm(acts_NxD, axis=1).mean())
         if norm == 0:
             raise UserError(
-                f"all activations at {site} are zero: nothing can be learned from this store; check the model's "
+                f"all activations at {name} are zero: nothing can be learned from this store; check the model's "
                 "weights, or capture another site"
             )
-        factor[site] = math.sqrt(acts_NxD.shape[1]) / norm
-        if site in targets:
-            bias[site] = acts_NxD.mean(0)
-            if config.whiten_error:
-                if not np.ptp(acts_NxD, axis=0).any():
-                    raise UserError(
-                        f"all activations at {site} are the same: they have no covariance for "
-                        f"--train.whiten_error={config.whiten_error:g}; leave it out"
-                    )
-                metric[site] = losses.whitening(acts_NxD, config.whiten_error)
-    return [
-        SiteScale(
-            factor[site],
-            factor[target],
-            bias[target],
-            rows.max_norm(site),
-            target_max_norm=rows.max_norm(target),
-            metric_DxD=metric.get(target),
-            **(rows.part_facts(site) if isinstance(rows, JoinedRows) else {}),
-        )
-        for site, target in pairs
-    ]
+        factor[name] = math.sqrt(acts_NxD.shape[1]) / norm
+    bias_D, metric_DxD = acts_NxD.mean(0), None  # of the target, which comes last
+    if config.whiten_error:
+        if not np.ptp(acts_NxD, axis=0).any():
+            raise UserError(
+                f"all activations at {target} are the same: they have no covariance for "
+                f"--train.whiten_error={config.whiten_error:g}; leave it out"
+            )
+        metric_DxD = losses.whitening(acts_NxD, config.whiten_error)
+    return SiteScale(
+        factor[site],
+        factor[target],
+        bias_D,
+        rows.max_norm(site),
+        target_max_norm=rows.max_norm(target),
+        metric_DxD=metric_DxD,
+        **(rows.part_facts(site) if isinstance(rows, JoinedRows) else {}),
+    )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saejax.config import Config, counted, nested, setting
+from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.kinds.settings import KIND_SETTINGS, PRETRAINED, settings_of_kinds, unit_names
 from saejax.errors import UserError
 from saejax.models.site_ranges import expand_ranges
@@ -50,10 +51,10 @@ class TrainConfig(Config):
     )
     form: str = setting(
         "sae",
-        "sae rebuilds its site; transcoder reads mlp_in.L and predicts mlp_out.L; skip_transcoder adds a linear path; "
-        "cross_layer_transcoder is one dictionary of all layers, whose features write to their own MLP's output and to "
-        "all later ones",
-        choices=("sae", "transcoder", "skip_transcoder", "cross_layer_transcoder"),
+        "sae rebuilds its site; transcoder reads mlp_in.L and predicts mlp_out.L; cross_layer_transcoder is one "
+        "dictionary of all layers, whose features write to their own MLP's output and to all later ones; skip_ adds a "
+        "linear path to either",
+        choices=("sae", "transcoder", "skip_transcoder", *FORMS),
     )
     expansion: int = setting(8, "features per dimension of the site", low=1)
     expansions: tuple[int, ...] = setting(
@@ -271,7 +272,7 @@ class TrainConfig(Config):
         for name, values in (("kinds", self.kinds), ("expansions", self.expansions)):
             if len(set(values)) < len(values):
                 raise UserError(f"{name}={','.join(map(str, values))}: name each one once")
-        if self.expansions and (self.features or self.form == "cross_layer_transcoder"):
+        if self.expansions and (self.features or self.form in FORMS):
             excluded = f"features={self.features}" if self.features else f"form={self.form}"
             raise UserError(f"expansions and --train.{excluded} exclude each other: use --train.expansion")
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from saejax.activations.batches import Parts
 from saejax.activations.joined import single_sites
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, sparse_products
-from saejax.dictionaries.cross_layer import FORM
+from saejax.dictionaries.cross_layer import FORM, FORMS, SKIP_FORM
 from saejax.dictionaries.cross_layer import KINDS as CROSS_LAYER_KINDS
 from saejax.dictionaries.kinds.base import Facts
 from saejax.dictionaries.kinds.settings import JumpReLUConfig
@@ -91,7 +91,7 @@ class TrainStack:
     @property
     def is_cross_layer(self) -> bool:
         """True if the members are the layers of one cross-layer transcoder."""
-        return self.config.form == FORM
+        return self.config.form in FORMS
 
     @property
     def kind(self) -> kinds.Kind:
@@ -258,7 +258,7 @@ def stack_shape(
         target="" if config.form == "sae" else members[0].target,
         d_in=d_in,
         n_features=features,
-        skip=config.form == "skip_transcoder",
+        skip=config.form in ("skip_transcoder", SKIP_FORM),
         centred=config.form == "sae",
         widths=shape if len(shape) > 1 else (),
         **facts,

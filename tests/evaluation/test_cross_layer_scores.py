@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("two_devices")
 
 SITES = "mlp_in.0,mlp_in.1,mlp_out.0,mlp_out.1"
 FORM = dict(
-    train__form="cross_layer_transcoder", train__sites="mlp_in.0-1", train__kinds="jumprelu", train__epochs=2,
+    train__form="skip_cross_layer_transcoder", train__sites="mlp_in.0-1", train__kinds="jumprelu", train__epochs=2,
     capture__sites=SITES, task__behaviours="", evaluate__ce_documents=2, export__format="circuit_tracer",
     export__dictionaries="jumprelu",
 )  # fmt: skip
@@ -49,7 +49,9 @@ def test_scores_are_those_of_plain_passes(workdir, inputs, one_device):
         [store.read(f"{kind}.{layer}", rows).astype(np.float32) for layer in (0, 1)] for kind in ("mlp_in", "mlp_out")
     )
     acts = [np.asarray(one.encode(value), np.float64) for one, value in zip(layers, x, strict=True)]
-    predicted = [np.asarray(layers[0].decode(acts[0])), np.asarray(layers[1].decode(acts[1])) + acts[0] @ writes]
+    assert np.abs(layers[0].W_skip_DxD).max() > 0 < np.abs(layers[1].W_skip_DxD).max()
+    predicted = [np.asarray(layer.decode(f, value)) for layer, f, value in zip(layers, acts, x, strict=True)]
+    predicted[1] = predicted[1] + acts[0] @ writes
     for layer, scores in enumerate(found.layers):
         error = np.square(y[layer] - predicted[layer]).sum() / np.square(y[layer] - y[layer].mean(0)).sum()
         np.testing.assert_allclose(scores.explained_variance, 1 - error, rtol=1e-3, atol=1e-4)
@@ -68,7 +70,7 @@ def test_scores_are_those_of_plain_passes(workdir, inputs, one_device):
             inside = ((norms[0] <= limits[0]) & (norms[1] <= limits[1]))[..., None]
             own = lm(tokens, capture=[f"mlp_out.{layer}"], edits=edits).sites[f"mlp_out.{layer}"]
             f = np.where(inside, one.encode(read), 0)
-            new = np.where(inside, np.asarray(one.decode(f)) + below, own)
+            new = np.where(inside, np.asarray(one.decode(f, read)) + below, own)
             below = f @ writes if layer == 0 else 0
             edits = [*edits, SiteEdit.patch(f"mlp_out.{layer}", new)]
         logp = log_softmax(np.asarray(lm(tokens, edits=edits).logits_BxTxV[0, :-1], np.float64), axis=-1)

@@ -58,8 +58,8 @@ def streamed(stack, store):
 
 
 def resident(stack, store):
-    arrays = tuple(place_rows(stack, store, part, store.rows("train")) for part in batch_parts(stack.members))
-    return ResidentBatches(stack, arrays, ORDER.ranks)
+    arrays = tuple(place_rows(stack, store, part, [store.rows("train")]) for part in batch_parts(stack.members))
+    return ResidentBatches(stack, arrays, lambda step: ORDER.ranks(step)[None])
 
 
 def go(folder, stack, make_batches=streamed, store=None, stop_after=None, wandb=None, step_fn=None):

@@ -58,7 +58,7 @@ def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, products="auto", 
         target="" if config.form == "sae" else members[0].target,
         d_in=D,
         n_features=config.features or F,
-        skip=config.form == "skip_transcoder",
+        skip=config.form.startswith("skip_"),
         centred=config.form == "sae",
         **facts,
     )

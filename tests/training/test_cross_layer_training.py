@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from small_runs import STEPS, assert_same_bits, go
 from small_runs import make_stack as make_small_run
+from safetensors.numpy import load_file
 from small_stacks import B, D, F, compiled, make_stack, train
 
 from saejax.attribution.local.transcoders import open_transcoders
+from saejax.dictionaries.cross_layer import SKIP_FORM
 from saejax.dictionaries.formats import circuit_tracer
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
-from saejax.training.cross_layer import cross_layer_loss, finish_layer
+from saejax.training.cross_layer import cross_layer_loss, finish_layer, smallest_kept
 from saejax.training.stack import TrainStack
 from saejax.training.state import abstract_state, init_state
 
@@ -27,12 +29,14 @@ KINDS = {
     "standard": dict(l1=(0.3,), **FREE),
     "jumprelu": dict(l0_penalty="tanh", l0_coefficient=(0.4,), bandwidth=0.5, initial_threshold=0.6, **FREE),
     "batchtopk": {},
+    "across layers": dict(across_layers=True),
 }
+KIND_OF = dict.fromkeys(KINDS) | {name: name for name in ("standard", "jumprelu", "batchtopk")}
 
 
 def make(kind="jumprelu", mesh=None, maker=make_stack, **changes) -> TrainStack:
     """A stack of three layers, each with scales of its own."""
-    stack = maker(kind, mesh, **FORM | KINDS[kind] | changes)
+    stack = maker(KIND_OF[kind] or "batchtopk", mesh, **FORM | KINDS[kind] | changes)
     scales = [
         dataclasses.replace(scale, input=0.5 + 0.1 * i, output=0.4 + 0.2 * i, max_norm=9.0 + i)
         for i, scale in enumerate(stack.scales)
@@ -54,18 +58,20 @@ def values(count=B, seed=1) -> tuple[np.ndarray, np.ndarray]:
 
 def plain(layers, x_LxBxD, y_LxBxD, kind, step_share):
     """Loss, gradients and errors in numpy, by the chain rule written out; jumprelu's thresholds straight through."""
-    acts, pres, total = [], [], 0.0
-    for arrays, x_BxD in zip(layers, x_LxBxD, strict=True):
-        pre_BxF = x_BxD @ arrays["W_enc_DxF"] + arrays["b_enc_F"]
+    acts, total = [], 0.0
+    pres = [x @ arrays["W_enc_DxF"] + arrays["b_enc_F"] for arrays, x in zip(layers, x_LxBxD, strict=True)]
+    of_all = np.sort(np.maximum(pres, 0).ravel())[-4 * B * LAYERS - 1]
+    for arrays, pre_BxF in zip(layers, pres, strict=True):
         smallest = np.sort(np.maximum(pre_BxF, 0).ravel())[-4 * B - 1]
-        above = dict(standard=0.0, jumprelu=arrays.get("threshold_F"), batchtopk=smallest)[kind]
-        pres.append(pre_BxF)
-        acts.append(np.where(pre_BxF > above, np.maximum(pre_BxF, 0), 0.0))
+        above = {"standard": 0.0, "jumprelu": arrays.get("threshold_F"), "batchtopk": smallest, "across layers": of_all}
+        acts.append(np.where(pre_BxF > above[kind], np.maximum(pre_BxF, 0), 0.0))
     errors = []
     for m in range(LAYERS):
         y_hat_BxD = layers[m]["b_dec_D"] + sum(
             acts[l] @ layers[l]["W_dec_FxD"][:, (m - l) * D : (m - l + 1) * D] for l in range(m + 1)
         )
+        if "W_skip_DxD" in layers[m]:
+            y_hat_BxD = y_hat_BxD + x_LxBxD[m] @ layers[m]["W_skip_DxD"]
         errors.append(y_hat_BxD - y_LxBxD[m])
         total += np.square(errors[m]).sum() / B
     grads = []
@@ -86,6 +92,7 @@ def plain(layers, x_LxBxD, y_LxBxD, kind, step_share):
         to_pre = to_f * (f_BxF > 0)
         own = dict(W_enc_DxF=x_LxBxD[l].T @ to_pre, b_enc_F=to_pre.sum(0), W_dec_FxD=to_W)
         own["b_dec_D"] = 2 / B * errors[l].sum(0)
+        own |= {"W_skip_DxD": 2 / B * x_LxBxD[l].T @ errors[l]} if "W_skip_DxD" in arrays else {}
         if kind == "jumprelu":
             near = np.abs(pres[l] - arrays["threshold_F"]) < 0.25
             own["threshold_F"] = -(arrays["threshold_F"] / 0.5) * (near * to_f).sum(0)
@@ -93,10 +100,18 @@ def plain(layers, x_LxBxD, y_LxBxD, kind, step_share):
     return total, grads, errors
 
 
-@pytest.mark.parametrize("kind", [pytest.param("standard", marks=pytest.mark.slow), "jumprelu", "batchtopk"])
-def test_loss_and_gradients_are_those_of_plain_numpy(kind, one_device):
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        pytest.param("standard", FORM["form"], marks=pytest.mark.slow),
+        ("jumprelu", SKIP_FORM),
+        ("batchtopk", FORM["form"]),
+        ("across layers", FORM["form"]),
+    ],
+)
+def test_loss_and_gradients_are_those_of_plain_numpy(kind, form, one_device):
     with jax.enable_x64(True):
-        stack = make(kind, one_device, state_dtype="float64")
+        stack = make(kind, one_device, state_dtype="float64", form=form)
         layers, (x, y) = random_layers(stack), values()
         dead = jnp.zeros((LAYERS, F), bool)
         loss = lambda layers: cross_layer_loss(  # noqa: E731
@@ -108,6 +123,7 @@ def test_loss_and_gradients_are_those_of_plain_numpy(kind, one_device):
     assert abs(total / wanted - 1) < 1e-12 and 0.02 < metrics["l0"].mean() / F < 0.9
     np.testing.assert_allclose(metrics["mse"], [np.square(e).sum() / B for e in errors], rtol=1e-10)
     for found, own in zip(grads, plain_grads, strict=True):
+        assert ("W_skip_DxD" in own) == (form == SKIP_FORM)
         for name, gradient in own.items():
             assert np.abs(gradient).max() > 0
             np.testing.assert_allclose(
@@ -212,13 +228,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["batchtopk", *(pytest.param(k, marks=pytest.mark.slow) for k in ("standard", "jumprelu"))]
+    "kind", ["across layers", *(pytest.param(k, marks=pytest.mark.slow) for k in ("standard", "jumprelu", "batchtopk"))]
 )
 def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device):
-    stack = make(kind, one_device)
+    """With a skip path, too, as circuit-tracer applies it: x @ W_skip_{layer}."""
+    stack = make(kind, one_device, form=SKIP_FORM)
     x, y, _ = planted(8)
     state, _ = train(stack, zip(x, y, strict=True))
     kept_L = np.full(LAYERS, 0.1, np.float32)
+    if kind == "across layers":
+        kept_L = np.asarray(smallest_kept(stack, state.params, stack.hyperparams, jnp.asarray(x[0])))
+        pres = [x[0, l] @ arrays["W_enc_DxF"] + arrays["b_enc_F"] for l, arrays in enumerate(state.params)]
+        np.testing.assert_allclose(kept_L, np.sort(np.maximum(pres, 0).ravel())[-4 * B * LAYERS], rtol=1e-5)
     load = lambda layer: finish_layer(stack, state, layer, kept_L)  # noqa: E731
     circuit_tracer.save_cross_layer(tmp_path / "set", LAYERS, load)
     written = hash_dictionaries(str(tmp_path / "set"))
@@ -235,10 +256,13 @@ def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device)
             np.testing.assert_allclose(np.linalg.norm(writes_FxXxD.reshape(F, -1), axis=1), 1, rtol=1e-5)
             raw_BxD = raw_BxD + np.asarray(layer.encode(x[0, l]), np.float64) @ writes_FxXxD[:, m - l]
             pre_BxF = x[0, l] * stack.scales[l].input @ arrays["W_enc_DxF"] + arrays["b_enc_F"]
-            above = dict(standard=0, batchtopk=kept_L[l])
-            above["jumprelu"] = arrays.get("threshold_F")
-            acts_BxF = np.where(pre_BxF > above[kind], np.maximum(pre_BxF, 0), 0)
+            above = dict(standard=0, jumprelu=arrays.get("threshold_F")).get(kind, kept_L[l])
+            acts_BxF = np.where(pre_BxF > above, np.maximum(pre_BxF, 0), 0)
             scaled_BxD = scaled_BxD + acts_BxF @ arrays["W_dec_FxD"][:, (m - l) * D : (m - l + 1) * D]
+        W_skip_DxD = load_file(tmp_path / "set" / f"W_enc_{m}.safetensors")[f"W_skip_{m}"]
+        np.testing.assert_array_equal(np.asarray(opened.load(m).W_skip_DxD), W_skip_DxD)
+        raw_BxD = raw_BxD + x[0, m] @ W_skip_DxD
+        scaled_BxD = scaled_BxD + x[0, m] * stack.scales[m].input @ np.asarray(state.params[m]["W_skip_DxD"])
         np.testing.assert_allclose(raw_BxD * stack.scales[m].output, scaled_BxD, atol=2e-5)
     with pytest.raises(UserError, match="already holds"):
         circuit_tracer.save_cross_layer(tmp_path / "set", LAYERS, load)

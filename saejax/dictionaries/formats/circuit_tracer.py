@@ -7,7 +7,8 @@ layer_{i}.safetensors     W_enc [F, d], W_dec [F, d], b_enc [F], b_dec [d]; with
                           applied as x @ W_skip.T
 params.npz, w_enc ...     Gemma Scope's, see ``gemma_scope``, where the description lists such files
 W_enc_{i}.safetensors     a cross-layer transcoder (Ameisen et al., 2025): W_enc_{i} [F, d], b_enc_{i}, b_dec_{i} and,
-W_dec_{i}.safetensors     with a JumpReLU, threshold_{i}; W_dec_{i} [F, L - i, d], where j writes to layer i + j
+W_dec_{i}.safetensors     with a JumpReLU, threshold_{i}, with a skip path W_skip_{i} [d, d], applied as x @ W_skip_{i};
+                          W_dec_{i} [F, L - i, d], where j writes to layer i + j
 params_layer_{i}.safetensors   Gemma Scope 2's cross-layer transcoders: w_enc [d, F], w_dec [F, L, d], where j writes to
                           layer j and nothing is written below i, and maybe affine_skip_connection [d, d]
 
@@ -57,6 +58,7 @@ _KNOWN_K = {"crv-8b-instruct-transcoders": 128}
 _SAMPLE = 64  # rows that are looked at
 _LAYOUT = dict(W_enc_DxF="W_enc.T", b_enc_F="b_enc", W_dec_FxD="W_dec", b_dec_D="b_dec")
 _CROSS_LAYOUT = dict(W_enc_DxF="W_enc", b_enc_F="b_enc", W_dec_FxD="W_dec", b_dec_D="b_dec", threshold_F="threshold")
+_CROSS_LAYOUT |= dict(W_skip_DxD="W_skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +354,8 @@ def _parse_cross_layer(
         layout = {ours: names.get(name, name) for ours, name in _CROSS_LAYOUT.items()}
         layout["W_enc_DxF"] += ".T"
         rows = count - layer
-    layout = {ours: name for ours, name in layout.items() if ours != "threshold_F" or name in state}
+    optional = ("threshold_F", "W_skip_DxD")
+    layout = {ours: name for ours, name in layout.items() if ours not in optional or name in state}
     matrices = {name: layout[name] for name in ("W_enc_DxF", "W_dec_FxD")}
     arranged, transposed = tensors.arrange(file, state, matrices)
     encoder, decoder = arranged["W_enc_DxF"].shape, arranged["W_dec_FxD"]
@@ -456,8 +459,8 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
     Args:
       folder: made if missing; ``config.yaml`` is written last.
       layers: number of layers, from 0.
-      load: gives a layer, "standard" or "jumprelu", without a skip path; and what its features write to each layer from
-        their own on, [F, layers - layer, D].
+      load: gives a layer, "standard" or "jumprelu"; and what its features write to each layer from their own on,
+        [F, layers - layer, D].
 
     Raises:
       UserError: the folder holds a set already, or circuit-tracer has no such transcoders.
@@ -469,9 +472,11 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
         for layer in range(layers):
             dictionary, writes_FxXxD = load(layer)
             config = dictionary.config
-            if config.kind not in ("standard", "jumprelu") or config.skip:
-                raise UserError(f"circuit-tracer's cross-layer folders hold no {config.kind} layers, or skip paths")
+            if config.kind not in ("standard", "jumprelu"):
+                raise UserError(f"circuit-tracer's cross-layer folders hold no {config.kind} layers")
             named = _file_arrays(rescale.centre(dictionary, False))
+            if "W_skip" in named:  # of a set of transcoders the transpose is stored
+                named["W_skip"] = named["W_skip"].T
             named.pop("W_dec", None)
             stamp = stamp or _stamp(config, named)
             writes_FxXxD = writes_FxXxD.astype(named["W_enc"].dtype)

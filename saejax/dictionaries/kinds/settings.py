@@ -48,6 +48,17 @@ class JumpReLUConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchTopKConfig(Config):
+    """Settings of batchtopk dictionaries alone."""
+
+    across_layers: bool = setting(
+        False,
+        "of a cross-layer transcoder: keep the largest activations of a batch in all layers together, so that layers "
+        "share the k features per token and layer as they need them; otherwise each layer keeps k",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class MatryoshkaConfig(Config):
     """Settings of matryoshka dictionaries alone."""
 
@@ -76,7 +87,7 @@ KIND_SETTINGS = {
     "gated": KindSettings(reads=("l1",)),
     "jumprelu": KindSettings(JumpReLUConfig),
     "topk": KindSettings(reads=("k",)),
-    "batchtopk": KindSettings(reads=("k",)),
+    "batchtopk": KindSettings(BatchTopKConfig, reads=("k",)),
     "matryoshka": KindSettings(MatryoshkaConfig, reads=("k",)),
     "matching_pursuit": KindSettings(reads=("k",)),
 }

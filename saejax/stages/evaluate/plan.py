@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_params, by_row, whole
 from saejax.dictionaries import DictionaryConfig
-from saejax.dictionaries.cross_layer import FORM
+from saejax.dictionaries.cross_layer import FORMS
 from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.evaluation.member_data import MemberData
@@ -32,7 +32,7 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     rows, length = _batch(plan, mesh)
     model, first = plan.model, next(iter(plan.stacks.values())).dictionary
     used = plan.dictionary("ablate") if all_stages()["ablate"].units(plan.configs) else first
-    if is_joined(used.site) or plan.configs[TrainConfig].form == FORM:
+    if is_joined(used.site) or plan.configs[TrainConfig].form in FORMS:
         return []  # whole passes with edits, or layer by layer: those of other stages
     site, d, f = Site.parse(used.site), used.d_in, used.n_features
     target = Site.parse(used.target or used.site)

@@ -6,6 +6,7 @@ from typing import Any
 from saejax.activations.joined import single_sites
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Config, Configs, setting
+from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.kinds.settings import PRETRAINED
 from saejax.errors import UserError
 from saejax.training.members import Member, choose_sites, make_members
@@ -43,7 +44,7 @@ def units_of_members(configs: Configs, kind: str) -> dict[str, Configs]:
       UserError: as ``make_members`` and ``choose_sites``.
     """
     train = configs[TrainConfig]
-    if kind == PRETRAINED or train.form == "cross_layer_transcoder":
+    if kind == PRETRAINED or train.form in FORMS:
         return {}
     # A store has the sites that it was asked for, so that members are known before it exists.
     captured = None if train.source == "model" else configs[CaptureConfig].sites
