@@ -177,9 +177,7 @@ def _predict(
     predicted_LxBxD = written_LxBxD + bias_LxD[:, None]
     if not stack.dictionary.skip:
         return predicted_LxBxD
-    skips = [
-        matmul(x_BxD, arrays["W_skip_DxD"], matmul_dtype) for x_BxD, arrays in zip(x_LxBxD, layers, strict=True)
-    ]
+    skips = [matmul(x_BxD, arrays["W_skip_DxD"], matmul_dtype) for x_BxD, arrays in zip(x_LxBxD, layers, strict=True)]
     return predicted_LxBxD + jnp.stack(skips)
 
 

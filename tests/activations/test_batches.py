@@ -110,9 +110,7 @@ def test_processes_share_the_batches_of_one(store, processes):
 
 
 @pytest.mark.parametrize("same_tokens", [True, False])
-def test_a_column_of_a_batch_gives_rows_that_are_no_sinks_at_its_input_and_target(
-    make_store, same_tokens, monkeypatch
-):
+def test_a_column_of_a_batch_gives_rows_that_are_no_sinks_at_its_input_and_target(make_store, same_tokens, monkeypatch):
     other = next(site for site in known_store.SITES if site != SITE)
     monkeypatch.setitem(known_store.SITES, other, known_store.SITES[SITE])
     store = make_store("bfloat16").store

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from small_runs import STEPS, assert_same_bits, go
 from small_runs import make_stack as make_small_run
-from safetensors.numpy import load_file
 from small_stacks import B, D, F, compiled, make_stack, train
 
 from saejax.attribution.local.transcoders import open_transcoders
