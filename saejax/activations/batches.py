@@ -179,7 +179,10 @@ def make_batches(
 
 
 def usable_of_columns(rows: Any, parts: Parts, same_tokens: bool = False) -> list[RowRange]:
-    """Return the training rows that are no sinks of each column; one range if it is the same for all columns."""
+    """Return the training rows that are no sinks of each column; one range if it is the same for all columns.
+
+    For ``parts`` and ``same_tokens`` see ``columns_of``.
+    """
     columns = [rows.usable("train", *sites) for sites in columns_of(parts, same_tokens)]
     are_alike = all(np.array_equal(usable.excluded, columns[0].excluded) for usable in columns)
     return columns[:1] if are_alike else columns

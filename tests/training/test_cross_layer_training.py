@@ -238,7 +238,8 @@ def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device)
     kept_L = np.full(LAYERS, 0.1, np.float32)
     if kind == "across layers":
         kept_L = np.asarray(smallest_kept(stack, state.params, stack.hyperparams, jnp.asarray(x[0])))
-        pres = [x[0, l] @ arrays["W_enc_DxF"] + arrays["b_enc_F"] for l, arrays in enumerate(state.params)]
+        every = jax.tree.map(np.asarray, state.params)
+        pres = [x[0, l] @ arrays["W_enc_DxF"] + arrays["b_enc_F"] for l, arrays in enumerate(every)]
         np.testing.assert_allclose(kept_L, np.sort(np.maximum(pres, 0).ravel())[-4 * B * LAYERS], rtol=1e-5)
     load = lambda layer: finish_layer(stack, state, layer, kept_L)  # noqa: E731
     circuit_tracer.save_cross_layer(tmp_path / "set", LAYERS, load)
