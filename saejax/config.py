@@ -33,7 +33,7 @@ def setting(
 
     Args:
       default: the value when the flag is not given.
-      help: what it does, with its unit.
+      help: its effect, with its unit.
       low: smallest allowed value, inclusive (of each element, for a tuple).
       high: largest allowed value, inclusive.
       choices: the allowed values, or a function that gives them.

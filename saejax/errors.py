@@ -22,14 +22,14 @@ class CheckFailed(Exception):
 
 
 class Interrupted(Exception):
-    """The process was asked to stop (SIGTERM) and has saved what it had."""
+    """The process was asked to stop (SIGTERM) and has saved its work."""
 
 
 class OtherFailed(Exception):
     """Another process of the run has failed, so this one ends, too.
 
     Args:
-      rank: number of that process.
+      rank: number of the process.
       status: its exit status.
     """
 

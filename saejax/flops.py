@@ -2,7 +2,7 @@
 
 Preflight, timing lines and benchmarks use it, because XLA's own count takes the body of a loop over layers once. A
 product of [m, k] and [k, n] is 2 m k n operations; norms, softmax and other elementwise work are left out. Peaks are
-those of matrix products by the vendors' data sheets (dense, without sparsity).
+matrix products' by the vendors' data sheets (dense, without sparsity).
 """
 
 from math import prod

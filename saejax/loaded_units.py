@@ -1,4 +1,4 @@
-"""Dictionaries and results that this process has loaded, so that those of different runs are not mixed in silence.
+"""Dictionaries and results that this process has loaded, so that different runs are not mixed in silence.
 
 A unit's folder is ``DIR/train/<name>-<hash>``. After a flag was changed, ``DIR/train/<name>`` links to another one than
 the results of an earlier run were made with. What is loaded first is remembered, what is loaded next is compared.
@@ -16,7 +16,7 @@ from saejax.links import resolve_links
 
 STACK = "stack.json"  # in the folder of a stack: the folders of its members
 _UNIT = re.compile(r"(.+)-([0-9a-f]{16})")
-# By DIR/train/<name>: the hashes of the dictionaries that were loaded, and those that loaded results were made with.
+# By DIR/train/<name>: the hashes of loaded dictionaries, and hashes that loaded results were made with.
 _dictionaries, _results = defaultdict[Path, set[str]](set), defaultdict[Path, set[str]](set)
 
 

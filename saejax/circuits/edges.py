@@ -4,7 +4,7 @@ An edge is *drawn* if four things hold, each at the level 0.05 over the number o
 
 1. the interval of its mean effect over prompts excludes 0, and the effect is at least ``LEAST_EFFECT``: what rounding
    leaves is as clear as it is small;
-2. the interval of effect minus that of the random sets, in the direction of the effect, lies above 0;
+2. the interval of the effect minus the random sets' effect, in the direction of the effect, lies above 0;
 3. the same of the placebo sets;
 4. the effect exceeds the mean of either kind by more than such sets differ from each other: by Student's prediction
    limit, with the variance between the sets of a prompt, the larger of both kinds. What a group does, it does in every
@@ -30,7 +30,7 @@ from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 LEAST_DOSE = 0.9
 LEAST_EFFECT = 1e-2  # logits, or share of a group's activation
 _LEVEL = 0.05
-_ROUNDING = 1e-5  # effects that are all smaller are those of groups that cannot reach the target
+_ROUNDING = 1e-5  # groups with smaller effects alone cannot reach the target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Edge:
     placebo: float  #: the same of placebo sets of equal dose
     random_spread: float  #: standard deviation between the random sets of a prompt
     placebo_spread: float  #: the same of placebo sets
-    over_random: Interval  #: effect minus that of random sets
-    over_placebo: Interval  #: effect minus that of placebo sets
+    over_random: Interval  #: effect minus the random sets' effect
+    over_placebo: Interval  #: effect minus the placebo sets' effect
     dose: float  #: share of the group's dose that control sets reach, the smaller of both kinds
     level: float  #: coverage of the intervals
     prompts: int  #: number of prompts
@@ -65,7 +65,7 @@ def judge_edges(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> list[Edge]:
-    """Return every measured effect with its controls, those of ``total`` first, then ``direct``, then ``swap``.
+    """Return every measured effect with its controls, ``total`` first, then ``direct``, then ``swap``.
 
     Args:
       names: names of the G groups.

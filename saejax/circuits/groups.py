@@ -1,11 +1,11 @@
 """Groups of features that return over a behaviour's prompts: found, proposed, and edited by hand.
 
 1. A graph of each traced prompt gives the influence of its features on the answer, and on placebo targets.
-2. A feature is named by its layer, its index and the *role* of its position: ``content`` is what differs between the
+2. A feature is named by its layer, its index and the *role* of its position: ``content`` where words differ between the
    prompt and its counterpart, ``last`` the last position, ``context`` all others. So a feature can return in a prompt
    of another template or length.
 3. Features that are among the most influential ones of several prompts return (``find_returning``).
-4. Those that share a label are a group; others are grouped by role and by third of the layers, and named after their
+4. Features that share a label are a group; others are grouped by role and by third of the layers, and named after their
    most influential feature (``propose_groups``).
 
 The proposal is written to ``groups.json``; an edited copy is read back by ``read_groups``.
@@ -79,7 +79,7 @@ def position_roles(ids_P: np.ndarray, counterpart_P: np.ndarray | None) -> np.nd
 
     Args:
       ids_P: its token ids.
-      counterpart_P: those of its counterpart; None: there is none, and no position is ``content``.
+      counterpart_P: of its counterpart; None: there is none, and no position is ``content``.
     """
     roles = ["context"] * len(ids_P)
     if counterpart_P is not None:
@@ -145,7 +145,7 @@ def propose_groups(
       n_layers: of the model.
       size: most features of a group, the most influential ones.
       most: most groups.
-      details: labels, by which features of one role are grouped, and what else names a feature.
+      details: labels that group features of one role, and further names of a feature.
     """
     label_of = {key: details[key.address].label.strip() for key in scores if key.address in details}
     named = {key: f"{label} ({ROLE_WORDS[key.role]})" for key, label in label_of.items() if label}
@@ -174,7 +174,7 @@ def is_output(feature: Key | Group, n_layers: int) -> bool:
 
 
 def name_feature(key: Key, details: FeatureDetails, n_layers: int) -> str:
-    """Return the label, or else the tokens on which a feature fires; of an output those that it promotes, if known."""
+    """Return the label, or else the tokens on which a feature fires; of an output the promoted tokens, if known."""
     if is_output(key, n_layers) and details.top_logits:
         details = dataclasses.replace(details, examples=())
     return details.name or f"layer {key.layer}, feature {key.feature}"

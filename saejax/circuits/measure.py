@@ -1,4 +1,4 @@
-"""Measured effects of groups of features on one prompt: the model is run with edits, and with those of control sets.
+"""Measured effects of groups of features on one prompt: the model is run with edits, and with edits of control sets.
 
 Three edits of each group, each in a run of its own in which everything else is recomputed:
 
@@ -169,7 +169,7 @@ def _draw_sets(
     placebo: Mapping[Key, float],
     rng: np.random.Generator,
 ) -> list[tuple[list[Change], float]]:
-    """Return the changes and the dose of a group, by its number, then those of random and of placebo sets."""
+    """Return the changes and the dose of a group, by its number, then of random and of placebo sets."""
     members = groups[number].members
     layers, roles = [key.layer for key in members], {key.role for key in members}
     # Features that the edit leaves as they are, such as equal ones in a swap, cannot make up a dose.

@@ -23,7 +23,7 @@ class CircuitResults:
     swapped_logit_diff: float | None = None  #: mean logit difference of the swapped prompts; None if there are none
 
     def drawn(self, edit: str = "direct") -> list[Edge]:
-        """Return the drawn edges of one of ``measure.EDITS``; those of "direct" are the arrows of the picture."""
+        """Return the drawn edges of one of ``measure.EDITS``; the edges of "direct" are the arrows of the picture."""
         return [edge for edge in self.edges if edge.drawn and edge.edit == edit]
 
 

@@ -59,7 +59,7 @@ def find_circuit(
       traced: prompts that choose features: each is traced.
       measured: other prompts of the behaviour, two or more, on which effects are measured.
       groups: groups to measure; if empty, groups are proposed.
-      describe: returns the details of features, by which groups are proposed and named.
+      describe: returns the details of features that groups are made and named from.
       max_features: maximum number of features of a graph.
       resamples: number of bootstrap samples.
       seed: seed of placebo targets, control sets and the bootstrap.

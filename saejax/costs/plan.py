@@ -56,7 +56,7 @@ class PlannedRun:
     stands_for: str = ""  #: platform that the devices of the mesh stand for, such as "gpu"; "": they are what they are
 
     def placed(self, stage: Stage) -> "PlannedRun":
-        """Return the plan on the devices of a stage: those of one process, unless all processes run it together."""
+        """Return the plan on the devices of a stage: one process's, unless all processes run it together."""
         if not self.own_devices or stage.processes == "all":
             return self
         config = alone_config(self.mesh.shape["model"], self.own_devices)

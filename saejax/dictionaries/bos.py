@@ -21,7 +21,7 @@ def follow_bos(
 
     Args:
       lm: the model.
-      dictionaries: those that are run with it; of several conventions the first counts.
+      dictionaries: dictionaries that are run with it; of several conventions the first counts.
       say: takes a line if texts begin otherwise than the model's did, or than the texts of one dictionary.
     """
     conventions = list(dict.fromkeys(config.bos for config in dictionaries if config.bos != "auto"))

@@ -28,7 +28,7 @@ class DictionaryCheck:
     """Measurements of a dictionary on a sample of text."""
 
     l0: float  #: mean number of active features of a token
-    #: 1 - squared error / variance of what it reconstructs, summed over tokens and dimensions.
+    #: 1 - squared error / variance of its target, summed over tokens and dimensions.
     explained_variance: float
     tokens: int  #: number of tokens measured; attention sinks are left out
 
@@ -37,7 +37,7 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
     """Measure a dictionary on a sample of text, and log one line; below 0 explained variance it is a warning.
 
     A dictionary that explains less than nothing reads another site or model than it was trained on, or its settings
-    were not followed: nothing that is found with it means anything. The text begins with BOS as those of the
+    were not followed: nothing that is found with it means anything. The text begins with BOS as the texts of the
     training did.
 
     Args:

@@ -47,7 +47,7 @@ class DictionaryConfig(Config):
     bos: str = setting("auto", "whether texts of its training began with the BOS token", choices=BOS)
 
     def bos_conflict(self, begins_with_bos: bool) -> str:
-        """Return in words how texts differ from those of the training; "": they do not, or it is not known.
+        """Return in words how texts differ from the texts of training; "": they do not, or it is not known.
 
         Args:
           begins_with_bos: whether the texts at hand begin with the BOS token.

@@ -1,4 +1,4 @@
-"""Per-token normalisation of what a dictionary reads, undone on what it writes.
+"""Per-token normalisation of a dictionary's input, undone on its output.
 
     f = act(n(x) W_enc + b_enc)        y = (f W_dec + b_dec) scale(x) + shift(x)
 

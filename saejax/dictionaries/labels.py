@@ -18,7 +18,7 @@ from saejax.results import from_json
 
 LABELS = "labels.json"
 COLUMNS = ("feature", "label", "note", "reviewer")  # of a sheet; where it has several dictionaries, dictionary
-EXPLAINED = "explained.json"  # how a language model judged labels, beside those that it wrote
+EXPLAINED = "explained.json"  # how a language model judged labels, beside labels that it wrote
 FOUND = "detector"  # who gave a label that was found
 INDEX = re.compile(r"\d{1,18}")  # of a feature, as a sheet writes it
 _NAMED = 8  # lines, and dictionaries, that a warning names

@@ -24,7 +24,7 @@ def squared_error(
       y_BxD: targets.
       y_hat_BxD: reconstructions.
       metric_DxD: matrix that errors are multiplied with first, such as ``whitening``.
-      matmul_dtype: dtype of the operands of that product.
+      matmul_dtype: dtype of the product's operands.
     """
     return squared_size(y_BxD - y_hat_BxD, metric_DxD, matmul_dtype)
 
@@ -116,11 +116,11 @@ def auxk(
       matmul_dtype: dtype of the operands of the product.
       metric_DxD: as for ``squared_error``.
       most_dead: the largest number of dead features among the members that are computed at the same time, which chooses
-        the branch: under vmap a member's own number cannot. None: that of ``dead_F``.
+        the branch: under vmap a member's own number cannot. None: the number in ``dead_F``.
       all_columns: compute with all columns however few are dead, and gather none.
     """
     dead_count = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)
-    # Constants: the residual is what the living features leave, which AuxK should not move.
+    # Constants: the living features leave the residual, which AuxK should not move.
     constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, dead_count
     return _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)
 

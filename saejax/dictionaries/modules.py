@@ -7,7 +7,7 @@ Everything that has features with directions at a site is a ``Dictionary``: an S
 cross-layer transcoder, principal components, an MLP's neurons. Which features are active is decided by its kind, one of
 ``dictionaries.kinds``.
 
-Rows of ``W_dec`` are the features' directions. Those of dictionaries trained here have unit norm, so that ``f_i`` is
+Rows of ``W_dec`` are the features' directions. In dictionaries trained here they have unit norm, so that ``f_i`` is
 the length of what feature i adds; a dictionary loaded from another tool's file keeps the lengths of the file.
 
 Positions with an extreme norm are attention sinks: features mean nothing there, and edits leave them as they are. The
@@ -81,7 +81,7 @@ class Dictionary(nnx.Module):
 
     Args:
       matmul_dtype: dtype of the operands of matrix products (sums are in the arrays' dtype).
-      arrays: those of ``parameter_table``; and "max_norm", a scalar, in place of that of ``config`` where dictionaries
+      arrays: the arrays of ``parameter_table``; and "max_norm", a scalar, in place of ``config``'s where dictionaries
         of several layers should share compiled programs. Without "W_dec_FxD" it can encode and not decode: of a
         decoder only some rows may be wanted, and the features of a cross-layer transcoder write to several layers, so
         that they have "decoder_norms_F", the norms of their joined decoders, instead.
@@ -149,7 +149,7 @@ class Dictionary(nnx.Module):
 
     @property
     def decoder_norms_F(self) -> jax.Array:
-        """Length of each feature's direction, [F], by which penalties weigh activations; see ``joined.row_lengths``."""
+        """Length of each feature's direction, [F], its weight in penalties; see ``joined.row_lengths``."""
         if hasattr(self, "joined_norms_F"):
             return self.joined_norms_F[...]
         return joined.row_lengths(self.W_dec_FxD[...], self.config.widths)
@@ -195,13 +195,13 @@ class Dictionary(nnx.Module):
         return kinds.EncoderInputs(x_xD, projected_xF, projected_xF + row(self.b_enc_F[...], x_xD.ndim))
 
     def _matrix(self, parameter: nnx.Param) -> jax.Array:
-        """Return a matrix in the dtype of the biases: those of inference may be in bfloat16, and products are not."""
+        """Return a matrix in the dtype of the biases: at inference it may be in bfloat16, and products are not."""
         return parameter[...].astype(self.b_dec_D.dtype)
 
     def encode(self, x_xD: jax.Array, numbers: Mapping[str, Any] | None = None) -> jax.Array:
         """Return feature activations [..., F] of the site's values x; 0 or above unless the kind is signed.
 
-        ``numbers`` stand in place of those of ``config``, such as traced ones.
+        ``numbers`` stand in place of ``config``'s, such as traced ones.
         """
         f_xF = self.kind.encode(self, self.encoder_inputs(x_xD), self.numbers if numbers is None else numbers)
         if self.config.output_units:
@@ -327,7 +327,7 @@ class Dictionary(nnx.Module):
     def patch(
         self, features: Sequence[int] | int, f_BxTxK: Any, positions: str | Span = "all", error: str = "keep"
     ) -> FeatureEdit:
-        """Return the edit g = activations given for every position of the prompts, such as those of counterparts.
+        """Return the edit g = activations given for every position of the prompts, such as the counterparts'.
 
         T is the prompts' length with padding; values at padding have no effect. New tokens, in generation, have none
         and pass unchanged. ``positions`` and ``error`` are as the class says.

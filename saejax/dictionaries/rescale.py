@@ -1,7 +1,7 @@
 """Rewrite a dictionary in other parameters that compute the same: scales, lengths, biases and gates are moved.
 
 All kinds are homogeneous: inputs, biases and thresholds times s give activations times s. So scales and lengths of
-decoder rows can be folded in and out. Functions of arrays take those of JAX, or of numpy on the host; functions of
+decoder rows can be folded in and out. Functions of arrays take arrays of JAX, or of numpy on the host; functions of
 dictionaries compute on the host in float64, some features at a time, and round once to the arrays' own dtype.
 """
 

@@ -13,8 +13,8 @@ class TrainedMember:
     site: str  #: site that it reads
     target: str  #: site that it reconstructs or predicts
     settings: Mapping[str, Any]  #: settings in which members may differ, such as seed, k and coefficients
-    input_scale: float  #: by which activations are multiplied for training; folded into the dictionary
-    output_scale: float  #: by which activations are multiplied for training; folded into the dictionary
+    input_scale: float  #: factor of activations in training; folded into the dictionary
+    output_scale: float  #: factor of targets in training; folded into the dictionary
     #: share of the features that were silent for an epoch (or a shorter run); None: not trained here
     dead_fraction: float | None
     final: Mapping[str, float]  #: metrics at the last recorded step, as in `metrics.jsonl`, without `held_out_`

@@ -4,10 +4,10 @@ Of a token's F features k are active, so decoding and every product of its gradi
 multiplications. The encoder's product stays. It is for one CPU device: ``jax.experimental.sparse`` multiplies matrices
 in compressed rows by a kernel of jaxlib, while XLA's gathers and scatters are as slow as dense products. Processor time
 in ms of 1,024 tokens, F 4,608, width 576 and k 32, dense in fp32, dense in bfloat16 and sparse: decoding 52, 21, 4; the
-gradient of activations 49, 13, 9; that of a weight matrix 48, 55, 8.
+gradient of activations 49, 13, 9; gradient of a weight matrix 48, 55, 8.
 
-The dense form (``sparsity.topk``, ``matmul``) is what this is tested against, and what all else uses. Values and
-gradients of both are those of the same function, up to rounding and up to ties with a token's k-th largest value.
+The dense form (``sparsity.topk``, ``matmul``) serves in tests of this form, and everywhere else. Values and
+gradients of both belong to the same function, up to rounding and up to ties with a token's k-th largest value.
 """
 
 import functools
@@ -148,7 +148,7 @@ def explain(
       k: 1 <= k <= ``max_k``; may be traced. Of values that tie with the k-th largest, the first ones are kept.
       max_k: the largest k there can be, at most F; static.
       matmul_dtype: dtype of the encoder's product; the others are in the arrays' dtype.
-      any_dead: False promises that the gradient of ``pre_for_auxk_BxF`` is 0. That of ``pre_BxF`` is always exact.
+      any_dead: False promises that ``pre_for_auxk_BxF`` has gradient 0. The gradient of ``pre_BxF`` is always exact.
     """
     return _explain(x_BxD, y_BxD, encoder, W_dec_FxD, (jnp.asarray(k), jnp.asarray(any_dead)), max_k, matmul_dtype)
 

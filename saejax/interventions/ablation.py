@@ -1,6 +1,6 @@
 """Measurements of an ablation for one behaviour: the rows of the effects table.
 
-For each dictionary (the tested one and those of other seeds):
+For each dictionary (the tested one and dictionaries of other seeds):
 
 1. T: the k features with the largest attribution for the behaviour's answers on train prompts. It is ablated by five
    growing fractions; everything else is measured once, at T's full dose (``saejax.interventions.controls``).
@@ -135,7 +135,7 @@ def define_prompts(behaviour: str, prompts: Sequence[Prompt]) -> list[PromptDefi
 
 
 def spread_over_templates(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Return ``count`` prompts, or all if that is 0: those of each template in turn."""
+    """Return ``count`` prompts, or all if that is 0, from each template in turn."""
     turns: collections.Counter[str] = collections.Counter()
     order = []
     for place, prompt in enumerate(prompts):
@@ -186,13 +186,13 @@ class BehaviourAblation:
         seed = np.uint32(config.seed) if config.replacement == "random" else None
         self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
-        # Slopes along the path of one dictionary are not those of another.
+        # Slopes along the path of one dictionary are not another's.
         self.slopes: Any = shared.slopes if shared and not self.steps else self.answer_slopes()
         self.attribution_F = self.mean_attribution(self.train_runs, self.slopes)
         self.like = None
 
     def _reads_like(self, other: "BehaviourAblation") -> bool:
-        """Return whether the clean runs of another dictionary on the same prompts are those of this one."""
+        """Return whether another dictionary has the same clean runs on the same prompts."""
         mine, theirs = self.basis.config, other.basis.config
         sinks = [(config.max_norm, config.target_max_norm) for config in (mine, theirs)]
         return self.split.point == other.split.point and sinks[0] == sinks[1] and self.config.error == "keep"
@@ -233,7 +233,7 @@ class BehaviourAblation:
     def run(
         self, edits: Sequence[EditDefinition], prompts: Sequence[Prompt] | None = None, **options: bool
     ) -> dict[str, np.ndarray]:
-        """Run edits on the test prompts, or on others; options and what is returned are those of ``run_edits``."""
+        """Run edits on the test prompts, or on others; options and result are as for ``run_edits``."""
         runs = self.runs if prompts is None else self._run_clean(prompts)
         on_progress = self.progress.of_call(len(edits) * sum(len(run.index_P) for run in runs))
         return run_edits(self.split, runs, self.edits(edits), self.config.batch_rows, on_progress, **options)
@@ -335,7 +335,7 @@ class BehaviourAblation:
             return
         # A swapped activation is one draw of a random one: targets are ranked by what zero ablation would do.
         source = ActivationReplacement() if self.replacement.kind == "counterpart" else self.replacement
-        # Mean activations are those of each dictionary's features, and so is the path.
+        # Mean activations belong to each dictionary's features, and so does the path.
         groups = [[each] for each in sharing] if source.kind == "mean" or self.steps else [sharing]
         for group in groups:
             splits = [each.split for each in group]
@@ -389,7 +389,7 @@ class BehaviourAblation:
     def other_tokens(self, runs: Sequence[CleanRun], most: int) -> np.ndarray:
         """Return the tokens that are among the ``most`` likeliest after some prompt and are, or begin, no answer.
 
-        Answers are those of both splits and what would be as right; where all are numbers, every number may be right.
+        Answers are both splits' and further right ones; where all are numbers, every number may be right.
         """
         answers = {text for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
         are_numbers = all(answer.strip().isdecimal() for answer in answers)
@@ -486,7 +486,7 @@ def measure_all(
       UserError: no feature has an attribution above zero, or repeats do not go with the settings.
     """
     config = tested.config
-    keeps_error = config.error == "keep"  # otherwise the clean run is that of the tested dictionary alone
+    keeps_error = config.error == "keep"  # otherwise the clean run belongs to the tested dictionary alone
     if repeats and not keeps_error:
         raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
     others = {name: tested.with_basis(repeat) for name, repeat in (repeats or {}).items()}
@@ -610,7 +610,7 @@ def _measure_untrained(tested: BehaviourAblation, dose: float) -> list[EffectsTa
 
 
 def _by_attribution(ablation: BehaviourAblation) -> list[int]:
-    """Return the top features of a dictionary and those that follow them, as many as question 6 keeps."""
+    """Return the top features of a dictionary and the next ones, as many as question 6 keeps."""
     longest, top = ablation.config.top * sufficiency.SIZES[-1], ablation.top()
     return [*top, *(feature for feature in leaders(ablation.attribution_F, longest) if feature not in top)][:longest]
 
@@ -694,7 +694,7 @@ def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
         if isinstance(lm.config, TorchConfig):  # which has no table of its weights
             return None
         site = Site.parse(dictionary.config.target or dictionary.site)
-        # Where a norm follows the MLP, or the site is what it reads, a neuron has no direction at the site's scale. Of
+        # Where a norm follows the MLP, or the MLP reads the site, a neuron has no direction at the site's scale. Of
         # several experts each has neurons of its own.
         if lm.config.post_norms or lm.config.n_experts or site.kind == "mlp_in":
             return None

@@ -285,7 +285,7 @@ def among_sentence(
     """Return the sentence of questions 2 (``group`` random), 3 (placebo) and 4 (untrained).
 
     Args:
-      answer: the answer without its sentence; its numbers are those of ``verdict``.
+      answer: the answer without its sentence; its numbers come from ``verdict``.
       group: group of the controls.
       k: number of top features.
       behaviours: number of behaviours that the correction is over.

@@ -1,6 +1,6 @@
 """Simpler bases of a site, whose directions are ablated in the same way as features.
 
-- ``neurons``: the neurons of the MLP in the site's layer. A neuron's activation is what the down projection reads, its
+- ``neurons``: the neurons of the MLP in the site's layer. A neuron's activation is an input of the down projection, its
   direction is its row there; ablating it changes ``mlp_out``. First tokens are left alone, as dictionaries leave
   attention sinks.
 - ``pca``: the principal components of the site's values on the train prompts. Ablating one sets the value to the mean
@@ -66,7 +66,7 @@ class Neurons(Dictionary):
         )
 
     def mesh_axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Return the mesh axis over which each dimension of each array is split: that of the neurons."""
+        """Return the mesh axis over which each dimension of each array is split: the dimension of neurons."""
         axes: dict[str, tuple[str | None, ...]] = {
             name: (None, "model") if name.endswith("DxF") else ("model",) for name in self.names
         }
@@ -93,7 +93,7 @@ def linear(like: Dictionary, directions_FxD: np.ndarray, centre_D: np.ndarray | 
 
 
 def principal_directions(like: Dictionary, rows_RxD: np.ndarray, values_NxD: np.ndarray) -> Dictionary | None:
-    """Return the principal directions of some rows, those of no size left out, around the mean of some values.
+    """Return the principal directions of some rows, without those of no size, around the mean of some values.
 
     Args:
       like: a dictionary that gives the site and its sink rule.
@@ -115,12 +115,12 @@ def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
     """Return a TopK dictionary of random directions at the same site, of the same size and centre.
 
     Args:
-      dictionary: what it is like.
+      dictionary: the dictionary that it is like.
       active: features active per position.
       seed: seed of the directions.
     """
     config = dictionary.config
-    # The centre is that of normalised tokens, so they are normalised here, too; a transcoder's target never is.
+    # The centre belongs to normalised tokens, so they are normalised here, too; a transcoder's target never is.
     norm: dict[str, Any] = {} if config.target else dict(input_norm=config.input_norm, output_units=config.output_units)
     # TopK, so that as many are active as in the dictionary, whose own kind has thresholds that only training sets.
     changed, mesh = _like(dictionary, kind="topk", k=max(active, 1), **norm), dictionary.mesh

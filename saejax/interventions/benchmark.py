@@ -1,7 +1,7 @@
 """Measurements on a benchmark's items: the rows of the effects table, as ``ablation`` measures a behaviour's.
 
 The effect of a set is the drop of the teacher-forced log-likelihood of the reference answer. Question 3 is about the
-final answer: its log-probability after the solution up to it, minus that of a corrupted answer of the same form, such
+final answer: its log-probability after the solution up to it, minus a corrupted answer's of the same form, such
 as another number of as many digits. A placebo target is a pair of corrupted answers of every item. Besides:
 
 1. T is also resampled: where a feature fires, its activation is drawn from those where it fires on train items.
@@ -89,7 +89,7 @@ class BenchmarkItems:
         return corrupted_answers(item.answer, item.choices, CORRUPTED, [seed, *item.id.encode()], is_formula)
 
     def definitions(self) -> list[PromptDefinition]:
-        """Return the definitions of all items; those of held-out templates are a stratum of their own."""
+        """Return the definitions of all items; items of held-out templates are a stratum of their own."""
         return [
             PromptDefinition(
                 f"{self.name}/{item.id}",
@@ -139,7 +139,7 @@ class BenchmarkAblation(BehaviourAblation):
     batch_tokens: int  #: tokens per batch
     #: attribution of each feature for each placebo target, [F] each, once these were measured.
     placebo_attribution: list[np.ndarray] = dataclasses.field(default_factory=list, init=False)
-    #: the other dictionaries whose placebo sets were chosen with those of this one.
+    #: the other dictionaries whose placebo sets were chosen with this one's.
     sharing: "list[BenchmarkAblation]" = dataclasses.field(default_factory=list, init=False)
 
     def __post_init__(self):
@@ -242,7 +242,7 @@ class BenchmarkAblation(BehaviourAblation):
         if not targets:
             return
         flat = [reference for some in corrupted for reference in some]
-        # Attribution is linear in the target: that of a pair is the difference of both answers'.
+        # Attribution is linear in the target: a pair's is the difference of both answers'.
         weight_MxR = np.zeros((len(targets), len(flat)))
         for weight_R, (first_N, second_N) in zip(weight_MxR, targets, strict=True):
             weight_R[first_N], weight_R[second_N] = 1 / len(corrupted), -1 / len(corrupted)
@@ -291,7 +291,7 @@ class BenchmarkAblation(BehaviourAblation):
         """Return the attribution of each feature for the answer to each item, train items first, float32 [P, F].
 
         Args:
-          dictionaries: some of those of ``sharing``, whose attributions follow those of the tested one.
+          dictionaries: some of ``sharing``, whose attributions follow the tested one's.
         """
         ablation_of = {id(each.basis): each for each in self.sharing}
         chosen = [self, *(ablation_of[id(dictionary)] for dictionary in dictionaries)]

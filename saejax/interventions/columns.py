@@ -14,7 +14,7 @@ from saejax.files import whole_file
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Arrays of one length, which are the fields of a subclass; ``kind`` is what its files are named by."""
+    """Arrays of one length, which are the fields of a subclass; ``kind`` names its files."""
 
     kind: ClassVar[str]
 

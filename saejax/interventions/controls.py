@@ -1,7 +1,7 @@
 """Control lists at a dose: what a tested change T is compared with, each built to T's full dose and measured there.
 
 A *list to a dose* is the shortest beginning of an ordered list of features, or of directions, whose dose is at least
-that of T, the whole then scaled down to T's dose (``shortest_beginning``). Nothing is interpolated. Ablation,
+T's, the whole then scaled down to T's dose (``shortest_beginning``). Nothing is interpolated. Ablation,
 benchmarks, steering, the tracker and circuits build their controls here; they differ in what a feature changes. Doses
 of all beginnings come from the mean inner products of the changes that single features make (``Changes``): the change
 of a set is the sum of its features'.
@@ -25,7 +25,7 @@ from saejax.interventions.table import TESTED, EditDefinition, EffectsTable
 LARGEST_POOL = 4096  # features of which random lists are made: their inner products take 128 MB
 LONGEST = 512  # directions of a list by attribution, at most
 MIN_FIRING = 0.05  # share of the test prompts on which a feature of a random list fires, at least
-_FACTORS = (0.5, 2.0)  # by which a placebo set may be scaled: further from what is measured it would be another set
+_FACTORS = (0.5, 2.0)  # least and largest scale of a placebo set: beyond them it would be another set
 _TOKEN_PAIRS = 4  # placebo pairs that a token is in, at most
 _BLOCK = 256  # features of a list whose doses are computed at first
 _FIRST = 64  # features of a list whose changes are measured at first: most lists of directions are shorter
@@ -148,7 +148,7 @@ def inner_products(falls: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> n
 
 
 def choose_pool(prompts_F: np.ndarray, prompts: int, top: Sequence[int], share: float, seed: int) -> np.ndarray:
-    """Return the features of which random lists are made: those that fire on a share of the prompts, without T.
+    """Return the features of which random lists are made: features that fire on a share of the prompts, without T.
 
     Args:
       prompts_F: number of prompts on which each feature fires.

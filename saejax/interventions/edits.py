@@ -4,7 +4,7 @@ An edit acts on the activations f of some features at every editable position,
 
     f' = f - a (f - r) + b,        x' = x + sum_i (f'_i - f_i) W_dec_i,
 
-where r is what replaces the activation, a the fraction of the replacement and b an addend. What the dictionary does not
+where r replaces the activation, a is the fraction of the replacement and b an addend. What the dictionary does not
 explain of the site (its error term) stays, as do attention sinks and padding.
 
     edit       a            r                                      b
@@ -24,7 +24,7 @@ What replaces an activation (``ActivationReplacement``):
   same clean run; a feature that fires at one position only keeps its activation there.
 - ``counterpart``: its activation at the same position of the prompt's counterpart; 0 where that is an attention sink.
 
-Activations, and so amounts, are in output units: those of a dictionary that normalises tokens are multiplied with the
+Activations, and so amounts, are in output units: of a dictionary that normalises tokens they are multiplied with the
 scale of the token (``rescale.to_output_units``).
 
 The replacement of a feature does not depend on which others are ablated with it, so the change of a set is the sum of
@@ -83,7 +83,7 @@ class ActivationReplacement:
 
         Args:
           f_BxTxK: the activations on all prompts of a clean run, 0 where they are not editable.
-          counterpart_BxTxK: those of the prompts' counterparts.
+          counterpart_BxTxK: activations of the prompts' counterparts.
           domain_BxT: True at editable positions.
           features_K: the features.
           prompts: number of the B rows that are prompts; the others are copies.

@@ -10,7 +10,7 @@ An edit of features changes the site's value at every editable position (``saeja
 where f is computed once, from the clean x. One *row* of work is one (edit, prompt). What cannot matter is not computed:
 
 1. The layers below the site run once per prompt (``SplitModel.run``), and so do the keys and values of the layers
-   above, which are those of every token before the first that an edit changes.
+   above, which every token before the first edited one keeps.
 2. A row whose edit changes nothing on its prompt is not run: its effect is exactly 0.
 3. Prompts that begin alike, and are changed alike there, share those tokens (``saejax.interventions.rows``).
 4. Of the vocabulary's logits two are computed, unless a readout needs all.
@@ -56,7 +56,7 @@ from saejax.progress import OnProgress, show_progress, silent
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.likelihood import encode_pair
 
-#: Readouts of a row: the logit difference, and those that need the logits of the whole vocabulary.
+#: Readouts of a row: the logit difference, and readouts that need the logits of the whole vocabulary.
 READOUTS = ("logit_diff", "log_prob", "top1", "kl")
 #: Readouts of whole texts: the log-likelihood of the whole correct answer, and the prompt's cross-entropy per token.
 TEXT_READOUTS = ("answer_log_prob", "ce")

@@ -11,7 +11,7 @@ et al., Do Sparse Autoencoders Identify Reasoning Features in Language Models?, 
    by context if it brings it less than half, and undecided if the interval of the difference includes zero, or if there
    are too few texts.
 
-Features drawn at random, and those of a random dictionary, are tested in the same way.
+Features drawn at random, and features of a random dictionary, are tested in the same way.
 """
 
 import dataclasses
@@ -157,7 +157,7 @@ def falsify(
         ("random features", dictionary, _draw_live(lm, dictionary, kinds[0], features, count, rng)),
     ]
     if random_dictionary is not None:
-        # Drawn among those that fire: features that never do would be undecided, all of them.
+        # Drawn among features that fire: features that never do would be undecided, all of them.
         drawn = _draw_live(lm, random_dictionary, kinds[0], (), count, rng)
         groups.append(("random dictionary", random_dictionary, drawn))
     rows: list[FalsifiedFeature] = []

@@ -8,7 +8,7 @@ its mean drop of the logit difference there are
   It speaks of prompts of the same templates; three templates are too few to speak of others. A drop is *significant* if
   the adjusted p is at most 0.05 and the mean drop has the same sign in every template;
 - its *attribution* on the same prompts, activation x gradient;
-- its *activation correlation*: that of its largest activation on a prompt with the clean logit difference. It says
+- its *activation correlation*: of its largest activation on a prompt with the clean logit difference. It says
   nothing of causes.
 """
 
@@ -38,7 +38,7 @@ class Importance(Columns):
     firing_rate: np.ndarray  #: share of the editable tokens on which it fires
     mean_activation: np.ndarray  #: over the tokens on which it fires
     drop: np.ndarray  #: of the logit difference when it is ablated, mean over prompts
-    #: drop_low and drop_high: ends of the 95 % bootstrap interval of that mean.
+    #: drop_low and drop_high: ends of the mean's 95 % bootstrap interval.
     drop_low: np.ndarray
     drop_high: np.ndarray
     accuracy_drop: np.ndarray  #: of two-way accuracy, a share

@@ -173,7 +173,7 @@ def patch(
 
     Args:
       lm: the model.
-      prompts: those of ``split`` with a counterpart of as many tokens are used.
+      prompts: the prompts of ``split`` with a counterpart of as many tokens are used.
       kind: a kind of site, such as resid_post; of attn_q, attn_k, attn_v and attn_z every head by itself.
       positions: "each" for every position by itself, or positions that are patched together: all, last, or a slice such
         as 1:4 or -3:.

@@ -1,7 +1,7 @@
 """Activation patching between prompts and their counterparts: at sites, positions, heads and features.
 
 A prompt and its counterpart have equally many tokens, and the prompt's wrong answer is right for the counterpart. A
-value of the *base* run is replaced by that of the *source* run (Vig et al., 2020; Geiger et al., 2021), and the logit
+value of the *base* run is replaced by the *source* run's (Vig et al., 2020; Geiger et al., 2021), and the logit
 difference of the prompt's answers is read:
 
 - *denoising*: base counterpart, source prompt: is this value sufficient to bring the answer back?
@@ -60,7 +60,7 @@ class PatchEffects:
     layers: tuple[int, ...]  #: the L patched layers
     positions: str  #: ``each``, or the positions that were patched together
     clean_P: np.ndarray  #: float64, logit difference of the prompts
-    corrupted_P: np.ndarray  #: float64, that of their counterparts
+    corrupted_P: np.ndarray  #: float64, their counterparts' logit difference
     #: float64, logit difference after the patch. H is the number of heads, 1 at other sites. With ``each``, C counts
     #: positions, aligned at the end: the last column is the last token of every prompt; NaN where a prompt has no such
     #: position. Otherwise C is 1.
@@ -235,7 +235,7 @@ def _patched_rows(
     """Return the logit difference of each row, [R], run from the layer ``start`` on.
 
     ``start`` is an integer for models that run in PyTorch, whose rows all have this layer. Streams are those of the
-    base run, values those of the source run.
+    base run, values of the source run.
     """
     position_1xT = jnp.arange(stream_LxBxTxD.shape[2])[None, :]
     at_RxT = (position_1xT >= rows.first_R[:, None]) & (position_1xT < rows.stop_R[:, None])
@@ -361,7 +361,7 @@ class PatchedSites:
     prompts: int  #: test prompts with a counterpart of as many tokens
     left_out: Mapping[str, int]  #: other test prompts, by reason
     clean: Interval  #: logit difference of the prompts, without a patch
-    corrupted: Interval  #: that of their counterparts, for the prompts' answers
+    corrupted: Interval  #: their counterparts', for the prompts' answers
     #: whether the logit difference clearly falls from the prompts to their counterparts, and effects are divided by its
     #: fall.
     is_normalised: bool

@@ -1,4 +1,4 @@
-"""Linear probes: how well a class can be read from activations, and how much of that is chance.
+"""Linear probes: how well a class can be read from activations, and how much of it is chance.
 
 Labels (``saejax.tasks.labels``) are predicted for prompts of behaviours and, with ``--probe.benchmarks``, for the
 questions of benchmarks, from a dictionary's features and from the raw activations at its site.
@@ -70,14 +70,14 @@ class ProbeFit:
     input: str  #: what it reads: "features" or "raw"
     k: int | None  #: number of features or dimensions that it reads; None: all
     strength: float  #: inverse strength of the penalty (C of scikit-learn)
-    inputs: tuple[int, ...] | None  #: those that a sparse probe sees, best first; None: all
+    inputs: tuple[int, ...] | None  #: inputs that a sparse probe sees, best first; None: all
     accuracy: Interval  #: share of test prompts whose class is named, 95 % Wilson interval
     f1: float  #: F1 score, mean over classes
     majority: float  #: accuracy of always naming the largest train class
     shuffled: Interval  #: accuracy of probes of shuffled train labels: mean, 5th and 95th percentile
     #: accuracy of probes of matched features, or of random directions: mean, 5th and 95th percentile; None: all inputs
     control: Interval | None
-    against_dense: Interval | None  #: accuracy - that of the dense probe, paired by prompt; None for that probe itself
+    against_dense: Interval | None  #: accuracy minus the dense probe's, paired by prompt; None for the dense probe
     #: permutations of the test labels, one-sided; None: not testable, a class has fewer than 6 test prompts
     p_value: float | None
     p_holm: float | None  #: corrected by Holm's method over the labels of the run, for probes of the same inputs
@@ -400,7 +400,7 @@ class ProbedLabel:
     classes: Mapping[str, Mapping[str, int]]  #: class -> its prompts by split
     left_out: Mapping[str, int]  #: prompts of classes with fewer than 5 train prompts, by class
     unlabelled: int  #: prompts without such a label
-    #: of `number`: prompts whose noun beside the verb was given the subject's number, half of those of agreement; 0:
+    #: of `number`: prompts whose noun beside the verb was given the subject's number, half of agreement's; 0:
     #: that noun, if there is one, may give the number away
     congruent: int
     unread: int  #: prompts without a position that the dictionary reads: their inputs are 0

@@ -1,7 +1,7 @@
 """Known answers of head patching: the heads of GPT-2 small that were published for indirect object identification.
 
 The heads and their roles are from Wang et al., 2022 (Interpretability in the Wild, arXiv 2211.00593). Their prompts and
-counterparts differ in the repeated name alone, as those of the behaviour ``ioi``. Up to that name both runs are equal,
+counterparts differ in the repeated name alone, as in the behaviour ``ioi``. Up to that name both runs are equal,
 so previous token heads, which act before it, have no effect here, whatever they do.
 """
 

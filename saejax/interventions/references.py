@@ -358,7 +358,7 @@ def _answer_slopes(point: SplitPoint, params: decoder.Params, batch: ReferenceBa
 @functools.partial(jax.jit, static_argnums=0)
 def _attribute(point: SplitPoint, dictionary: Dictionary, batch: ReferenceBatch, slope_BxTxD: jax.Array) -> jax.Array:
     """Return activation x slope of each row's log-likelihood, [B, F], for a dictionary of the site."""
-    # Anew, since the batch's own domain is that of the first dictionary of the site.
+    # Anew, since the batch's own domain belongs to the first dictionary of the site.
     domain_BxT = batch.real_BxT & dictionary.is_not_sink(batch.read_BxTxD, batch.value_BxTxD)
     f_BxTxF = active_features(dictionary, batch.read_BxTxD, domain_BxT)
     attribution_BxF = weighted(f_BxTxF, slope_BxTxD, dictionary.W_dec_FxD[...])

@@ -53,7 +53,7 @@ class RowBatch:
     """Rows that go through the layers above the site together, in S shards."""
 
     shards: list[SetRows]  #: the rows of each
-    #: size, length, tokens: rows, tokens of a row, and tokens of a shard, with those that fill it up: R, T and N.
+    #: size, length, tokens: rows, tokens of a row, and tokens of a shard, with filler: R, T and N.
     size: int
     length: int
     tokens: int
@@ -114,7 +114,7 @@ class Prompts:
         return (start_Nx1 * width + np.minimum(position_NxT, width - 1)) * most + prefix_NxT, real_NxT
 
     def in_order(self) -> np.ndarray:
-        """Return the prompts' indices, those that begin alike one after the other."""
+        """Return the prompts' indices, so that prompts that begin alike follow each other."""
         return np.lexsort(self.prefix_PxT.T[::-1])
 
 
@@ -162,7 +162,7 @@ def batches_of(
       prompts: P of them.
       chosen: the M edits, by their numbers.
       features_K: the features that these edits name.
-      most: tokens of a batch, but for those of one row in each shard.
+      most: tokens of a batch, unless one row in each shard has more.
       shards: number of shards of each batch.
     """
     batches = []

@@ -7,7 +7,7 @@ from saejax.config import Config, setting
 from saejax.tasks.settings import BENCHMARKS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
-BASES = ("neurons", "pca", "diff_means")  # those that need no folder
+BASES = ("neurons", "pca", "diff_means")  # bases that need no folder
 PATCHABLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_act", "mlp_out", "resid_post")
 HEAD_KINDS = ("attn_q", "attn_k", "attn_v", "attn_z")
 

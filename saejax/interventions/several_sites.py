@@ -64,12 +64,12 @@ class SeveralSites(Dictionary):
 
     @property
     def later_sites(self) -> tuple[LaterSite, ...]:
-        """The sites after the first one, with the factors by which changes there are stored too small."""
+        """The sites after the first one, with the factors that restore the size of stored changes there."""
         pairs = list(zip(self.saes, self.norms, strict=True))[1:]
         return tuple(LaterSite(Site.parse(sae.site), norm / self.norms[0]) for sae, norm in pairs)
 
     def locate(self, feature: int) -> tuple[str, int]:
-        """Return the site of a feature, and its index in the SAE of that site."""
+        """Return the site of a feature, and its index in the site's SAE."""
         for sae in self.saes:
             if feature < sae.config.n_features:
                 break
@@ -116,7 +116,7 @@ def join_saes(lm: LanguageModel, saes: Sequence[Dictionary], texts: Sequence[str
     Args:
       lm: the model.
       saes: SAEs of different sites, in any order.
-      texts: texts whose values say how large those of each site are.
+      texts: texts whose values say how large values of each site are.
 
     Raises:
       UserError: one is a transcoder or a crosscoder, two are of one site, or a site has no values but attention sinks.

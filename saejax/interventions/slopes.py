@@ -49,7 +49,7 @@ from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
 TARGETS = 16  # targets whose slopes are computed together: as many times the tokens of a batch
-TARGET_PROMPTS = 8  # prompts of that batch, at most: a power of two
+TARGET_PROMPTS = 8  # prompts of the batch, at most: a power of two
 
 
 def slopes(
@@ -129,7 +129,7 @@ def likely_tokens(split: SplitModel, runs: Sequence[CleanRun], most: int) -> np.
 
 
 def neutral_tokens(tokenizer: Any, tokens: np.ndarray, answers: Collection[str]) -> np.ndarray:
-    """Return those of some tokens that are words and the beginning of no answer: placebo targets are made of them.
+    """Return the tokens that are words and the beginning of no answer: placebo targets are made of them.
 
     Args:
       tokenizer: tokenizer of the model.
@@ -212,7 +212,7 @@ def target_attributions(
 ) -> list[np.ndarray]:
     """Return each feature's attribution for R pairs of tokens, mean over prompts, float64 [R, F] of each dictionary.
 
-    The attribution is that of ``attribution``, with logit(first token) - logit(second token) as L on every prompt. The
+    The attribution is as in ``attribution``, with logit(first token) - logit(second token) as L on every prompt. The
     slopes, which take nearly all of the time, are computed once for all dictionaries.
 
     Args:
@@ -314,7 +314,7 @@ def _source_arrays(
 
 def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
     """Return the features of largest attribution, largest first: at most ``top``, only those above 0."""
-    # Stable, so that of equal features the same ones lead on every machine.
+    # Stable, so that the same ones of equal features lead on every machine.
     order_K = np.argsort(-attribution_F, kind="stable")[:top]
     return [int(feature) for feature in order_K if attribution_F[feature] > 0]
 

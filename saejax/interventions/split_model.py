@@ -55,7 +55,7 @@ class CleanRun:
     stream_BxTxX: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
-    domain_BxT: jax.Array  #: True at editable positions: those that were asked for and are not attention sinks
+    domain_BxT: jax.Array  #: True at editable positions: positions that were asked for and are no attention sinks
     #: a number for each text from the first token to this one; prompts that begin alike share it.
     prefix_PxT: np.ndarray
     last_B: np.ndarray  #: index of each prompt's last token, int32
@@ -137,7 +137,7 @@ class SplitModel:
         Args:
           prompts: the prompts.
           counterparts: whether their counterparts are run, too.
-          least: tokens to which shorter ones are padded, as those of other prompts that share their programs.
+          least: tokens to which shorter ones are padded, like other prompts that share their programs.
 
         Raises:
           UserError: a prompt is too long, or too short for the readout; an answer has no token of its own; the site's
@@ -211,7 +211,7 @@ class SplitModel:
         if len(parts) > 1:
             ends, pasts = zip(*parts, strict=True)
             past = jnp.concatenate(ends), jax.tree.map(lambda *p: jnp.concatenate(p, axis=1), *pasts)
-        # Those of long prompts would take gigabytes.
+        # Keys and values of long prompts would take gigabytes.
         if sum(array.nbytes for array in jax.tree.leaves(past)) <= KEPT_BYTES:
             run.kept[self.point] = past
         return past
@@ -316,7 +316,7 @@ def groups_by_length(
       most: tokens of a group.
 
     Yields:
-      The indices of the group's prompts [P], those of its rows [B], padded with copies, and the tokens of a row.
+      The indices of the group's prompts [P], of its rows [B] with copies that pad it, and the tokens of a row.
     """
     left = np.argsort(lengths_N, kind="stable")
     while len(left):

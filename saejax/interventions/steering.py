@@ -10,7 +10,7 @@ position. Steering from answer c to answer w uses one of
 - ``mean_difference``: the difference between the site's mean values on the two kinds of text is added (Rimsky et al.,
   2024, arXiv 2312.06681).
 
-Train prompts also choose the strength of each method, among those that raise the cross-entropy of held-out text little.
+Train prompts also choose the strength of each method, among strengths that raise held-out cross-entropy little.
 Test prompts judge it. For each pair of answers controls are added at the method's dose in its prompts:
 
 - *random features*: lists to the dose (``saejax.interventions.controls``) of features that fire on at least 5 % of the
@@ -188,7 +188,7 @@ def random_directions(texts: AnswerTexts, swap: AnswerSwap, count: int, seed: in
 
 
 def choose_strength(diff_SxP: np.ndarray, is_allowed_S: np.ndarray) -> int:
-    """Return the strength that turns most prompts, of those allowed; of equal ones that of the lowest mean difference.
+    """Return the strength that turns most prompts, of those allowed; of equal ones the lowest mean difference wins.
 
     Args:
       diff_SxP: logit differences of train prompts at S rising strengths.
@@ -232,7 +232,7 @@ class SteeringMethod:
     control: str  #: the comparison at equal dose: random lists of features, or random directions
     controls: tuple[float, ...]  #: drop of each control change, logits, mean over prompts
     control_turned: float | None  #: mean share of prompts that the controls turn; None without any
-    #: test prompts that are compared with controls; in those of other answers no list of features reaches the dose
+    #: test prompts that are compared with controls; for other answers no list of features reaches the dose
     compared: int
     answer: CausalAnswer  #: does it steer more than the controls at equal dose?
 
@@ -357,7 +357,7 @@ class SteeringTest:
         groups: Mapping[AnswerSwap, Sequence[int]],
         edits: Mapping[AnswerSwap, FeatureEdits],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Run the edits of each swap, S for each, on the prompts of that swap.
+        """Run the edits of each swap, S for each, on the swap's prompts.
 
         Returns:
           The logit differences, and the norms of the changes at the site, float64 [S, P] each.
@@ -424,7 +424,7 @@ class SteeringTest:
     def _steer_controls(
         self, method: str, strength: float, norm_P: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Run the controls of a method, those of each swap at the dose that the method has in its prompts.
+        """Run the controls of a method, at the dose that the method has in the prompts of each swap.
 
         Args:
           method: one of ``METHODS``.

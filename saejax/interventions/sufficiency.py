@@ -6,7 +6,7 @@ At editable positions the value of the site becomes
 
 where mean_i is the mean activation of feature i over the editable positions of the train prompts that rank features.
 With the error term dropped it becomes x' - (x - decode(f)), too. What is left of the clean logit difference is measured
-for the first k, 2 k, 4 k and 8 k features of T's dictionary in the order of their attribution, and for those of
+for the first k, 2 k, 4 k and 8 k features of T's dictionary in the order of their attribution, and for features of
 controls.
 """
 
@@ -25,7 +25,7 @@ from saejax.models.split import SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import sharding
 
-SIZES = (1, 2, 4, 8)  # kept features, times those of T
+SIZES = (1, 2, 4, 8)  # kept features, as multiples of T's
 CONTROLS = 3  # placebo sets, and untrained dictionaries: each takes as many rows as T
 
 

@@ -40,7 +40,7 @@ from saejax.short_reprs import has_short_repr
 #: activation from another such position.
 GROUPS = ("clean", "top", "single", "random", "placebo", "trained", "untrained", "pool", "every", "resample")
 #: Groups named ``kept:<group>`` hold the features that alone are kept, all others at their means: of ``top``,
-#: ``placebo`` or ``untrained``; those that end in ``NO_ERROR`` are without the error term. The index counts sets and
+#: ``placebo`` or ``untrained``; groups that end in ``NO_ERROR`` are without the error term. The index counts sets and
 #: sizes.
 KEPT, NO_ERROR = "kept:", ":no_error"
 KEPT_CONTROLS = ("placebo", "untrained")
@@ -185,7 +185,7 @@ class EffectsTable:
     def positions(
         self, edits: Sequence[EditDefinition], prompts: Sequence[PromptDefinition]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the positions of some edits and prompts among those of the table."""
+        """Return the positions of some edits and prompts in the table."""
         edit_of, prompt_of = self._positions
         edit_E = np.array([edit_of[edit.behaviour, edit.id] for edit in edits], np.int32)
         return edit_E, np.array([prompt_of[prompt.id] for prompt in prompts], np.int32)
@@ -242,7 +242,7 @@ class EffectsTable:
         return edit_of, {prompt.id: p for p, prompt in enumerate(self.prompts)}
 
     def _keys(self, edit: np.ndarray, prompt: np.ndarray, readout: np.ndarray) -> np.ndarray:
-        """Return one integer for each edit, prompt and readout, by which rows are found."""
+        """Return one integer for each edit, prompt and readout, to find rows by."""
         return (edit.astype(np.int64) * len(self.prompts) + prompt) * len(READOUTS) + readout
 
     @functools.cached_property

@@ -33,7 +33,7 @@ class HeldOutText:
     def of(
         cls, corpus: CorpusConfig, task: TaskConfig, model: LanguageModel, count: int, length: int = LENGTH
     ) -> "HeldOutText | None":
-        """Return documents of the corpus, evenly spread over those that are held out; None if there are none.
+        """Return documents of the corpus, evenly spread over the held-out ones; None if there are none.
 
         Args:
           corpus: settings of the corpus that the text comes from.

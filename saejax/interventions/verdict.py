@@ -238,7 +238,7 @@ def _correct(tests: Mapping[Any, _Test], config: VerdictConfig | None = None) ->
 
     Args:
       tests: of the question.
-      config: numbers of the rule if the p-values are those of a bootstrap; None if they are ranks among sets.
+      config: numbers of the rule if the p-values come from a bootstrap; None if they are ranks among sets.
     """
     p_values = {key: test.p_value for key, test in tests.items() if test.p_value is not None}
     # Within a question, as each question is answered by itself; a test that was not made is none of its hypotheses.
@@ -331,7 +331,7 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
     if shares:
         numbers |= shares.numbers
         parts = dict(share=shares.share)
-        # A yes needs both sides, so the larger p-value is that of the whole (Berger, 1982).
+        # A yes needs both sides, so the larger p-value is the whole question's (Berger, 1982).
         p_value = max(p_value, shares.p_value)
     numbers = {name: float(value) for name, value in numbers.items()}
 
@@ -513,7 +513,7 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         sample_R = bootstrap.resampling_weights(strata, config.resamples, config.seed) @ value_P
         parts[name] = Interval(float(value_P.mean()), *bootstrap.percentile_interval(sample_R))
         p_values[name] = bootstrap.non_inferiority_p(sample_R, margin)
-    # All parts must pass, so the largest p-value is that of the whole (Berger, 1982).
+    # All parts must pass, so the largest p-value is the whole question's (Berger, 1982).
     p_value, margins = max(p_values.values()), {name: margin for name, (_, _, margin) in changes.items()}
 
     def conclude(p_holm: float | None) -> CausalAnswer:

@@ -85,7 +85,7 @@ def group_features(
       seed: of both.
 
     Returns:
-      The indices of the grouped features: those that fire on several tokens and texts. Their groups; a group is stable
+      The indices of the grouped features, which fire on several tokens and texts. Their groups; a group is stable
       if its ``overlap_U`` exceeds ``bar``.
 
     Raises:

@@ -62,7 +62,7 @@ class Auction:
         self._known_FxC, self._value_FxC = np.empty((2, rows, 0))
 
     def urgent(self, count: int) -> np.ndarray:
-        """Return ``count`` rows to look next: those that wait first, then those that are nearest to waiting."""
+        """Return ``count`` rows to look next: waiting rows first, then the rows nearest to waiting."""
         # argpartition takes no count beyond the last row.
         if count == len(self.column_F):
             return np.arange(count)
@@ -120,7 +120,7 @@ class Auction:
         return np.concatenate([row_N[~won_N], outbid_M])
 
     def gap(self, value_F: np.ndarray) -> float:
-        """Return an upper bound of the distance of the mean over rows to that of the best assignment.
+        """Return an upper bound of the distance of the mean over rows to the best assignment's mean.
 
         Args:
           value_F: value of each row's column, 0 for unassigned rows.
@@ -235,7 +235,7 @@ class _Problem:
 
     @property
     def rows(self) -> int:
-        """Number of rows to look next: four times those that wait, rounded up to one of few sizes of programs."""
+        """Number of rows to look next: four times the waiting ones, rounded up to one of few sizes of programs."""
         rows, wanted = len(self.few), 4 * len(self.auction.waiting)
         # More rows than wait are shown, as their neighbours will wait soon; sizes are powers of two for few programs.
         return min(rows, _ROWS * 2 ** max(0, math.ceil(math.log2(wanted / _ROWS))))

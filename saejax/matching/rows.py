@@ -1,4 +1,4 @@
-"""Rows by which the features of dictionaries are matched, and rows that share nothing with them.
+"""Rows that match the features of dictionaries, and rows that share nothing with them.
 
 Rows are dense where they are directions. Rows of activations, ``CentredRows``, stay sparse: at 131,072 features and
 32,768 tokens dense ones take 17 GB, and 64 active features per token 17 MB.
@@ -20,8 +20,8 @@ _PRODUCTS = 2**24  # products in memory at once
 class CentredRows:
     """Centred activations of unit length, whose products are Pearson's correlations.
 
-    Row i is ``scaled_FxN[i] - shift_F[i] / sqrt(N)``, so the product of two rows is that of their sparse parts minus
-    that of their shifts. No shift is below 0: rows that never fire on the same token have no product above 0.
+    Row i is ``scaled_FxN[i] - shift_F[i] / sqrt(N)``, so the product of two rows is their sparse parts' product minus
+    their shifts'. No shift is below 0: rows that never fire on the same token have no product above 0.
     """
 
     scaled_FxN: sparse.csr_array  #: activations divided by the length of the centred row, fp32; 0 for rows left out

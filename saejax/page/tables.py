@@ -70,7 +70,7 @@ def escape_markdown(text: str) -> str:
 class Table:
     """A table."""
 
-    caption: str  #: what it shows, one line
+    caption: str  #: its content, one line
     columns: tuple[str, ...]  #: the headings
     #: plain text, as many cells in each as there are columns. The first cell names the row.
     rows: tuple[tuple[str, ...], ...]

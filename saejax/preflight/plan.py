@@ -62,7 +62,7 @@ def check_dictionaries(plan: PlannedRun) -> None:
 
 
 def stage_programs(plan: PlannedRun) -> list[Program]:
-    """Return the large programs of all stages that have any; those of a benchmark are a study's, too.
+    """Return the large programs of all stages that have any; a benchmark's are a study's, too.
 
     Raises:
       UserError: the mesh does not divide the training batch or the features.
@@ -89,7 +89,7 @@ def stage_seconds(programs: Sequence[CompiledProgram], rates: Mapping[str, float
     Args:
       programs: the programs, with how often each is called.
       rates: FLOP/s of large matrix products of all devices, by dtype.
-      dtypes: dtype of the products of each stage; float32 for those that are not named.
+      dtypes: dtype of the products of each stage; float32 for stages that are not named.
     """
     seconds: dict[str, float] = {}
     for program in programs:

@@ -48,7 +48,7 @@ class PreflightResults:
     models: tuple[ModelNeeds, ...]  #: the checked models
     #: of the text that is used; this and what follows up to `device_hours` for one model on the devices at hand
     documents: int | None = None
-    tokens: int | None = None  #: estimated number of tokens of that text
+    tokens: int | None = None  #: estimated number of tokens of the text
     disk_bytes: int | None = None  #: bytes that the run writes to disk
     disk_free_bytes: int | None = None  #: free bytes in the workdir
     host_bytes: int | None = None  #: memory of the host for buffers and checkpoints while dictionaries are trained

@@ -25,7 +25,7 @@ class Shape:
 
 
 def read_shapes(configs: Configs) -> list[Shape]:
-    """Return the models of ``--preflight.models``; where there are none, that of ``--model.path``.
+    """Return the models of ``--preflight.models``; where there are none, the model of ``--model.path``.
 
     Raises:
       UserError: one cannot be found or read, or is of an unsupported family.

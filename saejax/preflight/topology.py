@@ -1,6 +1,6 @@
 """The devices that programs are compiled for: those at hand, or a TPU slice or nodes of GPUs that need not be there.
 
-libtpu's compiler knows every slice by name. The memory it states is what a device of the slice would need; where a
+libtpu's compiler knows every slice by name. It states the memory that a device of the slice would need; where a
 program does not fit, compilation fails and says by how much. GPUs are stood in for by as many devices of the host's
 processor: what is on a device is the same, but the processor's compiler widens bfloat16 products and sums to
 float32 and fuses less: temporaries, and sums that are sent, are counted up to twice as large as they would be there.
@@ -171,7 +171,7 @@ def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
 def device_bytes(program: Program, compiled: jax.stages.Compiled) -> int:
     """Return the bytes that a compiled program takes on a device, with what its stage keeps there besides."""
     stated = compiled.memory_analysis()
-    # Arguments that the program does not use are not among those that the compiler counts, but they are there.
+    # The compiler does not count arguments that the program does not use, but they are there.
     memory = max(_bytes_per_device(program.arguments), stated.argument_size_in_bytes) + _bytes_per_device(program.kept)
     return memory + stated.output_size_in_bytes + stated.temp_size_in_bytes - stated.alias_size_in_bytes
 

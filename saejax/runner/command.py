@@ -35,7 +35,7 @@ def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -
 
     Args:
       stages: names of the stages it runs.
-      about: what it does, for ``--help``.
+      about: its purpose, for ``--help``.
       argv: program name and arguments; default ``sys.argv``.
     """
     sys.exit(run(stages, about, sys.argv if argv is None else argv))

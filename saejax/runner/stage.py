@@ -19,13 +19,13 @@ Input = Configs | str | Callable[[Configs], str]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage: what it reads, which units it has, and its functions.
+    """A stage: its settings and inputs, its units, and its functions.
 
     The hash of a unit is made from ``settings``, ``inputs`` and ``revision``.
     """
 
     name: str  #: name of its folder in a workdir, and of its binary
-    summary: str  #: what it does, one line
+    summary: str  #: its purpose, one line
     run: Callable[[Run], Any]  #: does it: takes a ``workspace.Run``, returns the results
     #: the groups of configuration that it reads, as classes; its binary accepts their flags, and the mesh's flags.
     groups: tuple[type[Config], ...]

@@ -209,7 +209,7 @@ class GraphServer:
     def _details(
         self, graph: StoredGraph, features: Sequence[Feature], config: GraphConfig, fetched: int = 0
     ) -> dict[Feature, FeatureDetails]:
-        """Return what is known of features, by the graph's set or else by that of the command line."""
+        """Return what is known of features, by the graph's set or else by the command line's."""
         defaults = self._session.defaults[GraphConfig]
         details = self._store.details(graph, features, config, fetched)
         return details or self._store.details(graph, features, defaults, fetched)
@@ -240,7 +240,7 @@ class GraphServer:
         return dict(file=str(self._store.save_groups(self._find_graph(fields), fields.get("groups"))))
 
     def _configs(self) -> Configs:
-        """Return the configuration for new prompts: that of the command line, or of the newest graph traced here."""
+        """Return the configuration for new prompts: the command line's, or the newest traced graph's."""
         traced = [graph for graph in self._store.graphs().values() if graph.unit]
         for graph in traced[:-1]:
             with contextlib.suppress(UserError):  # a damaged unit, or one of an older version
@@ -373,7 +373,7 @@ def make_server(
 
     Args:
       store: the graphs.
-      session: the model and what it runs.
+      session: the model and its dictionaries.
       jobs: the work in progress.
       token: in the address.
       port: of the address.

@@ -50,7 +50,7 @@ def effects(
     Returns:
       ``tokens``, the most probable next tokens, after the changes first: of each its ``text``, ``logit`` and
       ``probability`` before and after, and ``random``, the least and the largest probability with random sets changed
-      (None: there are none). ``differences``, those of logits that the graph explains: ``text`` of both tokens,
+      (None: there are none). ``differences``, of logits that the graph explains: ``text`` of both tokens,
       ``value`` before and after, ``random``. ``kl``, the divergence of the changed model from the model in nats, and
       ``random_kl`` with each random set changed; ``draws``, their number; ``no_draws``, why there are none.
 

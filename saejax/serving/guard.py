@@ -27,7 +27,7 @@ class Guard:
     Args:
       app: an ASGI application; it finds its paths without the token.
       token: the first part of every path.
-      hosts: names with the port by which the server may be asked, such as "127.0.0.1:8765".
+      hosts: names with the port at which the server may be asked, such as "127.0.0.1:8765".
       proxies: further such names, of tunnels and of proxies that users trust, such as "hub.example.org"; a proxy may
         pass its own name on or not, and its pages may be of https.
     """

@@ -60,7 +60,7 @@ class ModelSession:
         self._runs: dict[Key, LocalModel | SaeRun] = {}
 
     def configs_of(self, graph: StoredGraph | None) -> Configs:
-        """Return the configuration that a graph was made with; of None, that of the command line.
+        """Return the configuration that a graph was made with; of None, the command line's.
 
         Raises:
           UserError: nothing says with which model and dictionaries it was made.
@@ -220,7 +220,7 @@ def trace_typed(
       job: receives the progress.
 
     Returns:
-      The graph's id; that of the existing graph if the same one was traced before.
+      The graph's id; the existing graph's id if the same one was traced before.
 
     Raises:
       UserError: the prompt cannot be traced, or another process works in the workdir.

@@ -208,7 +208,7 @@ class GraphStore:
     ) -> dict[Feature, FeatureDetails]:
         """Return the details of features of a graph, also from ``features/`` in its unit and in the folder.
 
-        Only those of the first ``fetched`` are fetched from the hub; the others are known if they were.
+        Only the first ``fetched`` features' are fetched from the hub; the others are known if they were.
         """
         folders = [place / FEATURES for place in (graph.unit, self.root) if place]
         return details_of_features(config, features, folders, fetched)
@@ -236,7 +236,7 @@ class GraphStore:
         """Return the labels that readers gave features, by layer and index.
 
         Args:
-          folders: the folder of the set, or those of the SAEs.
+          folders: the folder of the set, or the SAEs' folders.
 
         Raises:
           UserError: the file of labels is damaged.

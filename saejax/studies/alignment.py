@@ -8,7 +8,7 @@ each item loses under a row's top features, without what its category, the lengt
 A correlation is compared with those where one side is shuffled, and with placebos: of items, a random set in the place
 of one row's top features; of features, a rotated dictionary, and the importance for corrupted answers.
 
-Plain losses of items would agree between models that share no feature: items are fragile, those that lose much under
+Plain losses of items would agree between models that share no feature: fragile items lose much under
 any change lose much in every model; and items of one kind have answers of one form (a calculation, a word) and length,
 with more or less to lose. Hence
 
@@ -16,7 +16,7 @@ with more or less to lose. Hence
    regressed the ranks of their answers' lengths and of what they lose under both rows' control sets, on average.
 2. The statistic is the correlation of the residuals, with a p-value from permutations within categories.
 3. The placebo is the same statistic with a control set in the place of one row's top features, and the other control
-   sets of that row as its controls: what fragile items make of features that were not chosen.
+   sets of the same row as its controls: the effect of fragile items on features that were not chosen.
 
 ``tests/studies/test_alignment.py`` simulates pairs of rows that share nothing but fragility, categories or lengths.
 """

@@ -73,7 +73,7 @@ def item_activations(f_NxF, text_N: np.ndarray, items: int) -> np.ndarray:
     """Return the activation of largest size of each feature on each item, [P, F].
 
     Args:
-      f_NxF: sparse activations of N tokens; those of linear dictionaries may be below 0.
+      f_NxF: sparse activations of N tokens; linear dictionaries' may be below 0.
       text_N: item of each token.
       items: how many.
     """
@@ -199,7 +199,7 @@ def _correlation(value_Q: np.ndarray, has_Q: np.ndarray, weight_RxQ: np.ndarray)
 
 
 def _contrast(drop_Q: np.ndarray, has_Q: np.ndarray, weight_RxQ: np.ndarray) -> Interval:
-    """Return the mean drop of items with a label minus that of the others, with its bootstrap interval."""
+    """Return the mean drop of items with a label minus the others' mean, with its bootstrap interval."""
     inside_RxQ, outside_RxQ = weight_RxQ * has_Q, weight_RxQ * ~has_Q
     difference_R = (inside_RxQ @ drop_Q) / np.maximum(inside_RxQ.sum(axis=1), 1e-12)
     difference_R -= (outside_RxQ @ drop_Q) / np.maximum(outside_RxQ.sum(axis=1), 1e-12)

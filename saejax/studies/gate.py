@@ -42,7 +42,7 @@ def overall_answer(
     Args:
       row: its name.
       benchmark: its name.
-      answers: those of the tested dictionary, then those of dictionaries of other seeds.
+      answers: of the tested dictionary, then of dictionaries of other seeds.
       items: of the benchmark that judged.
       spread: standard deviation of the reference answers' log-likelihood between these, without an edit, nats.
     """
@@ -84,7 +84,7 @@ def _decide(tested: BehaviourVerdict, seeds: int, agreeing: int) -> tuple[Gated,
     Args:
       tested: the answers of the tested dictionary.
       seeds: number of dictionaries that differ in their seed, the tested one included.
-      agreeing: those of them in which questions 1 to 3 are answered yes.
+      agreeing: dictionaries of them in which questions 1 to 3 are answered yes.
     """
     first, second = _effect(tested), tested.random
     third, fourth = tested.placebo, tested.trained

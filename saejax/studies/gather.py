@@ -107,7 +107,7 @@ def _model(row: StudyRow, findings: Findings, states: Sequence[UnitState]) -> Mo
     model, task, train = row.configs[ModelConfig], row.configs[TaskConfig], row.configs[TrainConfig]
     row_states = [state for state in states if state.row == row.name]
     checked = [model for results in findings.each(PreflightResults).values() for model in results.models]
-    needs = checked[0] if checked else None  # of the row's model, the first of those that preflight looks at
+    needs = checked[0] if checked else None  # of the row's model, the first of preflight's models
     return ModelFigures(
         row=row.name,
         control=row.configs[StudyConfig].control,

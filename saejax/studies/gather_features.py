@@ -183,7 +183,7 @@ def problems(
 ) -> Iterator[ProblemFigures]:
     """Yield problems, one of each category, in every row, with the features that matter most for the right answer.
 
-    A row is left out where the problem is another one of that name, or chose features. Features are only divided into
+    A row is left out where the name is another problem's, or the problem chose features. Features are only divided into
     shared and specific ones in a row that could be compared with every other.
 
     Args:

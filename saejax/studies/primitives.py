@@ -1,4 +1,4 @@
-"""Primitives of a benchmark: groups of features that matter for the same items, such as those of additions.
+"""Primitives of a benchmark: groups of features that matter for the same items, such as additions.
 
 1. Attributions of features for the answers to each train item are their profiles, once every item has the same size.
    The features with the largest mean over all items are grouped by the correlation of their profiles (average linkage,
@@ -8,7 +8,7 @@
    permuted over items. The largest contrast of all groups and categories is permuted, which corrects for their number.
 3. Groups are ablated on the test items. The effect on the items of the group's category is compared with random lists
    and placebo sets of its dose there, each measured on these items, and with its effect on other items. As many groups
-   are tested, those that stand out most first, as can pass Holm's correction with the control sets that there are.
+   are tested, the most outstanding first, as can pass Holm's correction with the control sets that there are.
 4. A group recurs in a dictionary of another seed, or in another model, if a stable group there has the same name. Names
    are few: recurrences in other seeds count where all of a dictionary's groups together have more of them than with
    the names of each other dictionary permuted over the categories.
@@ -114,7 +114,7 @@ def find_primitives(
     Args:
       attribution_PxF: attribution of each feature for the answer to each train item, nats.
       ids: names of the P items.
-      categories: those of each.
+      categories: of each item.
       seed: of the resamples and permutations.
     """
     names = sorted({name for some in categories for name in some})
@@ -208,7 +208,7 @@ def category_contrasts(profile_GxP: np.ndarray, inside_CxP: np.ndarray, seed: in
       seed: of the permutations.
 
     Returns:
-      Contrasts and p-values, ``[G, C]``; those of a category that all items are of, or none, are 0 and 1.
+      Contrasts and p-values, ``[G, C]``; for a category of all items, or of none, they are 0 and 1.
     """
     rng, items = np.random.default_rng(seed), inside_CxP.shape[1]
     order_SxP = [rng.permutation(items) for _ in range(_PERMUTATIONS)]
@@ -271,8 +271,8 @@ def judge_primitives(
     Args:
       table: effects table of the benchmark.
       benchmark: its name.
-      primitives: all of them; those that the table has are judged.
-      categories: those of each item, by the id of its prompt.
+      primitives: all of them; primitives that the table has are judged.
+      categories: of each item, by the id of its prompt.
       resamples: bootstrap samples of the intervals.
       seed: seed of the bootstrap.
     """
@@ -335,7 +335,7 @@ def _interval(drop_P: np.ndarray, resamples: int, seed: int) -> Interval | None:
 
 
 def _corrected(rows: Sequence[PrimitiveEffect]) -> tuple[PrimitiveEffect, ...]:
-    """Return the effects with the answers of those that can be tested.
+    """Return the effects with the answers where they can be tested.
 
     The first N rows with enough sets for a correction over N tests are tested, N as large as possible; which they are
     depends on the number of sets alone. The others have no p-value.

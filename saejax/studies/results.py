@@ -129,12 +129,12 @@ class ActivationFigures(RowFigures):
     """Activations by model and text.
 
     Corpus: what dictionaries are trained on. Benchmarks: test items with their reference answers, sinks left out; L0,
-    features and explained variance are those of the tested dictionary there.
+    features and explained variance belong to the tested dictionary there.
     """
 
     text: str = column("Text")  #: the corpus, or a benchmark
     site: str = column("Site")  #: of the model
-    tokens: int = column("Tokens", count)  #: that were read; of a benchmark those of its test items, sinks left out
+    tokens: int = column("Tokens", count)  #: that were read; of a benchmark its test items' tokens, without sinks
     median_norm: float = column("Median norm", significant)  #: of the activations
     largest_norm: float = column("Largest norm", significant)  #: likewise
     #: share of tokens after position 0 that the sink rule leaves out; None of a benchmark
@@ -164,7 +164,7 @@ class EffectFigures(RowFigures):
     top: int  #: features that are ablated
     items: int  #: that judge them
     categories: int  #: distinct categories of all items
-    at_chance: bool | None  #: whether accuracy before any edit is that of guessing; None where it was not measured
+    at_chance: bool | None  #: whether accuracy before any edit is guessing's; None where it was not measured
     #: before any edit
     accuracy: float | None = joined(
         "Accuracy before, %", lambda row: percent(row.accuracy, 1) + (" (at chance)" if row.at_chance else "")
@@ -459,7 +459,7 @@ class TrackingFigures(RowFigures):
     output: str = column("Output", lambda text: quoted([text] if text else ()))
     #: chains of features whose links and effect on the answer were measured
     measured: int = joined("Chains; hold", lambda row: f"{row.measured}; {row.holding}")
-    holding: int  #: of them: those that hold, each link above five random features at equal dose
+    holding: int  #: of them: chains that hold, each link above five random features at equal dose
     tests: int = column("Steps tested")  #: steps tested, at each site, with enough random sets
     hurt: int = column("Hurt")  #: of them: those whose features have a larger effect than random sets at equal dose
 
@@ -470,7 +470,7 @@ class UnitState(RowFigures, cards=True):
     unit: str = column("Unit")  #: such as "train/topk"
     state: Literal["done", "failed", "not run"] = column("State")  #: "not run": it reads what is not there
     reason: str = column("Why")  #: why it is not done; "" if it is
-    #: what it said: a file of the study's folder; "" if it never ran
+    #: its output: a file of the study's folder; "" if it never ran
     log: str = column("Log", lambda log: log or MISSING)
     fingerprint: str  #: of its settings and inputs; "" where these could not be read
 

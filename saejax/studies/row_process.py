@@ -71,7 +71,7 @@ class RowProcess:
         return True
 
     def ask_to_stop(self) -> None:
-        """Ask the process to save what it has and to end."""
+        """Ask the process to save its work and to end."""
         self._process.send_signal(signal.SIGTERM)
 
     def failed_units(self) -> dict[str, str]:

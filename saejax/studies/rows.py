@@ -1,7 +1,7 @@
 """The rows of a study: each a flag file, which the pipeline runs in a workdir of its own.
 
 A row is a model with its benchmarks, behaviours and dictionaries, all in one file of flags, as ``experiments.pipeline``
-takes them. Flags of the study's own command line come after those of every file, and win.
+takes them. Flags of the study's own command line come after every file's, and win.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def read_rows(paths: Sequence[str], common: Sequence[str]) -> list[StudyRow]:
 
     Args:
       paths: flag files, and folders of them.
-      common: flags for every row, which win over those of its file.
+      common: flags for every row, which win over its file's.
 
     Raises:
       UserError: there is no such file, two have one name, or flags in one are wrong.

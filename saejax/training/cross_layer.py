@@ -258,7 +258,7 @@ def _unscale(stack: TrainStack, state: TrainState, layer: int, kept: Any) -> tup
     kind, block, scales = stack.kind, state.layer(layer), stack.scales
     arrays = kind.finish(block.params, kept)
     arrays = rescale.fold_input_scaling(kind, arrays, scales[layer].input, scales[layer].output)
-    # Each layer's outputs have their own scale, and activations that of the layer that they come from.
+    # Each layer's outputs have their own scale, and activations the scale of the layer that they come from.
     factors = [scales[layer].output / scale.output for scale in scales[layer:]]
     factor_X = np.repeat(np.array(factors, stack.config.state_dtype), stack.dictionary.d_in)
     arrays = rescale.unit_rows(kind, arrays | dict(W_dec_FxD=arrays["W_dec_FxD"] * factor_X[None]))

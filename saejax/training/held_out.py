@@ -1,6 +1,6 @@
 """Scores of the members on held-out tokens while they are trained, as ``evaluation`` defines them.
 
-Features are chosen as at inference: those of BatchTopK by a threshold that is calibrated at this step.
+Features are chosen as at inference: BatchTopK's by a threshold that is calibrated at this step.
 """
 
 import functools
@@ -42,7 +42,7 @@ class HeldOutScorer:
     def __init__(self, stack: TrainStack, columns: Sequence[Mapping[str, np.ndarray]]):
         self._stack, self._parts, self._columns = stack, batch_parts(stack.members), columns
         count, data = min(len(values) for column in columns for values in column.values()), stack.mesh.shape["data"]
-        # Batches of one size, as large as those of training, so that they fit and are compiled once.
+        # Batches of one size, as large as in training, so that they fit and are compiled once.
         self._batch = min(stack.config.batch, count) // data * data
         self.tokens = count // max(self._batch, 1) * self._batch
         spreads = {}
@@ -81,7 +81,7 @@ class HeldOutScorer:
         return self._finish(sums, self._variance_M, np.float32(self.tokens))
 
     def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
-        """Yield the tokens on the devices, as ``inputs.Batches`` gives those of training."""
+        """Yield the tokens on the devices, as ``inputs.Batches`` gives the tokens of training."""
         for start in range(0, self.tokens, self._batch):
             batch = []
             for part in self._parts:
@@ -101,7 +101,7 @@ def _add_batch(
     kept_M: jax.Array,
     batch: tuple[jax.Array, ...],
 ) -> Sums:
-    """Return the sums with those of a batch added."""
+    """Return the sums with a batch's sums added."""
     error_M, fired_MxF = sums
     if stack.is_cross_layer:
         values = [values_SxBxD.astype(stack.config.state_dtype) for values_SxBxD in batch]

@@ -220,7 +220,7 @@ def evaluate(
     Args:
       lm: the model that it was trained on.
       dictionary: an SAE, a transcoder, or a crosscoder of one model's sites, which are all replaced together.
-      texts: those that are longer than the model's context are split.
+      texts: texts that are longer than the model's context are split.
       mean_D: mean of the target over training tokens, the floor of ``ce_recovered``. None: its mean over these texts.
 
     Raises:

@@ -81,7 +81,7 @@ def state_from_dictionaries(stack: TrainStack, dictionaries: Sequence[Dictionary
 
 def _state_from(stack: TrainStack, starts: Sequence[dict[str, np.ndarray] | None]) -> TrainState:
     """Return the state before the first step, given each member's parameters; None: it starts at random."""
-    # Optimiser and counters start anew: those of another run were for other scales and data.
+    # Optimiser and counters start anew: another run's were for other scales and data.
     state = init_state(stack)
     for name, array in state.params.items():
         state.params[name] = _put_members(array, [start[name] if start else None for start in starts])
@@ -95,7 +95,7 @@ def _put_members(array_Mx: jax.Array, members: Sequence[np.ndarray | None]) -> j
     def read(index: tuple[slice, ...]) -> np.ndarray:
         part_Mx = np.array(parts[str(index)])
         for part_x, member_x in zip(part_Mx, members[index[0]], strict=True):
-            if member_x is not None:  # its features come first; those that it does not have stay random
+            if member_x is not None:  # its features come first; further ones stay random
                 chosen_x = member_x[index[1:]]
                 part_x[tuple(map(slice, chosen_x.shape))] = chosen_x
         return part_Mx

@@ -1,6 +1,6 @@
 """Training batches: from a store, read ahead by threads or resident on the devices; or straight from the model.
 
-All give the same thing, ``batch(n)``: the raw values of step n (from 0), on the devices. What it holds is a function of
+All give the same thing, ``batch(n)``: the raw values of step n (from 0), on the devices. Its values are a function of
 n and the settings alone, so a run that resumes needs nothing but its step, and the same rows in the same order come
 from disk and from device memory: training gives the same bits with both.
 """

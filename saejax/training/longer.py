@@ -1,7 +1,7 @@
 """Training for longer: a run goes on from a shorter one that is the same up to some step.
 
 Two runs that differ in their length alone do the same steps until the learning rate of one of them begins to fall. The
-shorter one keeps its checkpoint of that step. A longer one takes it over, with the records up to it, and ends with the
+shorter one keeps its checkpoint of the step. A longer one takes it over, with the records up to it, and ends with the
 bits of a run from the start. A penalty whose weight rises over a share of all steps differs from the first step on.
 """
 
@@ -30,7 +30,7 @@ def go_on_from_shorter(
     Args:
       stack: what is trained.
       run: description of the run, as in ``Checkpoints.check_or_record_run``.
-      folder: of its checkpoints and metrics, which may be those of a run of another length.
+      folder: of its checkpoints and metrics, perhaps from a run of another length.
       earlier: such folders of other runs, of the same members and inputs.
       say: logs which run it goes on from, or why from none.
     """
@@ -61,7 +61,7 @@ def go_on_from_shorter(
     else:
         try:
             _copy_checkpoint(place, folder, step)
-        except OSError as error:  # that of shutil, too
+        except OSError as error:  # shutil's error, too
             return say(f"trained from the start: the checkpoint in {place} could not be copied: {error}")
     write_json(checkpoints / RUN, run)
     # The dictionaries that it saved midway were written where its results are.
@@ -98,7 +98,7 @@ def _read_run(checkpoints: Path) -> dict[str, Any] | None:
 
 
 def _steps(checkpoints: Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder; those of half-written ones are no numbers."""
+    """Return the steps of the checkpoints in a folder; half-written ones have no number as name."""
     return sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
 
 

@@ -58,7 +58,7 @@ class TrainFolders:
 
     @classmethod
     def inside(cls, root: Path, members: Sequence[Member]) -> "TrainFolders":
-        """Return folders that are all in one, those of members by their names."""
+        """Return folders that are all in one, the members' by their names."""
         return cls(root, {member.name: root / member.name for member in members}, root)
 
     def at(self, stack: TrainStack, step: int = 0) -> list[Path]:
@@ -102,7 +102,7 @@ def train_stack(
       stopping: returns whether the process was asked to stop.
 
     Returns:
-      The results, with those of each member.
+      The results, with each member's.
 
     Raises:
       UserError: there are fewer rows than a batch has, or settings that do not fit.
@@ -298,14 +298,14 @@ def train_loop(
 def save_members(
     stack: TrainStack, state: TrainState, kept_M: jax.Array | None, folders: TrainFolders, step: int = 0
 ) -> None:
-    """Write the dictionaries, in place of those of a run that was killed meanwhile.
+    """Write the dictionaries, in place of files of a run that was killed meanwhile.
 
     Args:
       stack: what is trained.
       state: the state.
       kept_M: result of ``Calibration`` at this state.
       folders: where they are written.
-      step: number of steps done, of dictionaries that are saved while training goes on; 0: those of the end.
+      step: number of steps done, of dictionaries that are saved while training goes on; 0: at the end.
     """
     if stack.is_cross_layer:
         (folder,) = folders.at(stack, step)

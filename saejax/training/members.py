@@ -22,10 +22,10 @@ class Member:
     """One dictionary of a stack."""
 
     name: str  #: its site and swept settings, such as "resid_post.15-k32"; "" if it is alone
-    #: site and target: what it reads and predicts; the same for an SAE.
+    #: site and target: its input and its target; the same for an SAE.
     site: str
     target: str
-    #: its values of the settings that can be swept: "learning_rate", "seed" and those that its kind reads.
+    #: its values of the settings that can be swept: "learning_rate", "seed" and its kind's settings.
     settings: Mapping[str, Any]
     #: folded into its seed, from which its initial values are drawn: of one site among several the hash of its name, so
     #: that a further site changes no other; the layer in a cross-layer transcoder; 0 where all members have one site.
@@ -102,7 +102,7 @@ def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[s
 
 
 def choose_sites(config: TrainConfig, captured: Sequence[str] | None) -> list[str]:
-    """Return the sites that ``--train.sites`` names; "all" are those of one kind, in order of layers.
+    """Return the sites that ``--train.sites`` names; "all" are the sites of one kind, in order of layers.
 
     Args:
       config: the settings.

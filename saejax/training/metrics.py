@@ -89,7 +89,7 @@ class Metrics:
         return {key: value for key, value in record.items() if key not in _HEAD and not key.startswith(PREFIX)}
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take the metrics [M] of the step just dispatched, and read those of the step before.
+        """Take the metrics [M] of the step just dispatched, and read the metrics of the step before.
 
         This waits for the step before, so that the host runs one step ahead of the device and no further: batches do
         not pile up in the device's memory.
@@ -167,7 +167,7 @@ class Metrics:
         """Return each member's speed since the first step of this process, compilation left out; 0 before there is any.
 
         Args:
-          step: number of steps done; None: those of the last record.
+          step: number of steps done; None: the last record's.
           seconds: seconds of this process; None: up to the last record.
         """
         step = self.records[-1]["step"] if step is None else step

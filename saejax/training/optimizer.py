@@ -41,13 +41,13 @@ def make_optimizer(config: TrainConfig, widths: Sequence[int] = ()) -> optax.Gra
     frozen = _FROZEN[config.freeze]
     # Clipping before Adam leaves its moments untouched by single outlier batches.
     update = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    mu_dtype = config.mu_dtype if config.mu_dtype != "float32" else None  # None: that of the parameters
+    mu_dtype = config.mu_dtype if config.mu_dtype != "float32" else None  # None: the parameters' dtype
     update.append(optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=mu_dtype))
     if config.weight_decay:
         decayed = {"W_enc_DxF"} - {*frozen}
         update.append(optax.add_decayed_weights(config.weight_decay, mask=lambda params: _named(params, decayed)))
     whole = optax.chain(*update, scale_by_learning_rate())
-    # Frozen arrays are zeroed before the norm is measured: it is that of what is trained.
+    # Frozen arrays are zeroed before the norm is measured: it covers trained arrays alone.
     first = [optax.masked(optax.set_to_zero(), lambda params: _named(params, frozen))] if frozen else []
     if config.decoder_norm == "unit":
         first.append(project_out_radial_gradient(widths))

@@ -29,7 +29,7 @@ from saejax.training.settings import TrainConfig
 from saejax.training.stack import Hyperparams
 from saejax.training.state import TrainState
 
-_LENGTH = 0.2  # of an encoder column that starts at a token, in those of the living
+_LENGTH = 0.2  # of an encoder column that starts at a token, as a share of the living features' length
 
 
 def is_due(config: TrainConfig, steps: int, step: jax.Array) -> jax.Array:

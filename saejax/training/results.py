@@ -20,7 +20,7 @@ class TrainResults:
     mesh: MeshShape  #: mesh of the training
 
     def of_member(self, index: int) -> "TrainResults":
-        """Return the results of one of the members as those of a unit of it alone."""
+        """Return the results of one of the members as of a unit of it alone."""
         count = len(self.members)
         return dataclasses.replace(
             self,
@@ -31,7 +31,7 @@ class TrainResults:
 
     @classmethod
     def of_stack(cls, members: Mapping[str, "TrainResults"]) -> "TrainResults":
-        """Return the results of a stack, given those of each member alone by name."""
+        """Return the results of a stack, given each member's own by name."""
         each = [*members.values()]
         # What adds up over members is the time per token, not the speed.
         seconds_per_token = sum(1 / results.tokens_per_second for results in each if results.tokens_per_second)

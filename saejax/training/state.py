@@ -38,7 +38,7 @@ class TrainState:
     step_M: jax.Array  #: number of steps done, int32; the same for all members
 
     def layer(self, layer: int) -> "TrainState":
-        """Return the state of one layer of a cross-layer transcoder, as that of one member."""
+        """Return the state of one layer of a cross-layer transcoder, in the form of one member's."""
         rest = {name: getattr(self, name)[layer] for name in PER_MEMBER}
         return TrainState(self.params[layer], self.optimizer[layer], **rest)
 

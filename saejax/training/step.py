@@ -1,6 +1,6 @@
 """One training step of a stack: a pure function (state, hyperparameters, batch) -> (state, metrics).
 
-The loss and the step of one member are written once; a stack is ``map_over_members`` of that step.
+The loss and the step of one member are written once; a stack is ``map_over_members`` of the step.
 
     loss = squared error of each reconstruction          (whitened if asked for)
          + penalty of the kind, and its further terms
@@ -209,7 +209,7 @@ def measure_members(
 ) -> Any:
     """Return ``measure(params, hyper, x_BxD, y_BxD, *more)`` of each member, on its own device, with its scaled values.
 
-    Members of a device take turns, so that memory is that of one.
+    Members of a device take turns, so that one member's memory suffices.
 
     Args:
       stack: what is trained.

@@ -1,11 +1,11 @@
 """The JSON of a graph as Neuronpedia and circuit-tracer's viewer read it, and what must be true of it.
 
-A document has four keys. ``metadata`` names the model, the prompt and the settings; ``qParams`` is what a reader has
+A document has four keys. ``metadata`` names the model, the prompt and the settings; ``qParams`` holds what a reader has
 selected, pinned and grouped (``supernodes``: of each its label and the ids of its nodes); ``nodes`` and ``links`` are
 the graph. A node has a unique ``node_id``, ``feature`` (``neuronpedia.cantor_pair`` of layer and number), ``layer``
 ("E" of tokens), ``ctx_idx`` (its position in the prompt), ``feature_type``, ``clerp`` (its label), ``influence``
 (cumulative share, 0 to 1, small for the most influential), ``activation`` and ``token_prob``. Names and types are those
-of Neuronpedia's published schema; the rest is what a viewer relies on without saying so: ids that are unique, links
+of Neuronpedia's published schema; a viewer relies on the rest without saying so: ids that are unique, links
 between nodes that exist, numbers that are finite.
 """
 

@@ -58,7 +58,7 @@ class FeatureDetails:
     #: top_logits and bottom_logits: tokens whose logits it raises and lowers most.
     top_logits: tuple[str, ...] = ()
     bottom_logits: tuple[str, ...] = ()
-    label: str = ""  #: what it is called; "": nothing
+    label: str = ""  #: its name; "": none
     #: parts of the range of its activations, such as quantiles: of each its name and contexts; (): they are not told.
     quantiles: tuple[tuple[str, tuple[Mapping[str, list], ...]], ...] = ()
     #: how often it is active so strongly: of each bar the activation and the height; (): that is not told.
@@ -79,7 +79,7 @@ class FeatureDetails:
 
     @property
     def name(self) -> str:
-        """Its label, or else the tokens on which it fires most strongly, or those that it promotes; "": unknown."""
+        """Its label, or else the tokens on which it fires most strongly, or tokens that it promotes; "": unknown."""
         tokens = self.peaks() or self.promoted()
         return self.label or " ".join(token for token, _ in tokens.most_common(_NAMING))
 

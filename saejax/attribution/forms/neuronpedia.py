@@ -168,7 +168,7 @@ def check_slug(slug: str) -> None:
 
 
 def write_graph(folder: Path, document: GraphDocument) -> None:
-    """Write ``folder/<slug>.json``, in place of a graph of that slug, and enter it in ``folder/graph-metadata.json``.
+    """Write ``folder/<slug>.json``, in place of a graph of this slug, and enter it in ``folder/graph-metadata.json``.
 
     The entries of other graphs stay.
 

@@ -1,3 +1,3 @@
-"""Graphs: their nodes, files and pruning; ``Graph`` is what ``saejax.trace`` returns."""
+"""Graphs: their nodes, files and pruning; ``saejax.trace`` returns a ``Graph``."""
 
 from saejax.attribution.graph.graph import Graph as Graph

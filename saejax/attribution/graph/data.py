@@ -32,7 +32,7 @@ class Pruning:
     node_threshold: float
     edge_threshold: float
     node_N: np.ndarray  #: int32 place of each kept node in the table of the whole graph
-    #: float32 cumulative share of influence of each kept node: that of all nodes with at least as much. It is small for
+    #: float32 cumulative share of influence of each kept node: of all nodes with at least as much. It is small for
     #: the most influential ones.
     influence_N: np.ndarray
     scores: GraphScores  #: of the whole graph
@@ -64,7 +64,7 @@ class GraphData:
     #: traced_features (those with a node), targets (of each logit its token and -1, of a difference both tokens), and
     #: with SAEs ``edges``, what an edge estimates.
     settings: Mapping[str, Any]
-    #: for a pruned graph, what it was cut from; then ``value_R`` and its parts are those of the whole one.
+    #: for a pruned graph, the whole graph, which ``value_R`` and its parts then describe.
     pruning: Pruning | None = None
 
     def count(self, *kinds: str) -> int:

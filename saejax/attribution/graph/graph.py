@@ -2,7 +2,7 @@
 
 A folder holds it in two files, arrays in safetensors, all else in JSON:
 
-graph.safetensors   the edges, as a bit for each place in the matrix and the weights of those that are there; the other
+graph.safetensors   the edges, as a bit for each place in the matrix and the weights of edges that are there; the other
                     arrays of ``Graph``; and, under names such as "nodes.layer_N", the table of nodes
 graph.json          schema version, texts, settings, scores, SHA-256 of the other file. Written last.
 """
@@ -41,7 +41,7 @@ _DTYPES = dict(zip(_COLUMNS, DTYPES, strict=True)) | {"ids_P": np.int32, "node_N
 
 
 class Graph(GraphData):
-    """A graph, as ``saejax.trace`` makes it; its fields are those of ``GraphData``."""
+    """A graph, as ``saejax.trace`` makes it; it has the fields of ``GraphData``."""
 
     def scores(self) -> GraphScores:
         """Return replacement and completeness scores, of the whole graph where this is a part of one."""
@@ -71,7 +71,7 @@ class Graph(GraphData):
     def difference(self, first: str, second: str) -> Self:
         """Return the graph that explains the difference of two of its logits, the first less the second.
 
-        Nothing is traced: edges are linear in what is explained, so those of the difference are differences.
+        Nothing is traced: edges are linear in the explained readout, so edges of the difference are differences.
 
         Args:
           first: the text of a logit, one of ``labels``.

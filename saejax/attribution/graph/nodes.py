@@ -44,7 +44,7 @@ class Nodes:
           kind: one of ``KINDS``.
           layer: the column of layers [N]; in all columns a number stands for an array of it.
           position: of tokens [N].
-          index: of features [N], or the node's number among those of its kind.
+          index: of features [N], or the node's number in its kind.
           value: activations [N].
         """
         arrays: Any = np.broadcast_arrays(*map(np.atleast_1d, (kind, layer, position, index, value)))

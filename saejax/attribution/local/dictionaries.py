@@ -65,7 +65,7 @@ class LayerDictionaries:
         self._sink_norm: Callable[[str], float] | None = None
         self._sinks_of: LanguageModel | None = None  # whose rule that is
         self.sizes: dict[tuple[str, int], int] = {}
-        # Folding changes encoders, so rows in files are not those of the folded dictionary.
+        # Folding changes encoders, so rows in files are not the folded dictionary's.
         self._files = None if any(config.centred or config.kind == "gated" for config in configs) else files
 
     def load(self, layer: int, mesh: Mesh | None = None) -> Dictionary:
@@ -194,7 +194,7 @@ class LayerDictionaries:
         return np.asarray(self._writes(layer, features_U), np.float32)
 
     def check_features(self, named: Iterable[tuple[int, int]], origin: str) -> None:
-        """Refuse labels or groups of features that the set does not have: they are those of another set.
+        """Refuse labels or groups of features that the set does not have: they belong to another set.
 
         Args:
           named: layers and indices of the features.
@@ -264,7 +264,7 @@ class FeatureOutputs:
             self._add_sums(layer + above, place_N, sum_NxD)
 
     def _add_sums(self, layer: int, place_N: np.ndarray, sum_NxD: np.ndarray) -> None:
-        """Add sums at some positions, ascending, to those of a layer."""
+        """Add sums at some positions, ascending, to a layer's sums."""
         place_M, sum_MxD = self._sums.get(layer, (place_N[:0], sum_NxD[:0]))
         place_U = np.union1d(place_M, place_N)
         if len(place_U) == len(place_M):
@@ -356,7 +356,7 @@ class LayerSaes(LayerDictionaries):
 
     Args:
       saes: where each comes from, and the SAE.
-      estimate: how edges are estimated, one of ``GRAPH_ESTIMATES``: the rules by which gradients go through the model.
+      estimate: how edges are estimated, one of ``GRAPH_ESTIMATES``: the rules for gradients through the model.
       direct: whether gradients stop at sites; see ``trace.gradient``.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Edits of a run: features set to other activations, or all features left out but those of a circuit.
+"""Edits of a run: features set to other activations, or all features but a circuit's left out.
 
 Both change what a layer's MLP adds to the stream, so an edit is a difference that is added to the stream leaving the
 layer:

@@ -4,7 +4,7 @@ Attention weights and the factors of norms (1 / root mean square, or 1 / standar
 MLP adds is a constant too, but for a transcoder's skip path. So a layer is an affine function of the stream that enters
 it: its linear part carries an effect up, the transposed one a cause down, its constant part is what biases add.
 
-It is the decoder's own layer, run by the rules ``RELP``: values are those of the model, and
+It is the decoder's own layer, run by the rules ``RELP``: it has the model's values, and
 differentiation takes attention weights and factors as constants.
 
 The programs are jitted: the model's layer with values frozen, and both directions of its linear part.
@@ -34,7 +34,7 @@ from saejax.models.parameters import LAYERS
 
 RELP = RunRules(backward="relp")  # attention weights and factors of norms are constant to differentiation
 FREEZE_MODES = ("none", "attention", "all", "constrained")
-# Modes in which an MLP gives what it gave in the prompt, so that activations are those of the prompt.
+# Modes in which an MLP gives its output in the prompt, so that activations stay as in the prompt.
 FIXED = ("all", "constrained")
 
 
@@ -69,7 +69,7 @@ class FrozenModel:
         Args:
           layer: its number.
           tables: of the prompt.
-          x_TxD: the stream entering the layer, that of the prompt: it fixes what is constant.
+          x_TxD: the prompt's stream entering the layer: it fixes all constants.
           function: the attention function; None: one that is quick to differentiate backwards, and cannot be forwards.
 
         Returns:
@@ -160,14 +160,14 @@ def run_layer(
     Returns:
       The streams leaving it, what its transcoder reads, and what its MLP adds, each [B, T, D].
     """
-    # With everything frozen, norm scales are those of the first row, too.
+    # With everything frozen, norm scales come from the first row, too.
     config, rules = frozen.config, RunRules(first_fixes=freeze == "all")
     seen: dict[str, jax.Array] = {}
 
     def hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
         if kind == "mlp_out" and freeze in FIXED:
             read_BxTxD = frozen.read(layer, seen, rules)
-            # Each run gets the prompt's MLP output, which is that of the first row; the skip path alone reacts.
+            # Each run gets the prompt's MLP output, which the first row has; the skip path alone reacts.
             change_BxTxD = frozen.skip(layer, read_BxTxD - read_BxTxD[:1])
             value_BxTxD = jnp.broadcast_to(value_BxTxD[:1], value_BxTxD.shape) + change_BxTxD
         seen[kind] = value_BxTxD

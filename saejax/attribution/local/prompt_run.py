@@ -93,7 +93,7 @@ def active_features(encoder: Dictionary, layer: int, read_TxD: jax.Array, used_T
     for start in range(0, length, size):
         chunk = slice(start, start + size)
         acts_TxF = to_host(encode_used(encoder, read_TxD[chunk], used_T[chunk]))
-        # On the host and sparse: all activations of a layer are far more than those that are not 0.
+        # On the host and sparse: all activations of a layer are far more than the nonzero ones.
         position_A, feature_A = np.nonzero(acts_TxF)
         positions.append(position_A + start)
         features.append(feature_A)
@@ -139,7 +139,7 @@ class PromptRun:
 
     model: LanguageModel  #: the model
     dictionaries: LayerDictionaries  #: the transcoders or SAEs whose features are nodes
-    rules: RunRules  #: by which gradients go through the model
+    rules: RunRules  #: rules for gradients through the model
     ids_P: np.ndarray  #: int32 token ids
     active: Active  #: the active features
     logits_V: np.ndarray  #: fp32 logits at the last position

@@ -2,7 +2,7 @@
 
 A logit is read from the stream leaving the last layer, at the last position, through the final norm, whose factor is
 constant where the model is frozen. Its direction is its column of the unembedding less the mean over the vocabulary, as
-only differences of logits matter. Capping of logits is left out of it; probabilities are those of the capped logits.
+only differences of logits matter. Capping of logits is left out of it; probabilities come from the capped logits.
 Any other ``Direction`` is read at the same place.
 """
 
@@ -191,7 +191,7 @@ def pull_targets(
     rows_VxD = embed_VxD.astype(last_D.dtype)
 
     def less(rows: jax.Array) -> jax.Array:
-        """Return the rows of the first tokens less those of the second ones or the mean."""
+        """Return the rows of the first tokens less the rows of the second ones or the mean."""
         single = jnp.reshape(second_K < 0, (-1,) + (1,) * (rows.ndim - 1))
         # Less the mean over the vocabulary, as only differences of logits matter.
         return rows[first_K] - jnp.where(single, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
@@ -244,7 +244,7 @@ def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, v
 
 @jax.jit
 def _read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: jax.Array, vector_JxD: jax.Array) -> jax.Array:
-    # The difference first: that of two nearly equal products would be rounding.
+    # The difference first: a difference of two nearly equal products would be rounding.
     return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, position_J], vector_JxD)
 
 

@@ -171,7 +171,7 @@ class TargetBatch:
     """Targets that go down together, in N chunks of R; the chunks start from high layers to low."""
 
     vector_NxRxD: jax.Array  #: the directions that are read
-    layer_NxR: jax.Array  #: int32 layer whose transcoder reads; for a direction of the stream, that of ``start_N``
+    layer_NxR: jax.Array  #: int32 layer whose transcoder reads; for a direction of the stream, the layer of ``start_N``
     position_NxR: jax.Array  #: int32 where
     #: int32, number of layers that the highest target of a chunk goes down through; 0 for a chunk that only fills up
     #: the batch.
@@ -250,7 +250,7 @@ def _read_off(
 ) -> jax.Array:
     """Fill in the products of a place's blocks with all cotangents there, 0 for chunks that start further down.
 
-    Those that start further down are the last, so they are left out as far as whole groups of chunks do.
+    Rows that start further down are the last, so they are left out as far as whole groups of chunks do.
     """
     targets = cotangent_NxRxTxD.shape[1]
     # A power of two that divides the number of chunks: groups are then whole.

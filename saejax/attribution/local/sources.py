@@ -54,7 +54,7 @@ class Sources:
     #: slot of each entry among all; the entries are the sources in order, but a bias has one at each position, a
     #: first_mlp one at each of the first positions, and a feature one in each layer that it writes to.
     at_E: np.ndarray
-    factor_E: np.ndarray  #: fp32, by which the direction is multiplied: a feature's activation
+    factor_E: np.ndarray  #: fp32 factor of the direction: a feature's activation
     start_S: np.ndarray  #: int64 first entry of each source
 
     @classmethod
@@ -214,7 +214,7 @@ def read_directions(transcoders: LayerDictionaries, features: list[np.ndarray]) 
 
     Args:
       transcoders: the set.
-      features: of each layer those that are asked for.
+      features: the wanted ones of each layer.
     """
     for layer, features_U in enumerate(features):
         each = transcoders.written_layers(layer) * transcoders.configs[0].d_in

@@ -5,7 +5,7 @@ At every layer and every position but the first,
     mlp_out = sum over active features of activation * W_dec + b_dec + skip(read) + error
 
 exactly; features of cross-layer transcoders are active in this layer or below. Attention weights and scales of norms
-are those of the prompt (``frozen``), so all that comes after is linear in these terms. At the first position, an
+come from the prompt (``frozen``), so all that comes after is linear in these terms. At the first position, an
 attention sink in most models, features are not used: there the MLP's output stands as it is, but for the skip path. In
 prompts that begin as Gemma 3's chat template does, that is so at its first four positions, as in circuit-tracer.
 
@@ -134,7 +134,7 @@ class LocalState(PromptRun):
     def padded_size(self, name: str, count: int, least: int) -> int:
         """Return the size to which arrays that grow with the active features are padded.
 
-        It is that of an earlier prompt of this length and set, if that holds them and is at most twice as large: then
+        It is taken from an earlier prompt of this length and set, if it holds them and is at most twice as large: then
         the programs that were compiled for that prompt run this one, too. Otherwise an eighth is left for later ones.
 
         Args:
@@ -152,7 +152,7 @@ class LocalState(PromptRun):
         return self.dictionaries.rows_of("W_enc", self.active.layer_A[chosen_F], self.active.feature_A[chosen_F])
 
     def constants(self, chosen_F: np.ndarray) -> np.ndarray:
-        """Return the encoder's bias, and that of the norm behind which the transcoder reads, fp32 [F]."""
+        """Return the encoder's bias with the bias of the norm that the transcoder reads behind, fp32 [F]."""
         constant_F = super().constants(chosen_F)
         if self.read_bias_LxTxD is None:
             return constant_F

@@ -26,7 +26,7 @@ _FILES = ("layer_*.safetensors", "W_enc_*.safetensors", "W_dec_*.safetensors", "
 class LayerTranscoders(LayerDictionaries):
     """A transcoder for every layer, from layer 0; in a cross-layer set, features write to later layers, too.
 
-    There the decoder of a layer is what its features write to their own layer. See ``LayerDictionaries``.
+    There the decoder of a layer holds the writes of its features to their own layer. See ``LayerDictionaries``.
     """
 
     @classmethod
@@ -119,7 +119,7 @@ def find_folder(
 ) -> tuple[str, Path, str]:
     """Return the name of a set, its folder, which is fetched from the hub if need be, and the commit there.
 
-    Of a repository with several transcoders of each layer nothing is fetched but those that are meant. The path may be
+    Of a repository with several transcoders of each layer only the named ones are fetched. The path may be
     ORG/NAME/SUBFOLDER@REVISION, with hf:// before it or without; for all parameters see ``open_transcoders``.
     """
     path = place.full_name(path)

@@ -323,7 +323,7 @@ def _pull_layer(
 
     Args:
       config: of the decoder (static).
-      rules: by which gradients go through the model (static).
+      rules: how gradients go through the model (static).
       kind: of the layer's site; "": it has none (static).
       direct: whether gradients stop at the site (static).
       params: of the model.

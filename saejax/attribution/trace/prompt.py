@@ -3,8 +3,8 @@
 1. The model is run once. Its local replacement model holds what is frozen (``LocalModel``); with SAEs in place of
    transcoders, the run holds what they read (``SaeRun``).
 2. The targets are chosen: logits, differences of logits, or directions (``read_targets``).
-3. Rows are computed by pulling targets back to all sources, or from gradients (``gradient``): first those of the
-   readouts, then those of features, in rounds of the most influential ones so far (``attribute_in_rounds``).
+3. Rows are computed by pulling targets back to all sources, or from gradients (``gradient``): first the rows of
+   readouts, then the rows of features, in rounds of the most influential ones so far (``attribute_in_rounds``).
 
 Its memory is estimated before the work starts, and again when the features of the prompt are counted
 (``check_memory``). A graph is made in two phases, and the larger one counts: in the layers, each transcoder's encoder
@@ -348,6 +348,6 @@ def _run(
 
     make_room(certain_active(first))
     local = LocalModel(model, dictionaries, ids_P)
-    # The features of this prompt, counted, in place of those that were certain before.
+    # The features of this prompt, counted, in place of the number that was certain before.
     make_room(len(local.active) / (model.config.n_layers * (len(ids_P) - 1)))
     return local

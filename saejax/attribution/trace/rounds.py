@@ -6,7 +6,7 @@ they have ``WHOLE`` numbers together. Then features keep a column if they have a
 influential so far, several times as many as rows are wanted; no other gets a row any more. What the features without a
 column contribute to a row is kept as one sum. Errors, tokens and biases always have their columns.
 
-Rankings. Influences are those of ``graph.pruning``. Between two rounds they are looked for anew, while the devices
+Rankings. Influences are defined in ``graph.pruning``. Between two rounds they are looked for anew, while the devices
 wait: so a row's weights are summed once, when it is written, and read only where it may have any, from features of
 lower layers.
 """
@@ -102,7 +102,7 @@ class RowStore:
         """Give up columns of features, and make room for the remaining rows.
 
         Args:
-          ranked_A: active features, those that are to keep their column first.
+          ranked_A: active features, first the features that are to keep their column.
           done: rows of features that there are.
         """
         old, sources = self.row_BxC, len(self.column_C)
@@ -131,7 +131,7 @@ class RowStore:
         """Drop columns when all rows are there, in place: there is no room for a second copy.
 
         Args:
-          left_X: the places of those that go; ``dropped_R`` gets what they contribute.
+          left_X: the places of features that go; ``dropped_R`` gets their contributions.
         """
         kept = np.delete(np.arange(len(self.column_C)), left_X)
         flat, width = self.row_BxC.reshape(-1), len(kept)
@@ -144,10 +144,10 @@ class RowStore:
 
 
 def rank(store: RowStore, layer_A: np.ndarray, chosen_F: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
-    """Rank the active features that may get a row by their influence through those that have one, largest first.
+    """Rank the active features that may get a row by their influence through features that have one, largest first.
 
     Args:
-      store: the rows; those of the readouts are there already.
+      store: the rows; the readouts' rows are there already.
       layer_A: layers of the active features.
       chosen_F: indices of the features that have a row, in the order of their rows.
       weight_K: weights of the readouts.
@@ -155,7 +155,7 @@ def rank(store: RowStore, layer_A: np.ndarray, chosen_F: np.ndarray, weight_K: n
     features = int(np.searchsorted(store.column_C, len(layer_A)))
     layer_C, column_F = layer_A[store.column_C[:features]], np.searchsorted(store.column_C, chosen_F)
     count, above, influence_C = len(chosen_F), 1 + int(layer_A.max(initial=0)), np.zeros(features)
-    row_R = np.concatenate([np.arange(count), np.arange(-len(weight_K), 0)])  # those of the readouts stand last
+    row_R = np.concatenate([np.arange(count), np.arange(-len(weight_K), 0)])  # the readouts' rows stand last
 
     def add(layer: int, targets: np.ndarray, passed_on: np.ndarray) -> None:
         rows, columns = row_R[targets], int(np.searchsorted(layer_C, layer))  # of lower layers
@@ -175,7 +175,7 @@ def rank(store: RowStore, layer_A: np.ndarray, chosen_F: np.ndarray, weight_K: n
 
 
 class Traced(NamedTuple):
-    """A graph, the run of the prompt that it is of, and what it explains."""
+    """A graph, the run of its prompt, and the readouts that it explains."""
 
     graph: Graph
     local: Any  #: a ``LocalModel``, or with SAEs a ``SaeRun``
@@ -192,7 +192,7 @@ def attribute_in_rounds(
 
     Args:
       run: of the prompt.
-      nodes: the S sources; active features come first, those that take no part in influences last.
+      nodes: the S sources; active features come first, sources without a part in influences last.
       readouts: the targets.
       fill: gives rows over all sources, of features, or (None) of the readouts.
       count: number of features that get nodes.
@@ -229,7 +229,7 @@ def attribute_in_rounds(
             new = ranked[: min(-(-count // ROUNDS), ROUND_ROWS, store.room(len(chosen)))]
         fill(new, counted(store.put(len(chosen))))
         chosen = np.concatenate([chosen, new])
-    # In the order of the active features, which is that of the nodes.
+    # In the order of the active features, which the nodes have, too.
     order = np.argsort(chosen)
     if count < len(active):
         store.sort(order)

@@ -49,7 +49,7 @@ class Format:
     parse: Callable[[Path], Published]  #: describes the dictionary at a path without reading its arrays
 
 
-# The first that matches is taken: those that are told by one name come before those that need a look at settings.
+# The first that matches is taken: formats that one name tells come before formats that need a look at settings.
 FORMATS = (
     Format("SAELens", lambda path: (path / saelens.WEIGHTS).is_file() and _has_cfg(path), saelens.parse),
     Format("sparsify", lambda path: (path / "sae.safetensors").is_file(), published.parse_sparsify),
@@ -92,7 +92,7 @@ def load_dictionary(
 ) -> Dictionary:
     """Load a dictionary from its folder, such as ``runs/demo/train/topk``, or one of another tool.
 
-    Features, their activations and the lengths of decoder rows are those of the file. A warning is logged if results
+    Features, their activations and the lengths of decoder rows stay as in the file. A warning is logged if results
     of another dictionary of the same name were loaded before.
 
     Args:
@@ -176,7 +176,7 @@ def load_transcoders(
       path: a circuit-tracer set, or a folder of folders that ``load_dictionary`` loads, such as the stack
         ``runs/plt/train/standard``.
       matmul_dtype: as for ``load_dictionary``.
-      site: kind of the sites read, in place of that in a set's description, such as "mlp_in".
+      site: kind of the sites read, in place of the kind in a set's description, such as "mlp_in".
       target: kind of the sites predicted, likewise.
       dtype: as for ``load_dictionary``.
 

@@ -14,7 +14,7 @@ params_layer_{i}.safetensors   Gemma Scope 2's cross-layer transcoders: w_enc [d
 
 ``config.yaml`` describes it: model_name, model_kind, feature_input_hook, feature_output_hook; for TopK activation and
 k; ``transcoders`` lists files that are elsewhere, also on the hub. Some sets have none: then transcoders go from
-what the MLP reads to what it adds. A layer with thresholds is a JumpReLU, one without a ReLU, unless the description
+the MLP's input to its output. A layer with thresholds is a JumpReLU, one without a ReLU, unless the description
 says TopK, which keeps the k largest whatever their sign. Other things that it says do not change what a set computes.
 
 Opening a set reads no values (but a few rows of the last layer of Gemma Scope 2's); a layer is read when asked for.
@@ -178,7 +178,7 @@ def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
 
 
 def open_transcoders(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
-    """Open a set of transcoders that each predict their layer; ``site`` and ``target`` are those of ``open_set``.
+    """Open a set of transcoders that each predict their layer; ``site`` and ``target`` are as for ``open_set``.
 
     Raises:
       UserError: it is cross-layer: what a layer's features write to their own layer predicts nothing alone.
@@ -433,7 +433,7 @@ def save(folder: Path, transcoders: Sequence[Dictionary]) -> None:
 
 
 def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[[int], Dictionary]) -> None:
-    """Write a set like ``save``, with one transcoder in memory at a time: ``load(i)`` gives that of ``configs[i]``."""
+    """Write a set like ``save``, with one transcoder in memory at a time: ``load(i)`` gives number i."""
     check(configs)
     by_layer = sorted(range(len(configs)), key=lambda index: hooks.layer_of(configs[index].target))
     with tensors.whole_folder(folder, DESCRIPTION, LAYERS.format("*")) as unfinished:
@@ -441,7 +441,7 @@ def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[
             transcoder = load(index)
             if transcoder.kind.jumprelu:
                 transcoder = rescale.as_jumprelu(transcoder)
-            # circuit-tracer subtracts no bias from what it reads: the encoder's bias takes it over.
+            # circuit-tracer subtracts no bias from its input: the encoder's bias takes it over.
             transcoder = rescale.centre(transcoder, False)
             named = _file_arrays(transcoder)
             if "threshold" in named:
@@ -576,7 +576,7 @@ def _describe(config: DictionaryConfig) -> dict[str, Any]:
 
 
 def _sparsity(config: DictionaryConfig) -> dict[str, Any]:
-    """Return what a set says of kinds with a k at inference; those of others are told by their arrays."""
+    """Return a set's entries for kinds with a k at inference; arrays tell other kinds."""
     return dict(activation=config.kind, k=config.k) if "k" in by_name(config.kind).numbers else {}
 
 

@@ -154,10 +154,10 @@ def find_layers(folder: Path, choice: Sequence[str]) -> list[Path]:
 
 
 def choose_layers(files: Iterable[str], choice: Sequence[str], where: str) -> list[str]:
-    """Return those of a folder's paths that are its transcoders, one for each layer, in order; none if there are none.
+    """Return the paths of a folder's transcoders, one for each layer, in order; none if there are none.
 
     Args:
-      files: paths within the folder; those that are no transcoders' are left out.
+      files: paths within the folder; paths of other files are left out.
       choice: words of the paths, such as "16k", "small" or "affine", that tell which of several transcoders of a layer
         is meant. A number that is no word of any stands for the nearest L0, each layer's own.
       where: name of the folder, for messages.
@@ -210,13 +210,13 @@ def _sites(file: Path) -> tuple[str, str]:
         return hooks.UNKNOWN, ""
     kind, layer = matched[0], layers[-1]
     if kind == "transcoder":
-        # Those of Gemma Scope 1 read the norm before its gain, those of 2 what the MLP reads.
+        # Transcoders of Gemma Scope 1 read the norm before its gain, transcoders of 2 the MLP's input.
         return f"{hooks.NORMED if file.suffix == '.npz' else 'mlp_in'}.{layer}", f"mlp_out.{layer}"
     return f"{kind}.{layer}", ""
 
 
 def _is_of_embedding(file: Path) -> bool:
-    """Return whether the path of a file is that of an SAE of Gemma 2's token embeddings."""
+    """Return whether the path of a file belongs to an SAE of Gemma 2's token embeddings."""
     return "embedding" in file.absolute().parts and bool(re.search(_SITES["resid_post"], file.absolute().as_posix()))
 
 

@@ -3,7 +3,7 @@
 TransformerLens, which SAELens and circuit-tracer build on, names hooks: ``blocks.15.hook_resid_post``, which is
 ``blocks.15.hook_out`` in its version 3. With a model of the transformers library SAELens names modules, whose output is
 meant: ``model.layers.15``; sparsify names them without the model's prefix: ``layers.15``. nnsight says which side of a
-module it means: ``model.layers[15].output[0]``. dictionary_learning names what it trained on: ``resid_post_layer_15``.
+module it means: ``model.layers[15].output[0]``. dictionary_learning names its training site: ``resid_post_layer_15``.
 
 Some names need care. ``blocks.L.mlp.hook_out`` and a module ``...L.mlp`` are what the MLP gives, which is what it adds
 to the stream (``mlp_out.L``) only in models that do not normalise it first. ``blocks.L.hook_mlp_in`` is the stream

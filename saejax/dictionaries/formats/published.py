@@ -1,6 +1,6 @@
 """Dictionaries of other publishers, one folder or file each; read only.
 
-Each function describes the dictionary of one publisher's layout: its tensor names, the settings that change what it
+Each function describes the dictionary of one publisher's layout: its tensor names, the settings that change its
 computes, and what is folded into the arrays. ``formats`` has the table of all of them.
 """
 
@@ -163,7 +163,7 @@ def parse_dictionary_learning(path: Path) -> tensors.Published:
         sizes = state["group_sizes"].numbers() if "group_sizes" in state else trainer.get("group_sizes") or ()
 
     def fold(arrays: Arrays) -> Arrays:
-        if "threshold_F" in arrays:  # activations are those of a ReLU, whatever the threshold
+        if "threshold_F" in arrays:  # a ReLU gives the activations, whatever the threshold
             arrays["threshold_F"] = np.maximum(np.broadcast_to(arrays["threshold_F"], arrays["b_enc_F"].shape), 0)
         # It multiplies activations by the lengths of decoder rows, and divides by them again when it decodes.
         if name == "GatedAutoEncoder":
@@ -302,7 +302,7 @@ def _parse_crosscoder(
 def _check_parts(
     file: Path, arranged: Mapping[str, tensors.Tensor], names: Mapping[str, str], **wanted: tuple[int, ...]
 ) -> None:
-    """Refuse arrays that do not fit a crosscoder's encoder, [P, d, F]; ``names`` are those of the file."""
+    """Refuse arrays that do not fit a crosscoder's encoder, [P, d, F]; ``names`` are the file's."""
     count, width, features = arranged["W_enc_DxF"].shape
     wanted |= dict(b_enc_F=(features,), b_dec_D=(count, width))
     wrong = [
@@ -370,7 +370,7 @@ def find_llama_scope(folder: Path) -> str:
 def parse_llama_scope(folder: Path) -> tensors.Published:
     """Describe a folder of any of the three releases.
 
-    The arrays are those of training, for inputs and outputs that were scaled to a mean norm of sqrt(d). They become
+    The arrays come from training, for inputs and outputs that were scaled to a mean norm of sqrt(d). They become
     those for raw values, with decoder rows of length 1 (unless sparsity_include_decoder_norm is false). The first
     release states one threshold, of activations *then*; Llama-Scope-R1 has thresholds of the scaled activations.
     (SAELens 6 leaves the rows of the first release as they are, hence has other features active.)

@@ -4,7 +4,7 @@ Two layouts of ``cfg.json`` are read. Version 6 keeps what was said of the langu
 versions are flat, with older names for some keys. All settings that change what a dictionary computes are honoured,
 folded into the arrays, or refused by name; other keys are ignored:
 
-- decoder norms by which a topk scales its pre-activations (``rescale_acts_by_decoder_norm``): folded;
+- decoder norms that scale a topk's pre-activations (``rescale_acts_by_decoder_norm``): folded;
 - ``scaling_factor`` of each feature, in front of the decoder: folded;
 - ``normalize_activations``: a constant factor is folded, ``layer_norm`` and ``constant_norm_rescale`` become
   ``DictionaryConfig.input_norm``;
@@ -221,7 +221,7 @@ def architecture(config: DictionaryConfig) -> str:
 
 
 def _named_site(settings: Mapping[str, Any], key: str, model: str) -> str:
-    """Return the site that a setting names, or else that of the module of transformers that is named beside it."""
+    """Return the site that a setting names, or else the site of the module of transformers named beside it."""
     named = [hooks.to_site(settings[name], model) for name in (key, f"hf_{key}") if settings.get(name)]
     sites = [site for site in named if not site.startswith((hooks.NO_SITE, hooks.MODULE))]
     return next(iter([*sites, *named]), hooks.UNKNOWN)
@@ -381,7 +381,7 @@ def _metadata(config: DictionaryConfig) -> dict[str, Any]:
     of_modules = config.site.startswith(hooks.MODULE)
     metadata: dict[str, Any] = dict(sae_lens_version=_VERSION, sae_lens_training_version=None, model_name=config.model)
     metadata["model_class_name"] = "AutoModelForCausalLM" if of_modules else "HookedTransformer"
-    # Our activations are those of the model as it is; TransformerLens would rewrite its weights.
+    # Our activations come from the model as it is; TransformerLens would rewrite its weights.
     kept = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
     processing: dict[str, bool] = {} if of_modules else dict.fromkeys(kept, False)
     if config.input_norm == "center":

@@ -47,12 +47,12 @@ Fold = Callable[[Arrays], Arrays]
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A dictionary in another tool's files: what it is, where its tensors are, and what folds them into our form."""
+    """A dictionary in another tool's files: its configuration, where its tensors are, how they become ours."""
 
     config: DictionaryConfig  #: what it is
-    #: those of ``modules.parameter_table``, by our names; without a bias it has none, and it is 0.
+    #: the tensors of ``modules.parameter_table``, by our names; without a bias it has none, and it is 0.
     tensors: Mapping[str, Tensor]
-    transposed: frozenset[str] = frozenset()  #: our names of those that are stored transposed
+    transposed: frozenset[str] = frozenset()  #: our names of tensors that are stored transposed
     #: makes our arrays of those in the files (which may have further names); None: they are the same.
     fold: Fold | None = None
 
@@ -181,7 +181,7 @@ def arrange(
 ) -> tuple[dict[str, Tensor], frozenset[str]]:
     """Return the tensors that a layout names, by our names, and which of these are stored transposed.
 
-    Shapes are compared with those of the ``config``, if there is one. ``state`` are all tensors of the file.
+    Shapes are compared with the ``config``'s, if there is one. ``state`` are all tensors of the file.
 
     Raises:
       UserError: tensors are missing or of other shapes; all are listed. Or k is larger than the number of features.

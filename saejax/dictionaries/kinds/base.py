@@ -1,4 +1,4 @@
-"""The interface of a kind of dictionary: everything in which dictionaries of one kind differ from those of others.
+"""The interface of a kind of dictionary: everything in which dictionaries of one kind differ from others.
 
 A kind is a subclass of ``Kind`` that is registered (``@register``). Its methods are pure functions of arrays that are
 traced, compiled and differentiated; a new kind overrides those in which it differs from a ReLU without a penalty.
@@ -65,7 +65,7 @@ class Kind:
     Settings: ClassVar[type[Config]] = Config
     reads: ClassVar[Sequence[str]] = ()
     vectors: ClassVar[Sequence[str]] = ()  #: names of its arrays beyond the common ones, each [F], 0 at the start
-    unscaled: ClassVar[Sequence[str]] = ()  #: those of them that are not in units of activations
+    unscaled: ClassVar[Sequence[str]] = ()  #: thresholds and numbers that are not in units of activations
     #: fields of ``DictionaryConfig``, besides shapes, that its inference reads and that members of a stack differ in.
     numbers: ClassVar[Sequence[str]] = ()
     signed: ClassVar[bool] = False  #: whether activations may be below 0
@@ -74,7 +74,7 @@ class Kind:
     elementwise: ClassVar[bool] = False
     #: whether inference compares features with each other, so that the lengths of decoder rows decide which are active.
     depends_on_decoder_norms: ClassVar[bool] = False
-    #: whether at inference it is a JumpReLU dictionary, that of ``as_jumprelu``: so other tools can have it.
+    #: whether at inference it is a JumpReLU dictionary, made by ``as_jumprelu``: so other tools can have it.
     jumprelu: ClassVar[bool] = False
     rebuilds_input: ClassVar[bool] = False  #: whether it is for SAEs of one site alone, whose input its rows explain
     no_free_decoder: ClassVar[str] = ""  #: why decoder rows may not grow freely; empty: they may

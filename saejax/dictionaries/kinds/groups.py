@@ -38,7 +38,7 @@ def _group_products(
     Traced with a mesh as context (``jax.sharding.use_abstract_mesh``) whose ``model`` axis has several devices,
     features are taken to be split over that axis. Slices by groups would then be sent between devices. So features are
     cut into blocks of equal size that lie in one group and on one device: each device multiplies its blocks, and the
-    only sums over devices are those of the groups' products.
+    only sums over devices are sums of the groups' products.
     """
     devices = jax.sharding.get_abstract_mesh().shape.get("model", 1)
     # Blocks that neither the end of a group nor a border between devices cuts.

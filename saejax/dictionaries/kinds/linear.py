@@ -12,7 +12,7 @@ FIRES_ABOVE = 1e-3
 
 
 class Linear(Standard):
-    """Pre-activations themselves; the penalty is that of ``Standard`` on their sizes."""
+    """Pre-activations themselves; with the penalty of ``Standard`` on their sizes."""
 
     name = "linear"
     about = "has an L1 penalty on the activations and no ReLU"

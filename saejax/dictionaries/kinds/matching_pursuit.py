@@ -48,7 +48,7 @@ class MatchingPursuit(Kind):
             gram_NxKxK, products_NxKx1, left_side=True, lower=True, unit_diagonal=True
         )
         f_NxF = jnp.zeros((len(x_NxD), config.n_features), x_NxD.dtype)
-        # Above 0 but for rounding, by which these differ from the values of the search; a feature may be chosen twice.
+        # Above 0 but for rounding against the values of the search; a feature may be chosen twice.
         f_NxF = f_NxF.at[jnp.arange(len(x_NxD))[:, None], index_NxK].add(jax.nn.relu(values_NxKx1[..., 0]))
         return f_NxF.reshape(*x_xD.shape[:-1], config.n_features)
 

@@ -94,7 +94,7 @@ KIND_SETTINGS = {
 
 
 def kind_names() -> tuple[str, ...]:
-    """Return the names of all kinds, those of ``--plugins`` included."""
+    """Return the names of all kinds, with the kinds of ``--plugins``."""
     return tuple(KIND_SETTINGS)
 
 

@@ -22,12 +22,12 @@ class TopK(Kind):
         return sparsity.topk(inputs.pre_xF, numbers["k"], dictionary.config.k)
 
     def fires(self, f_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """Return where activations are not 0: those of a signed dictionary may be negative."""
+        """Return where activations are not 0: a signed dictionary may have negative ones."""
         return f_xF != 0
 
 
 def is_plain_topk(kind: Kind) -> bool:
-    """Return whether a kind's activations and reconstruction are exactly those of ``TopK``, in training too.
+    """Return whether a kind has exactly the activations and reconstruction of ``TopK``, in training too.
 
     Only such a kind may be computed from sparse codes: one that overrides any method that defines its activations gets
     the dense products, which call that method.

@@ -103,7 +103,7 @@ class StableGroups:
 
     group_F: np.ndarray  #: group of each feature; -1: none
     overlap_U: np.ndarray  #: stability of each group
-    bar: float  #: the overlap that a stable group exceeds: that of a dissolved one, and of every group of shuffled data
+    bar: float  #: the overlap that a stable group exceeds: a dissolved one's, and every group's of shuffled data
     null_groups: float  #: number of groups of shuffled data, mean
 
 

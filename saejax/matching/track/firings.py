@@ -79,7 +79,7 @@ class StepFeature:
 
 
 def step_features(firings: LayerFirings, segment_T: np.ndarray, count: int) -> list[list[StepFeature]]:
-    """Return the features that belong to each segment, at most ``count``, first those that set it apart most.
+    """Return the features that belong to each segment, at most ``count``, first the features that set it apart most.
 
     Args:
       firings: of a layer on the text.

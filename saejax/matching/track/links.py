@@ -1,9 +1,9 @@
-"""Links between features of consecutive dictionaries, for those that are shown, by their directions.
+"""Links between shown features of consecutive dictionaries, by their directions.
 
 Feature i writes a_i d_i (its activation times its decoder row) at a position; of this a_i <d_i, e_j> goes into the
 pre-activation of feature j of the next dictionary, whose encoder column is e_j, if nothing between changes it. That is
 the link's weight; where the next dictionary divides each token by its size, that is before the division. There is a
-link if the cosine of d_i and e_j is larger than those of random directions with the covariance of the lower decoder: a
+link if the cosine of d_i and e_j is larger than random directions' with the covariance of the lower decoder: a
 target with k possible sources has a link from any of k such directions with probability ``_LEVEL``, about.
 
 Links show what is carried through the stream. What a layer computes from it, and what attention moves between

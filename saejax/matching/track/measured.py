@@ -6,7 +6,7 @@
    position of the lower dictionary.
 3. In the same way b is set to zero, and the loss of the answer's log-probability is measured; and that without the
    lowest feature of the chain.
-4. A link holds if its effect is above that of each of the five: by chance, one link in six. A chain holds if all of its
+4. A link holds if its effect is above each of the five's: by chance, one link in six. A chain holds if all of its
    links do, and its lowest and its highest feature reach the answer. Where fewer than five other features are active,
    as in a TopK dictionary with k = 5, a link cannot be tested, and a chain neither unless another link fails.
 """
@@ -61,7 +61,7 @@ def measure_chains(
         nodes = [chain[0][0], *(target for _, target, _ in chain)]
         drops = [run.answer_drops(node, answer) for node in nodes]
         losses = [run.losses(source, target) for source, target, _ in chain]
-        # Of each the first is the effect, and the rest are those of the controls.
+        # Of each the first is the effect, and the rest are the controls' effects.
         if min(map(len, drops + losses)) < 2:
             continue
         parts = [
@@ -95,7 +95,7 @@ def measure_chains(
 
 
 def _exceeds_controls(effects: Sequence[float]) -> bool | None:
-    """Return whether the first effect is above those of the controls; None: these are fewer than there should be."""
+    """Return whether the first effect is above the controls'; None: controls are fewer than there should be."""
     return effects[0] > max(effects[1:]) if len(effects) > CONTROLS else None
 
 

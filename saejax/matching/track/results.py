@@ -31,7 +31,7 @@ class TrackedStep:
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredLink:
-    """A link between features of two layers, with its effects beside those of random active features at equal dose."""
+    """A link between features of two layers, with its effects, and those of random active features at equal dose."""
 
     lower: str  #: site of the lower dictionary
     source: int  #: its feature
@@ -49,7 +49,7 @@ class MeasuredLink:
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredChain:
-    """Links from the features of one layer to those of higher ones, each measured, and on to the answer."""
+    """Links from the features of one layer to features of higher ones, each measured, and on to the answer."""
 
     links: tuple[MeasuredLink, ...]  #: from the lowest layer up; the target of each is the source of the next
     answer_drop: float  #: of the answer's log-probability without the lowest feature, nats
@@ -76,7 +76,7 @@ class TrackedText:
     answer: str  #: the token whose probability is followed
     position: int  #: where it is the next token
     sites: tuple[str, ...]  #: of the dictionaries, in the order of layers
-    tested: str  #: the site whose features were ablated, that of the dictionary in the middle
+    tested: str  #: the site whose features were ablated, the middle dictionary's
     steps: tuple[TrackedStep, ...]  #: the prompt, and the steps
     lens: LensLayers  #: what the logit lens, or the one of --track.lens, reads of the answer
     links: int  #: between shown features

@@ -143,7 +143,7 @@ def site_values(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_t
         output = lm(Tokens(ids_BxT, filled.lengths_B), capture=sites, logits=False)
         for site in sites:
             value_BxTxD = np.asarray(output.sites[site], np.float32)
-            # Not all sites have the stream's width: those of heads have that of all heads side by side.
+            # Not all sites have the stream's width: sites of heads have the width of all heads side by side.
             values.setdefault(site, np.zeros((starts[-1], value_BxTxD.shape[-1]), np.float32))
             for row, piece in enumerate(chosen):
                 # Without special tokens: they end at no character, so no other model's token is their pair.

@@ -9,7 +9,7 @@ import numpy as np
 from saejax.interventions.columns import Columns
 from saejax.matching.match import Matched
 
-# Cosine or correlation from which features are shared: that of two random directions is below it in any model's width.
+# Cosine or correlation from which features are shared: two random directions are below it in any model's width.
 SHARED = 0.7
 
 Pair = tuple[int, int]  # numbers of two dictionaries, the smaller first

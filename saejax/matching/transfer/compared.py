@@ -68,7 +68,7 @@ def same_model(first: Compared, second: Compared) -> bool:
 
 
 def measures_of(wanted: Sequence[str], first: Compared, second: Compared) -> list[str]:
-    """Return the measures by which two dictionaries can be compared.
+    """Return the measures that can compare two dictionaries.
 
     Directions of two models have nothing to do with each other, whatever their widths: across models only activity on
     shared text is compared.

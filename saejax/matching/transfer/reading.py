@@ -3,7 +3,7 @@
 One model at a time is loaded, reads the text, and is dropped again; activities, and the values of sites where they are
 needed, go to files. So memory does not grow with the number of models or dictionaries.
 
-Texts of even number choose pairs of features and fit maps; those of odd number measure.
+Texts of even number choose pairs of features and fit maps; texts of odd number measure.
 """
 
 import functools
@@ -219,7 +219,7 @@ class Reading:
         return dictionary.with_sink_norms(lambda site: self._shared.sink_norms[entry.model_key, site])
 
     def _shared_tokens(self, first: int, second: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the tokens at which both dictionaries apply, among those of each model: a pair for each half."""
+        """Return the tokens at which both dictionaries apply, among each model's: a pair for each half."""
         left, right = self._compared[first], self._compared[second]
         first_N, second_N = aligned(self._shared.reads[left.model_key], self._shared.reads[right.model_key])
         # Neither dictionary reads its model's attention sinks, which may be at other tokens in the other model.

@@ -90,7 +90,7 @@ def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, native
 def evaluate_at_other_site(
     moved: DictionaryOnText, native: DictionaryOnText, mesh: Mesh, batch: int, seed: Sequence[int]
 ) -> ReconstructionTransfer:
-    """Return the scores of a dictionary at another site, and those of the dictionary of that site.
+    """Return the scores of a dictionary at another site, and the scores of the site's own dictionary.
 
     Args:
       moved: the dictionary and the values of its own site.
@@ -114,7 +114,7 @@ def evaluate_at_other_site(
 
 
 def _fit_map(source: DictionaryOnText, target: DictionaryOnText) -> tuple[AffineMap, FittedMap]:
-    """Return a map from the site of one dictionary to that of another, and its figures."""
+    """Return a map from the site of one dictionary to another's site, and its figures."""
     fitted, (rows, width) = AffineMap.fit(source.fit_NxD, target.fit_NxD), source.fit_NxD.shape
     r2 = fitted.r2(source.measure_NxD, target.measure_NxD)
     return fitted, FittedMap(source.dictionary.config.site, width, rows, r2, fitted.ridge)

@@ -37,7 +37,7 @@ class ComparedRows:
     #: the same where nothing is shared: random directions with the mean and covariance of the second's rows; for
     #: activity, the second's on text shifted by half
     null: MatchScores
-    #: features compared, of the first and of the second: all but those that fire on no held-out text; for activity,
+    #: features compared, of the first and of the second: all that fire on any held-out text; for activity,
     #: those with enough firings
     compared: tuple[int, int]
     left_out: tuple[int, int]  #: features not compared, of the first and of the second
@@ -58,7 +58,7 @@ class FittedMap:
     """An affine map between the values of two sites."""
 
     site: str  #: that it maps from
-    width: int  #: dimensions of that site
+    width: int  #: dimensions of the site
     rows: int  #: tokens that it was fitted on
     r2: float  #: share of variance explained on the half of the text that measures
     ridge: float  #: chosen by cross-validation, relative to the mean variance of the input's dimensions
@@ -68,7 +68,7 @@ class FittedMap:
 class ReconstructionTransfer:
     """One dictionary at the site of another."""
 
-    native: Rebuilt  #: the dictionary of that site
+    native: Rebuilt  #: the site's dictionary
     direct: Rebuilt | None  #: the other one unchanged; None where widths differ
     direct_null: Rebuilt | None  #: the same after a random rotation
     affine: Rebuilt  #: the other one between affine maps to its own site and back
@@ -104,7 +104,7 @@ class Chains:
     """Chains of shared features through the layers of a model."""
 
     dictionaries: tuple[str, ...]  #: names in the order of their layers
-    measure: str  #: by which: the first asked for that applies to all successive layers
+    measure: str  #: the first measure asked for that applies to all successive layers
     lengths: Mapping[int, int]  #: number of dictionaries of a chain, at least 2 -> number of chains
     lengths_null: Mapping[int, int]  #: the same under the null
     longest: tuple[Chain, ...]  #: the longest, by their weakest link

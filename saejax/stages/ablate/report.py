@@ -268,7 +268,7 @@ def control_strips(
     bases: Mapping[str, float],
     unit: str = "logit difference lost",
 ) -> "Figure":
-    """Draw the effect of the top features beside those of each kind of control, a strip of points a kind.
+    """Draw the effect of the top features beside the effects of each kind of control, a strip of points a kind.
 
     Args:
       title: the behaviour.

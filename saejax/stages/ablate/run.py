@@ -1,6 +1,6 @@
 """The stage ``ablate``: do a dictionary's features cause the behaviours?
 
-A behaviour is a part in the sense of ``saejax.runner.parts``. What it measures goes to ``<behaviour>-effects/`` at
+A behaviour is a part in the sense of ``saejax.runner.parts``. Its measurements go to ``<behaviour>-effects/`` at
 once, so that a killed run continues with the next one. Together these tables are the unit's effects table, of which
 the verdict is a pure function.
 """

@@ -122,7 +122,7 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
 
     Args:
       config: of the stage.
-      behaviours: the prompts of those that ``config`` names, if it does.
+      behaviours: the prompts of the behaviours that ``config`` names, if any.
 
     Raises:
       UserError: a file cannot be read, or a line is no such request or repeats a name.
@@ -153,12 +153,12 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
 
 
 def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
-    """Return labels of features by layer and index: a file's go before those of the dictionaries' workdir.
+    """Return labels of features by layer and index: a file's go before labels of the dictionaries' workdir.
 
     Raises:
       UserError: a file cannot be read, or is no such file.
     """
-    # Labels by hand go before those that were found.
+    # Labels by hand go before labels found by rules.
     return labels_of_folders(folders(config)) | read_given_labels(config)
 
 

@@ -242,12 +242,12 @@ def _search_contexts(
 ) -> None:
     """Search contexts of the features of a pruned graph that have no name, and write them beside the graph.
 
-    Those that an earlier unit searched are taken from there.
+    Features that an earlier unit searched are taken from there.
     """
     config, features = run.configs[GraphConfig], kept_features(document)
     if is_first_process():
         copy_contexts(run, saved and saved.parent)
-    # Every process searches, as the devices of all run the texts; what is missing is what the first one finds missing.
+    # Every process searches, as the devices of all run the texts; the first one says what is missing.
     details, done = details_of_features(config, features), searched_features(run)
     is_named = [feature in done or (feature in details and bool(details[feature].name)) for feature in features]
     is_named_F = from_first_process(np.array(is_named, np.int32))

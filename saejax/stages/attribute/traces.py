@@ -69,7 +69,7 @@ def copy_contexts(run: Run, unit: Path | None) -> None:
 
 
 def searched_features(run: Run) -> set[tuple[int, int]]:
-    """Return the features of this unit that were searched, those that fire nowhere among them."""
+    """Return the features of this unit that were searched, also features that fire nowhere."""
     return {(layer, index) for layer, index in _searched(run.folder).get("features", [])}
 
 

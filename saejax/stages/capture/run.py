@@ -43,7 +43,7 @@ Missing = Mapping[int, tuple[str, ...]]  # the sites, and ``INDEX``, that a shar
 def run_capture(run: Run) -> CaptureResults:
     """Record activations of the training text into a store in ``run.folder``.
 
-    Finished shards of a run that was stopped or killed are kept, and those of other stores of the workdir that were
+    Finished shards of a run that was stopped or killed are kept, and shards of other stores of the workdir that were
     made in the same way are taken: another site costs that site alone. The store comes out the same. Where a run has
     several processes, each makes its share of the shards with its own devices, and the first one makes them a store.
 
@@ -259,7 +259,7 @@ def _make_shards(
 def _check_disk(folder: Path, plan: Plan, missing: Missing, widths: Mapping[str, int], config: CaptureConfig) -> None:
     """Raise a ``UserError`` unless the missing shards fit on the disk."""
     size = ON_DISK[config.store_dtype].itemsize
-    # A row of the index is three int32, that of a site its vector, an fp32 norm, and in 8 bits a scale.
+    # A row of the index is three int32, a site's row its vector, an fp32 norm, and in 8 bits a scale.
     needed = sum(
         plan.size(shard) * sum(12 if part == INDEX else widths[part] * size + 8 for part in parts)
         for shard, parts in missing.items()

@@ -30,7 +30,7 @@ _SIZE = 8.5  # points
 _NAMED = 3  # features that a box names
 
 _Box = tuple[str, float, str, str]  # role, row from below, name, and a text below the name
-_Arrow = tuple[str, str, float, str]  # source, target, share of what it acts on, and its text
+_Arrow = tuple[str, str, float, str]  # source, target, share of its target, and its text
 
 
 def read_outline(behaviour: str) -> Mapping[str, Any] | None:

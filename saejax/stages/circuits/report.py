@@ -176,7 +176,7 @@ def _edge_tables(circuit: CircuitResults) -> list[Block]:
 
 
 def _feature_strips(key: Key, name: str, details: FeatureDetails) -> Strips:
-    """Return a feature's contexts, with a note on where it is and what it promotes."""
+    """Return a feature's contexts, with a note on its place and the tokens that it promotes."""
     note = f"layer {key.layer}, feature {key.feature}, at: {ROLE_WORDS[key.role]}"
     if promoted := ", ".join(f"“{visible(token)}”" for token in details.top_logits[:5]):
         note += f"; promotes {promoted}"
@@ -204,7 +204,7 @@ def write_index(folder: Path, results: CircuitsResults) -> None:
 
 
 def circuit_sections(results: CircuitsResults, address: Callable[[str], str]) -> list[Section]:
-    """Return the sections on circuits; ``address`` gives that of a file of the unit on the page."""
+    """Return the sections on circuits; ``address`` gives the address of a file of the unit on the page."""
     note = (
         "Needed: groups without which the logit difference falls more than without control sets of the same dose. "
         "Carry: groups that move the answer to the counterpart's when they take its activations."

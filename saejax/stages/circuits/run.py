@@ -102,7 +102,7 @@ def describe_features(
     """Return the contexts, promoted tokens and labels of features.
 
     Files of the set or of the user go first. A feature that they do not describe is searched in texts, and the tokens
-    that it promotes are those of its decoder row, read by the model's unembedding.
+    that it promotes come from its decoder row, read by the model's unembedding.
 
     Args:
       search: finds contexts.

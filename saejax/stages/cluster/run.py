@@ -32,7 +32,7 @@ _RULE = (
     f"above {DISSOLVED:g} and above that of every group of shuffled data"
 )
 _SMALLEST = 5  # features of the smallest group: two or three often fire together by chance
-_MOST = 8192  # features that are grouped, whose similarities take 256 MB; more are sampled from those that fire
+_MOST = 8192  # features that are grouped, whose similarities take 256 MB; more are sampled from features that fire
 _RESAMPLES = 10  # bootstrap samples, and shuffled data sets
 
 ActivityOf = Callable[[Compared], tuple[Activity, np.ndarray]]
@@ -41,7 +41,7 @@ ActivityOf = Callable[[Compared], tuple[Activity, np.ndarray]]
 def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
     """Return the function that gives the activity of a dictionary, and the document of each token.
 
-    The text is that of the run's store for a dictionary of one of its sites; for others a model reads held-out text.
+    The text is the store's for a dictionary of one of its sites; for others a model reads held-out text.
     """
     config = run.configs[ClusterConfig]
     store = Store.open(run.inputs["capture"]) if "capture" in run.inputs else None

@@ -33,7 +33,7 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     model, first = plan.model, next(iter(plan.stacks.values())).dictionary
     used = plan.dictionary("ablate") if all_stages()["ablate"].units(plan.configs) else first
     if is_joined(used.site) or plan.configs[TrainConfig].form in FORMS:
-        return []  # whole passes with edits, or layer by layer: those of other stages
+        return []  # whole passes with edits, or layer by layer: programs of other stages
     site, d, f = Site.parse(used.site), used.d_in, used.n_features
     target = Site.parse(used.target or used.site)
     tokens, variants, point = rows * length, len(VARIANTS), SplitPoint(model, target, site, mesh)

@@ -1,7 +1,7 @@
 """The stage ``explain``: a language model writes labels of features and judges them.
 
 Labels are written from what ``interpret`` keeps, which is training text; held-out text only judges them. Each label is
-judged beside that of another feature that fires about as often, on the same contexts.
+judged beside the label of another feature that fires about as often, on the same contexts.
 """
 
 import shutil

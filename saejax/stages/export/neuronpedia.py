@@ -66,7 +66,7 @@ class NeuronpediaSource:
         return dict(modelId=self.model, layer=self.id, index=str(feature))
 
     def row_id(self, *parts: Any) -> str:
-        """Return a name of a row, as long as those that the database gives; the same in every run."""
+        """Return a name of a row, as long as the database's own names; the same in every run."""
         return "c" + hashlib.sha256("/".join(map(str, (self.model, self.id, *parts))).encode()).hexdigest()[:24]
 
 
@@ -238,7 +238,7 @@ def feature_row(source: NeuronpediaSource, record: FeatureRecord, row_D: np.ndar
 
 
 def activation_rows(source: NeuronpediaSource, record: FeatureRecord) -> Iterator[dict[str, Any]]:
-    """Return the rows of a feature's contexts: the strongest, then those of its groups; none if it never fires."""
+    """Return the rows of a feature's contexts: the strongest, then its groups'; none if it never fires."""
     for number, context in enumerate([*record.get("examples", ()), *record.get("groups", ())]):
         values, group = _acts(context), context.get("group")
         if group is None:

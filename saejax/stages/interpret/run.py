@@ -78,7 +78,7 @@ class Interpreter:
         for old in (scratch, folder / FEATURES):
             shutil.rmtree(old, ignore_errors=True)
         (folder / FEATURES).mkdir(parents=True)
-        # 1. Labels by rules, and those of both controls.
+        # 1. Labels by rules, and the labels of both controls.
         options: dict[str, Any] = dict(batch_tokens=config.batch_tokens, seed=config.seed, stopping=self.run.stopping)
         search = search_labels(
             self.lm,

@@ -185,7 +185,7 @@ def _measure_features(
     table, ablation = measure_behaviour(lm, dictionary, name, prompts, settings, on_progress=on_progress)
     save_effects(run.folder / f"{name}-effects", table)
     definitions = table.select_prompts(name)
-    # Noising is what the ablation measured. Denoising is the same with prompts and counterparts exchanged.
+    # The ablation measured noising. Denoising is the same with prompts and counterparts exchanged.
     (noised_P,) = table.values(table.select_whole_edits(name, "top"), definitions, "logit_diff")
     exchanged = [
         dataclasses.replace(clean.counterpart, counterpart=clean) for clean in ablation.runs if clean.counterpart

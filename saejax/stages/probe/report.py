@@ -81,7 +81,7 @@ def probes(labels: Mapping[str, Sequence[ProbeFit]]) -> "Figure":
     """Draw probe accuracy against the number of inputs that a probe sees, of features and of raw activations.
 
     Args:
-      labels: title -> its probes; those of an input stand in order of k.
+      labels: title -> its probes; probes of an input stand in order of k.
     """
     heights = [1.45 + 1.0 / len(labels)] * len(labels)  # the legend takes an inch
     figure, below = panels(heights, list(labels))

@@ -104,7 +104,7 @@ def trained_in(folder: str) -> tuple[dict[str, Path], str]:
       of a workdir where all of these are finished.
     """
     names = Path(folder).absolute().parts
-    # The innermost folder "train" first: a workdir may itself lie below a folder of that name.
+    # The innermost folder "train" first: a workdir may itself lie below a folder named so.
     for at in (index for index in range(len(names) - 2, 0, -1) if names[index] == "train"):
         workdir, kind = Path(*names[:at]), names[at + 1]
         units = {unit: workdir / unit for unit in ("capture", f"train/{kind}", f"evaluate/{kind}")}
@@ -115,10 +115,10 @@ def trained_in(folder: str) -> tuple[dict[str, Path], str]:
 
 
 def sections(findings: Findings, draw: Draw, shown: int) -> list[Section]:
-    """Return all sections of the report; those of optional stages stand before the features.
+    """Return all sections of the report; sections of optional stages stand before the features.
 
     Args:
-      findings: the results to write about; those of a run without behaviours have no tested dictionary.
+      findings: the results to write about; without behaviours they have no tested dictionary.
       draw: saves a figure and returns its block.
       shown: number of features of each behaviour that are shown with contexts.
     """

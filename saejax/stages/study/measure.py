@@ -63,12 +63,12 @@ _ORDINARY = 1024  # documents of --study.falsify_text, from which --study.falsif
 
 
 def read_benchmark(name: str, lm: LanguageModel, task: TaskConfig, config: StudyConfig) -> BenchmarkItems:
-    """Return the items of a benchmark that choose features and those that judge them; see ``split_items``."""
+    """Return the items of a benchmark that choose features and the items that judge them; see ``split_items``."""
     return BenchmarkItems(lm, name, task, *split_items(read_items(name, task), config, name))
 
 
 def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[list[Item], list[Item]]:
-    """Return the items that choose features and those that judge them, drawn by seed; the second half is not smaller.
+    """Return the items that choose features and the items that judge them, by seed; the second half is not smaller.
 
     The split is drawn among all items given; ``--study.items`` is the number of items that are read. Items of held-out
     templates choose nothing.

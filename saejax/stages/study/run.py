@@ -268,7 +268,7 @@ def _score_answers(
             raise Interrupted(f"{name}: stopped; conditions that were finished are kept")
 
     def score(names: Sequence[str], scored: str, prefix: str = "") -> None:
-        """Score conditions, except those that an earlier run kept."""
+        """Score conditions, except conditions that an earlier run kept."""
 
         def file(condition: str) -> Path:
             return run.folder / ANSWERS / f"{prefix}{condition}.jsonl"

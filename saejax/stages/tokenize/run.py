@@ -81,7 +81,7 @@ def run_tokenize(run: Run) -> TokenizeResults:
 
 
 def text_documents(run: Run, request: CaptureRequest) -> Documents:
-    """Return the documents of the corpus: those that the stage ``tokenize`` made, if the run reads them.
+    """Return the documents of the corpus, from the stage ``tokenize`` if the run reads it.
 
     Raises:
       UserError: see ``corpus_documents``; tokenized text is damaged.
@@ -97,7 +97,7 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
 
 
 class _DocumentsWriter:
-    """Writer of the files of ``Documents``; a context manager that removes what it has not finished.
+    """Writer of the files of ``Documents``; a context manager that removes unfinished files.
 
     Args:
       folder: the folder to write to.

@@ -100,7 +100,7 @@ def _names(
 def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> dict[str, Any]:
     """Return the lens's readouts at the layers with a dictionary.
 
-    Tokens are named by ``words`` (token id -> index of its text); those that it lacks are added to it.
+    Tokens are named by ``words`` (token id -> index of its text); missing ones are added to it.
     """
 
     def top_tokens(layer: int) -> list[list[int | float]]:

@@ -32,7 +32,7 @@ from saejax.stages.track.stack import open_stack
 
 _CELLS = "-cells.json"  # ending of the file with what the page shows of a text
 _SHOWN = 12  # strongest features kept of each layer and position, as many as a column of the page holds
-_STEP_FEATURES = 6  # features of a step, in each layer, and those that are removed together
+_STEP_FEATURES = 6  # features of a step, in each layer, which are removed together
 _LENS_TOP = 3  # tokens that a lens gives of each place
 
 
@@ -87,7 +87,7 @@ def follow_text(
       text: the tokens and steps.
       config: of the stage.
       on_progress: called with the tests of steps done and of all; may raise to stop.
-      jacobians: those of a fitted Jacobian lens; None: the logit lens reads.
+      jacobians: of a fitted Jacobian lens; None: the logit lens reads.
 
     Returns:
       The results, and what the page shows.

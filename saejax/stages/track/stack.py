@@ -20,7 +20,7 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], workdir: Path, m
 
     Args:
       names: trained stacks ("topk"), members ("topk/resid_post.3"), or folders.
-      units: folders of the train units that are read, such as those of "train/topk" or "train/topk/k16".
+      units: folders of the train units that are read, such as of "train/topk" or "train/topk/k16".
       workdir: of the run, which has labels and pages of what was trained there.
       model: that they are of.
 

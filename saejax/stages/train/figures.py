@@ -29,7 +29,7 @@ def training(curves: Mapping[str, Sequence[TrainingCurve]]) -> "Figure":
 
     Args:
       curves: kind -> of each member; none if there is no record. Of several members the median is drawn, and a band
-        from the least to the greatest, of those that were trained so far: members may have other points.
+        from the least to the greatest, of the members trained so far: members may have other points.
     """
     figure, (upper, lower) = panels(
         (2.0, 2.3), ("Share of variance explained, on training batches", "Features active per token (L0)")

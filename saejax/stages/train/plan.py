@@ -77,7 +77,7 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
 def _plan_members(
     train: TrainConfig, kind: str, sites: Sequence[str], widths: Callable[[str, Sequence[Member]], Mapping[str, int]]
 ) -> PlannedStack:
-    """Return all members, those of the widest of several expansions last, with its shape."""
+    """Return all members, members of the widest of several expansions last, with its shape."""
     members = []
     # The widest one is last, because memory is planned for it.
     for config in sorted(train.each_expansion(), key=lambda config: config.expansion):
@@ -110,7 +110,7 @@ def checkpoint_bytes(plan: PlannedRun) -> int:
 def host_bytes(plan: PlannedRun) -> int:
     """Return the bytes of host memory that training takes: its buffer of shuffled rows, and a copy of the state.
 
-    The copy is what a checkpoint is written from while training goes on.
+    A checkpoint is written from the copy while training goes on.
     """
     train = plan.configs[TrainConfig]
     rows = min(train.buffer_rows, recorded_rows(plan) or train.buffer_rows)

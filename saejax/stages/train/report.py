@@ -20,7 +20,7 @@ from saejax.training.results import TrainResults
 
 _POINTS = 400  # of a training curve; a longer one is thinned, its ends kept
 _MEMBER_ROWS = 100  # longest list of a stack's members
-# Of a dictionary: those in every table, and those that only the tested one and those that stand alone have room for.
+# Columns of a dictionary: in every table, and where the tested one, or one that stands alone, leaves room.
 _MEASURES: dict[str, Callable[[DictionaryScores], str]] = {
     "L0": lambda score: number(score.l0, 1),
     "Explained variance": lambda score: number(score.explained_variance, 3),

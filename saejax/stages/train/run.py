@@ -63,7 +63,7 @@ def _run_expansion(run: Run, config: TrainConfig) -> TrainResults | None:
     store = None if config.source == "model" else Store.open(run.inputs["capture"])
     members = make_members(config, run.name, choose_sites(config, store.sites if store else None))
     if run.stack:
-        names = [*run.stack.together]  # in the order of checkpoints, whatever that of the flags is now
+        names = [*run.stack.together]  # in the order of checkpoints, whatever order the flags have now
         members = sorted((member for member in members if member.name in names), key=lambda m: names.index(m.name))
     if not members:
         return None
@@ -104,12 +104,12 @@ def train_members(run: Run, config: TrainConfig, members: Sequence[Member], sour
 
     Args:
       run: the run, whose name is the kind.
-      config: the settings, those of one of ``each_expansion``.
+      config: the settings, one of ``each_expansion``.
       members: the dictionaries; see ``make_members``.
       source: their activations.
 
     Returns:
-      The results, with those of each member.
+      The results, with each member's.
 
     Raises:
       UserError: see ``train_stack``.
@@ -127,12 +127,12 @@ def train_members(run: Run, config: TrainConfig, members: Sequence[Member], sour
 
 
 def _folders(run: Run, members: Sequence[Member]) -> TrainFolders:
-    """Return the folders in which a run trains members, of which it writes those that are not finished."""
+    """Return the folders in which a run trains members; it writes unfinished ones."""
     names = [member.name for member in members if not run.stack or member.name in run.stack.missing]
     written = {name: run.member_folder(name) for name in names}
     if not (run.folder / STARTED).exists():  # a folder inside of a unit
         return TrainFolders(run.folder, written, run.folder)
-    # Files of wandb change after the run: they are in ``wandb/`` in the workdir, not among those of the unit.
+    # Files of wandb change after the run: they are in ``wandb/`` in the workdir, not among the unit's.
     started, earlier = (run.folder / STARTED).read_text(), _of_other_length(run, [member.name for member in members])
     return TrainFolders(run.folder, written, run.folder.parents[1], started, earlier)
 
@@ -155,7 +155,7 @@ def _but_length(unit: Path, members: Sequence[str]) -> list[Any]:
         folders = [unit.with_name(places[member]) for member in members] if {*members} <= {*places} else []
     depends: list[Any] = []
     for folder in folders:
-        # The name of the unit is that of its folder, and says nothing about its content.
+        # The unit is named like its folder, and its name says nothing about its content.
         depends.append({**read_object(folder / STARTED).get("depends_on", {}), "unit": ""})
         for name in LENGTH:
             depends[-1].get("settings", {}).pop(name, None)
@@ -167,7 +167,7 @@ def _fitting_mesh(run: Run, members: int) -> Mesh:
 
     Args:
       run: the run.
-      members: number of members that are trained at once: those of one expansion.
+      members: number of members that are trained at once, of one expansion.
 
     Raises:
       UserError: see ``make_mesh``.

@@ -26,7 +26,7 @@ def load_compared(names: Sequence[str], units: Mapping[str, Path], flag: str) ->
 
     Args:
       names: kinds, members or folders.
-      units: folders of the train units, such as those of "train/topk" or "train/topk/k16".
+      units: folders of the train units, such as of "train/topk" or "train/topk/k16".
       flag: the flag, for messages.
 
     Raises:

@@ -2,7 +2,7 @@
 
 1. Dictionaries of one model are compared in every pair; of pairs of different models all, or a sample.
 2. Where it is needed, models read the same text, one model at a time (``matching.transfer.reading``).
-3. For each first dictionary of a pair: match its features with those of each second one by every measure that applies
+3. For each first dictionary of a pair: match its features with each second one's by every measure that applies
    (``matching.match``), and beside it with rows that share nothing with it; evaluate each dictionary at the other's
    site if asked for (``matching.transfer.reconstruction``).
 4. Chains through the layers follow from the pairs of features (``summary``).
@@ -165,7 +165,7 @@ class Comparison:
         return Measured(in_order, _line(self._compared[first], in_order))
 
     def _rows(self, first: int, key: Key, measures: bool) -> tuple[Rows, Rows]:
-        """Return the rows of both dictionaries; those of features that are not compared are 0."""
+        """Return the rows of both dictionaries; rows of features that are not compared are 0."""
         second, name, side = key
         if name == "activity":
             assert self._reading
