@@ -75,8 +75,11 @@ def settings(layers: int, devices: int) -> Configs:
     """Return the settings of the job, where documents are split over so many devices."""
     sites, configs = tuple(f"resid_post.{layer}" for layer in range(layers)), default_configs()
     changes = {
-        CaptureConfig: dict(sites=sites, backend="jax", batch_tokens=BATCH // devices),
-        TrainConfig: dict(source="model", kinds=("standard",), sites=sites, expansion=4, batch=4096, buffer_rows=2**16),
+        ModelConfig: dict(backend="jax"),
+        CaptureConfig: dict(sites=sites, batch_tokens=BATCH // devices),
+        TrainConfig: dict(
+            source="model", kinds=("standard",), sites=sites, expansion=(4,), batch=4096, buffer_rows=2**16
+        ),
         CorpusConfig: dict(context=256),
         EvaluateConfig: dict(batch_tokens=BATCH),
         AblateConfig: dict(dictionary=f"standard/{sites[layers // 2]}"),

@@ -87,9 +87,9 @@ def plan_of(job: Job, tiny: bool) -> Any:
     mesh = make_mesh(job.mesh, target_slice.devices)
     sites = tuple(f"resid_post.{layer}" for layer in range(job.sites)) if job.sites > 1 else ("resid_post.18",)
     changes = dict(
-        model=dict(dtype="bfloat16"),
-        capture=dict(sites=sites, dtype="bfloat16", backend="jax", batch_tokens=2048),
-        train=dict(sites=sites, kinds=("topk",), source="model", k=(8 if tiny else K,), expansion=job.expansion),
+        model=dict(dtype="bfloat16", backend="jax"),
+        capture=dict(sites=sites, dtype="bfloat16", batch_tokens=2048),
+        train=dict(sites=sites, kinds=("topk",), source="model", k=(8 if tiny else K,), expansion=(job.expansion,)),
     )
     changes["train"] |= dict(
         batch=job.batch // (64 if tiny else 1),

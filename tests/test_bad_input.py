@@ -90,7 +90,7 @@ STACK = dict(train__k="4,8")
         (dict(ablate__baselines="foo"), r"unknown basis \(--ablate.baselines\), and no folder of a dictionary: 'foo'"),
         (dict(train__k=""), "--train.k is empty: name a value, or several"),
         (dict(train__kinds="topk,topk"), "--train.kinds=topk,topk: name each one once"),
-        (dict(train__expansions="4,8", train__features=16), "error: --train.expansions and --train.features=16 ex"),
+        (dict(train__expansion="4,8", train__features=16), "error: --train.expansion=4,8: give one value, or a list"),
         (dict(train__b1=1), "--train.b1 is 1.0"),
         (dict(train__init_from="/none"), "--train.init_from=/none does not exist"),
         (dict(interpret__dictionaries="topk", atlas__labels="/none"), "--atlas.labels=/none is no file"),

@@ -216,8 +216,8 @@ def test_a_folder_of_other_inputs_is_refused(acts, tmp_path):
         saejax.train(acts, SITE, folder=tmp_path / "first", init_from=tmp_path / "first", **settings)
 
 
-def test_one_of_several_expansions_is_found(acts):
-    sae = saejax.train(acts, SITE, k=4, expansions=(2,), batch=64, max_steps=1, on_progress=lambda line: None)
+def test_a_list_of_one_expansion_is_one_dictionary(acts):
+    sae = saejax.train(acts, SITE, k=4, expansion=(2,), batch=64, max_steps=1, on_progress=lambda line: None)
     assert sae.config.n_features == 2 * sae.config.d_in
 
 
@@ -310,7 +310,7 @@ def test_a_stack_in_memory(acts):
     assert {name: sae.config.k for name, sae in stack.items()} == dict(k4=4, k8=8)
     alone = saejax.train(acts, SITE, k=8, **settings)
     np.testing.assert_allclose(stack["k8"].W_dec_FxD[...], alone.W_dec_FxD[...], atol=1e-5)
-    widths = saejax.train_all(acts, SITE, k=4, **settings | dict(expansions=(1, 2)))
+    widths = saejax.train_all(acts, SITE, k=4, **settings | dict(expansion=(1, 2)))
     assert len({sae.config.n_features for sae in widths.values()}) == 2
     assert list(saejax.train_all(acts, SITE, k=4, **settings)) == [""]
 

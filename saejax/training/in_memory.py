@@ -96,8 +96,7 @@ def train_all(
       folder: as for ``train``.
       mesh: as for ``train``.
       on_progress: as for ``train``.
-      **settings: as for ``train``; k, seed, learning_rate and others may be lists, such as seed=(1, 2, 3),
-        and expansions.
+      **settings: as for ``train``; k, seed, learning_rate, expansion and others may be lists, such as seed=(1, 2, 3).
 
     Returns:
       The dictionaries by their names, such as "k16-seed1" or "resid_post.3-k16"; "" where there is one.
@@ -136,8 +135,9 @@ def _train(
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
         config = make_config(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
         sites = choose_sites(config, list(store.sites))
-        stacks = [(expanded, make_members(expanded, kind, sites)) for expanded in config.each_expansion()]
-        stack = [member for _, members in stacks for member in members]
+        sizes = config.each_size()
+        stacks = {size: make_members(of_size, kind, sites, size) for size, of_size in sizes.items()}
+        stack = [member for members in stacks.values() for member in members]
         if len(stack) > 1 and not may_be_several:
             raise UserError(
                 f"these settings make {len(stack)} dictionaries ({', '.join(member.name for member in stack)}), "
@@ -145,16 +145,12 @@ def _train(
             )
         target = Path(folder or Path(temporary) / "train")
         check_state_dtype(config)
-        for number, (expanded, members) in enumerate(stacks):
-            # Checkpoints of a stack are of one width.
-            root = target / f"expansion{number}" if len(stacks) > 1 else target
-            root.mkdir(parents=True, exist_ok=True)
-            _check_or_record_inputs(root, store, members, config.init_from)
-            source = store_source(expanded, store, batch_parts(members), on_progress)
-            folders = dataclasses.replace(
-                TrainFolders.inside(root, members), members={member.name: target / member.name for member in members}
-            )
-            train_stack(expanded, kind, members, source, mesh, folders, on_progress)
+        for size, members in stacks.items():
+            folders = dataclasses.replace(TrainFolders.inside(target, members), size=size)
+            folders.logs.mkdir(parents=True, exist_ok=True)
+            _check_or_record_inputs(folders.logs, store, members, config.init_from)
+            source = store_source(sizes[size], store, batch_parts(members), on_progress)
+            train_stack(sizes[size], kind, members, source, mesh, folders, on_progress)
         return {member.name: load_dictionary(target / member.name) for member in stack}
 
 

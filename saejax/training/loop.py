@@ -31,7 +31,7 @@ from saejax.training.init_from import state_from_folder
 from saejax.training.inputs import Batches, Source
 from saejax.training.longer import CHECKPOINTS, go_on_from_shorter
 from saejax.training.members import Member
-from saejax.training.metrics import METRICS, Metrics, Wandb, log_folder
+from saejax.training.metrics import METRICS, Metrics, Wandb
 from saejax.training.optimizer import decay_start
 from saejax.training.results import TrainResults
 from saejax.training.scales import estimate_scales
@@ -48,18 +48,24 @@ STEPS = "steps"  # folder of the dictionaries that are saved while training goes
 class TrainFolders:
     """The folders in which a stack is trained."""
 
-    root: Path  #: of checkpoints and metrics, see ``log_folder``; and of a cross-layer transcoder's files
+    root: Path  #: of checkpoints and metrics, see ``logs``; and of a cross-layer transcoder's files
     #: where the ``dictionary/`` of each member is written, by its name; members that are not here are not written.
     members: Mapping[str, Path]
     wandb: Path  #: where wandb writes
     started: str = ""  #: text that tells this training from an earlier one in the same folder, for wandb
     #: roots of trainings of the same members on the same inputs, of other lengths; see ``longer``.
     earlier: Sequence[Path] = ()
+    size: str = ""  #: name of one of several numbers of features, see ``TrainConfig.each_size``
 
     @classmethod
     def inside(cls, root: Path, members: Sequence[Member]) -> "TrainFolders":
         """Return folders that are all in one, the members' by their names."""
         return cls(root, {member.name: root / member.name for member in members}, root)
+
+    @property
+    def logs(self) -> Path:
+        """The folder of checkpoints and metrics: the root, or a folder in it for each of several sizes."""
+        return self.root / self.size
 
     def at(self, stack: TrainStack, step: int = 0) -> list[Path]:
         """Return where the dictionaries that are written are at a step; 0: at the end.
@@ -92,7 +98,7 @@ def train_stack(
     """Train members together and write their dictionaries, or go on with a training that was interrupted.
 
     Args:
-      config: settings with one expansion, as from ``each_expansion``.
+      config: settings with one number of features, as from ``each_size``.
       kind: kind of the dictionaries.
       members: the dictionaries; see ``make_members``.
       source: their activations.
@@ -116,11 +122,11 @@ def train_stack(
     # Scales are estimated anew on resuming: they are a function of data and seed alone.
     scales = estimate_scales(source.rows, config, [(member.site, member.target) for member in members])
     stack = TrainStack(config.with_dead_tokens(source.per_epoch), dictionary, members, scales, steps, mesh)
-    folder = log_folder(folders.root, config)
+    folder = folders.logs
     folder.mkdir(exist_ok=True)
     described = _describe_run(stack, kind)
     if is_first_process():
-        go_on_from_shorter(stack, described, folder, [log_folder(root, config) for root in folders.earlier], say)
+        go_on_from_shorter(stack, described, folder, [root / folders.size for root in folders.earlier], say)
     wait_for_all("a shorter run was taken over")
     try:
         with Checkpoints(folder / CHECKPOINTS, decay_start(config, steps)) as checkpoints:
@@ -174,7 +180,7 @@ def _train(
         f"{verb}: {count}{stack.dictionary.d_in} -> {stack.dictionary.n_features}, {stack.steps} steps of "
         f"{config.batch} tokens, mesh {axes}"
     )
-    batches, folder = source.open(stack), log_folder(folders.root, config)
+    batches, folder = source.open(stack), folders.logs
     calibrate = Calibration(stack)
     is_due = 0 < config.score_every * config.ce_every <= stack.steps
     loss_scorer = source.loss_scorer(stack) if source.loss_scorer and is_due else None

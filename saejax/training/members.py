@@ -32,13 +32,14 @@ class Member:
     site_seed: int = 0
 
 
-def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member]:
+def make_members(config: TrainConfig, kind: str, sites: Sequence[str], size: str = "") -> list[Member]:
     """Return a member for every site and combination of the swept settings.
 
     Args:
-      config: settings with one expansion, as from ``each_expansion``.
+      config: settings with one number of features, as from ``each_size``.
       kind: kind of the dictionaries.
       sites: sites that they read.
+      size: the name of that number there.
 
     Raises:
       UserError: a transcoder's site is not "mlp_in.L", ``l1_by_depth`` does not have three values, or two members are
@@ -54,7 +55,7 @@ def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[M
         for values in itertools.product(*lists.values()):
             settings = dict(zip(lists, values, strict=True))
             parts = [site] if len(sites) > 1 else []
-            parts += [f"expansion{config.expansion}"] if config.expansions else []
+            parts += [size] if size else []
             parts += [f"{name}{settings[name]}" if name == "seed" else f"{name}{settings[name]:g}" for name in swept]
             members.append(
                 Member("-".join(parts), site, _target(config, site), settings | depth_l1.get(site, {}), of_site)

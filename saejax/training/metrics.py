@@ -216,15 +216,10 @@ def record_line(record: Mapping[str, float | str]) -> str:
     return json.dumps(record) + "\n"
 
 
-def log_folder(folder: Path, config: TrainConfig) -> Path:
-    """Return where checkpoints and metrics are: in the folder itself, or in a folder for each of several expansions."""
-    return folder / f"expansion{config.expansion}" if config.expansions else folder
-
-
 class Wandb:
     """A run of Weights & Biases; offline with WANDB_MODE=offline in the environment. Members are prefixes of metrics.
 
-    An interrupted run goes on in the same run of wandb. Each of several expansions is a run.
+    An interrupted run goes on in the same run of wandb. Each of several numbers of features is a run.
 
     Args:
       config: ``config.wandb`` is the project, or "entity/project".

@@ -56,14 +56,12 @@ class TrainConfig(Config):
         "linear path to either",
         choices=("sae", "transcoder", "skip_transcoder", *FORMS),
     )
-    expansion: int = setting(8, "features per dimension of the site", low=1)
-    expansions: tuple[int, ...] = setting(
-        (),
-        "several values in place of --train.expansion, such as 4,8,16: a stack is trained for each, one after the "
-        "other",
-        low=1,
+    expansion: tuple[int, ...] = setting(
+        (8,), "features per dimension of the site (or a list: a stack is trained for each, one after the other)", low=1
     )
-    features: int = setting(0, "number of features, such as 16384; 0: --train.expansion times the site's width", low=0)
+    features: tuple[int, ...] = setting(
+        (), "number of features, such as 16384 (or a list); empty: --train.expansion times the site's width", low=1
+    )
     k: tuple[int, ...] = setting((32,), "active features per token (or a list)", low=1, swept=True)
     l1: tuple[float, ...] = setting(
         (2.0,),
@@ -269,16 +267,19 @@ class TrainConfig(Config):
     def __post_init__(self):
         object.__setattr__(self, "sites", expand_ranges(self.sites))
         super().__post_init__()
-        for name, values in (("kinds", self.kinds), ("expansions", self.expansions)):
+        for name in ("kinds", "expansion", "features"):
+            listed = ",".join(map(str, values := getattr(self, name)))
             if len(set(values)) < len(values):
-                raise UserError(f"{name}={','.join(map(str, values))}: name each one once")
-        if self.expansions and (self.features or self.form in FORMS):
-            excluded = f"features={self.features}" if self.features else f"form={self.form}"
-            raise UserError(f"expansions and --train.{excluded} exclude each other: use --train.expansion")
+                raise UserError(f"{name}={listed}: name each one once")
+            if name != "kinds" and len(values) > 1 and self.form in FORMS:
+                raise UserError(f"{name}={listed} makes several dictionaries: a {self.form} is one")
+        if not self.expansion or (self.features and len(self.expansion) > 1):
+            listed = ",".join(map(str, self.expansion))
+            raise UserError(f"expansion={listed}: give one value, or a list without features")
 
     def features_of(self, width: int) -> int:
-        """Return the number of features of a dictionary whose inputs have this width."""
-        return self.features or self.expansion * width
+        """Return the number of features of a dictionary whose inputs have this width, given one of ``each_size``."""
+        return self.features[0] if self.features else self.expansion[0] * width
 
     def with_dead_tokens(self, per_epoch: int = MOST_TOKENS) -> "TrainConfig":
         """Return the settings with ``dead_tokens`` in place of 0, given the batches of an epoch."""
@@ -290,9 +291,16 @@ class TrainConfig(Config):
         """Return the number of steps of a run, given the batches of an epoch."""
         return min(per_epoch * self.epochs, self.max_steps or per_epoch * self.epochs)
 
-    def each_expansion(self) -> tuple["TrainConfig", ...]:
-        """Return a group for each of ``expansions``, because a stack has one shape; this group if there are none."""
-        return tuple(dataclasses.replace(self, expansion=expansion) for expansion in self.expansions) or (self,)
+    def each_size(self) -> dict[str, "TrainConfig"]:
+        """Return the settings with each of several numbers of features, because a stack has one shape, by its name.
+
+        The names are such as "expansion4" or "features512"; a single one is "".
+        """
+        if len(self.features) > 1:
+            return {f"features{count}": dataclasses.replace(self, features=(count,)) for count in self.features}
+        if len(self.expansion) > 1:
+            return {f"expansion{times}": dataclasses.replace(self, expansion=(times,)) for times in self.expansion}
+        return {"": self}
 
     def of_kind(self, kind: str) -> Any:
         """Return the settings that only this kind has."""
@@ -309,8 +317,7 @@ class TrainConfig(Config):
             "resample_from": self.resample_every > 0,
             # Kinds that keep the k largest have no penalty; a plugin's may have one.
             "penalty_warmup": "k" not in shared or bool(source),
-            "expansion": not (self.expansions or self.features),
-            "features": not self.expansions,
+            "expansion": not self.features,
         }
         values = counted(self, but=[f"train.{name}" for name, is_read in conditions.items() if not is_read])
         prefix = f"train.{kind}."  # settings of other kinds are not read

@@ -147,7 +147,7 @@ def test_nodes_of_gpus_are_stood_in_for():
 def test_nested_groups_send_one_sum_of_the_width_each(kind):
     """Features over four devices of which the first has three groups of its own, the others parts of two."""
     nested = dict(jumprelu=JumpReLUConfig(nested=(0.0625, 0.125, 0.25, 0.5, 1.0)))
-    changes = dict(train__kinds=(kind,), train__by_kind=nested, train__expansion=8, train__batch=1024)
+    changes = dict(train__kinds=(kind,), train__by_kind=nested, train__expansion=(8,), train__batch=1024)
     plan = plan_run(shape("gpt2-medium"), "resid_post.12", axes(data=2, model=4), **changes)
     (program,) = train_programs(plan, plan.mesh)
     step = topology.compile_for(program, 2**40, 8)
@@ -175,7 +175,7 @@ def test_the_benchmark_runs():
 def test_a_million_features_send_sums_of_the_width_and_counts_alone():
     tpus = topology.find_slice("v5e:2x4")
     mesh = make_mesh(MeshConfig(model=8), tpus.devices)
-    changes = dict(train__kinds=("topk",), train__k=(64,), train__expansion=512, train__batch=1024)
+    changes = dict(train__kinds=("topk",), train__k=(64,), train__expansion=(512,), train__batch=1024)
     plan = plan_run(shape("gemma-2b"), "resid_post.8", train__matmul="bfloat16", **changes)
     (program,) = train_programs(on_mesh(plan, mesh), mesh)
     step = topology.compile_for(program, tpus.limit, tpus.of_node)

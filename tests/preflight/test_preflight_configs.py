@@ -100,7 +100,7 @@ def test_the_studies_models_and_layers():
         assert study.benchmarks == benchmarks
         enough = 20 * len(benchmarks) - 1
         assert min(study.random_sets, study.placebo_targets) >= enough, "no yes would be possible"
-        assert (train.kinds, train.expansion, train.l1, train.decorrelation) == (("linear",), 8, (1e-4,), 0.01)
+        assert (train.kinds, train.expansion, train.l1, train.decorrelation) == (("linear",), (8,), (1e-4,), 0.01)
         assert (train.batch, train.epochs, train.learning_rate) == (32, 20, (1e-4,))
     capture = studies["qwen3-4b-instruct-2507-behaviours"].named("capture")
     sites = tuple(f"{kind}.{layer}" for kind in ("resid_post", "mlp_in", "mlp_out") for layer in range(10, 25))

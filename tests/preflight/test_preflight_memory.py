@@ -115,9 +115,9 @@ def plan_stack(**changes):
 
 
 def test_the_widest_is_the_one_that_must_fit_and_narrower_ones_add_their_steps(one_device):
-    (program,) = train_programs(on_mesh(plan_stack(train__expansions=(4, 2)), one_device), one_device)
+    (program,) = train_programs(on_mesh(plan_stack(train__expansion=(4, 2)), one_device), one_device)
     assert program.size == "2 members, 100 tokens, 576 -> 2,304"
-    (wide,) = train_programs(on_mesh(plan_stack(train__expansion=4), one_device), one_device)
+    (wide,) = train_programs(on_mesh(plan_stack(train__expansion=(4,)), one_device), one_device)
     assert wide.runs == 200 and program.runs == pytest.approx(1.5 * wide.runs)
     (short,) = train_programs(on_mesh(plan_stack(train__max_steps=7), one_device), one_device)
     assert short.runs == 7
@@ -131,9 +131,9 @@ def test_checkpoints_that_are_kept_count():
 
 def test_expansions_are_trained_one_after_the_other_and_a_cross_layer_transcoder_has_many_decoders():
     sizes = [2 * (2 * 576 * 576 * expansion + 576 * expansion + 576) for expansion in (2, 4)]
-    plan = plan_stack(train__expansions=(2, 4))
+    plan = plan_stack(train__expansion=(2, 4))
     assert checkpoint_bytes(plan) == sum(sizes) * 4 * (1 + 3 * 3)
-    assert host_bytes(plan) - host_bytes(plan_stack(train__expansion=4)) == 0
+    assert host_bytes(plan) - host_bytes(plan_stack(train__expansion=(4,))) == 0
     layers = range(30)
     sites = {f"{kind}.{layer}": kind for kind in ("mlp_in", "mlp_out") for layer in layers}
     plan = plan_run(

@@ -34,7 +34,7 @@ READ = dict(corpus__context=32, capture__batch_tokens=256)
 @pytest.fixture(scope="module")
 def plan(lm, mesh):
     changes = dict(task__benchmarks=("gsm8k",), task__max_new_tokens=32, task__batch=4, evaluate__batch_tokens=256)
-    changes |= dict(train__batch=64, train__expansion=4, ablate__top=3, ablate__dictionary="standard")
+    changes |= dict(train__batch=64, train__expansion=(4,), ablate__top=3, ablate__dictionary="standard")
     plan = plan_run(lm.config, "mlp_out.1", **READ, capture__store_dtype="float32", **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planned, "PROMPT_TOKENS", 5)

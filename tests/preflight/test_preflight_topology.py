@@ -116,7 +116,7 @@ def test_steps_of_many_layers_and_of_a_large_dictionary_fit(
     mesh = make_mesh(MeshConfig(**axes), tpus.devices)
     captured = tuple({each.replace("mlp_in", read): 0 for read in ("mlp_in", "mlp_out") for each in sites})
     changes = changes | dict(capture__sites=captured, train__sites=sites, train__kinds=(kind,), train__batch=4096)
-    plan = plan_run(shape(model), train__expansion=expansion, train__matmul="bfloat16", **changes)
+    plan = plan_run(shape(model), train__expansion=(expansion,), train__matmul="bfloat16", **changes)
     (program,) = train_programs(on_mesh(plan, mesh), mesh)
     step = topology.compile_for(program, tpus.limit, tpus.of_node)
     matrices = layers + layers * (layers + 1) // 2 if site == "mlp_in" else 2 * layers

@@ -33,8 +33,10 @@ def make_config(**changes) -> TrainConfig:
         l0_coefficient=(0.01,),
         dead_tokens=200,
         warmup=2,
+        features=F,
     )
     values = usual | changes
+    values["features"] = (values["features"],)
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     kinds = {}
     for name, settings in settings_of_kinds().items():
@@ -50,14 +52,14 @@ def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, products="auto", 
     config = make_config(**changes)
     members = make_members(config, kind, config.sites)
     own = config.of_kind(kind)
-    each = [by_name(kind).facts(member.settings, own, config.features or F) for member in members]
+    each = [by_name(kind).facts(member.settings, own, config.features_of(D)) for member in members]
     facts = {name: max(facts[name] for facts in each) for name in each[0]} | GROUPS.get(kind, {})
     dictionary = DictionaryConfig(
         kind=kind,
         site=members[0].site,
         target="" if config.form == "sae" else members[0].target,
         d_in=D,
-        n_features=config.features or F,
+        n_features=config.features_of(D),
         skip=config.form.startswith("skip_"),
         centred=config.form == "sae",
         **facts,

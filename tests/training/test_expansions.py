@@ -26,7 +26,7 @@ def go(stages, inputs, folder, **changes) -> int:
 def workdir(inputs, tmp_path_factory):
     """Two seeds at two expansions, the wider first, through to their scores."""
     folder = tmp_path_factory.mktemp("expansions") / "run"
-    assert go(STAGES, inputs, folder, train__expansions="4,2") == 0
+    assert go(STAGES, inputs, folder, train__expansion="4,2") == 0
     return folder
 
 
@@ -59,15 +59,18 @@ def test_a_stopped_run_goes_on_with_the_one_it_was_at(inputs, workdir, tmp_path,
     for member in unit.glob("expansion2-*"):
         shutil.rmtree(member.resolve())
     capsys.readouterr()
-    assert go(["train"], inputs, run, train__expansions="4,2") == 0
+    assert go(["train"], inputs, run, train__expansion="4,2") == 0
     output = capsys.readouterr().out
     assert "resuming topk at step" in output and "training topk: 2 members" in output
     assert runs.dictionary_checksums(run) == runs.dictionary_checksums(workdir)
 
 
 def test_what_does_not_go_together_is_refused(workdir):
-    for changes in (dict(expansions=(0,)), dict(expansions=(4, 4)), dict(features=512), dict(form=FORM)):
-        with pytest.raises(UserError, match="expansions"):
-            TrainConfig(**dict(expansions=(4, 8)) | changes)
-    with pytest.raises(UserError, match="make 2 dictionaries"):
-        train(workdir / "capture", k=4, batch=64, expansions=(2, 4))
+    for changes in (dict(expansion=(0,)), dict(expansion=(4, 4)), dict(features=(512,)), dict(form=FORM)):
+        with pytest.raises(UserError, match="expansion"):
+            TrainConfig(**dict(expansion=(4, 8)) | changes)
+    assert [*TrainConfig(features=(64, 32)).each_size()] == ["features64", "features32"]
+    assert [config.features_of(16) for config in TrainConfig(features=(64, 32)).each_size().values()] == [64, 32]
+    for sizes in (dict(expansion=(2, 4)), dict(features=(64, 32))):
+        with pytest.raises(UserError, match="make 2 dictionaries"):
+            train(workdir / "capture", k=4, batch=64, **sizes)

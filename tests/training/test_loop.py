@@ -22,7 +22,7 @@ from saejax.stages.train.run import _folders
 from saejax.training import metrics as metrics_module
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.loop import TrainFolders
-from saejax.training.metrics import METRICS, Metrics, Wandb, log_folder
+from saejax.training.metrics import METRICS, Metrics, Wandb
 from saejax.training.settings import TrainConfig
 from saejax.training.state import abstract_state
 
@@ -188,9 +188,9 @@ def test_records_say_how_fast_it_goes(tmp_path, monkeypatch):
 def test_wandb_takes_every_record_of_every_member(tmp_path, monkeypatch):
     wandb, unit = MagicMock(), tmp_path / "train" / "topk"
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    narrow, wide = TrainConfig(wandb="people/saes", expansions=(2, 4)).each_expansion()
-    for config, started in ((narrow, "{}"), (narrow, "{}"), (wide, "{}"), (narrow, "{1}")):
-        with Wandb(config, log_folder(unit, config), "topk", tmp_path, started) as writer:
+    (narrow, config), (wide, _) = TrainConfig(wandb="people/saes", expansion=(2, 4)).each_size().items()
+    for size, started in ((narrow, "{}"), (narrow, "{}"), (wide, "{}"), (narrow, "{1}")):
+        with Wandb(config, TrainFolders(unit, {}, tmp_path, size=size).logs, "topk", tmp_path, started) as writer:
             pass
     first, again, *others = (call.kwargs for call in wandb.init.call_args_list)
     assert (first["entity"], first["project"], first["name"]) == ("people", "saes", "topk")

@@ -67,8 +67,8 @@ def store():
 
 def trained(store, kind: str, steps: int = STEPS, mesh: Mesh | None = None, **changes) -> Dictionary:
     """A crosscoder of the planted models."""
-    usual = dict(sites=(SITE,), batch=BATCH, learning_rate=(3e-3,), k=(2,), clip=0.0, expansion=1, dead_tokens=50_000)
-    config = TrainConfig(**usual | changes)
+    usual = dict(sites=(SITE,), batch=BATCH, learning_rate=(3e-3,), k=(2,), clip=0.0, dead_tokens=50_000)
+    config = TrainConfig(expansion=(1,), **usual | changes)
     members = make_members(config, kind, config.sites)
     dictionary = dataclasses.replace(describe_stack(config, kind, store, members), n_features=48)
     scales = estimate_scales(store, config, [(SITE, SITE)] * len(members))

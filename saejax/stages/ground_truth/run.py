@@ -71,10 +71,10 @@ def _judge(
     folder = run.folder / control
     folder.mkdir(exist_ok=True)
     stack: list[Member] = []
-    for config in train.each_expansion():
-        members = make_members(config, kind, [SITE])
+    for size, config in train.each_size().items():
+        members = make_members(config, kind, [SITE], size)
         inner = dataclasses.replace(run, name=kind, folder=folder)
-        train_members(inner, config, members, synthetic_source(truth, world, train.batch))
+        train_members(inner, config, members, synthetic_source(truth, world, train.batch), size)
         stack += members
     groups: dict[str, list[Member]] = {}
     for member in stack:

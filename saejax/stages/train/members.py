@@ -49,8 +49,8 @@ def units_of_members(configs: Configs, kind: str) -> dict[str, Configs]:
     # A store has the sites that it was asked for, so that members are known before it exists.
     captured = None if train.source == "model" else configs[CaptureConfig].sites
     units = {}
-    for config in train.each_expansion():
-        for member in make_members(config, kind, choose_sites(config, captured)):
+    for size, config in train.each_size().items():
+        for member in make_members(config, kind, choose_sites(config, captured), size):
             place = PlaceConfig(
                 site_seed=str(member.site_seed or ""),
                 order_seed=str(train.seed[0]) if member.settings["seed"] != train.seed[0] else "",
@@ -67,9 +67,7 @@ def _settings_alone(config: TrainConfig, kind: str, member: Member) -> TrainConf
     shared: dict[str, Any] = {name: value for name, value in single.items() if name in fields}
     of_kind = {name: value for name, value in single.items() if name not in fields}
     inner = {**config.by_kind, kind: dataclasses.replace(config.of_kind(kind), **of_kind)}
-    return dataclasses.replace(
-        config, kinds=(kind,), sites=(member.site,), expansions=(), l1_by_depth=(), by_kind=inner, **shared
-    )
+    return dataclasses.replace(config, kinds=(kind,), sites=(member.site,), l1_by_depth=(), by_kind=inner, **shared)
 
 
 def store_and_dictionaries(configs: Configs, kind: str) -> tuple[str, str]:

@@ -77,13 +77,13 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
 def _plan_members(
     train: TrainConfig, kind: str, sites: Sequence[str], widths: Callable[[str, Sequence[Member]], Mapping[str, int]]
 ) -> PlannedStack:
-    """Return all members, members of the widest of several expansions last, with its shape."""
+    """Return all members, members with the most features last, with their shape."""
     members = []
-    # The widest one is last, because memory is planned for it.
-    for config in sorted(train.each_expansion(), key=lambda config: config.expansion):
-        of_expansion = make_members(config, kind, sites)
-        shape = stack_shape(config, kind, of_expansion, widths("--train.sites", of_expansion))
-        members += of_expansion
+    # The largest are last, because memory is planned for them.
+    for size, config in sorted(train.each_size().items(), key=lambda item: item[1].features_of(1)):
+        of_size = make_members(config, kind, sites, size)
+        shape = stack_shape(config, kind, of_size, widths("--train.sites", of_size))
+        members += of_size
     return PlannedStack(shape, tuple(members))
 
 
@@ -122,10 +122,10 @@ def host_bytes(plan: PlannedRun) -> int:
 
 
 def _parameters(train: TrainConfig, kind: str, stack: PlannedStack) -> list[int]:
-    """Return the number of parameters that are trained together, of each of several expansions."""
+    """Return the number of parameters that are trained together, for each of several numbers of features."""
     d_in, features, table = stack.dictionary.d_in, stack.dictionary.n_features, parameter_table(stack.dictionary)
-    # The stack has the members of all expansions, and the shape of the widest.
-    widths = [features] if kind == PRETRAINED else [config.features_of(d_in) for config in train.each_expansion()]
+    # The stack has all members, and the shape of the widest.
+    widths = [features] if kind == PRETRAINED else [config.features_of(d_in) for config in train.each_size().values()]
     of_features = sum(prod(shape) for shape, axes in table.values() if "model" in axes) // features
     others = sum(prod(shape) for shape, axes in table.values() if "model" not in axes)
     count = len(stack.members) // len(widths)
@@ -199,10 +199,10 @@ def _steps(plan: PlannedRun) -> float:
 
 def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     """Return the training step; its arguments are the state, the members' settings, and a batch."""
-    each, dictionary = plan.configs[TrainConfig].each_expansion(), stack.dictionary
-    config = max(each, key=lambda config: config.expansion)
+    dictionary = stack.dictionary
+    d_in, each = dictionary.d_in, [*plan.configs[TrainConfig].each_size().values()]
+    config = max(each, key=lambda config: config.features_of(d_in))
     members = stack.members[-(len(stack.members) // len(each)) :]
-    d_in = dictionary.d_in
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
     # A whitening matrix changes the program by its presence, not by its values.
     metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
@@ -220,5 +220,5 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
         (abstract_state(trained), trained.abstract_hyperparams(), (batch,) if config.form == "sae" else (batch, batch)),
         (),
         weights_share(config.form, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
-        _steps(plan) * sum(expanded.expansion for expanded in each) / max(expanded.expansion for expanded in each),
+        _steps(plan) * sum(of_size.features_of(d_in) for of_size in each) / config.features_of(d_in),
     )

@@ -32,7 +32,7 @@ from saejax.training.inputs import Source, model_source, store_source
 from saejax.training.longer import LENGTH
 from saejax.training.loop import TrainFolders, check_state_dtype, train_stack
 from saejax.training.members import Member, choose_sites, make_members
-from saejax.training.metrics import METRICS, log_folder
+from saejax.training.metrics import METRICS
 from saejax.training.results import TrainResults
 from saejax.training.scales import HELD_OUT_TOKENS
 from saejax.training.settings import TrainConfig
@@ -42,7 +42,7 @@ from saejax.training.stack import TrainStack, batch_parts
 def run_train(run: Run) -> TrainResults | None:
     """Train the members of kind ``run.name`` and write them to ``run.folder``; copy existing ones for "pretrained".
 
-    This writes ``checkpoints/`` and ``metrics.jsonl`` (in a folder for each of several expansions) and ``dictionary/``.
+    This writes ``checkpoints/`` and ``metrics.jsonl`` (in a folder for each of several sizes) and ``dictionary/``.
     Each member of a stack has a folder of its own for its ``dictionary/`` and ``metrics.jsonl``, and only members that
     are not there are trained. A cross-layer transcoder is one set, in circuit-tracer's format, in ``run.folder``. An
     interrupted run goes on at its newest checkpoint and ends with the same bits as an uninterrupted one.
@@ -51,17 +51,17 @@ def run_train(run: Run) -> TrainResults | None:
     if run.name == PRETRAINED:
         return run_pretrained(run)
     check_state_dtype(config)
-    (*_, results) = [_run_expansion(run, expanded) for expanded in config.each_expansion()]
+    (*_, results) = [_run_size(run, of_size, size) for size, of_size in config.each_size().items()]
     if not run.stack or not is_first_process():
         return results
     return TrainResults.of_stack({name: load_results(folder) for name, folder in run.stack.folders.items()})
 
 
-def _run_expansion(run: Run, config: TrainConfig) -> TrainResults | None:
-    """Train the members of one of ``each_expansion`` that are not there; None if all are."""
+def _run_size(run: Run, config: TrainConfig, size: str) -> TrainResults | None:
+    """Train the members of one of ``each_size`` that are not there; None if all are."""
     # Members come before the source, which reads no sites but theirs.
     store = None if config.source == "model" else Store.open(run.inputs["capture"])
-    members = make_members(config, run.name, choose_sites(config, store.sites if store else None))
+    members = make_members(config, run.name, choose_sites(config, store.sites if store else None), size)
     if run.stack:
         names = [*run.stack.together]  # in the order of checkpoints, whatever order the flags have now
         members = sorted((member for member in members if member.name in names), key=lambda m: names.index(m.name))
@@ -75,7 +75,7 @@ def _run_expansion(run: Run, config: TrainConfig) -> TrainResults | None:
         source = store_source(config, store, parts, run.say)
     if config.ce_every:
         source = dataclasses.replace(source, loss_scorer=functools.partial(_loss_scorer, run, source.rows))
-    return train_members(run, config, members, source)
+    return train_members(run, config, members, source, size)
 
 
 def _loss_scorer(run: Run, rows: Any, stack: TrainStack) -> LossScorer:
@@ -99,14 +99,17 @@ def _loss_scorer(run: Run, rows: Any, stack: TrainStack) -> LossScorer:
     return LossScorer(stack, lm, rows.documents.sample(HELD_OUT_TOKENS).of("held_out"))
 
 
-def train_members(run: Run, config: TrainConfig, members: Sequence[Member], source: Source) -> TrainResults:
+def train_members(
+    run: Run, config: TrainConfig, members: Sequence[Member], source: Source, size: str = ""
+) -> TrainResults:
     """Train members together, and write each one's ``dictionary/`` to ``run.member_folder(member.name)``.
 
     Args:
       run: the run, whose name is the kind.
-      config: the settings, one of ``each_expansion``.
+      config: the settings, one of ``each_size``.
       members: the dictionaries; see ``make_members``.
       source: their activations.
+      size: the name of the settings in ``each_size``.
 
     Returns:
       The results, with each member's.
@@ -115,26 +118,26 @@ def train_members(run: Run, config: TrainConfig, members: Sequence[Member], sour
       UserError: see ``train_stack``.
       Interrupted: asked to stop; the state is saved.
     """
-    folders, mesh = _folders(run, members), _fitting_mesh(run, len(members))
+    folders, mesh = _folders(run, members, size), _fitting_mesh(run, len(members))
     results = train_stack(config, run.name, members, source, mesh, folders, run.say, run.stopping)
     if run.stack:
         if is_first_process():
-            split_metrics(log_folder(run.folder, config) / METRICS, folders.members)
+            split_metrics(folders.logs / METRICS, folders.members)
         for index, member in enumerate(members):
             if member.name in folders.members:
                 run.stack.finish(member.name, results.of_member(index))
     return results
 
 
-def _folders(run: Run, members: Sequence[Member]) -> TrainFolders:
+def _folders(run: Run, members: Sequence[Member], size: str = "") -> TrainFolders:
     """Return the folders in which a run trains members; it writes unfinished ones."""
     names = [member.name for member in members if not run.stack or member.name in run.stack.missing]
     written = {name: run.member_folder(name) for name in names}
     if not (run.folder / STARTED).exists():  # a folder inside of a unit
-        return TrainFolders(run.folder, written, run.folder)
+        return TrainFolders(run.folder, written, run.folder, size=size)
     # Files of wandb change after the run: they are in ``wandb/`` in the workdir, not among the unit's.
     started, earlier = (run.folder / STARTED).read_text(), _of_other_length(run, [member.name for member in members])
-    return TrainFolders(run.folder, written, run.folder.parents[1], started, earlier)
+    return TrainFolders(run.folder, written, run.folder.parents[1], started, earlier, size)
 
 
 def _of_other_length(run: Run, members: Sequence[str]) -> tuple[Path, ...]:
@@ -167,13 +170,13 @@ def _fitting_mesh(run: Run, members: int) -> Mesh:
 
     Args:
       run: the run.
-      members: number of members that are trained at once, of one expansion.
+      members: number of members that are trained at once, of one size.
 
     Raises:
       UserError: see ``make_mesh``.
     """
     config = run.configs[MeshConfig]
-    # A mesh that does not fit a whole stack is for ``check_divides`` to refuse, also where it has several expansions.
+    # A mesh that does not fit a whole stack is for ``check_divides`` to refuse, also where it has several sizes.
     if run.stack and len(run.stack.together) < len(run.stack.folders):
         config = dataclasses.replace(config, member=math.gcd(config.member, members), data=0)
     return make_mesh(config)
