@@ -22,7 +22,7 @@ def results(workdir):
 
 
 #: Figures that say what machine a result was made on: speed, and filler of batches, which are cut to the devices.
-OF_MACHINE = {"tokens_per_second", "padding_share"}
+OF_MACHINE = {"tokens_per_second"}
 
 
 def assert_same(first, second, tolerance, place=""):
