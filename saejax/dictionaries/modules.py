@@ -108,7 +108,11 @@ class Dictionary(nnx.Module):
     ) -> "Dictionary":
         """Return a dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0.
 
-        The arrays are in ``dtype``; operands of matrix products in ``matmul_dtype``.
+        Args:
+          config: configuration of the dictionary.
+          key: random key of the directions.
+          matmul_dtype: dtype of the operands of matrix products.
+          dtype: dtype of the arrays.
         """
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
@@ -253,7 +257,12 @@ class Dictionary(nnx.Module):
         return normalise(x_xD.astype(self.b_dec_D.dtype), self.config.input_norm).scale_x1
 
     def without_bias(self, y_xD: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
-        """Return what is left of targets for features to explain: y minus what ``decode`` adds to f W_dec."""
+        """Return the part of targets y that is left for features: without the decoder's bias and the skip path.
+
+        Args:
+          y_xD: targets.
+          x_xD: inputs of the dictionary; needed for a skip path alone.
+        """
         return y_xD - self._add_bias(jnp.zeros_like(y_xD), x_xD)
 
     def _add_bias(self, y_xD: jax.Array, x_xD: jax.Array | None) -> jax.Array:

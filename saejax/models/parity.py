@@ -132,7 +132,12 @@ def _compare(lm: Any, output: Any, model: Any, tokens: Tokens) -> dict[str, Erro
 
 
 def relative_error(ours_NxD: np.ndarray, theirs_NxD: np.ndarray) -> float:
-    """Return the largest difference over the largest number of ``theirs``; infinite where a number is not finite."""
+    """Return the largest difference over the largest number of ``theirs``; infinite where a number is not finite.
+
+    Args:
+      ours_NxD: values of the JAX decoder.
+      theirs_NxD: the same values of transformers.
+    """
     ours, theirs = (values.astype(np.float64) for values in (ours_NxD, theirs_NxD))
     if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         return float("inf")

@@ -72,6 +72,7 @@ def test_scores_are_those_of_evaluation(kind, mesh, changes):
     values = {site: rows.held_out(HELD_OUT_TOKENS, site)[site][: 2 * B] for pair in stack.sites for site in pair}
     if stack.is_cross_layer:
         layers, writes = zip(*(finish_layer(stack, state, i, kept_M) for i in range(2)), strict=True)
+        writes = [np.asarray(write_FxLxD) for write_FxLxD in writes]
         f_LxNxF = [np.asarray(layer.encode(values[layer.site])) for layer in layers]
         for i, layer in enumerate(layers):
             y_NxD = values[layer.config.target]
