@@ -41,7 +41,7 @@ from saejax.interventions.controls import (
 from saejax.interventions.edits import ActivationReplacement, mask
 from saejax.interventions.engine import change_norms, measure_changes, rank_logits, run_edits
 from saejax.interventions.settings import BASES, AblateConfig
-from saejax.interventions.several_sites import SeveralSites, untrained_saes
+from saejax.interventions.several_sites import SeveralSites
 from saejax.interventions.slopes import (
     answer_slopes,
     attribution,
@@ -595,7 +595,7 @@ def _measure_untrained(tested: BehaviourAblation, dose: float) -> list[EffectsTa
     tables, like = _measure_list(tested.with_basis(tested.basis, like=tested), "trained", 0, dose), tested
     for index in range(config.untrained_dictionaries):
         basis = (
-            untrained_saes(tested.basis, statistics.fires_F, statistics.positions, config.seed + index)
+            tested.basis.untrained(statistics.fires_F, statistics.positions, config.seed + index)
             if isinstance(tested.basis, SeveralSites)
             else bases.untrained(tested.basis, active, config.seed + index)
         )

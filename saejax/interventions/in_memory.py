@@ -19,7 +19,7 @@ from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
 from saejax.interventions.probing import ProbedLabel, ablation_of, correct, label_all, probe_inputs, probe_label
 from saejax.interventions.settings import BASES, AblateConfig, ProbeConfig, SteerConfig
-from saejax.interventions.several_sites import join_saes
+from saejax.interventions.several_sites import join_saes, open_crosscoder
 from saejax.interventions.split_model import SplitModel, parse_positions
 from saejax.interventions.steering import BehaviourSteering, SteeringTest, judge
 from saejax.interventions.table import EffectsTable, merge_tables
@@ -101,7 +101,8 @@ def ablate(
       dictionary: whose features are ablated. Of several SAEs of different sites the tested features are of all sites
         together; they are numbered on from one SAE to the next, in the order of the sites. The dose is then the root of
         the sum over sites of the squared changes, each relative to the size of the site's values
-        (``saejax.interventions.several_sites``); there are no simpler bases and no question 6.
+        (``saejax.interventions.several_sites``); there are no simpler bases and no question 6. The same holds of a
+        crosscoder of one model's sites, whose features are ablated at all of these.
       prompts: "train" prompts choose features, "test" prompts judge them.
       features: which to ablate, of one behaviour. None: the first ``top`` by attribution on the train prompts.
       documents: held-out texts, on which cross-entropy is measured.
@@ -139,10 +140,11 @@ def ablate(
     if readout and config.effects == "all":
         raise UserError("effects='all' ranks features by the logit difference: leave it out with a readout")
     tested = dictionaries[0]
-    if len(dictionaries) > 1:
+    if len(dictionaries) > 1 or tested.config.widths:
         if repeats or config.error == "drop":
-            raise UserError("SAEs of several sites go with neither repeats nor error='drop'")
-        tested = join_saes(lm, dictionaries, [prompt.text for prompt in prompts if prompt.split == "train"])
+            raise UserError("features of several sites go with neither repeats nor error='drop'")
+        texts = [prompt.text for prompt in prompts if prompt.split == "train"]
+        tested = join_saes(lm, dictionaries, texts) if len(dictionaries) > 1 else open_crosscoder(lm, tested, texts)
     for name in config.baselines:
         if "/" not in name:
             one_of(name, BASES, "basis, and no folder of a dictionary:")

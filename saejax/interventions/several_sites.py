@@ -1,4 +1,4 @@
-"""SAEs of several sites as one dictionary, so that features of several sites or layers are one tested set.
+"""Features of several sites as one tested set: of SAEs of different sites, or of a crosscoder, whose features have all.
 
 The joint site is the values of all sites, one after the other; features of the first SAE are numbered first. The value
 of the first site is edited as ever. At every later site what ablation removes of the clean run,
@@ -12,8 +12,9 @@ over positions of the norm of the clean values, it is n_1 sqrt(sum_s (|change_s|
 A position that is an attention sink at one of the sites is edited at none.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,12 +23,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries import Dictionary, DictionaryConfig, joined
 from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError
 from saejax.interventions import bases
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import KINDS, Site
+from saejax.models.sites import KINDS, OtherSite, Site, site_parts
 from saejax.models.split import LaterSite
 from saejax.parallel.mesh import fitting_sharding, place_on
 
@@ -36,6 +37,47 @@ _ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post
 
 
 class SeveralSites(Dictionary):
+    """Features at several sites, whose values are read one after the other; ``JointSAEs`` or ``SitesOfCrosscoder``."""
+
+    norms: tuple[float, ...]  #: root mean square of the norm of each site's values
+
+    @property
+    def parts(self) -> list[DictionaryConfig]:
+        """The configuration of an SAE of each site, in their order."""
+        raise NotImplementedError
+
+    @property
+    def later_sites(self) -> tuple[LaterSite, ...]:
+        """The sites after the first one, with the factors that restore the size of stored changes there."""
+        pairs = list(zip(self.parts, self.norms, strict=True))[1:]
+        return tuple(LaterSite(Site.parse(part.site), norm / self.norms[0]) for part, norm in pairs)
+
+    def untrained(self, fires_F: np.ndarray, positions: int, seed: int) -> "SeveralSites":
+        """Return an untrained dictionary of the same sites; see ``bases.untrained``.
+
+        Args:
+          fires_F: at how many positions each feature fires: as many are active in the untrained dictionary.
+          positions: number of positions.
+          seed: seed of the directions.
+        """
+        raise NotImplementedError
+
+    def _set_decoder(self, W_dec_FxD: jax.Array) -> None:
+        """Set the decoder rows, of which each site's part is relative to the size of its values, and the config."""
+        self.W_dec_FxD = nnx.Param(W_dec_FxD)
+        self.b_dec_D = nnx.Param(jnp.zeros(W_dec_FxD.shape[1], jnp.float32))
+        self.matmul_dtype = nnx.static("float32")
+        count, width = W_dec_FxD.shape
+        plain = DictionaryConfig(kind="linear", site=self.parts[0].site, d_in=width, n_features=count)
+        self.config = nnx.static(plain)
+
+    def _place_decoder(self, mesh: Mesh) -> None:
+        """Put the decoder on a mesh's devices, features split over ``model``."""
+        W_dec_FxD = self.W_dec_FxD[...]
+        self.W_dec_FxD = nnx.Param(place_on(W_dec_FxD, fitting_sharding(mesh, W_dec_FxD.shape, "model", None)))
+
+
+class JointSAEs(SeveralSites):
     """SAEs of several sites.
 
     Args:
@@ -49,13 +91,7 @@ class SeveralSites(Dictionary):
             # In output units, in which the change of a site is activations times decoder rows.
             setattr(self, f"sae_{number}", to_output_units(sae))
         scaled = [sae.W_dec_FxD[...] * (norms[0] / norm) for sae, norm in zip(saes, norms, strict=True)]
-        self.W_dec_FxD = nnx.Param(jax.scipy.linalg.block_diag(*scaled))
-        self.b_dec_D = nnx.Param(jnp.zeros(self.W_dec_FxD.shape[1], jnp.float32))
-        self.matmul_dtype = nnx.static("float32")
-        config = saes[0].config
-        count, width = self.W_dec_FxD.shape
-        plain = DictionaryConfig(kind="linear", site=config.site, d_in=width, n_features=count)
-        self.config = nnx.static(plain)
+        self._set_decoder(jax.scipy.linalg.block_diag(*scaled))
 
     @property
     def saes(self) -> list[Dictionary]:
@@ -63,10 +99,9 @@ class SeveralSites(Dictionary):
         return [getattr(self, f"sae_{number}") for number in range(len(self.norms))]
 
     @property
-    def later_sites(self) -> tuple[LaterSite, ...]:
-        """The sites after the first one, with the factors that restore the size of stored changes there."""
-        pairs = list(zip(self.saes, self.norms, strict=True))[1:]
-        return tuple(LaterSite(Site.parse(sae.site), norm / self.norms[0]) for sae, norm in pairs)
+    def parts(self) -> list[DictionaryConfig]:
+        """The SAEs' configurations."""
+        return [sae.config for sae in self.saes]
 
     def locate(self, feature: int) -> tuple[str, int]:
         """Return the site of a feature, and its index in the site's SAE."""
@@ -98,19 +133,115 @@ class SeveralSites(Dictionary):
         each = [sae.is_not_sink(x) for sae, x in zip(self.saes, self._values(x_xD), strict=True)]
         return jnp.stack(each).all(axis=0)
 
-    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "SeveralSites":
+    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "JointSAEs":
         """Return the same with the sink rules of the sites."""
-        return SeveralSites([sae.with_sink_norms(sink_norm, replace) for sae in self.saes], self.norms)
+        return JointSAEs([sae.with_sink_norms(sink_norm, replace) for sae in self.saes], self.norms)
 
-    def on_mesh(self, mesh: Mesh) -> "SeveralSites":
+    def on_mesh(self, mesh: Mesh) -> "JointSAEs":
         """Return the same on a mesh's devices, features split over ``model``."""
-        placed = SeveralSites([sae.on_mesh(mesh) for sae in self.saes], self.norms)
-        W_dec_FxD = placed.W_dec_FxD[...]
-        placed.W_dec_FxD = nnx.Param(place_on(W_dec_FxD, fitting_sharding(mesh, W_dec_FxD.shape, "model", None)))
+        placed = JointSAEs([sae.on_mesh(mesh) for sae in self.saes], self.norms)
+        placed._place_decoder(mesh)
         return placed
 
+    def untrained(self, fires_F: np.ndarray, positions: int, seed: int) -> "JointSAEs":
+        """Return untrained dictionaries of the same sites."""
+        saes = []
+        for number, (sae, fires) in enumerate(zip(self.saes, self.split(fires_F), strict=True)):
+            own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+            saes.append(bases.untrained(sae, round(fires.sum() / max(positions, 1)), own_seed))
+        return JointSAEs(saes, self.norms)
 
-def join_saes(lm: LanguageModel, saes: Sequence[Dictionary], texts: Sequence[str]) -> SeveralSites:
+
+class SitesOfCrosscoder(SeveralSites):
+    """A crosscoder at its sites: a feature is read at all of them, and an edit of it changes each by its row there.
+
+    Args:
+      crosscoder: a crosscoder of one model's sites.
+      norms: root mean square of the norm of each site's values, in the order of ``parts``.
+    """
+
+    def __init__(self, crosscoder: Dictionary, norms: Sequence[float]):
+        self.norms = nnx.static(tuple(norms))
+        self.crosscoder = crosscoder
+        # Rows are for scaled values, and what an edit changes are the sites' own ones.
+        rows = joined.unjoin(crosscoder.config, crosscoder.W_dec_FxD[...])
+        scaled = [rows[part.site] * (norms[0] / norm) for part, norm in zip(self.parts, norms, strict=True)]
+        self._set_decoder(jnp.concatenate(scaled, axis=1))
+
+    @property
+    def parts(self) -> list[DictionaryConfig]:
+        """The configuration of an SAE of each part, in the order of the model."""
+        return crosscoder_parts(self.crosscoder.config)
+
+    def _joined(self, x_xD: jax.Array) -> jax.Array:
+        """Return what the crosscoder reads, its parts scaled and in its own order."""
+        values = jnp.split(x_xD, np.cumsum([part.d_in for part in self.parts])[:-1], axis=-1)
+        by_site = {part.site: value for part, value in zip(self.parts, values, strict=True)}
+        return joined.join(self.crosscoder.config, by_site)
+
+    def encode(self, x_xD: jax.Array, numbers: Any = None) -> jax.Array:
+        """Return the crosscoder's activations, [..., F]."""
+        return self.crosscoder.encode(self._joined(x_xD))
+
+    def fires(self, f_xF: jax.Array) -> jax.Array:
+        """Return where activations count as active."""
+        return self.crosscoder.fires(f_xF)
+
+    def is_not_sink(self, x_xD: jax.Array, y_xD: jax.Array | None = None) -> jax.Array:
+        """Return True where a position is an attention sink at none of the sites."""
+        return joined.is_not_sink(self.crosscoder.config, self._joined(x_xD))
+
+    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "SitesOfCrosscoder":
+        """Return the same with the sink rules of the sites."""
+        return SitesOfCrosscoder(self.crosscoder.with_sink_norms(sink_norm, replace), self.norms)
+
+    def on_mesh(self, mesh: Mesh) -> "SitesOfCrosscoder":
+        """Return the same on a mesh's devices, features split over ``model``."""
+        placed = SitesOfCrosscoder(self.crosscoder.on_mesh(mesh), self.norms)
+        placed._place_decoder(mesh)
+        return placed
+
+    def untrained(self, fires_F: np.ndarray, positions: int, seed: int) -> "SitesOfCrosscoder":
+        """Return an untrained crosscoder of the same sites."""
+        active = round(fires_F.sum() / max(positions, 1))
+        return SitesOfCrosscoder(bases.untrained(self.crosscoder, active, seed), self.norms)
+
+
+def crosscoder_parts(config: DictionaryConfig) -> list[DictionaryConfig]:
+    """Return the configuration of an SAE of each part of a crosscoder, in the order of the model."""
+    parts = [
+        dataclasses.replace(config, site=name, d_in=width, widths=(), scales=(), max_norms=())
+        for name, width in zip(site_parts(config.site), config.widths, strict=True)
+    ]
+    return sorted(parts, key=lambda part: _place(Site.parse(part.site)))
+
+
+def open_crosscoder(lm: LanguageModel, crosscoder: Dictionary, texts: Sequence[str]) -> SitesOfCrosscoder:
+    """Return a crosscoder at its sites.
+
+    Args:
+      lm: the model.
+      crosscoder: a crosscoder of one model's sites.
+      texts: texts whose values say how large those of each site are.
+
+    Raises:
+      UserError: a part is of a second model or no site of the decoder, or has no values but attention sinks.
+    """
+    for name in site_parts(crosscoder.site):
+        if OtherSite.names(name) or Site.parse(name).kind not in KINDS:
+            raise UserError(f"the crosscoder reads {name}: features of crosscoders of one decoder's sites are tested")
+    parts = crosscoder_parts(crosscoder.config)
+    for part in parts:
+        Site.parse(part.site).check(lm.config)
+    crosscoder = crosscoder.with_sink_norms(lm.sink_norm)
+
+    def is_counted(values: Mapping[str, jax.Array]) -> np.ndarray:
+        return np.asarray(joined.is_not_sink(crosscoder.config, joined.join(crosscoder.config, values)))
+
+    return SitesOfCrosscoder(crosscoder, _value_norms(lm, [part.site for part in parts], texts, is_counted))
+
+
+def join_saes(lm: LanguageModel, saes: Sequence[Dictionary], texts: Sequence[str]) -> JointSAEs:
     """Return SAEs of several sites as one dictionary.
 
     Args:
@@ -136,35 +267,27 @@ def join_saes(lm: LanguageModel, saes: Sequence[Dictionary], texts: Sequence[str
     sites = [sae.site for sae in ordered]
     if len(set(sites)) < len(sites):
         raise UserError(f"the dictionaries are of {', '.join(sites)}: expected a different site for each")
-    tokens = lm.tokenize(texts)
-    values = lm(tokens, capture=sites, logits=False).sites
     norms = []
     for sae in ordered:
-        x_BxTxD = values[sae.site]
-        is_counted_BxT = np.asarray(sae.with_sink_norms(lm.sink_norm).is_not_sink(x_BxTxD)) & tokens.mask_BxT
-        norm_N = np.linalg.norm(np.asarray(x_BxTxD, np.float64)[is_counted_BxT], axis=-1)
+        with_rule = sae.with_sink_norms(lm.sink_norm)
+        norms += _value_norms(lm, [sae.site], texts, lambda values, sae=with_rule: sae.is_not_sink(values[sae.site]))
+    return JointSAEs(ordered, norms)
+
+
+def _value_norms(lm: LanguageModel, sites: Sequence[str], texts: Sequence[str], is_counted: Callable) -> list[float]:
+    """Return the root mean square of the norm of each site's values, where ``is_counted`` of them by site is True."""
+    tokens = lm.tokenize(texts)
+    values = lm(tokens, capture=list(sites), logits=False).sites
+    is_counted_BxT = np.asarray(is_counted(values)) & tokens.mask_BxT
+    norms = []
+    for site in sites:
+        norm_N = np.linalg.norm(np.asarray(values[site], np.float64)[is_counted_BxT], axis=-1)
         norms.append(math.sqrt(np.mean(norm_N**2)) if len(norm_N) else 0.0)
         if not norms[-1] > 0:
-            raise UserError(f"{sae.site} has no value but attention sinks on the train prompts")
-    return SeveralSites(ordered, norms)
+            raise UserError(f"{site} has no value but attention sinks on the train prompts")
+    return norms
 
 
 def _place(site: Site) -> tuple[int, int]:
     """Return the order of a site among all sites."""
     return site.layer, _ORDER.index(site.kind)
-
-
-def untrained_saes(joint: SeveralSites, fires_F: np.ndarray, positions: int, seed: int) -> SeveralSites:
-    """Return untrained dictionaries of the same sites; see ``bases.untrained``.
-
-    Args:
-      joint: SAEs that they are like.
-      fires_F: at how many positions each feature fires: as many are active in each untrained dictionary.
-      positions: number of positions.
-      seed: seed of the directions.
-    """
-    saes = []
-    for number, (sae, fires) in enumerate(zip(joint.saes, joint.split(fires_F), strict=True)):
-        own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        saes.append(bases.untrained(sae, round(fires.sum() / max(positions, 1)), own_seed))
-    return SeveralSites(saes, joint.norms)

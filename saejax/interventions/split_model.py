@@ -71,7 +71,7 @@ class SplitModel:
     """A language model split at the site that a dictionary's features write to.
 
     Args:
-      dictionary: an SAE, a transcoder, SAEs of several sites, or another basis of directions
+      dictionary: an SAE, a transcoder, features of several sites, or another basis of directions
         (``saejax.interventions.bases``).
       positions: the editable positions; see ``editable_positions``.
       error: "keep", or "drop": the clean run, too, goes through the dictionary, without the reconstruction error.
@@ -96,13 +96,13 @@ class SplitModel:
     ):
         one_of(error, ("keep", "drop"), "error")
         parse_positions(positions)
-        parts = dictionary.saes if isinstance(dictionary, SeveralSites) else [dictionary]
+        parts = dictionary.parts if isinstance(dictionary, SeveralSites) else [dictionary.config]
         for part in parts:
             site = Site.parse(part.site).check(model.config)
             width = site.width(model.config)
-            if part.config.d_in != width:
-                raise UserError(f"the dictionary reads {part.config.d_in} dimensions, but {site} has {width}")
-            part.config.check_model(model.source.name, model.source.fingerprint)
+            if part.d_in != width:
+                raise UserError(f"the dictionary reads {part.d_in} dimensions, but {site} has {width}")
+            part.check_model(model.source.name, model.source.fingerprint)
         reads = Site.parse(dictionary.site)
         writes = Site.parse(dictionary.config.target or dictionary.site).check(model.config)
         if writes != reads and (writes.layer != reads.layer or writes.kind in ("resid_pre", "resid_post")):

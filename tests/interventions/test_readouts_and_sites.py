@@ -2,16 +2,18 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 import saejax
+from saejax.dictionaries import Dictionary, DictionaryConfig, joined
 from saejax.errors import UserError
 from saejax.interventions import engine, slopes
 from saejax.interventions.edits import mask
-from saejax.interventions.several_sites import join_saes
+from saejax.interventions.several_sites import join_saes, open_crosscoder
 from saejax.interventions.slopes import attribution, leaders, target_attributions
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED
@@ -209,3 +211,47 @@ def test_a_set_over_several_sites_is_judged_as_one(tiny, make_dictionary, asked)
             saejax.ablate(tiny, bad, prompts, **SETTINGS)
     with pytest.raises(UserError, match="neither repeats nor error='drop'"):
         saejax.ablate(tiny, saes, prompts, error="drop", **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def crosscoder(tiny):
+    """A random crosscoder whose parts are not in the order of the model."""
+    widths = (tiny.config.d_model,) * 2
+    config = DictionaryConfig(
+        kind="topk", k=12, site="+".join(SITES[::-1]), d_in=sum(widths), n_features=96, widths=widths,
+        scales=(0.7, 1.9),
+    )  # fmt: skip
+    return Dictionary.initial(config, jax.random.key(5)).with_sink_norms(tiny.sink_norm)
+
+
+def test_features_of_a_crosscoder_are_ablated_at_all_of_its_sites(tiny, make_dictionary, plain, prompts, crosscoder):
+    joint = open_crosscoder(tiny, crosscoder, [prompt.text for prompt in prompts])
+    assert [part.site for part in joint.parts] == list(SITES)
+    sets, some = [[3, 50, 8], [7], list(range(0, 96, 9))], prompts[:5]
+    split = SplitModel(tiny, joint)
+    diff_ExP = engine.run_edits(split, split.run(some), mask(split.dictionary, sets))["logit_diff"]
+    saes = [make_dictionary(site) for site in SITES]  # of which the sites alone are read
+    rows = joined.unjoin(crosscoder.config, np.asarray(crosscoder.W_dec_FxD, np.float64))
+    for p, prompt in enumerate(some):
+        plains = [plain(sae, prompt) for sae in saes]
+        values = {site: np.asarray(run.value(), np.float32) for site, run in zip(SITES, plains, strict=True)}
+        x_TxD = joined.join(crosscoder.config, values)
+        f_TxF = np.asarray(crosscoder.encode(x_TxD)) * np.asarray(joined.is_not_sink(crosscoder.config, x_TxD))[:, None]
+        for e, features in enumerate([[], *sets]):
+            falls = [f_TxF[:, features] @ rows[site][features] for site in SITES]
+            assert diff_ExP[e, p] == pytest.approx(whole_run(plains, falls), abs=2e-5)
+    assert np.abs(np.diff(diff_ExP, axis=0)).max() > 1e-3
+
+
+def test_a_crosscoder_is_judged_as_other_dictionaries_are(tiny, asked, crosscoder):
+    prompts = [prompt for prompt in asked if prompt.behaviour == "first"]
+    found = saejax.ablate(tiny, crosscoder, prompts, **SETTINGS | dict(top=8, random_sets=19, placebo_targets=8))
+    answers, table = found.verdict.dictionaries[TESTED]["first"], found.table
+    edits = [edit for group in ("random", "untrained") for edit in table.select_edits("first", group)]
+    np.testing.assert_allclose(table.doses(edits, table.select_prompts("first")), answers.dose, rtol=1e-5)
+    assert len(edits) == 22 and answers.random.p_value is not None and not answers.bases and not answers.enough
+    with pytest.raises(UserError, match="neither repeats nor error='drop'"):
+        saejax.ablate(tiny, crosscoder, prompts, error="drop", **SETTINGS)
+    other = crosscoder.with_config(dataclasses.replace(crosscoder.config, site=f"{SITES[0]}+other:{SITES[0]}"))
+    with pytest.raises(UserError, match="reads other:resid_post.0: features of crosscoders of one"):
+        saejax.ablate(tiny, other, prompts, **SETTINGS)

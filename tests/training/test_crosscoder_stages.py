@@ -11,8 +11,9 @@ from tiny_models import save_tiny_llama, save_tiny_tokenizer
 import saejax
 from saejax.activations.store import Store
 from saejax.dictionaries.joined import is_not_sink, join, unjoin
+from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
-from saejax.runner import command
+from saejax.runner import command, command_line
 from saejax.runner.registry import all_stages
 from saejax.runner.results import load_results
 
@@ -53,12 +54,23 @@ def workdir(inputs, corpus, second_model, tmp_path_factory):
     return workdir
 
 
-def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, second_model):
-    """Preflight knows joined sites, and nothing is ablated where all that is trained are crosscoders."""
-    assert go(list(all_stages()), inputs, corpus, workdir, model__other=second_model) == 0
+def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, second_model, capsys):
+    """Preflight knows joined sites, and a crosscoder of one model is ablated at its sites, one of two models is not."""
+    ablated = dict(ablate__dictionary=f"batchtopk/{LAYERS}", ablate__untrained_dictionaries=2, causal__random_sets=4)
+    both = dict(model__other=second_model)
+    assert go(list(all_stages()), inputs, corpus, workdir, **both | ablated) == 0
     (page,) = (workdir / "report").glob("*.md")
     assert "The parts of crosscoders" in page.read_text()
-    assert (workdir / "preflight" / "done.json").exists() and not (workdir / "ablate").exists()
+    assert (workdir / "preflight" / "done.json").exists()
+    results = load_results(workdir / "ablate" / folder_name(f"batchtopk/{LAYERS}"))
+    assert results.site == LAYERS and all(results.verdict.dictionaries["tested"][name].dose for name in results.top)
+    assert go(["ablate"], inputs, corpus, workdir, ablate__error="drop", **both | ablated) == 2
+    message = "is a crosscoder, whose features are of several sites: leave out --ablate.repeats, --ablate.joined"
+    assert message in capsys.readouterr().err
+    alone = dict(train__sites=MODELS, ablate__dictionary="batchtopk", capture__sites=MODELS.replace("+", ","))
+    flags = ["program", *runs.small_flags(inputs[0], corpus, workdir, **CHANGES | both | alone)]
+    configs = command_line.read_configs(command_line.stage_flags(), flags)
+    assert not all_stages()["ablate"].units(configs)
 
 
 def test_scores_by_part(workdir, inputs, second_model):

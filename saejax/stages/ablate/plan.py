@@ -48,6 +48,8 @@ def kept_prompts(plan: PlannedRun, mesh: Mesh) -> int:
 def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """Return the programs of the stage, each with its expected number of calls; none without behaviours.
 
+    Those of a crosscoder are not planned.
+
     Args:
       plan: the run.
       mesh: the devices.
@@ -58,6 +60,8 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     kept_dtype = plan.configs[TrainConfig].state_dtype
     used, length, prompts = plan.dictionary("ablate"), prompt_length(plan), kept_prompts(plan, mesh)
     at_once = rows_at_once(prompts, length)
+    if used.widths:  # programs of several sites are not planned
+        return []
     reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
     point = SplitPoint(plan.model, writes, reads, mesh)
     params = abstract_params(plan.model, mesh, plan.dtype)

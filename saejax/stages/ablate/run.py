@@ -13,7 +13,7 @@ from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_beh
 from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.settings import BASES, AblateConfig
-from saejax.interventions.several_sites import SeveralSites, join_saes
+from saejax.interventions.several_sites import JointSAEs, join_saes, open_crosscoder
 from saejax.interventions.split_model import parse_positions
 from saejax.interventions.table import load_effects, merge_tables, save_effects
 from saejax.interventions.text import HeldOutText
@@ -64,6 +64,11 @@ def run_ablate(run: Run) -> AblateResults:
             load_dictionary(name, mesh=run_inputs.run_mesh(run))  # refused before any work is done
     prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
     mesh = run_inputs.run_mesh(run)
+    if dictionary.config.widths and (config.repeats or config.joined or config.error == "drop"):
+        raise UserError(
+            f"--ablate.dictionary={config.dictionary} is a crosscoder, whose features are of several sites: leave out "
+            "--ablate.repeats, --ablate.joined and --ablate.error=drop"
+        )
     repeats = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats", mesh) for name in config.repeats}
     joined = [stacks.load_trained(name, run.inputs, "--ablate.joined", mesh) for name in config.joined]
 
@@ -71,6 +76,8 @@ def run_ablate(run: Run) -> AblateResults:
         lm = run_inputs.load_run_model(run, dictionary.config, *(each.config for each in (*repeats.values(), *joined)))
         texts = [prompt.text for each in prompts.values() for prompt in each if prompt.split == "train"]
         tested = join_saes(lm, [dictionary, *joined], texts) if joined else dictionary
+        if dictionary.config.widths:
+            tested = open_crosscoder(lm, dictionary, texts)
         corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
         text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
 
@@ -83,7 +90,7 @@ def run_ablate(run: Run) -> AblateResults:
                 if importance:
                     importance.save(Importance.file(run.folder, name))
             top = describe_top(table, ablation)
-            if isinstance(tested, SeveralSites):
+            if isinstance(tested, JointSAEs):
                 places = [tested.locate(effect.feature) for effect in top]
                 top = tuple(
                     dataclasses.replace(effect, feature=feature, site="" if site == dictionary.site else site)

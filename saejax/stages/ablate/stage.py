@@ -8,6 +8,7 @@ from saejax.files import fingerprint
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.settings import BASES, AblateConfig
 from saejax.models.settings import ModelConfig
+from saejax.models.sites import OtherSite, site_parts
 from saejax.runner.stage import Input, Stage, inputs_of, train_units
 from saejax.stages import identities
 from saejax.stages.ablate.run import run_ablate
@@ -35,10 +36,10 @@ def _dictionaries(configs: Configs) -> tuple[str, ...]:
 
 
 def _names(configs: Configs) -> tuple[str, ...]:
-    """Return the tested dictionary; none where only crosscoders are trained."""
+    """Return the tested dictionary; none where only crosscoders of two models are trained, which are not tested."""
     tested, sites = configs[AblateConfig].dictionary, configs[TrainConfig].sites
-    crosscoders = not is_folder(tested) and all("+" in site for site in sites)
-    return (folder_name(tested),) if configs[TaskConfig].has_behaviours and not crosscoders else ()
+    of_two_models = not is_folder(tested) and all(any(map(OtherSite.names, site_parts(site))) for site in sites)
+    return (folder_name(tested),) if configs[TaskConfig].has_behaviours and not of_two_models else ()
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
