@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saejax.activations.documents import Documents
+from saejax.activations.joined import with_joined
 from saejax.activations.store import Store
 from saejax.config import to_json
 from saejax.dictionaries.names import is_folder
@@ -161,6 +162,7 @@ def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) 
         dictionary = stacks.load_trained(tested, run.inputs, "--ablate.dictionary", mesh)
         as_piece = token_piece(load_tokenizer(resolve(run.configs[ModelConfig])))
         pieces = list(map(as_piece, range(int(store.documents.ids_T.max()) + 1)))
+        store = with_joined(store, [dictionary.site], {dictionary.site: dictionary.config.scales})
         searched = top_contexts(store, dictionary, features, count, pieces, mesh)
     return {feature: [as_example(context, store.documents) for context in some] for feature, some in searched.items()}
 
