@@ -222,7 +222,7 @@ def open_crosscoder(lm: LanguageModel, crosscoder: Dictionary, texts: Sequence[s
     Args:
       lm: the model.
       crosscoder: a crosscoder of one model's sites.
-      texts: texts whose values say how large those of each site are.
+      texts: texts whose values say how large values of each site are.
 
     Raises:
       UserError: a part is of a second model or no site of the decoder, or has no values but attention sinks.

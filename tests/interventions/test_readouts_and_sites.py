@@ -16,7 +16,7 @@ from saejax.interventions.edits import mask
 from saejax.interventions.several_sites import join_saes, open_crosscoder
 from saejax.interventions.slopes import attribution, leaders, target_attributions
 from saejax.interventions.split_model import SplitModel
-from saejax.interventions.table import TESTED
+from saejax.interventions.table import TESTED, TEXT
 from saejax.models.split import Readout
 
 RIGHT, WRONG = " runs", " far"
@@ -196,8 +196,12 @@ def test_features_of_several_sites_are_ablated_together(tiny, make_dictionary, p
 def test_a_set_over_several_sites_is_judged_as_one(tiny, make_dictionary, asked):
     saes = [make_dictionary(site, seed=seed) for seed, site in enumerate(SITES)]
     prompts = [prompt for prompt in asked if prompt.behaviour == "first"]
-    found = saejax.ablate(tiny, saes, prompts, **SETTINGS | dict(top=8, random_sets=19, placebo_targets=8))
+    settings = SETTINGS | dict(top=8, random_sets=19, placebo_targets=8)
+    # Whole texts run at all of the sites, too.
+    found = saejax.ablate(tiny, saes, prompts, documents=[prompt.text for prompt in prompts[:2]], **settings)
     answers, table = found.verdict.dictionaries[TESTED]["first"], found.table
+    texts, top = table.select_prompts(TEXT), table.select_edits("first", "top")[-1:]  # the whole change
+    assert np.abs(table.values(top, texts, "ce") - table.clean_values(texts, "ce")).max() > 1e-4
     assert len({feature // saes[0].config.n_features for feature in answers.features}) == 2
     edits = [edit for group in ("random", "untrained") for edit in table.select_edits("first", group)]
     assert len(edits) == 22

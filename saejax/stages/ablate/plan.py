@@ -48,7 +48,7 @@ def kept_prompts(plan: PlannedRun, mesh: Mesh) -> int:
 def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """Return the programs of the stage, each with its expected number of calls; none without behaviours.
 
-    Those of a crosscoder are not planned.
+    Programs of a crosscoder are not planned.
 
     Args:
       plan: the run.
