@@ -19,6 +19,7 @@ from saejax.dictionaries import load_transcoders as load_transcoders
 from saejax.dictionaries import save_dictionary as save_dictionary
 from saejax.dictionaries import save_transcoders as save_transcoders
 from saejax.dictionaries.publish import push as push
+from saejax.dictionaries.temporal import load_temporal as load_temporal
 from saejax.errors import UserError as UserError
 from saejax.interpret.absorption import measure_absorption as measure_absorption
 from saejax.interpret.feature_record import load_feature as load_feature

@@ -127,12 +127,17 @@ class JoinedRows:
         # The mean norm that training scales inputs to, for a part of the mean width.
         size, scales = np.sqrt(self.d(name) / len(parts)), []
         for part in parts:
-            norm = float(np.linalg.norm(self._rows.read(part, sample).astype(np.float64), axis=1).mean())
-            if norm == 0:
-                raise UserError(
-                    f"all activations at {part} are zero: nothing can be learned from this store; check the model's "
-                    "weights, or capture another site"
-                )
             # Rounded here, so that the scale that is saved is the one that is multiplied with.
-            scales.append(float(np.float32(size / norm)))
+            scales.append(float(np.float32(size / mean_norm(part, self._rows.read(part, sample)))))
         return scales
+
+
+def mean_norm(site: str, acts_NxD: np.ndarray) -> float:
+    """Return the mean norm of values at a site, in float64; a ``UserError`` if all are zero."""
+    norm = float(np.linalg.norm(acts_NxD.astype(np.float64), axis=1).mean())
+    if norm == 0:
+        raise UserError(
+            f"all activations at {site} are zero: nothing can be learned from this store; check the model's weights, "
+            "or capture another site"
+        )
+    return norm

@@ -17,10 +17,12 @@ from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.joined import join
 from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.dictionaries.temporal import TemporalSAE
 from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered
 from saejax.evaluation.parts import target_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
+from saejax.evaluation.temporal import evaluate_texts
 from saejax.files import fingerprint, read_object, write_json
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import OtherSite, site_parts
@@ -209,13 +211,14 @@ class Evaluation:
 
 
 def evaluate(
-    lm: LanguageModel, dictionary: Dictionary, texts: Sequence[str], *, mean_D: np.ndarray | None = None
+    lm: LanguageModel, dictionary: Dictionary | TemporalSAE, texts: Sequence[str], *, mean_D: np.ndarray | None = None
 ) -> Evaluation:
     """Score a dictionary as the stage ``evaluate`` does, on texts that it was not trained on.
 
     Args:
       lm: the model that it was trained on.
-      dictionary: an SAE, a transcoder, or a crosscoder of one model's sites, which are all replaced together.
+      dictionary: an SAE, a transcoder, or a crosscoder of one model's sites, which are all replaced together; or a
+        temporal SAE (``load_temporal``), which reads whole texts.
       texts: texts that are longer than the model's context are split.
       mean_D: mean of the target over training tokens, the floor of ``ce_recovered``. None: its mean over these texts.
 
@@ -229,13 +232,11 @@ def evaluate(
     if of_second:
         raise UserError(f"the crosscoder reads {of_second[0]} of a second model: the stage evaluate scores it on both")
     acts = capture(lm, texts, single_sites((site, target)))
+    if isinstance(dictionary, TemporalSAE):
+        _check_widths(lm, dictionary.site, acts.values[site].shape[1], config.d_in, mean_D)
+        return Evaluation(*evaluate_texts(lm, dictionary, acts.texts, mean_D))
     read = {name: join(config, acts.values) if config.widths else acts.values[name] for name in (site, target)}
-    d = read[target].shape[1]
-    for what, width in {"the dictionary": config.d_in, "mean_D": d if mean_D is None else len(mean_D)}.items():
-        if width != d:
-            raise UserError(
-                f"{what} has the width {width}, but {target} of {lm.source.name} has {d}: give one of this model"
-            )
+    _check_widths(lm, target, read[target].shape[1], config.d_in, mean_D)
     # The model's rule, whoever trained the dictionary: as in the stage.
     dictionary = dictionary.with_sink_norms(lm.sink_norm, replace=True)
     inside_N = np.asarray(dictionary.is_not_sink(read[site], read[target]))
@@ -245,6 +246,15 @@ def evaluate(
     with show_progress("evaluate") as on_progress:
         (losses,) = target_losses(lm, [dictionary], acts.texts, mean_D, on_progress)
     return Evaluation(score, losses)
+
+
+def _check_widths(lm: LanguageModel, target: str, d: int, d_in: int, mean_D: np.ndarray | None) -> None:
+    """Raise a ``UserError`` unless a dictionary of this ``d_in``, and the mean, have the width d of the target."""
+    for what, width in {"the dictionary": d_in, "mean_D": d if mean_D is None else len(mean_D)}.items():
+        if width != d:
+            raise UserError(
+                f"{what} has the width {width}, but {target} of {lm.source.name} has {d}: give one of this model"
+            )
 
 
 def export(folder: str | Path, dictionaries: Dictionary | Sequence[Dictionary], format: str = "saelens") -> None:

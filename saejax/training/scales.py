@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from saejax.activations.joined import JoinedRows
+from saejax.activations.joined import JoinedRows, mean_norm
 from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries import losses
 from saejax.dictionaries.cross_layer import FORMS
@@ -99,13 +99,7 @@ def _estimate_scale(rows: ScaledRows, config: TrainConfig, pair: tuple[str, str]
     for name in dict.fromkeys(pair):
         # In float64: sums over 65,536 rows of large activations lose digits in float32.
         acts_NxD = rows.read(name, rows_N).astype(np.float64)
-        norm = float(np.linalg.norm(acts_NxD, axis=1).mean())
-        if norm == 0:
-            raise UserError(
-                f"all activations at {name} are zero: nothing can be learned from this store; check the model's "
-                "weights, or capture another site"
-            )
-        factor[name] = math.sqrt(acts_NxD.shape[1]) / norm
+        factor[name] = math.sqrt(acts_NxD.shape[1]) / mean_norm(name, acts_NxD)
     bias_D, metric_DxD = acts_NxD.mean(0), None  # of the target, which comes last
     if config.whiten_error:
         if not np.ptp(acts_NxD, axis=0).any():

@@ -47,6 +47,7 @@ ARCHITECTURES = {
     "skip_transcoder": ("standard", True, True),
     "jumprelu_skip_transcoder": ("jumprelu", True, True),
 }
+TEMPORAL = "temporal"  # the architecture that ``dictionaries.temporal`` reads
 # The kinds that it trains as another architecture than it saves them.
 _TRAINED_AS = {"batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk"}
 _VERSION = "6.0.0"  # the first with the layout that is written
@@ -220,6 +221,11 @@ def architecture(config: DictionaryConfig) -> str:
     )
 
 
+def named_site(settings: Mapping[str, Any]) -> str:
+    """Return the site that settings say is read."""
+    return _named_site(settings, "hook_name", str(settings.get("model_name") or ""))
+
+
 def _named_site(settings: Mapping[str, Any], key: str, model: str) -> str:
     """Return the site that a setting names, or else the site of the module of transformers named beside it."""
     named = [hooks.to_site(settings[name], model) for name in (key, f"hf_{key}") if settings.get(name)]
@@ -232,6 +238,11 @@ def _architecture(file: Path, settings: Mapping[str, Any]) -> str:
     name = settings.get("architecture") or "standard"
     if name in _TRAINED_AS.values():
         raise UserError(f"{file} is a checkpoint of training ({name}): save it with sae.save_inference_model(folder)")
+    if name == TEMPORAL:
+        raise UserError(
+            f"{file} is a temporal SAE, whose features depend on all tokens before: saejax.load_temporal reads it, and "
+            "saejax.evaluate scores it on whole texts; expected a dictionary of single tokens here"
+        )
     one_of(str(name), ARCHITECTURES, f"architecture in {file}")
     activation = settings.get("activation_fn") or "relu"
     if activation == "topk" and name == "standard":
