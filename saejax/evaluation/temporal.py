@@ -44,7 +44,9 @@ def evaluate_texts(
         x_BxTxD = clean_values(models, ids_BxT, lengths_B)[sae.site].astype(jnp.float32)
         novel_BxTxF, predicted_BxTxF = sae.encode_with_predictions(x_BxTxD)
         y_hat_BxTxD = sae.decode(novel_BxTxF + predicted_BxTxF)
-        is_token_BxT = jnp.arange(x_BxTxD.shape[1])[None] < lengths_B[:, None]
+        # Rows that fill up a batch have one token, and texts at least two.
+        counted_B = jnp.where(lengths_B > 1, lengths_B, 0)
+        is_token_BxT = jnp.arange(x_BxTxD.shape[1])[None] < counted_B[:, None]
         counted_BxT = np.asarray(is_not_sink(config, x_BxTxD) & is_token_BxT)
         f_NxF, y_hat_NxD, x_NxD = (np.asarray(each)[counted_BxT] for each in (novel_BxTxF, y_hat_BxTxD, x_BxTxD))
         placed = (jnp.asarray(f_NxF), jnp.asarray(f_NxF > 0), jnp.asarray(y_hat_NxD), jnp.asarray(x_NxD))
