@@ -133,7 +133,15 @@ class JoinedRows:
 
 
 def mean_norm(site: str, acts_NxD: np.ndarray) -> float:
-    """Return the mean norm of values at a site, in float64; a ``UserError`` if all are zero."""
+    """Return the mean norm of values at a site, in float64.
+
+    Args:
+      site: the site, for the message.
+      acts_NxD: values of N tokens.
+
+    Raises:
+      UserError: all values are zero.
+    """
     norm = float(np.linalg.norm(acts_NxD.astype(np.float64), axis=1).mean())
     if norm == 0:
         raise UserError(

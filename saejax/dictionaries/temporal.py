@@ -58,22 +58,25 @@ class TemporalSAE:
             f"<temporal SAE of {self.site}: {self.config.n_features:,} features, {len(self.layers)} attention layers>"
         )
 
-    def encode(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Return the novel features [B, T, F] of whole texts, from their first token on."""
-        return self.encode_with_predictions(x_BxTxD)[0]
+    def encode(self, x_xD: jax.Array) -> jax.Array:
+        """Return the novel features [B, T, F] of whole texts; see ``encode_with_predictions``."""
+        return self.encode_with_predictions(x_xD)[0]
 
-    def encode_with_predictions(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode_with_predictions(self, x_xD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the novel and the predicted features of whole texts, [B, T, F] each.
+
+        Args:
+          x_xD: the site's values [B, T, D], from the first token of each text on.
 
         Raises:
           UserError: the values are not of whole texts.
         """
-        if np.ndim(x_BxTxD) != 3 or x_BxTxD.shape[-1] != self.config.d_in:
+        if np.ndim(x_xD) != 3 or x_xD.shape[-1] != self.config.d_in:
             raise UserError(
-                f"values of the shape {list(np.shape(x_BxTxD))}: a temporal SAE reads those of whole texts, "
+                f"values of the shape {list(np.shape(x_xD))}: a temporal SAE reads those of whole texts, "
                 f"[texts, tokens, {self.config.d_in}]"
             )
-        left_BxTxD = jnp.asarray(x_BxTxD, self.b_dec_D.dtype) * self.factor
+        left_BxTxD = jnp.asarray(x_xD, self.b_dec_D.dtype) * self.factor
         if self.config.centred:
             left_BxTxD = left_BxTxD - row(self.b_dec_D, 3)
         predicted_BxTxF = jnp.zeros((*left_BxTxD.shape[:2], self.config.n_features), left_BxTxD.dtype)
@@ -94,9 +97,9 @@ class TemporalSAE:
         """Return what features, novel and predicted ones added up, reconstruct, [B, T, D]."""
         return (matmul(f_BxTxF, self.W_dec_FxD) + row(self.b_dec_D, 3)) / self.factor
 
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Return the reconstruction from novel and predicted features."""
-        novel_BxTxF, predicted_BxTxF = self.encode_with_predictions(x_BxTxD)
+    def __call__(self, x_xD: jax.Array) -> jax.Array:
+        """Return the reconstruction from novel and predicted features, [B, T, D]."""
+        novel_BxTxF, predicted_BxTxF = self.encode_with_predictions(x_xD)
         return self.decode(novel_BxTxF + predicted_BxTxF)
 
     def _project(self, x_BxTxD: jax.Array) -> jax.Array:
