@@ -73,7 +73,7 @@ class TemporalSAE:
         """
         if np.ndim(x_xD) != 3 or x_xD.shape[-1] != self.config.d_in:
             raise UserError(
-                f"values of the shape {list(np.shape(x_xD))}: a temporal SAE reads those of whole texts, "
+                f"values of the shape {list(np.shape(x_xD))}: a temporal SAE reads values of whole texts, "
                 f"[texts, tokens, {self.config.d_in}]"
             )
         left_BxTxD = jnp.asarray(x_xD, self.b_dec_D.dtype) * self.factor
@@ -107,7 +107,7 @@ class TemporalSAE:
 
 
 def _attend(layer: Mapping[str, jax.Array], f_BxTxF: jax.Array, n_heads: int) -> jax.Array:
-    """Return what an attention layer predicts of each token's features from those of the tokens before it."""
+    """Return an attention layer's prediction of each token's features from features of the tokens before it."""
     # At a token's own position are the features of the token before it; 0 before the first.
     before_BxTxF = jnp.pad(f_BxTxF, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 

@@ -1,4 +1,4 @@
-"""Scores of temporal SAEs, which read whole texts: the same as those of dictionaries of single tokens."""
+"""Scores of temporal SAEs, which read whole texts: the same scores as of dictionaries of single tokens."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def evaluate_texts(
 ) -> tuple[Reconstruction, Losses]:
     """Return the reconstruction of whole texts, and the losses with it in place of the site.
 
-    Explained variance is that of novel and predicted features together; L0 and firing are those of the novel ones.
+    Explained variance is that of novel and predicted features together; L0 and firing count the novel ones.
 
     Args:
       lm: the model.

@@ -1,7 +1,7 @@
 """The labels of all features of a dictionary by the rules of ``detectors``, beside the labels of its two controls.
 
 1. The firings of the dictionary and of a frozen-random one on the search text (the store's train split) are written to
-   a folder, then the labels of random directions that fire as often.
+   a folder, then the firings of random directions that fire as often.
 2. The best detector of every feature is searched there.
 3. Detectors are scored on held-out text, and detectors that pass become labels.
 """
@@ -46,9 +46,9 @@ class RuleLabels:
 
 @dataclasses.dataclass(frozen=True)
 class LabelSearch:
-    """The labels of a dictionary's features, and what they were found with."""
+    """The labels of a dictionary's features, with the detectors, firings and control of the search."""
 
-    found: RuleLabels  #: the labels
+    labels: RuleLabels  #: the labels, with their counts
     detectors: Scored  #: of all features, with their scores
     firings: Path  #: folder of the firings on the search text
     control: Dictionary  #: the frozen-random dictionary
@@ -134,7 +134,7 @@ def search_labels(
         detectors.counts(rates > 0, of) for detectors, (_, rates), of in zip(scored, searched, labels, strict=True)
     )
     return LabelSearch(
-        found=RuleLabels(labels[0], counts, frozen_counts, random_counts),
+        labels=RuleLabels(labels[0], counts, frozen_counts, random_counts),
         detectors=scored[0],
         firings=trained_path,
         control=frozen,

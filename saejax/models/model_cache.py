@@ -4,7 +4,8 @@ They are kept in ``identity.cache_folder()``, each in a folder that appears whol
 its content is what was written.
 
 A model with random weights in place of its own is the control for what features owe to training: published dictionaries
-of such models score nearly as well on some measures as others (Heap et al., 2025, arXiv 2501.17727).
+of such models score on some measures nearly as well as dictionaries of trained models (Heap et al., 2025, arXiv
+2501.17727).
 """
 
 import json

@@ -1,8 +1,9 @@
 """Training for longer: a run goes on from a shorter one that is the same up to some step.
 
 Two runs that differ in their length alone do the same steps until the learning rate of one of them begins to fall. The
-shorter one keeps its checkpoint of the step. A longer one takes it over, with the records up to it, and ends with the
-bits of a run from the start. A penalty whose weight rises over a share of all steps differs from the first step on.
+shorter one keeps its checkpoint of their last common step. A longer one takes it over, with the records up to it, and
+ends with the bits of a run from the start. A penalty whose weight rises over a share of all steps differs from the
+first step on.
 """
 
 import os

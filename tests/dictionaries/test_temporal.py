@@ -111,7 +111,7 @@ def test_what_takes_single_tokens_refuses_it_by_name(tmp_path):
     save(tmp_path / "sae")
     with pytest.raises(UserError, match="is a temporal SAE, whose features depend on all tokens before"):
         saejax.load_dictionary(tmp_path / "sae")
-    with pytest.raises(UserError, match=r"values of the shape \[3, 16\]: a temporal SAE reads those of whole texts"):
+    with pytest.raises(UserError, match=r"values of the shape \[3, 16\]: a temporal SAE reads values of whole texts"):
         saejax.load_temporal(tmp_path / "sae").encode(jnp.zeros((3, D)))
     for name, changes, message in (
         ("norm", dict(normalize_activations="layer_norm"), "normalize_activations is 'layer_norm'"),

@@ -65,7 +65,7 @@ class Kind:
     Settings: ClassVar[type[Config]] = Config
     reads: ClassVar[Sequence[str]] = ()
     vectors: ClassVar[Sequence[str]] = ()  #: names of its arrays beyond the common ones, each [F], 0 at the start
-    unscaled: ClassVar[Sequence[str]] = ()  #: thresholds and numbers that are not in units of activations
+    unscaled: ClassVar[Sequence[str]] = ()  #: the vectors that are not in units of activations
     #: fields of ``DictionaryConfig``, besides shapes, that its inference reads and that members of a stack differ in.
     numbers: ClassVar[Sequence[str]] = ()
     signed: ClassVar[bool] = False  #: whether activations may be below 0

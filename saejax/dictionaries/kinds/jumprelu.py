@@ -29,7 +29,7 @@ class JumpReLU(Kind):
         return sparsity.jumprelu(inputs.pre_xF, dictionary.arrays["threshold_F"], settings.bandwidth)
 
     def reconstructions(self, dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
-        """Return the sizes of the nested groups if there are any."""
+        """Return the reconstructions by each nested group, or by all features if there are no groups."""
         if dictionary.config.groups:
             return group_reconstructions(dictionary, f_BxF, x_BxD)
         return super().reconstructions(dictionary, f_BxF, x_BxD)

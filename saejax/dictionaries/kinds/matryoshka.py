@@ -16,7 +16,7 @@ class Matryoshka(BatchTopK):
     no_free_decoder = "has no penalty to hold it in a matryoshka dictionary"
 
     def reconstructions(self, dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
-        """Return the sizes of the nested groups, ascending."""
+        """Return the reconstructions by each nested group, the smallest group first."""
         return group_reconstructions(dictionary, f_BxF, x_BxD)
 
     def facts(self, values: Numbers, settings: MatryoshkaConfig, n_features: int) -> Facts:

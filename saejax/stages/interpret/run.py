@@ -90,7 +90,7 @@ class Interpreter:
             begin_progress=lambda *what: self._progress(*what).add,
             **options,
         )
-        labels = search.found.labels
+        labels = search.labels.labels
         write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels.items()})
         # 2. Prompt categories.
         categories: dict[int, list[FeatureCategory]] = {}
@@ -128,9 +128,9 @@ class Interpreter:
             features=features,
             search_tokens=len(search.place_N),
             held_out_tokens=len(search.held_out_place_M),
-            labels=search.found.counts,
-            frozen=search.found.frozen,
-            random=search.found.random,
+            labels=search.labels.counts,
+            frozen=search.labels.frozen,
+            random=search.labels.random,
             explained_variance=self._explained_variance(self.dictionary),
             frozen_explained_variance=self._explained_variance(search.control),
             categories=category_counts,
