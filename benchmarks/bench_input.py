@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.activations.batches import READ_OPTIONS, BatchOrder
+from saejax.activations.batches import READ_OPTIONS, BatchOrder, make_batches
 from saejax.activations.documents import COLUMNS, SPLITS, Documents
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.store import DTYPES, Store
@@ -52,7 +52,7 @@ def median_ms(work: Callable[[int], object], repeats: int) -> float:
 def epoch_ms(store: Store, batch: int, seed: int) -> float:
     """Return the mean milliseconds per batch of one epoch through the pipeline, its start included."""
     start = time.perf_counter()
-    batches = store.batches(PARTS, batch, seed, 1, WINDOW_ROWS)
+    batches = make_batches(store, PARTS, batch, seed, 1, WINDOW_ROWS)
     count = sum(1 for _ in batches.to_iter_dataset(READ_OPTIONS))
     return 1e3 * (time.perf_counter() - start) / count
 
@@ -78,7 +78,7 @@ def main() -> None:
 def measure(store: Store, batch: int) -> dict[str, float]:
     """Return the milliseconds per batch of each way to read one."""
     start = time.perf_counter()
-    Store.open(store.folder).batches(PARTS, batch, 0, 1, WINDOW_ROWS)[0]
+    make_batches(Store.open(store.folder), PARTS, batch, 0, 1, WINDOW_ROWS)[0]
     results = {"first batch of a process": 1e3 * (time.perf_counter() - start)}
     results["pipeline, first epoch"] = epoch_ms(Store.open(store.folder), batch, 0)
     results["pipeline, later epochs"] = epoch_ms(store, batch, 1)

@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 from benchmarks.bench_input import PARTS, SITE, WINDOW_ROWS, random_store  # noqa: E402
 from benchmarks.tool_environments import saelens_python  # noqa: E402
 from benchmarks.train_setup import Stepper, make_stack, matmul_rate, sparse_sums  # noqa: E402
-from saejax.activations.batches import READ_OPTIONS  # noqa: E402
+from saejax.activations.batches import READ_OPTIONS, make_batches  # noqa: E402
 from saejax.activations.store import Store  # noqa: E402
 from saejax.training.state import init_state  # noqa: E402
 from saejax.training.step import compile_step  # noqa: E402
@@ -152,7 +152,7 @@ def measure_input(args: argparse.Namespace, training: float) -> float:
         rates = []
         for epoch in range(3):  # the first one maps the files
             start = time.perf_counter()
-            batches = store.batches(PARTS, args.batch, epoch, 1, WINDOW_ROWS).to_iter_dataset(READ_OPTIONS)
+            batches = make_batches(store, PARTS, args.batch, epoch, 1, WINDOW_ROWS).to_iter_dataset(READ_OPTIONS)
             rows = sum(batch[0].shape[1] for batch in batches)
             rates.append(rows / (time.perf_counter() - start))
     rate = float(np.median(rates[1:]))
@@ -165,7 +165,7 @@ def train_members(store_folder: str, seeds: Sequence[int], args: argparse.Namesp
     store = Store.open(Path(store_folder))
     stack = make_stack("topk", store.d(SITE), 4 * store.d(SITE), args.batch, K, "bfloat16", seeds)
     train_step, state, times, metrics = compile_step(stack), init_state(stack), [], None
-    batches = store.batches(PARTS, args.batch, 0, args.epochs, WINDOW_ROWS).to_iter_dataset(READ_OPTIONS)
+    batches = make_batches(store, PARTS, args.batch, 0, args.epochs, WINDOW_ROWS).to_iter_dataset(READ_OPTIONS)
     for (batch,) in batches:
         placed = (jax.make_array_from_process_local_data(stack.batch_sharding, batch),)
         jax.block_until_ready(metrics)  # one step ahead of the device, as the training loop

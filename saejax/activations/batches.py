@@ -172,7 +172,23 @@ def make_batches(
     slice_of_batch: slice = slice(None),
     same_tokens: bool = False,
 ) -> grain.MapDataset:
-    """Return the training batches of a ``Store``, or ``JoinedRows``, as a data set; see ``Store.batches``."""
+    """Return the training batches of all epochs as a ``grain.MapDataset`` whose element n is batch n.
+
+    Which rows make a batch is a function of the other arguments alone, see the module docstring.
+
+    Args:
+      rows: a ``Store``, or ``JoinedRows``.
+      parts: the sites of every part of a batch: of the inputs, and for transcoders of the targets.
+      batch: number of rows per batch.
+      seed: seed of the order of rows.
+      epochs: passes over the training rows, each in another order; every row comes once in each.
+      window_rows: rows that are shuffled together.
+      slice_of_batch: the rows of each batch that are read, such as the rows of one process.
+      same_tokens: rows are the same tokens at all sites, see ``columns_of``; otherwise at an input and its target.
+
+    Returns:
+      Batches; each has for every part an array [sites, rows, d] of the rows' ``dtype``.
+    """
     columns = usable_of_columns(rows, parts, same_tokens)
     orders = [BatchOrder(usable, batch, seed, epochs, window_rows) for usable in columns]
     return grain.MapDataset.source(_Batches(rows, parts, orders, slice_of_batch))

@@ -1,17 +1,14 @@
 """Rows of joined sites, which crosscoders are trained and scored on, from rows of their parts."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from saejax.activations.batches import RowRange, make_batches
+from saejax.activations.batches import RowRange
 from saejax.activations.results import SinkCounts
 from saejax.errors import UserError
 from saejax.models.sites import is_joined, site_parts
-
-if TYPE_CHECKING:
-    import grain
 
 _SAMPLE = 65_536  # rows from which scales are estimated
 _Rows = TypeVar("_Rows")  # a ``Store`` or a ``ModelStream``
@@ -93,10 +90,6 @@ class JoinedRows:
         sink_sites = single_sites([site, *sites])
         means = [self._rows.mean(part, *sink_sites) * factor for part, factor in self._parts(site)]
         return np.concatenate(means)
-
-    def batches(self, *args: Any, **options: Any) -> "grain.MapDataset":
-        """Return training batches, see ``Store.batches``."""
-        return make_batches(self, *args, **options)
 
     def part_facts(self, site: str) -> dict[str, tuple[float, ...]]:
         """Return scales and sink rules of a joined site's parts, as fields of ``SiteScale``; empty for others."""

@@ -21,12 +21,12 @@ import collections
 import resource
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import ml_dtypes
 import numpy as np
 
-from saejax.activations.batches import Parts, RowRange, make_batches
+from saejax.activations.batches import RowRange
 from saejax.activations.checksums import CheckedArray, check_size
 from saejax.activations.chunker import SPLITS
 from saejax.activations.documents import FILES, Documents
@@ -35,9 +35,6 @@ from saejax.activations.results import SinkCounts
 from saejax.errors import UserError, one_of
 from saejax.files import file_sha256, read_object
 from saejax.models.source import ModelSource
-
-if TYPE_CHECKING:
-    import grain
 
 #: dtype of values that are read; the same as bits, in which they are copied; and as they are on disk.
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32)} | dict.fromkeys(
@@ -237,34 +234,6 @@ class Store:
             values_NxD = self.read(site, sinks_elsewhere[start : start + _SUMMED_ROWS])
             total_D = total_D - values_NxD.astype(np.float64).sum(0)
         return total_D / max(len(usable), 1)
-
-    def batches(
-        self,
-        parts: Parts,
-        batch: int,
-        seed: int,
-        epochs: int,
-        window_rows: int,
-        slice_of_batch: slice = slice(None),
-        same_tokens: bool = False,
-    ) -> "grain.MapDataset":
-        """Return the training batches of all epochs as a ``grain.MapDataset`` whose element n is batch n.
-
-        Which rows make a batch is a function of the other arguments alone, see the module ``batches``.
-
-        Args:
-          parts: the sites of every part of a batch: of the inputs, and for transcoders of the targets.
-          batch: number of rows per batch.
-          seed: seed of the order of rows.
-          epochs: passes over the training rows, each in another order; every row comes once in each.
-          window_rows: rows that are shuffled together.
-          slice_of_batch: the rows of each batch that are read, such as the rows of one process.
-          same_tokens: rows are the same tokens at all sites, see ``columns_of``; otherwise at an input and its target.
-
-        Returns:
-          Batches; each has for every part an array [sites, rows, d] of ``dtype``.
-        """
-        return make_batches(self, parts, batch, seed, epochs, window_rows, slice_of_batch, same_tokens)
 
     def check_model(self, source: ModelSource) -> None:
         """Raise a ``UserError`` if the store was captured from another model."""

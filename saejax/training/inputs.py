@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.activations.batches import READ_OPTIONS, BatchOrder, Parts, columns_of, sites_of, usable_of_columns
+from saejax.activations.batches import (
+    READ_OPTIONS,
+    BatchOrder,
+    Parts,
+    columns_of,
+    make_batches,
+    sites_of,
+    usable_of_columns,
+)
 from saejax.activations.device_buffers import check_room
 from saejax.activations.documents import Documents
 from saejax.activations.joined import with_joined
@@ -111,7 +119,7 @@ class StreamedBatches:
         config = stack.config
         self._stack, self._rows = stack, local_rows(stack)
         arguments = (config.batch, config.seed[0], config.epochs, config.buffer_rows)
-        self._data = store.batches(batch_parts(stack.members), *arguments, self._rows, stack.is_cross_layer)
+        self._data = make_batches(store, batch_parts(stack.members), *arguments, self._rows, stack.is_cross_layer)
         self._ahead: Iterator[tuple[np.ndarray, ...]] = iter(())
         self._next = -1
 

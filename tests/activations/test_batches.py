@@ -4,7 +4,7 @@ import known_store
 import numpy as np
 import pytest
 
-from saejax.activations.batches import BatchOrder, RowRange
+from saejax.activations.batches import BatchOrder, RowRange, make_batches
 from saejax.activations.store import Store
 from saejax.errors import UserError
 
@@ -21,7 +21,7 @@ def store(make_store):
 
 def read(store, seed=3, epochs=3, batch=BATCH, **options):
     """The vectors [batch, d] of every batch of one part and one site."""
-    return [part[0] for (part,) in store.batches(PARTS, batch, seed, epochs, WINDOW, **options)]
+    return [part[0] for (part,) in make_batches(store, PARTS, batch, seed, epochs, WINDOW, **options)]
 
 
 def row_ids(store, batches):
@@ -49,14 +49,14 @@ def test_batches_are_the_order_of_the_text_cut_up(store):
     for epoch in range(3):
         order = expected_order(store, 3, epoch, window_shards=2)
         steps = len(order) // BATCH
-        batches = store.batches(PARTS, BATCH, 3, 3, WINDOW)
+        batches = make_batches(store, PARTS, BATCH, 3, 3, WINDOW)
         batches = row_ids(store, [batches[epoch * steps + n][0][0] for n in reversed(range(steps))])[::-1]
         assert batches == [sorted(order[i * BATCH : (i + 1) * BATCH]) for i in range(steps)]
     assert np.array_equal(read(store), read(store)) and not np.array_equal(read(store), read(store, seed=4))
     for batch in row_ids(store, read(store)):  # consecutive tokens are not consecutive in training
         documents, positions, _ = store.tokens(np.array(batch))
         assert ((np.diff(positions) == 1) & (np.diff(documents) == 0)).sum() <= 2
-    assert len(store.batches(PARTS, 1000, 0, 3, WINDOW)) == 0  # fewer rows than a batch
+    assert len(make_batches(store, PARTS, 1000, 0, 3, WINDOW)) == 0  # fewer rows than a batch
 
 
 @pytest.mark.parametrize("batch", [10, 17, 1, 68])
@@ -85,7 +85,7 @@ def test_the_first_batch_reads_and_checks_only_its_window(make_store):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    batches = Store.open(store.folder).batches(PARTS, 5, 0, 1, 16)
+    batches = make_batches(Store.open(store.folder), PARTS, 5, 0, 1, 16)
     batches[0]
     with pytest.raises(UserError, match=rf"shard-{damaged:05d}.npy is damaged: block 0 \(rows 0 to 15") as raised:
         batches[len(batches) - 1]
@@ -117,12 +117,12 @@ def test_a_column_of_a_batch_gives_rows_that_are_no_sinks_at_its_input_and_targe
     sites = (SITE, other)
     both = store.rows("train", *sites)
     assert set(both) == set(store.rows("train", SITE)) & set(store.rows("train", other))
-    inputs, targets = store.batches((sites, (other, other)), BATCH, 3, 1, WINDOW, same_tokens=same_tokens)[0]
+    inputs, targets = make_batches(store, (sites, (other, other)), BATCH, 3, 1, WINDOW, same_tokens=same_tokens)[0]
     assert inputs.shape == targets.shape == (2, BATCH, store.d(SITE))
     assert inputs.dtype == targets.dtype == store.dtype == "bfloat16"
     (rows_B,) = row_ids(store, inputs[:1])
     np.testing.assert_array_equal(targets[0], store.read(other, np.array(rows_B)))
     assert set(rows_B) <= set(both)
     assert np.array_equal(*targets) == same_tokens, "the second column keeps the first token of a document"
-    ((alone,), _) = store.batches(((other,), (other,)), BATCH, 3, 1, WINDOW)[0]
+    ((alone,), _) = make_batches(store, ((other,), (other,)), BATCH, 3, 1, WINDOW)[0]
     assert np.array_equal(inputs[1], alone) != same_tokens

@@ -10,7 +10,6 @@ from small_stacks import B, D, compiled
 from small_stacks import make_stack as make_small
 
 from saejax.activations.batches import BatchOrder, RowRange
-from saejax.activations.store import Store
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.inputs import ResidentBatches, StreamedBatches, place_rows
 from saejax.training.loop import train_loop
@@ -37,8 +36,6 @@ class Rows:
 
     def d(self, site):
         return D
-
-    batches = Store.batches
 
     def read(self, site, rows, out=None):
         values = self.values[rows] * (1 + int(site.rpartition(".")[2]))
