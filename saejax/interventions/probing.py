@@ -400,7 +400,7 @@ class ProbedLabel:
     classes: Mapping[str, Mapping[str, int]]  #: class -> its prompts by split
     left_out: Mapping[str, int]  #: prompts of classes with fewer than 5 train prompts, by class
     unlabelled: int  #: prompts without such a label
-    #: of `number`: prompts whose noun beside the verb was given the subject's number, half of agreement's; 0:
+    #: of `number`: prompts whose noun beside the verb was given the subject's number, half of agreement's prompts; 0:
     #: that noun, if there is one, may give the number away
     congruent: int
     unread: int  #: prompts without a position that the dictionary reads: their inputs are 0

@@ -8,8 +8,8 @@ each item loses under a row's top features, without what its category, the lengt
 A correlation is compared with those where one side is shuffled, and with placebos: of items, a random set in the place
 of one row's top features; of features, a rotated dictionary, and the importance for corrupted answers.
 
-Plain losses of items would agree between models that share no feature: fragile items lose much under
-any change lose much in every model; and items of one kind have answers of one form (a calculation, a word) and length,
+Plain losses of items would agree between models that share no feature: fragile items, which lose much under any
+change, lose much in every model; and items of one kind have answers of one form (a calculation, a word) and length,
 with more or less to lose. Hence
 
 1. Losses become ranks within each category of items. Out of the ranks of what items lose under the top features are

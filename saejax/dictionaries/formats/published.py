@@ -1,7 +1,7 @@
 """Dictionaries of other publishers, one folder or file each; read only.
 
 Each function describes the dictionary of one publisher's layout: its tensor names, the settings that change its
-computes, and what is folded into the arrays. ``formats`` has the table of all of them.
+results, and what is folded into the arrays. ``formats`` has the table of all of them.
 """
 
 import math
