@@ -101,7 +101,7 @@ def list_units(root: Path) -> list[KeptUnit]:
         units.append(
             KeptUnit(name, mark, folder, state, size, date, reads[folder], (*dict.fromkeys(readers),), removed)
         )
-    return sorted(units, key=lambda unit: (unit.name, unit.date))
+    return sorted(units, key=lambda unit: (unit.name, unit.date, (unit.folder / STARTED).stat().st_mtime_ns))
 
 
 def _reads(folder: Path, about: Mapping[str, Any]) -> tuple[str, ...]:

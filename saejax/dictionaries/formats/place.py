@@ -27,7 +27,7 @@ BESIDE = ("config.json", "cfg.json", "config.yaml")  # settings beside a diction
 _OF_ALL_LAYERS = "is a layer of a cross-layer transcoder, whose features write to later layers: trace with all of it"
 # Conversions of SAELens' registry whose dictionaries are none here, and why.
 _UNREAD = {
-    "temporal": "is a temporal SAE, whose features depend on earlier tokens: no dictionary here has that",
+    "temporal": "is a temporal SAE, whose features depend on earlier tokens: saejax.load_temporal reads it",
     "connor_rob_hook_z": "reads what heads give in a model whose value biases TransformerLens folded away "
     "(fold_value_biases), which are not the values of the published model",
     "mntss_clt_layer_transcoder": f"{_OF_ALL_LAYERS} (--graph.transcoders)",
