@@ -16,7 +16,7 @@ import numpy as np
 
 from saejax.dictionaries.joined import row_lengths, split
 from saejax.dictionaries.kinds.base import Arrays, Kind
-from saejax.dictionaries.modules import Dictionary, parameter_table, placements
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table, placements
 from saejax.errors import UserError
 from saejax.parallel.collectives import local_parts, sum_over_processes, to_host
 
@@ -64,9 +64,26 @@ def unit_rows(kind: Kind, arrays: Arrays, widths: Sequence[int] = ()) -> Arrays:
 
 def decoder_lengths(W_dec_FxD: np.ndarray, widths: Sequence[int] = ()) -> np.ndarray:
     """Return the length of every decoder row in float64; 1 where a row is zero, so that one can divide by it."""
-    parts = split(W_dec_FxD, widths)
-    length_F = np.sum([np.sqrt(np.einsum("fd,fd->f", part, part, dtype=np.float64)) for part in parts], axis=0)
+    length_F = _lengths(W_dec_FxD, widths)
     return np.where(length_F > 0, length_F, 1.0)
+
+
+def all_decoder_lengths(dictionary: Dictionary) -> np.ndarray:
+    """Return the length of every decoder row in float64, 0 of one that is zero; also those of other processes."""
+    W_dec_FxD = dictionary.W_dec_FxD[...]
+    length_F = np.zeros(len(W_dec_FxD))
+    for index, part_XxD in local_parts(W_dec_FxD):
+        length_F[index[0]] = _lengths(part_XxD, dictionary.config.widths)
+    if not isinstance(W_dec_FxD, jax.Array) or W_dec_FxD.is_fully_addressable:
+        return length_F
+    # Every feature is 0 in all processes but one, so that the sum of its halves is its value to the last bit.
+    return sum_over_processes(length_F.view(np.uint32)).view(np.float64)
+
+
+def _lengths(W_dec_FxD: np.ndarray, widths: Sequence[int]) -> np.ndarray:
+    """Return the length of every decoder row in float64, summed over the parts of a joined site."""
+    parts = split(W_dec_FxD, widths)
+    return np.sum([np.sqrt(np.einsum("fd,fd->f", part, part, dtype=np.float64)) for part in parts], axis=0)
 
 
 def unit_decoder(dictionary: Dictionary) -> Dictionary:
@@ -77,7 +94,8 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
     """
     widths, one_length = dictionary.config.widths, 0.0
     if dictionary.kind.depends_on_decoder_norms:
-        length_F = _all_decoder_lengths(dictionary)
+        length_F = all_decoder_lengths(dictionary)
+        length_F[length_F == 0] = 1.0
         one_length = float(length_F.mean())
         # Rows that were normalised in float32 differ by rounding.
         if np.abs(length_F - one_length).max() > 1e-5 * one_length:
@@ -151,20 +169,27 @@ def drop_mean(dictionary: Dictionary) -> Dictionary:
     return _change_by_feature(dictionary, subtract_means, input_norm="")
 
 
-def _all_decoder_lengths(dictionary: Dictionary) -> np.ndarray:
-    """Return ``decoder_lengths`` of all features, also of those on devices of other processes."""
-    W_dec_FxD = dictionary.W_dec_FxD[...]
-    length_F = np.zeros(len(W_dec_FxD))
-    for index, part_FxD in local_parts(W_dec_FxD):
-        length_F[index[0]] = decoder_lengths(part_FxD, dictionary.config.widths)
-    if not isinstance(W_dec_FxD, jax.Array) or W_dec_FxD.is_fully_addressable:
-        return length_F
-    # Every feature is 0 in all processes but one, so that the sum of its halves is its value to the last bit.
-    return sum_over_processes(length_F.view(np.uint32)).view(np.float64)
+def scale_for_training(dictionary: Dictionary, inputs: float, outputs: float, dtype: str) -> Dictionary:
+    """Return the dictionary of the parameters that training takes up, for scaled values.
+
+    Args:
+      dictionary: the dictionary, for raw values.
+      inputs: factor of the inputs in training, above 0.
+      outputs: factor of the outputs, above 0.
+      dtype: dtype of the parameters.
+    """
+    kind = dictionary.kind
+
+    def scale(arrays: Arrays) -> Arrays:
+        return kind.resume(fold_input_scaling(kind, arrays, 1 / inputs, 1 / outputs))
+
+    return _change_by_feature(dictionary, scale, dtype)
 
 
-def _change_by_feature(dictionary: Dictionary, change: Callable[[Arrays], Arrays], **facts: Any) -> Dictionary:
-    """Return a dictionary of other arrays, rounded to its dtype, with some fields of its config changed.
+def _change_by_feature(
+    dictionary: Dictionary, change: Callable[[Arrays], Arrays], dtype: Any = None, **facts: Any
+) -> Dictionary:
+    """Return a dictionary of other arrays, rounded to a dtype, with some fields of its config changed.
 
     Each process computes the features of its own devices, those of a device at a time: no host has a whole matrix of a
     dictionary whose features are split.
@@ -173,28 +198,18 @@ def _change_by_feature(dictionary: Dictionary, change: Callable[[Arrays], Arrays
       dictionary: the dictionary; its arrays stay on its mesh, if it is on one.
       change: makes the new arrays of some features from the old ones, float64; arrays that have no features are whole,
         and come out the same each time.
+      dtype: dtype of the new arrays; None: the same as of the old ones.
       facts: fields of the new config.
     """
     config, mesh = dataclasses.replace(dictionary.config, **facts), dictionary.mesh
     dictionary = dictionary.on_mesh(mesh) if mesh else dictionary
-    dtype, old, new = dictionary.b_dec_D.dtype, parameter_table(dictionary.config), parameter_table(config)
+    dtype, new = dtype or dictionary.b_dec_D.dtype, parameter_table(config)
+    old = parameter_table(dictionary.config)
     rest = {name: array for name, array in dictionary.arrays.items() if name not in old}
     parts: dict[str, list[jax.Array]] = collections.defaultdict(list)
-    for (start, stop), devices in _devices_of_features(dictionary).items():
+    for devices in _devices_of_features(dictionary).values():
         held = {name: _part_on(array, devices[0]) for name, array in dictionary.arrays.items() if name in old}
-        pieces = []
-        for first in range(0, stop - start, _AT_ONCE):
-            some = slice(first, first + _AT_ONCE)
-            piece = change({name: _features(old[name][1], held[name], some).astype(np.float64) for name in held})
-            pieces.append({name: array.astype(dtype) for name, array in piece.items()})
-        for name in pieces[0]:
-            axes = new[name][1]
-            # Arrays that have no features are the same in all pieces.
-            part = (
-                np.concatenate([piece[name] for piece in pieces], axes.index("model"))
-                if "model" in axes
-                else piece[name]
-            )
+        for name, part in change_in_pieces(dictionary.config, held, change, dtype, config).items():
             parts[name] += [jax.device_put(part, device) if mesh else jnp.asarray(part) for device in devices]
     where = placements(config, mesh) if mesh else {}
     arrays = {
@@ -202,6 +217,37 @@ def _change_by_feature(dictionary: Dictionary, change: Callable[[Arrays], Arrays
         for name, of_devices in parts.items()
     }
     return Dictionary(config, dictionary.matmul_dtype, **rest | arrays)
+
+
+def change_in_pieces(
+    config: DictionaryConfig,
+    arrays: Arrays,
+    change: Callable[[Arrays], Arrays],
+    dtype: Any,
+    changed_config: DictionaryConfig | None = None,
+) -> Arrays:
+    """Return other arrays on the host, computed in float64 some features at a time and rounded once.
+
+    Args:
+      config: what the arrays are of, which says where they have features.
+      arrays: arrays on the host, of all features or of some.
+      change: as for ``_change_by_feature``.
+      dtype: dtype of the new arrays.
+      changed_config: what the new arrays are of; None: ``config``.
+    """
+    old, new = parameter_table(config), parameter_table(changed_config or config)
+    changed: Arrays = {}
+    count = len(arrays["b_enc_F"])
+    for first in range(0, count, _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
+        piece = {name: _features(old[name][1], array, some).astype(np.float64) for name, array in arrays.items()}
+        for name, part in change(piece).items():
+            axes = new[name][1]
+            if name not in changed:  # arrays that have no features are the same in all pieces
+                shape = [count if axis == "model" else size for axis, size in zip(axes, part.shape, strict=True)]
+                changed[name] = np.empty(shape, dtype)
+            _features(axes, changed[name], some)[...] = part
+    return changed
 
 
 def _devices_of_features(dictionary: Dictionary) -> dict[tuple[int, int], list[jax.Device | None]]:

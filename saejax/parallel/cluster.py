@@ -7,7 +7,6 @@ processes there are. Elsewhere ``--mesh.processes``, ``process_id`` and ``coordi
 import collections
 import dataclasses
 import glob
-import itertools
 import json
 import os
 import re
@@ -168,12 +167,16 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
 def visible_gpus(environment: Mapping[str, str], gpus: int) -> int:
     """Return how many of a node's GPUs its environment lets a process see.
 
-    CUDA_VISIBLE_DEVICES lists numbers or names; CUDA ignores what stands behind the first entry that names no GPU, such
-    as -1.
+    CUDA_VISIBLE_DEVICES lists numbers or names, such as "GPU-8932f937". CUDA ignores what stands behind the first entry
+    that names no GPU, such as -1 or the number of one that is not there, and sees none where one is named twice.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return gpus
-    entries = [entry.strip() for entry in visible.split(",")]
-    named = itertools.takewhile(lambda entry: entry and not entry.startswith("-"), entries)
-    return len([entry for entry in named if not entry.isdigit() or int(entry) < gpus])
+    named: list[str] = []
+    for entry in map(str.strip, visible.split(",")):
+        number = re.match(r"\d+", entry)  # CUDA reads "1st" as 1
+        if not (int(number[0]) < gpus if number else entry.startswith(("GPU-", "MIG-"))):
+            break
+        named.append(str(int(number[0])) if number else entry)
+    return len(named) if len(set(named)) == len(named) else 0

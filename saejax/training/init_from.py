@@ -4,10 +4,11 @@ A dictionary reads raw activations, training scaled ones: here the scales go int
 ``state.finish_dictionary``. Optimiser and counters start anew.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,8 +17,6 @@ from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own
 from saejax.dictionaries.formats.hooks import short_model_name
 from saejax.errors import UserError
 from saejax.links import member_folder
-from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import read_parts
 from saejax.training.members import Member
 from saejax.training.scales import ScaledRows, sample_rows
 from saejax.training.stack import TrainStack
@@ -40,9 +39,10 @@ def state_from_folder(
     Raises:
       UserError: there is none for a member, or it differs in kind, form, width or model, or has more features.
     """
-    starts, says_signed = [], False
+    says_signed = False
     if stack.config.widen != "random":
         say(f"searching the errors of {stack.config.init_from} for new features, which may take minutes")
+    state = init_state(stack)
     for index, member in enumerate(stack.members):  # one dictionary on the devices at a time
         # Each member starts from its namesake where the folder is a stack of ours.
         dictionary = _load(Path(folder), member, stack.mesh)
@@ -52,8 +52,11 @@ def state_from_folder(
         if stack.config.widen != "random":
             assert rows is not None
             dictionary = _widen(stack, index, dictionary, rows, say)
-        starts.append(_scale(stack, index, dictionary))
-    return _state_from(stack, starts)
+        start = _scale(stack, index, dictionary).arrays
+        for name, array_Mx in state.params.items():
+            put = jax.jit(_put_member, donate_argnums=0, out_shardings=array_Mx.sharding)
+            state.params[name] = put(array_Mx, index, start[name])
+    return state
 
 
 def _widen(
@@ -63,44 +66,18 @@ def _widen(
     _check(stack, index, dictionary)
     site, seed = stack.members[index].site, int(stack.members[index].settings["seed"])
     acts_NxD = rows.read(site, sample_rows(rows.rows("train", site), stack.config.seed[0]))
-    return widen(dictionary, stack.dictionary.n_features, acts_NxD, seed, stack.config.widen == "replace", say)
+    wider = widen(dictionary, stack.dictionary.n_features, acts_NxD, seed, stack.config.widen == "replace", say)
+    return wider.on_mesh(stack.mesh)
 
 
-def state_from_dictionaries(stack: TrainStack, dictionaries: Sequence[Dictionary | None]) -> TrainState:
-    """Return the state before the first step, with the parameters of dictionaries.
-
-    Args:
-      stack: what is trained.
-      dictionaries: one for each member; None: the member starts at random.
-
-    Raises:
-      UserError: one differs from its member in kind, form, width or model, or has more features.
-    """
-    return _state_from(stack, [each and _scale(stack, index, each) for index, each in enumerate(dictionaries)])
-
-
-def _state_from(stack: TrainStack, starts: Sequence[dict[str, np.ndarray] | None]) -> TrainState:
-    """Return the state before the first step, given each member's parameters; None: it starts at random."""
-    # Optimiser and counters start anew: another run's were for other scales and data.
-    state = init_state(stack)
-    for name, array in state.params.items():
-        state.params[name] = _put_members(array, [start[name] if start else None for start in starts])
-    return state
-
-
-def _put_members(array_Mx: jax.Array, members: Sequence[np.ndarray | None]) -> jax.Array:
-    """Return an array with some members replaced, each device's part by itself: no host needs all members."""
-    parts = {str(shard.index): shard.data for shard in array_Mx.addressable_shards}
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        part_Mx = np.array(parts[str(index)])
-        for part_x, member_x in zip(part_Mx, members[index[0]], strict=True):
-            if member_x is not None:  # its features come first; further ones stay random
-                chosen_x = member_x[index[1:]]
-                part_x[tuple(map(slice, chosen_x.shape))] = chosen_x
-        return part_Mx
-
-    return read_parts(array_Mx.shape, array_Mx.sharding, read)
+def _put_member(array_Mx: jax.Array, index: jax.Array, member_x: jax.Array) -> jax.Array:
+    """Return an array with one member replaced; to be traced. Where it has more features, further ones stay."""
+    # A choice at each place, so that every device works on its own part: an update at an index that is known at run
+    # time alone would be made on a copy of the whole.
+    wider = [(0, size - own) for size, own in zip(array_Mx.shape[1:], member_x.shape, strict=True)]
+    given_1x, is_given_1x = (jnp.pad(array, wider)[None] for array in (member_x, jnp.ones(member_x.shape, bool)))
+    is_member_M = jnp.arange(len(array_Mx)) == index
+    return jnp.where(is_member_M.reshape(-1, *[1] * member_x.ndim) & is_given_1x, given_1x, array_Mx)
 
 
 def _load(folder: Path, member: Member, mesh: Mesh) -> Dictionary:
@@ -122,15 +99,13 @@ def _load(folder: Path, member: Member, mesh: Mesh) -> Dictionary:
     return load_dictionary(folder, site=site, target=target, mesh=mesh)
 
 
-def _scale(stack: TrainStack, index: int, dictionary: Dictionary) -> dict[str, np.ndarray]:
-    """Return the member's parameters, of which ``finish_dictionary`` makes this dictionary; computed in float64."""
+def _scale(stack: TrainStack, index: int, dictionary: Dictionary) -> Dictionary:
+    """Return the dictionary of the member's parameters, of which ``finish_dictionary`` makes the one that is given."""
     _check(stack, index, dictionary)
-    dictionary = _with_unit_rows(stack, rescale.scale_parts(dictionary, stack.scales[index].scales))
+    scale = stack.scales[index]
+    dictionary = _with_unit_rows(stack, rescale.scale_parts(dictionary, scale.scales))
     dictionary = rescale.centre(dictionary, stack.dictionary.centred)
-    arrays = {name: to_host(array).astype(np.float64) for name, array in dictionary.arrays.items()}
-    scale, kind = stack.scales[index], dictionary.kind
-    resumed = kind.resume(rescale.fold_input_scaling(kind, arrays, 1 / scale.input, 1 / scale.output))
-    return {name: array.astype(stack.config.state_dtype) for name, array in resumed.items()}
+    return rescale.scale_for_training(dictionary, scale.input, scale.output, stack.config.state_dtype)
 
 
 def _with_unit_rows(stack: TrainStack, dictionary: Dictionary) -> Dictionary:
@@ -138,7 +113,7 @@ def _with_unit_rows(stack: TrainStack, dictionary: Dictionary) -> Dictionary:
     if stack.config.decoder_norm == "free":
         return dictionary
     name = f"--train.init_from={stack.config.init_from}"
-    length_F = np.linalg.norm(to_host(dictionary.W_dec_FxD[...]).astype(np.float64), axis=1)
+    length_F = rescale.all_decoder_lengths(dictionary)
     if not length_F.all():
         remedy = "give them directions" if dictionary.kind.no_free_decoder else "use --train.decoder_norm=free"
         raise UserError(

@@ -93,8 +93,8 @@ def test_split_features_are_folded_and_written_by_each_device(save, tmp_path, mo
     save(tmp_path / "split", split)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # New matrices are two, and two more while the first ones wait to be freed, where JAX reads NumPy's memory instead of
-    # copying it. Whole ones in float64 would be four more.
+    # New matrices are two, and two more while the first ones wait to be freed, where JAX reads NumPy's memory and
+    # copies nothing. Whole ones in float64 would be four more.
     assert peak < 4 * features * width * 4, f"{peak / 2**20:.1f} MiB"
     files = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
     assert files

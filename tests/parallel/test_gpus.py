@@ -35,7 +35,10 @@ def test_processes_of_a_node_share_all_of_its_gpus(environment, gpus, numbers):
 
 @pytest.mark.parametrize(
     ("visible", "count"),
-    [(None, 8), ("", 0), ("-1", 0), ("0,-1,1", 1), ("5,2", 2), ("GPU-8932f937,GPU-46f2", 2), ("9", 0)],
+    [
+        *[(None, 8), ("", 0), ("-1", 0), ("0,-1,1", 1), ("5,2", 2), ("GPU-8932f937,GPU-46f2", 2), ("9", 0)],
+        *[("0,9,1", 1), ("0, 1", 2), ("none", 0), ("NoDevFiles", 0), ("3,1,3", 0), ("GPU-46f2,GPU-46f2", 0)],
+    ],
 )
 def test_gpus_are_counted_as_cuda_does(visible, count):
     assert visible_gpus({} if visible is None else dict(CUDA_VISIBLE_DEVICES=visible), 8) == count

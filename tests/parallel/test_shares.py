@@ -10,7 +10,7 @@ from benchmarks import bench_devices as bench
 from saejax.models.families import read_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # forty programs for eight devices are compiled
-LAYERS = 2
+LAYERS = 8  # a dictionary of each: one for every device of the first mesh
 MESHES = ["8x1x1", "4x2x1", "1x8x1", "1x1x8"]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from every_kind import KINDS
 from safetensors.numpy import save_file
 from small_stacks import D, F, make_stack
 
-from saejax.dictionaries import Dictionary, save_dictionary
+from saejax.dictionaries import Dictionary, rescale, save_dictionary
 from saejax.dictionaries.formats import save_transcoders
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.errors import UserError
+from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.training.init_from import state_from_folder
 from saejax.training.state import abstract_state, finish_dictionary, init_state
 
@@ -98,6 +101,26 @@ def test_members_start_from_their_namesakes_or_all_from_one(tmp_path):
     for index in (0, 1):
         assert_same(started("topk", tmp_path, index, k=(2, 4)), several[index])
         assert_same(started("topk", tmp_path / "k2", index, k=(2, 4)), several[0])
+
+
+def test_members_on_eight_devices_start_with_the_same_bits_and_no_host_holds_a_whole_matrix(tmp_path, monkeypatch):
+    features = 2**15
+    monkeypatch.setattr(rescale, "_AT_ONCE", 512)
+    save_dictionary(tmp_path / "narrow", random_dictionary("jumprelu", features=features - 2048))
+    changes = dict(features=features, scale=0.3, l0_coefficient=(0.01, 0.02), init_from=str(tmp_path / "narrow"))
+    alone = make_stack("jumprelu", **changes)
+    expected = state_from_folder(alone, alone.config.init_from).params
+    split = make_stack("jumprelu", mesh=make_mesh(MeshConfig(member=2, model=4)), **changes)
+    state_from_folder(split, split.config.init_from)  # compiles
+    tracemalloc.start()
+    params = state_from_folder(split, split.config.init_from).params
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(params[name], array, err_msg=name)
+    # Two matrices with rows of length 1 and two scaled ones, while a part is computed; whole in float64 there were 17.
+    matrix = features * D * 4
+    assert peak < 8 * matrix, f"{peak / matrix:.1f} matrices"
 
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "matryoshka"])

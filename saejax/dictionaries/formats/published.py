@@ -414,23 +414,26 @@ def parse_llama_scope(folder: Path) -> tensors.Published:
 
     with_lengths = tensors.flag(file, settings, "sparsity_include_decoder_norm", True)
 
-    def fold(arrays: Arrays) -> Arrays:
-        arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
-        arrays.setdefault("b_dec_D", np.zeros(width))
+    def fold_features(arrays: Arrays) -> Arrays:
+        """Return our arrays of some features, in float64."""
         length_F = rescale.decoder_lengths(arrays["W_dec_FxD"])
-        scale_F = length_F if with_lengths else np.ones(features)
+        scale_F = length_F if with_lengths else np.ones_like(length_F)
         if kind == "jumprelu":  # thresholds of activations times length, in the units of training
-            given_F = (
-                np.full(features, float(threshold or 0) * outputs) if first_release else np.exp(arrays["threshold_F"])
-            )
-            arrays["threshold_F"] = given_F / scale_F
+            stated_F = np.full_like(length_F, float(threshold or 0) * outputs)
+            arrays["threshold_F"] = (stated_F if first_release else np.exp(arrays["threshold_F"])) / scale_F
         arrays = rescale.scale_features(by_name(kind), arrays, scale_F)
         folded = rescale.fold_input_scaling(by_name(kind), arrays, inputs, outputs)
         if first_release and not with_lengths:
             # Then its one threshold is of activations that its inputs' scale alone was folded into.
-            folded = rescale.scale_features(by_name(kind), folded, np.full(features, outputs / inputs))
-            folded["threshold_F"] = np.full(features, threshold)
-        return {name: np.asarray(array, np.float32) for name, array in folded.items()}
+            folded = rescale.scale_features(by_name(kind), folded, np.full_like(length_F, outputs / inputs))
+            folded["threshold_F"] = np.full_like(length_F, threshold)
+        return folded
+
+    def fold(arrays: Arrays) -> Arrays:
+        arrays.setdefault("b_dec_D", np.zeros(width))
+        if "threshold_F" in arrays:
+            arrays["threshold_F"] = np.broadcast_to(arrays["threshold_F"], (features,))
+        return rescale.change_in_pieces(config, arrays, fold_features, np.float32)
 
     return tensors.Published(config, arranged, transposed, fold)
 
