@@ -30,11 +30,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def unfinished_path(path: Path) -> Path:
+    """Return a new path next to a file, for its content until it is whole; ``remove_unfinished`` finds it."""
+    return path.with_name(f".{path.name}.{WRITING}{_writer_mark()}")
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path next to ``path`` to write to; it becomes ``path`` if the block succeeds, and is removed if not."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{WRITING}{_writer_mark()}")
+    temporary = unfinished_path(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import psutil
 import pytest
 
 from saejax.errors import UserError
@@ -120,17 +121,34 @@ def claim_elsewhere(root, then: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_unit_that_another_process_makes_is_refused_until_that_is_gone(tmp_path):
+def test_a_unit_that_another_process_makes_is_refused_until_that_is_gone(tmp_path, monkeypatch):
     holder, space = claim_elsewhere(tmp_path, "sys.stdin.read()"), Workspace(tmp_path)
     assert holder.stdout.readline().strip() == "held"
     assert space.is_claimed("train/topk", "m") and not space.is_claimed("train/topk", "other")
     with pytest.raises(UserError, match=f"is being made by process {holder.pid} on .*--take_over"):
         claim(space)
     claim(space, mark="other")
+    boot = psutil.boot_time()
+    monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: boot + 3600)  # the clock was set
+    assert space.is_claimed("train/topk", "m")
+    monkeypatch.undo()
     holder.kill()
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked for its status yet
+    assert not space.is_claimed("train/topk", "m")
     holder.wait()
     assert not space.is_claimed("train/topk", "m")
     claim(space)
+
+
+def test_what_a_process_leaves_that_is_killed_as_it_claims_is_removed(tmp_path, monkeypatch):
+    space = Workspace(tmp_path)
+    monkeypatch.setattr(workspace.Path, "unlink", lambda path, missing_ok=False: None)
+    folder = claim(space)
+    monkeypatch.undo()
+    assert len([*folder.iterdir()]) == 2, "the claim, and what it was written to"
+    (folder / "claim.json").unlink()
+    make(space, "m")
+    assert sorted(path.name for path in folder.iterdir()) == ["done.json", "result.txt", "started.json"]
 
 
 def test_a_claim_of_another_host_is_taken_over_on_request_or_by_the_same_job(tmp_path, monkeypatch):
@@ -164,7 +182,7 @@ def test_of_two_that_find_a_claim_gone_one_gets_it(tmp_path):
     folder = claim(Workspace(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    about = dict(host=workspace.socket.gethostname(), process=gone.pid, began=0.0, job="", time="")
+    about = dict(host=workspace.socket.gethostname(), process=gone.pid, began=0.0, uptime=0.0, job="", time="")
     (folder / "claim.json").write_text(json.dumps(about))
     both = [claim_elsewhere(tmp_path, "time.sleep(2)") for _ in range(2)]
     started = time.monotonic()

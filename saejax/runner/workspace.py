@@ -34,7 +34,7 @@ import psutil
 
 from saejax.config import Configs
 from saejax.errors import UserError
-from saejax.files import read_object, remove_unfinished, write_json
+from saejax.files import read_object, remove_unfinished, unfinished_path, write_json
 from saejax.links import STAND_IN, linked_folder, write_link
 from saejax.loaded_units import STACK
 from saejax.parallel.processes import ProcessShare
@@ -275,7 +275,7 @@ def hold_claim(folder: Path, what: str, take_over: bool = False) -> Iterator[Non
                 "or, if you know that it is gone, add --take_over"
             )
         with contextlib.suppress(FileNotFoundError):  # of several that find it gone, one moves it away
-            aside = path.with_name(f".{CLAIM}.{uuid.uuid4().hex}")
+            aside = unfinished_path(path)
             os.rename(path, aside)
             if _Claimant.read(aside) != holder:  # another process has replaced it meanwhile: restore that claim
                 os.rename(aside, path)
@@ -312,15 +312,17 @@ class _Claimant:
     host: str
     process: int
     began: float  #: when the process started, in seconds since 1970: numbers of processes come again
+    uptime: float  #: the same in seconds since the machine started, which a clock that is set does not change
     job: str  #: of the batch system, with the number of its restarts; "" outside of one
     time: str  #: when it claimed the unit, ISO 8601
 
     @classmethod
     def this(cls) -> "_Claimant":
         began = psutil.Process().create_time()
+        uptime = began - psutil.boot_time()
         job = os.environ.get("SLURM_JOB_ID", "")
         job = f"{job} restart {os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
-        return cls(socket.gethostname(), os.getpid(), began, job, now())
+        return cls(socket.gethostname(), os.getpid(), began, uptime, job, now())
 
     @classmethod
     def read(cls, path: Path) -> "_Claimant | None":
@@ -330,13 +332,17 @@ class _Claimant:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):  # cut off by a full disk, or being written where there are no hard links
-            return cls("an unknown host", 0, 0.0, "", "an unknown time")
+            return cls("an unknown host", 0, 0.0, 0.0, "", "an unknown time")
 
     def is_gone(self, observer: "_Claimant") -> bool:
         """Return whether this process has ended, as far as another one can tell."""
         if self.host == observer.host:
             with contextlib.suppress(psutil.NoSuchProcess):
-                return abs(psutil.Process(self.process).create_time() - self.began) > 1
+                process = psutil.Process(self.process)
+                began = process.create_time()
+                is_other = abs(began - self.began) > 1 and abs(began - psutil.boot_time() - self.uptime) > 1
+                # A killed process whose parent does not ask for its status stays in the list, as in many containers.
+                return is_other or process.status() == psutil.STATUS_ZOMBIE
             return True
         # A job that was requeued has ended before. One allocation may hold several runs, on hosts of its own each.
         (job, _, before), (job_now, _, restarts) = self.job.partition(" restart "), observer.job.partition(" restart ")
@@ -345,7 +351,7 @@ class _Claimant:
 
 def _create(path: Path, text: str) -> bool:
     """Create a file with its content unless it exists; return whether it did not."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = unfinished_path(path)
     try:
         temporary.write_text(text, "utf-8")
         try:
