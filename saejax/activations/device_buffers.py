@@ -2,8 +2,8 @@
 
 Only token ids and row numbers go there, and only the rows' norms come back, once a buffer: 4 bytes for each site and
 token, where values that pass through the host take 2 d (bfloat16) or 4 d of them twice. The documents of a batch are
-split over all of ``member`` and ``data``, the rows of a buffer over ``data``, its sites over ``member``. All processes
-of a run work on the same batch together.
+split over all of ``member`` and ``data``, a buffer's rows over ``data``, its sites over ``member`` and its vectors over
+``model``. All processes of a run work on the same batch together.
 """
 
 import collections
@@ -95,7 +95,7 @@ def check_room(mesh: Mesh, rows: int, needed: int) -> None:
     if needed > free:
         raise UserError(
             f"a buffer of {rows:,} tokens takes {needed / 1e9:.2f} GB on each device, of which {free / 1e9:.2f} GB are "
-            "free: lower --train.buffer_rows, or use more devices on --mesh.data"
+            "free: lower --train.buffer_rows, or use more devices on --mesh.data or --mesh.model"
         )
 
 
@@ -109,7 +109,7 @@ def buffer_shapes(
     """
     rows = -(-rows // mesh.shape["data"]) * mesh.shape["data"]
     shapes = [(len(part), rows, Site.parse(part[0]).width(config)) for part in parts]
-    placements = [fitting_sharding(mesh, shape, "member", "data", None) for shape in shapes]
+    placements = [fitting_sharding(mesh, shape, "member", "data", "model") for shape in shapes]
     norms = jax.ShapeDtypeStruct((len(sites_of(parts)), rows), jnp.float32, sharding=sharding(mesh))
     parts_of_buffer = tuple(
         jax.ShapeDtypeStruct(shape, _BITS[dtype], sharding=placement)

@@ -102,7 +102,7 @@ def open_store(stack: TrainStack, store: Store, say: Callable[[str], None] = lam
     if not from_first_process(np.int32(needed <= free)):
         raise UserError(
             f"--train.input=resident would put {needed / 1e9:.2f} GB of activations on each device, of which "
-            f"{free / 1e9:.2f} GB are free: use --train.input=streamed, or more devices on --mesh.data"
+            f"{free / 1e9:.2f} GB are free: use --train.input=streamed, or more devices on --mesh.data or --mesh.model"
         )
     say(f"activations are resident: {needed / 1e9:.3f} GB on each device of {free / 1e9:.1f} GB free")
     rows_of_columns = [usable.rows() for usable in columns]
@@ -154,20 +154,22 @@ class ResidentBatches:
 
     def __init__(self, stack: TrainStack, arrays: Batch, indices: Callable[[int], np.ndarray]):
         self.arrays, self.indices = arrays, indices
-        self._take = jax.jit(_take_rows, out_shardings=stack.batch_sharding)
+        self._take = jax.jit(functools.partial(_take_rows, stack), out_shardings=stack.batch_sharding)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step."""
         return self._take(self.arrays, self.indices(step).astype(np.int32))
 
 
-def _take_rows(arrays: Batch, index_SxB: jax.Array) -> Batch:
+def _take_rows(stack: TrainStack, arrays: Batch, index_SxB: jax.Array) -> Batch:
     # clip: the indices are in range, and the default would check each of them.
     if len(index_SxB) == 1:
         taken = [jnp.take(rows_SxRxD, index_SxB[0], axis=1, mode="clip") for rows_SxRxD in arrays]
     else:
         take = jax.vmap(functools.partial(jnp.take, axis=0, mode="clip"))
         taken = [take(rows_SxRxD, index_SxB) for rows_SxRxD in arrays]
+    # Devices along ``model`` have parts of all vectors: those of the batch are put together, not those of all rows.
+    taken = [lax.with_sharding_constraint(x, stack.rows_sharding(x.shape[2])) for x in taken]
     return tuple(lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x for x in taken)
 
 
@@ -278,8 +280,8 @@ def local_rows(stack: TrainStack) -> slice:
 def resident_bytes(stack: TrainStack, rows: Store | ModelStream, count: int) -> int:
     """Return the bytes of activations that each device would hold of this number of rows."""
     shapes = [_resident_shape(stack, rows, part, count) for part in batch_parts(stack.members)]
-    spec = stack.batch_sharding.spec
-    return sum(part_size(stack.mesh.shape, shape, *spec) for shape in shapes) * rows.dtype.itemsize
+    sizes = (part_size(stack.mesh.shape, shape, *stack.rows_sharding(shape[2]).spec) for shape in shapes)
+    return sum(sizes) * rows.dtype.itemsize
 
 
 def _resident_shape(
@@ -294,12 +296,13 @@ def place_rows(
 ) -> jax.Array:
     """Return rows of a part's sites on the devices, [sites, rows, d], in the dtype of the store.
 
-    ``columns`` are the rows of each site, or of all. Rows are split over the ``data`` axis. Every process reads what
-    its own devices hold. Zeros fill up to ``size`` rows, and to a multiple of the axis.
+    ``columns`` are the rows of each site, or of all. Rows are split over the ``data`` axis, their vectors over
+    ``model``. Every process reads what its own devices hold. Zeros fill up to ``size`` rows, and to a multiple of the
+    axis ``data``.
     """
     shape = _resident_shape(stack, rows, part, max(size, *map(len, columns)))
 
-    @functools.lru_cache(maxsize=1)  # devices that differ in the ``model`` axis alone hold the same
+    @functools.lru_cache(maxsize=1)  # devices that differ in the ``model`` axis alone hold parts of the same rows
     def read(first_site: int, last_site: int, first_row: int, last_row: int) -> np.ndarray:
         values = np.zeros((last_site - first_site, last_row - first_row, shape[2]), rows.dtype)
         for index, site in enumerate(part[first_site:last_site]):
@@ -310,6 +313,6 @@ def place_rows(
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         sites, local = (axis.indices(size)[:2] for axis, size in zip(index[:2], shape[:2], strict=True))
-        return read(*sites, *local)
+        return read(*sites, *local)[:, :, index[2]]
 
-    return jax.make_array_from_callback(shape, stack.batch_sharding, shard)
+    return jax.make_array_from_callback(shape, stack.rows_sharding(shape[2]), shard)

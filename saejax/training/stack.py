@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.activations.batches import Parts
 from saejax.activations.joined import single_sites
@@ -24,7 +24,7 @@ from saejax.dictionaries.kinds.settings import JumpReLUConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.errors import UserError, one_of
 from saejax.models.sites import site_parts
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding, fitting_spec
 from saejax.training.members import Member
 from saejax.training.optimizer import usual_learning_rate
 from saejax.training.scales import ScaledRows, SiteScale
@@ -124,6 +124,14 @@ class TrainStack:
         # Otherwise members of one site would each need a copy of its values on their devices.
         by_member = "member" if len(self.sites) == len(self.members) else None
         return fitting_sharding(self.mesh, (len(self.sites), self.config.batch, 1), by_member, "data", None)
+
+    def rows_sharding(self, width: int) -> NamedSharding:
+        """Sharding of rows that stay on the devices [sites, rows, D]: as a batch, and along D over ``model``.
+
+        Devices of the axis ``model`` need whole vectors of a batch alone, which they send to one another.
+        """
+        along_width = fitting_spec(self.mesh.shape, (width,), "model")
+        return NamedSharding(self.mesh, PartitionSpec(*self.batch_sharding.spec[:2], *along_width))
 
     def host_hyperparams(self) -> Hyperparams:
         """Return the members' hyperparameters as numpy arrays."""

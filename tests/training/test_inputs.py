@@ -1,13 +1,16 @@
 """Resident and streamed inputs give the same training, bit for bit."""
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from small_runs import ORDER, STEPS, Rows, assert_same_bits, go, make_stack, resident, streamed
+from small_stacks import B, D
 
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
+from saejax.preflight.collectives import sent_bytes
 from saejax.training import inputs
 from saejax.training.stack import TrainStack
 
@@ -36,9 +39,20 @@ def test_resident_equals_streamed_on_meshes(tmp_path, mesh, changes):
     expected = go(tmp_path / "streamed", stack, store=store)
     assert_same_bits(expected, go(tmp_path / "resident", stack, resident, store=store))
     arrays = resident(stack, store).arrays
-    assert arrays[0].dtype == ml_dtypes.bfloat16 and arrays[0].sharding == stack.batch_sharding
+    assert arrays[0].dtype == ml_dtypes.bfloat16
+    shares = mesh[1] * mesh[2] * (mesh[0] if len(stack.sites) > 1 else 1)  # of rows, of their widths, and of sites
+    assert {shard.data.nbytes for shard in arrays[0].addressable_shards} == {arrays[0].nbytes // shares}
     per_device = sum(part.addressable_shards[0].data.nbytes for part in arrays)
     assert inputs.resident_bytes(stack, store, len(store.values)) == per_device
+
+
+def test_devices_along_model_send_one_another_the_batch_alone():
+    """Each has a part of all vectors, and a step needs whole ones of its batch."""
+    stack = make_stack(mesh=make_mesh(MeshConfig(model=8)))
+    rows = jax.ShapeDtypeStruct((1, 4096, D), np.uint16, sharding=stack.rows_sharding(D))
+    take = inputs.ResidentBatches(stack, (), lambda step: np.zeros((1, B)))._take
+    compiled = take.lower((rows,), jax.ShapeDtypeStruct((1, B), np.int32)).compile()
+    assert 0 < sum(sent_bytes(compiled.as_text(), 8, 8).values()) <= B * D * 4
 
 
 def test_what_fits_is_resident_and_what_does_not_is_streamed_or_refused(monkeypatch):

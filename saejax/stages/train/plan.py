@@ -135,12 +135,14 @@ def _parameters(train: TrainConfig, kind: str, stack: PlannedStack) -> list[int]
 
 def resident_bytes(plan: PlannedRun) -> int:
     """Return the bytes of a store on each device if all of its rows are resident there."""
-    return -(-recorded_rows(plan) * _row_bytes(plan) // plan.mesh.shape["data"])
+    return -(-recorded_rows(plan) * _row_bytes(plan, plan.mesh.shape["model"]) // plan.mesh.shape["data"])
 
 
-def _row_bytes(plan: PlannedRun) -> int:
+def _row_bytes(plan: PlannedRun, parts: int = 1) -> int:
+    """Return the bytes of a row at all sites, or of the largest part of it if vectors are split into so many."""
     sites = single_sites(site for stack in plan.stacks.values() for m in stack.members for site in (m.site, m.target))
-    width = sum(decoder_site(site).width(plan.model) for site in sites)
+    widths = [decoder_site(site).width(plan.model) for site in sites]
+    width = sum(width if width % parts else width // parts for width in widths)
     return width * DTYPES[plan.configs[CaptureConfig].store_dtype].itemsize
 
 
