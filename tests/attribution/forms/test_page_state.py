@@ -161,6 +161,7 @@ def test_the_address_holds_the_view(opened, document, page):
     opened.type("texas")
     opened.wait("location.hash.includes('q=texas')")
     address = opened.js("location.href")
+    assert opened.js("document.getElementById('missing-pins').hidden")
     assert parse_qs(address.split("#")[1])["clickedId"] == [node]
     before = opened.js("attributionGraph.state"), text(opened, "#counts")
     show(opened, address)
@@ -169,6 +170,8 @@ def test_the_address_holds_the_view(opened, document, page):
     damaged = page + "#clickedId=nobody&pinnedIds=x,y&supernodes=[[&nodes=7&edges=&linkType=?"
     show(opened, damaged)
     assert clicked(opened) == "" and state(opened, "pinnedIds") == []
+    gone = "2 pinned or grouped nodes are not in this graph: pruned away, or of another prompt."
+    assert text(opened, "#missing-pins") == gone
 
 
 def test_the_state_of_the_document_is_shown(show_page, document):
@@ -177,6 +180,7 @@ def test_the_state_of_the_document_is_shown(show_page, document):
     params = dict(pinnedIds=[node, other, "gone"], supernodes=[["pair", node, other]], linkType="input", clickedId=node)
     browser = show_page({**document, "qParams": params})
     assert clicked(browser) == node
+    assert text(browser, "#missing-pins").startswith("1 pinned or grouped node is not in this graph")
     assert state(browser, "supernodes") == [["pair", node, other]]
     assert rows(browser, "outputs") == [] and rows(browser, "inputs")
 

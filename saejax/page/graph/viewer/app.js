@@ -107,7 +107,7 @@ function refresh() {
   const now = {
     visible: `${nodes} ${state.edges}`,
     panel: state.clicked < 0 ? "start" : `${nodes} ${state.edges} ${state.linkType} ${JSON.stringify(state.groups)}`,
-    subgraph: JSON.stringify([state.groups, state.pinned, state.clicked, state.places]),
+    subgraph: JSON.stringify([state.groups, state.pinned, state.clicked, state.places, state.missing]),
     search: state.query ? `${nodes} ${state.query}` : "",
   };
   if (now.visible !== shown.visible) {

@@ -14,6 +14,7 @@ function firstState(graph) {
     clicked: -1,
     pinned: [],
     groups: [],
+    missing: 0, // pins and members of groups that this graph does not have
     linkType: "both",
     nodes: firstNodes(graph, q),
     edges: Math.max(share, 0.01),
@@ -47,19 +48,20 @@ function firstNodes(graph, { supernodes }) {
   return Math.min(1, Math.ceil((1000 * shares[NODES_AT_FIRST - 1]) / graph.mostShare) / 1000);
 }
 
-/** Pins and groups of a document or address, which may be wrong: unknown nodes go, no node is in two groups. */
+/** Pins and groups of a document or address, which may be wrong: unknown nodes are counted, no node is in two groups. */
 function checkedPins(graph, ids, supernodes) {
-  const known = (list) =>
-    (Array.isArray(list) ? list : []).map((id) => graph.index.get(id)).filter((i) => i !== undefined);
+  const list = (value) => (Array.isArray(value) ? value : []);
+  const known = (named) => list(named).map((id) => graph.index.get(id)).filter((i) => i !== undefined);
+  const named = [...list(ids), ...list(supernodes).flatMap((item) => list(item).slice(1))];
+  const missing = new Set(named.filter((id) => id && !graph.index.has(id))).size;
   const taken = new Set();
   const groups = [];
-  for (const item of Array.isArray(supernodes) ? supernodes : []) {
-    if (!Array.isArray(item)) continue;
-    const members = [...new Set(known(item.slice(1)))].filter((i) => !taken.has(i));
+  for (const item of list(supernodes)) {
+    const members = [...new Set(known(list(item).slice(1)))].filter((i) => !taken.has(i));
     members.forEach((i) => taken.add(i));
     if (members.length) groups.push([String(item[0]), members]);
   }
-  return { pinned: [...new Set([...known(ids), ...taken])], groups };
+  return { pinned: [...new Set([...known(ids), ...taken])], groups, missing };
 }
 
 const HOWS = ["scale", "set"];

@@ -102,6 +102,10 @@ function makeSubgraph(graph, app) {
       const units = unitsOf(graph, app.state);
       const none = units.length === 0;
       document.getElementById("no-pins").hidden = !none;
+      const { missing } = app.state;
+      document.getElementById("missing-pins").hidden = !missing;
+      document.getElementById("missing-pins").textContent =
+        `${count(missing)} pinned or grouped ${missing === 1 ? "node is" : "nodes are"} not in this graph: pruned away, or of another prompt.`;
       document.getElementById("some-pins").hidden = none;
       document.getElementById("save-subgraph").disabled = none;
       pins.show(units);
