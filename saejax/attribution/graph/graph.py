@@ -78,18 +78,25 @@ class Graph(GraphData):
           second: that of another.
 
         Raises:
-          UserError: the graph is pruned, or does not explain both logits.
+          UserError: the graph is pruned, does not explain both logits, or two of its logits have one of these texts.
         """
         if self.pruning:
             raise UserError("this graph is pruned: take the difference of the whole one, then prune it")
         targets = self.settings["targets"]
-        tokens = {label for label, (token, minus) in zip(self.labels, targets, strict=True) if minus < 0 <= token}
-        if first == second or not {first, second} <= tokens:
+        # A direction may be called as a token, and several tokens may have one text.
+        tokens = [place for place, (token, minus) in enumerate(targets) if minus < 0 <= token]
+        places = {label: [place for place in tokens if self.labels[place] == label] for label in (first, second)}
+        if first == second or not all(places.values()):
             raise UserError(
-                f"{first!r} and {second!r} are not two logits of this graph: expected two of {sorted(tokens)}"
+                f"{first!r} and {second!r} are not two logits of this graph: expected two of "
+                f"{sorted({self.labels[place] for place in tokens})}"
             )
+        for label, same in places.items():
+            if len(same) > 1:
+                ids = ", ".join(str(targets[place][0]) for place in same)
+                raise UserError(f"{label!r} is the text of the tokens {ids} of this graph: trace the pair of ids")
         start, features = self.slice_of(LOGIT).start, self.count(FEATURE)
-        pair = [self.labels.index(label) for label in (first, second)]
+        pair = [place for (place,) in places.values()]
         node = Nodes.of(LOGIT, self.n_layers, self.nodes.position_N[start], -1, 1.0)
 
         def less(value_Rx: np.ndarray) -> np.ndarray:

@@ -73,9 +73,7 @@ def placed_changes(rows: Sequence[Sequence[Change]], tokens: int, features: Mapp
         (row, change.layer, position, change.feature, change.value)
         for row, changes in enumerate(rows)
         for change in changes
-        for position in (
-            range(*change.position.indices(tokens)) if isinstance(change.position, slice) else [change.position]
-        )
+        for position in _positions(change, tokens)
     ]
     places = set[tuple[int, ...]]()
     for row, layer, position, feature, value in entries:
@@ -93,6 +91,41 @@ def placed_changes(rows: Sequence[Sequence[Change]], tokens: int, features: Mapp
             raise UserError(f"row {row} changes a feature twice at one position: give it one value")
         places.add((row, layer, position, feature))
     return np.array(entries, np.float64).reshape(-1, 5)
+
+
+def place_in_texts(change: Change, prompt: int) -> Change:
+    """Return a change as it is made in texts that go on behind a prompt, where new tokens come with each pass.
+
+    Args:
+      change: a slice of its positions counts from the prompt's end if it starts below 0; without an end it goes on at
+        the new tokens, and may start at one.
+      prompt: tokens of the prompt.
+
+    Raises:
+      UserError: a slice with an end has no position in the prompt.
+    """
+    if not isinstance(change.position, slice):
+        return change
+    start, stop, step = change.position.indices(prompt)
+    if change.position.stop is None:
+        return change._replace(position=slice(max(start, change.position.start or 0), None, step))
+    _positions(change, prompt)
+    return change._replace(position=slice(start, stop, step))
+
+
+def has_begun(change: Change, tokens: int) -> bool:
+    """Return whether a change is made in a text of so many tokens: a slice may start behind them."""
+    return not isinstance(change.position, slice) or change.position.start < tokens
+
+
+def _positions(change: Change, tokens: int) -> Sequence[int]:
+    """Return the positions of a change among so many; a slice has one at least, as its change would do nothing."""
+    if not isinstance(change.position, slice):
+        return [change.position]
+    positions = range(*change.position.indices(tokens))
+    if not positions:
+        raise UserError(f"{change.position} has no position: this prompt has the positions 0 to {tokens - 1}")
+    return positions
 
 
 def plan_edits(

@@ -20,7 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local import layers
-from saejax.attribution.local.edits import TOGETHER, Change, ChangeEdits, Circuit, CircuitEdits, plan_edits
+from saejax.attribution.local.edits import (
+    TOGETHER,
+    Change,
+    ChangeEdits,
+    Circuit,
+    CircuitEdits,
+    has_begun,
+    place_in_texts,
+    plan_edits,
+)
 from saejax.attribution.local.layers import FIXED, FREEZE_MODES
 from saejax.attribution.local.prompt_run import LocalRun, check_finite, prompt_ids
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, read_logits
@@ -217,22 +226,16 @@ class LocalModel(LocalState):
         if not 0 <= temperature < math.inf:
             raise UserError(f"temperature is {temperature}: expected a number, 0 or above")
         length, rng = len(self.ids_P), np.random.default_rng(seed)
-        bounded = [
-            [
-                change._replace(position=slice(*change.position.indices(length)))
-                if isinstance(change.position, slice) and change.position.stop is not None
-                else change
-                for change in changes
-            ]
-            for changes in edits
-        ]
+        most = min(max_new_tokens, self.model.config.context - length)
+        placed = [[place_in_texts(change, length) for change in changes] for changes in edits]
+        ChangeEdits(self, placed, length + most)  # refuses what no pass could make
         ends = eos_ids(self.model.source.folder, self.model.tokenizer)
         ids, logits = [self.ids_P.tolist() for _ in edits], [list[np.ndarray]() for _ in edits]
-        open_rows, most = set(range(len(edits))), min(max_new_tokens, self.model.config.context - length)
+        open_rows = set(range(len(edits)))
         for step in range(most):
             on_progress(step, most)
             count = length + step
-            plan = ChangeEdits(self, bounded, count)
+            plan = ChangeEdits(self, [[change for change in row if has_begun(change, count)] for row in placed], count)
             # Padded, so that a program serves several lengths. Rows that have ended go along.
             ids_BxT = np.zeros((1 + len(edits), padded(count)), np.int32)
             for row, row_ids in enumerate([self.ids_P, *ids]):  # the first row is the prompt

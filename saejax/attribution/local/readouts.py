@@ -120,10 +120,10 @@ def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[
     """Return the token of each target and the one whose logit is subtracted, -1 for none.
 
     Raises:
-      UserError: a target is no token and no pair of two different ones, or appears twice; or a direction has no name,
-        or another shape than the stream, or is not finite.
+      UserError: a target is no token and no pair of two different ones, or appears twice; or a direction has no name or
+        that of another, or another shape than the stream, or is not finite.
     """
-    pairs = []
+    pairs, names = [], set[str]()
     for target in targets:
         if isinstance(target, Direction):
             shape, width = np.shape(target.vector_D), model.config.d_model
@@ -131,6 +131,9 @@ def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[
                 raise UserError(
                     f"the direction {target.name!r} has the shape {shape}: expected a name, and {width} finite numbers"
                 )
+            if target.name in names:
+                raise UserError(f"two directions are called {target.name!r}: expected a name for each")
+            names.add(target.name)
             pairs.append((-1, -1))
             continue
         tokens = tuple(target) if isinstance(target, tuple | list) else (target,)
