@@ -93,6 +93,11 @@ class GraphConfig(Config):
         "names them by the tokens on which they fire (transcoders only); 0: none",
         low=0,
     )
+    lens: str = setting(
+        "",
+        "file of a fitted Jacobian lens, also hf://ORG/NAME/FILE: the page tells the tokens that each feature raises "
+        "and lowers most, as the lens reads what it writes; layers that the lens lacks are read as they are",
+    )
     query_key: tuple[str, ...] = setting(
         (),
         "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "

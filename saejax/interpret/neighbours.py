@@ -2,16 +2,20 @@
 
 import dataclasses
 import functools
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from saejax.attribution.local.dictionaries import LayerDictionaries
 from saejax.evaluation.neighbours import cosines_of_block
-from saejax.models import decoder
+from saejax.models import decoder, lens
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.language_model import LanguageModel
+from saejax.models.sites import IN_STREAM, Site
+from saejax.models.tokens import token_text
 
 BINS = 50  # of a histogram of logits
 ROWS = 256  # decoder rows in a block
@@ -50,6 +54,55 @@ def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> Output
         rows_RxD = jnp.take(W_dec_FxD, start + jnp.arange(block), axis=0, mode="clip")
         parts.append(jax.device_get(logit_lens(lm.config, count, lm.params, rows_RxD)))
     return OutputTokens(*(np.concatenate(part)[: len(W_dec_FxD)] for part in zip(*parts, strict=True)))
+
+
+def tokens_through_lens(
+    lm: LanguageModel,
+    dictionaries: LayerDictionaries,
+    features: Collection[tuple[int, int]],
+    jacobians: Mapping[int, np.ndarray],
+    count: int = 8,
+) -> dict[tuple[int, int], tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the tokens that features raise and lower most, as a Jacobian lens reads what they write to the stream.
+
+    What a feature writes to a layer is carried to the last layer by that layer's mean Jacobian, and read there as by
+    ``output_tokens``; of a cross-layer transcoder, what reaches the last layer from all layers is added up.
+
+    Args:
+      lm: the model.
+      dictionaries: transcoders, or SAEs of sites in the stream; features of other sites (mlp_in) are left out.
+      features: layer and index of each.
+      jacobians: mean Jacobians [D, D] of the streams leaving some layers, such as ``JacobianLens.jacobians``; what is
+        written to another layer is read as it is.
+      count: number of tokens at either end.
+
+    Returns:
+      Of each feature the texts of the tokens that it raises and those that it lowers, the largest effects first.
+    """
+    named, parts = list[tuple[int, int]](), list[np.ndarray]()
+    sites = [Site.parse(config.target or config.site) for config in dictionaries.configs]
+    for site in (site for site in sites if site.kind in IN_STREAM):
+        index_U = np.array(sorted(index for layer, index in features if layer == site.layer), np.int64)
+        if not len(index_U):
+            continue
+        first = site.layer - (site.kind == "resid_pre")  # the layer whose leaving stream has what is written
+        written_XxUxD = np.moveaxis(dictionaries.writes(site.layer, index_U), 1, 0)
+        arriving = [_carried(write_UxD, jacobians.get(first + x)) for x, write_UxD in enumerate(written_XxUxD)]
+        parts.append(np.sum(arriving, axis=0))
+        named += [(site.layer, index) for index in index_U.tolist()]
+    if not named:
+        return {}
+    id_UxC, as_text = output_tokens(lm, jnp.asarray(np.concatenate(parts)), count).ids, token_text(lm.tokenizer)
+    half, ends = id_UxC.shape[1] // 2, {}
+    for feature, row in zip(named, id_UxC.tolist(), strict=True):
+        texts = list(map(as_text, row))
+        ends[feature] = tuple(texts[:half]), tuple(texts[half:][::-1])
+    return ends
+
+
+def _carried(write_UxD: np.ndarray, jacobian_DxD: np.ndarray | None) -> np.ndarray:
+    """Return directions of a layer's stream as they arrive at the last layer; None: as they are."""
+    return write_UxD if jacobian_DxD is None else np.asarray(lens.carry(write_UxD[:, None], jacobian_DxD))[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -23,11 +23,10 @@ from saejax.interpret.firings import blocks, record
 from saejax.interpret.results import LabelCounts
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import Site
+from saejax.models.sites import IN_STREAM, Site
 
 _OUTPUT = 10  # output tokens at either end
 # Added to the residual stream, or the stream itself.
-_IN_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 #: For every feature its detector; with its firing rate on the search text.
 Searched = tuple[list[Detector | None], np.ndarray]
 #: Called with what is done, how many there are of it, and of what; returns what is called with the number done since.
@@ -89,7 +88,7 @@ def search_labels(
       UserError: a split has no activations of the dictionary's site.
       Interrupted: asked to stop.
     """
-    in_stream = Site.parse(dictionary.config.target or dictionary.site).kind in _IN_STREAM
+    in_stream = Site.parse(dictionary.config.target or dictionary.site).kind in IN_STREAM
 
     def record_firings(split: str, dictionaries: Mapping[Path, Dictionary]) -> np.ndarray:
         names = ", ".join(path.name for path in dictionaries)

@@ -39,6 +39,7 @@ INNER_KINDS = (*HEAD_KINDS, NEURONS)  # within attention and the MLP; not of the
 # In the order in which a layer computes them.
 ALL_KINDS = ("resid_pre", *HEAD_KINDS, "attn_out", "resid_mid", "mlp_in", NEURONS, "mlp_out", "resid_post")
 KINDS = tuple(kind for kind in ALL_KINDS if kind not in INNER_KINDS)
+IN_STREAM = tuple(kind for kind in KINDS if kind != "mlp_in")  # the stream, and what is added to it
 # What some dictionaries read that is no site, and what to do: see ``dictionaries.formats.hooks``.
 _ELSEWHERE = {
     "unknown": "stands for a site that a dictionary's files do not name: give it as site= of saejax.load_dictionary",

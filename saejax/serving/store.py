@@ -27,7 +27,6 @@ from saejax.page.graph.page import PageTable
 from saejax.runner.labels import names_and_sites, names_of_layers
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
 from saejax.stages.attribute.outputs import details_of_features, read_tables
-from saejax.stages.attribute.traces import FEATURES
 
 _SAVED = "serve"  # the folder for what readers save
 
@@ -206,12 +205,11 @@ class GraphStore:
     def details(
         self, graph: StoredGraph, features: Sequence[Feature], config: GraphConfig, fetched: int = 0
     ) -> dict[Feature, FeatureDetails]:
-        """Return the details of features of a graph, also from ``features/`` in its unit and in the folder.
+        """Return the details of features of a graph, also from its unit and from ``features/`` in the folder.
 
         Only the first ``fetched`` features' are fetched from the hub; the others are known if they were.
         """
-        folders = [place / FEATURES for place in (graph.unit, self.root) if place]
-        return details_of_features(config, features, folders, fetched)
+        return details_of_features(config, features, [place for place in (graph.unit, self.root) if place], fetched)
 
     def save_groups(self, graph: StoredGraph, groups: Any) -> Path:
         """Save groups for ``--graph.supernodes``, each a label and ids of nodes, and return the file.

@@ -10,18 +10,23 @@ import runs
 from made_transcoders import made_set
 from torch_sites import relative_error
 
-from saejax import save_transcoders
+from saejax import load_jacobian_lens, save_transcoders
 from saejax.attribution.forms.features import parse_feature
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.results import AttributeResults
 from saejax.attribution.settings import GraphConfig
-from saejax.attribution.trace import prompt
+from saejax.attribution.trace import memory, prompt
 from saejax.errors import UserError
+from saejax.interpret.jacobian_lens import JacobianLens
+from saejax.interpret.neighbours import tokens_through_lens
 from saejax.models.tokens import encode, pad
 from saejax.results import from_json, to_json
 from saejax.runner import command, command_line
+from saejax.serving.store import GraphStore
 from saejax.stages.attribute import run as stage
+from saejax.stages.attribute.outputs import read_lens
 from saejax.stages.attribute.requests import Request, read_given_labels, read_requests, unit_name
 from saejax.stages.attribute.traces import trace_key
 from saejax.tasks.corpora import read_corpus
@@ -108,8 +113,29 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_RxS, whole.adjacency_RxS)
 
 
+def assert_a_lens_tells_of_features(base, lm, tmp_path):
+    """The page, its server and the unit's file have the tokens that the Jacobian lens reads; other units do not."""
+    turned_DxD = np.linalg.qr(np.random.default_rng(0).standard_normal([lm.config.d_model] * 2))[0].astype(np.float32)
+    JacobianLens(lm, {0: turned_DxD}, 1).save(tmp_path / "lens.pt")
+    assert attribute(tmp_path / "run", *base, f"--graph.lens={tmp_path / 'lens.pt'}") == 0
+    folder = (tmp_path / "run" / "attribute" / "one").resolve()
+    kept, read = Graph.load(folder / "one-graph").prune(0.99), read_lens(folder)
+    nodes = kept.nodes[kept.slice_of(FEATURE)]
+    assert read.keys() == set(zip(nodes.layer_N.tolist(), nodes.index_N.tolist(), strict=True))
+    jacobians = load_jacobian_lens(lm, tmp_path / "lens.pt").jacobians
+    assert read == tokens_through_lens(lm, LayerTranscoders.of(made_set(lm)), list(read), jacobians)
+    store, feature = GraphStore(tmp_path / "run"), next(iter(read))
+    (details,) = store.details(store.find("attribute/one/graphs/one"), [feature], GraphConfig()).values()
+    assert (details.top_logits, details.bottom_logits) == read[feature]
+    page = (folder / "one.html").read_text()
+    assert "are read by the Jacobian lens " in page
+    assert json.dumps(list(read[feature][0]), separators=(",", ":"), ensure_ascii=False)[1:-1] in page
+    assert attribute(tmp_path / "run", *base, "--graph.node_threshold=0.98") == 0
+    assert not read_lens(tmp_path / "run" / "attribute" / "one")
+
+
 # Statement 12 of WORKSPACE.md, what must hold.
-def test_what_is_shown_of_a_graph_traces_nothing_again(flags, tmp_path, monkeypatch):
+def test_what_is_shown_of_a_graph_traces_nothing_again(flags, lm, tmp_path, monkeypatch):
     """Each such setting, one after the other; a setting of the trace itself traces."""
     base = [*flags, "--graph.prompt=The water near", "--graph.slug=one", "--graph.max_features=60"]
     base.append("--graph.node_threshold=0.99")
@@ -152,6 +178,8 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, tmp_path, monkeypa
     assert np.array_equal(again.adjacency_RxS, first.adjacency_RxS) and again.settings == first.settings
     assert {path.name for path in (folder / "features").iterdir()} >= set(named) and named
     assert "Head 1.2 at " in (folder / "one.html").read_text()
+    assert_a_lens_tells_of_features(base, lm, tmp_path)
+    assert traced == []
     more = [flag for flag in base if "prompt=" not in flag and "slug" not in flag]
     assert attribute(tmp_path / "run", *more, f"--graph.prompts={prompts}") == 0
     assert len(traced) == 1  # the new line alone
@@ -174,6 +202,7 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, tmp_path, monkeypa
         (["--graph.prompt=The war", "--graph.query_key=9.0"], "no head 9.0"),
         (["--graph.prompt=The war", "--graph.query_key=1.0@9"], "no position 9 for head 1.0"),
         (["--graph.prompt=The war", "--graph.labels=none.json"], "none.json does not exist"),
+        (["--graph.prompt=The war", "--graph.lens=none.pt"], "none.pt does not exist: expected the file of a Jacobian"),
         (["--graph.prompt=The war", f"--graph.labels={__file__}"], "holds no labels: expected"),
         ([], "has nothing to make with these settings"),
     ],
@@ -200,7 +229,7 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
     assert " appears twice: expected each target once" in capsys.readouterr().err
     # And with less memory than the longest takes.
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water near the war"}\n')
-    monkeypatch.setattr(prompt, "free_memory", lambda mesh: prompt.Memory(0, 2**28))
+    monkeypatch.setattr(memory, "free_memory", lambda mesh: memory.Memory(0, 2**28))
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     error = capsys.readouterr().err
     assert "error: the-war-" in error and ": no prompt fits into the memory that is free, 0.2 GiB, and " in error
@@ -217,7 +246,7 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
         ('{"prompt": "a", "targets": {" b": 1}}', "prompt and targets are texts"),
         ('{"prompt": "a"}\n{"prompt": ""}', "line 2: the prompt is empty"),
         ('{"token_ids": []}', "line 1: the prompt is empty"),
-        ('{"prompt": "a", "slug": "summary"}', "cannot name a graph"),
+        ('{"prompt": "a", "slug": "searched"}', "cannot name a graph"),
         ("{", "is not JSON"),
         ('{"prompt": "a", "targets": [["b"]]}', "prompt and targets are texts"),
         ('{"prompt": "a", "targets": [["b", 1]]}', "prompt and targets are texts"),

@@ -223,7 +223,7 @@ class GradientRows:
         self._token_PxD = to_host(run.stream_LxTxD[0, :tokens])
 
     def __call__(self, new_F: np.ndarray | None, put: Put) -> None:
-        """Compute the rows of some active features, or (None) of the readouts; see ``rounds.FillRows``."""
+        """Compute the rows of some active features, or (None) of the readouts; see ``prompt.FillRows``."""
         run, readouts, mesh = self._run, self._readouts, self._run.model.mesh
         if new_F is None:
             vector_RxD, position_R = readouts.vector_KxD, np.full(len(readouts), len(run.ids_P) - 1)

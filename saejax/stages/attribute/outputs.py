@@ -5,13 +5,14 @@
 tables/<slug>.json   on request: the page's tables of attention scores
 graphs/<slug>.json   the pruned graph as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
 features/<layer>_<index>.json  contexts of features that no file describes, as Neuronpedia writes them
+lens.json            on request: tokens that features raise and lower, as a Jacobian lens reads them
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from saejax.attribution.forms.document import GraphDocument
+from saejax.attribution.forms.document import GraphDocument, feature_of
 from saejax.attribution.forms.features import (
     EXAMPLES,
     Feature,
@@ -39,6 +40,7 @@ from saejax.runner.workspace import Run
 from saejax.stages.attribute.traces import FEATURES
 from saejax.unicode import visible_token
 
+_LENS = "lens.json"
 _NOTE = (
     "The score of a query with a key, before the softmax, is a sum over pairs: what one source adds to the query times "
     "what another adds to the key. The largest pairs are listed; those that are no buttons are not in the pruned graph."
@@ -60,30 +62,54 @@ def write_outputs(run: Run, document: GraphDocument, tables: Sequence[PageTable]
     write_graph(run.folder / "graphs", document)
     if tables:
         write_tables(run.folder / "tables" / f"{slug}.json", tables)
-    details = details_of_features(run.configs[GraphConfig], kept_features(document), [run.folder / FEATURES])
+    config = run.configs[GraphConfig]
+    if config.lens:
+        note = f"Tokens that features raise and lower are read by the Jacobian lens {config.lens}. {note}".strip()
+    details = details_of_features(config, kept_features(document), [run.folder])
     write_page(part_file(run, slug, ".html"), document, tables=tables, details=details, note=note)
 
 
 def details_of_features(
-    config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = (), fetched: int = FULL
+    config: GraphConfig, features: Sequence[Feature], places: Sequence[Path] = (), fetched: int = FULL
 ) -> dict[Feature, FeatureDetails]:
     """Return what is known of features: of each what ``interpret`` tells in its workdir, or else what files tell.
 
     Args:
       config: names the set and a folder of feature files.
       features: layers and indices, the most influential first.
-      folders: more folders of feature files, where they exist.
+      places: units, and other folders that may hold ``features/`` with more feature files, or the reading of a lens.
       fetched: number of them, the first ones, whose files may be fetched from the hub.
 
     Raises:
       UserError: a file is damaged.
     """
     dictionaries = [config.transcoders] if config.transcoders else config.dictionaries
-    more, interpreted = [folder for folder in folders if folder.is_dir()], interpreted_details(dictionaries, features)
+    more = [place / FEATURES for place in places if (place / FEATURES).is_dir()]
+    interpreted = interpreted_details(dictionaries, features)
     missing = [feature for feature in features if feature not in interpreted]
-    return interpreted | read_details(
+    details = interpreted | read_details(
         dictionaries, [*filter(None, [config.features]), *more], missing, features[:fetched]
     )
+    for read in map(read_lens, places):
+        for feature in read.keys() & set(features):
+            raised, lowered = read[feature]
+            # In place of what files say: the lens was asked for.
+            details[feature] = dataclasses.replace(
+                details.get(feature, FeatureDetails()), top_logits=raised, bottom_logits=lowered
+            )
+    return details
+
+
+def write_lens(folder: Path, read: Mapping[Feature, tuple[Sequence[str], Sequence[str]]]) -> None:
+    """Add what a lens reads of features, the tokens that each raises and lowers, to the file of a unit."""
+    texts = {f"{layer}_{index}": ends for (layer, index), ends in (read_lens(folder) | dict(read)).items()}
+    write_json(folder / _LENS, texts)
+
+
+def read_lens(folder: Path) -> dict[Feature, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return what ``write_lens`` wrote; {} if there is no such file."""
+    texts = read_json(folder / _LENS) if (folder / _LENS).exists() else {}
+    return {feature_of(dict(node_id=name)): (tuple(up), tuple(down)) for name, (up, down) in texts.items()}
 
 
 def interpreted_details(

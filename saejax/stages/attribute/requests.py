@@ -23,7 +23,7 @@ from saejax.unicode import replace_surrogates
 _EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
 _KEYS = ("slug", "prompt", "token_ids", "targets")
 _LONGEST = 40  # characters of a name that is made of a prompt
-_TAKEN = ("started", "summary", "graphs", "tables", "features")  # files of every stage, and folders
+_TAKEN = ("graphs", "tables", "features", "searched", "lens")  # files and folders of a unit
 _GROUPS = '{"paris": [["cities", "3_17_4", "5_208_4"]]}, or a state that the page saved'
 
 TargetText = str | int | tuple[str | int, str | int]
@@ -78,13 +78,13 @@ def unit_name(config: GraphConfig) -> str:
 
 
 def identity(config: GraphConfig) -> str:
-    """Return a fingerprint of all input files but the model's: dictionaries, prompts, labels, supernodes."""
+    """Return a fingerprint of all input files but the model's: dictionaries, prompts, labels, supernodes, lens."""
     places, marks = _set_files(config)
     if not places:
         return ""
     if labels := labels_of_folders(places):
         marks.append(fingerprint(sorted([*place, label] for place, label in labels.items())))
-    named = [Path(file or "-") for file in (config.prompts, config.labels, config.supernodes)]
+    named = [Path(file or "-") for file in (config.prompts, config.labels, config.supernodes, config.lens)]
     files = [path for place in named for path in (sorted(place.glob("*.csv")) if place.is_dir() else [place])]
     hashes = [file_sha256(path) if path.is_file() else "" for path in files]
     if config.features.startswith("hf://"):

@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.forms.document import GraphDocument
-from saejax.attribution.forms.features import FeatureDetails, open_folder, write_details
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
 from saejax.attribution.graph.pruning import emptying_threshold
 from saejax.attribution.heads.query_key import check_head, split_scores
-from saejax.attribution.local.contexts import ContextSearch
 from saejax.attribution.local.dictionaries import LayerSaes, open_saes
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
@@ -26,34 +23,25 @@ from saejax.attribution.local.readouts import Target, target_pairs, token_of
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.settings import GraphConfig
-from saejax.attribution.trace.prompt import GraphSize, certain_active, check_memory, trace_prompt
-from saejax.attribution.trace.rounds import Traced
+from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory
+from saejax.attribution.trace.prompt import Traced, trace_prompt
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.page.graph.page import kept_features
 from saejax.parallel.collectives import from_first_process, is_first_process
 from saejax.progress import OnProgress, silent
 from saejax.runner.parts import Measure, Measured, each_part, part_file
 from saejax.runner.workspace import Run
-from saejax.stages.attribute.outputs import details_of_features, score_table, write_outputs
+from saejax.stages.attribute.descriptions import Descriptions, Parts
+from saejax.stages.attribute.outputs import score_table, write_outputs
 from saejax.stages.attribute.requests import Request, read_groups, read_heads, read_labels, read_requests
 from saejax.stages.attribute.traces import (
-    FEATURES,
-    add_searched,
-    copy_contexts,
     find_trace,
     read_trace,
-    searched_features,
     trace_key,
     write_trace,
 )
 from saejax.stages.inputs import load_run_model, read_behaviours
 from saejax.tasks.answer_tokens import answer_ids
-from saejax.tasks.corpora import read_corpus
-from saejax.tasks.settings import CorpusConfig
-
-# Gives the model and the dictionaries, which are opened at the first call.
-Parts = Callable[[], tuple[LanguageModel, Any]]
 
 
 def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
@@ -87,19 +75,11 @@ def run_attribute(
 
     def begin() -> Measure:
         parts = functools.cache(lambda: opened(run))  # the model is loaded where something runs it
-        texts = [document.text for document in read_corpus(CorpusConfig())[: config.contexts]]
-
-        @functools.cache  # one for all prompts
-        def search() -> ContextSearch:
-            model, transcoders = parts()
-            return ContextSearch(model, transcoders, texts)
-
         traces = {slug: find_trace(run, request) for slug, request in requests.items()}
         is_traced = from_first_process(np.array([traces[slug] is not None for slug in requests], np.int32))
         dictionaries = open_set(config) if is_traced.all() else parts()[1]
         dictionaries.check_features(labels, config.labels or "its workdir")
-        if config.features:
-            open_folder(config.features)
+        descriptions = Descriptions(run, parts)  # for all prompts
         for request, is_there in zip(requests.values(), is_traced, strict=True):  # before hours are spent on the first
             if not is_there or config.query_key:
                 model, dictionaries = parts()
@@ -108,7 +88,7 @@ def run_attribute(
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
             request, saved = requests[slug], traces[slug] if is_traced[list(requests).index(slug)] else None
-            return _measure(run, parts, search, saved, request, groups.get(slug, []), labels, on_progress, trace)
+            return _measure(run, parts, descriptions, saved, request, groups.get(slug, []), labels, on_progress, trace)
 
         return measure
 
@@ -165,7 +145,7 @@ def _targets(model: LanguageModel, request: Request) -> list[Target]:
 def _measure(
     run: Run,
     parts: Parts,
-    search: Callable[[], ContextSearch],
+    descriptions: Descriptions,
     saved: Path | None,
     request: Request,
     groups: Sequence[Sequence[str]],
@@ -193,8 +173,7 @@ def _measure(
         pruned, request.slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels
     )
     scores = tuple(split_scores(run_of(), *head) for head in read_heads(config))
-    if config.contexts and config.transcoders:
-        _search_contexts(run, search, saved, document, on_progress)
+    descriptions.write(document, saved, on_progress)
     empty = None if pruned.count(FEATURE) else explain_empty(graph, config)
     write_outputs(run, document, [score_table(score, pruned) for score in scores], empty or "")
     results = GraphResults(
@@ -231,36 +210,6 @@ def explain_empty(graph: Graph, config: GraphConfig) -> str:
         f"No feature is kept: --graph.{field}={getattr(config, field):g} drops all of them, or their edges, beside "
         f"errors and tokens; {change}."
     )
-
-
-def _search_contexts(
-    run: Run,
-    search: Callable[[], ContextSearch],
-    saved: Path | None,
-    document: GraphDocument,
-    on_progress: OnProgress,
-) -> None:
-    """Search contexts of the features of a pruned graph that have no name, and write them beside the graph.
-
-    Features that an earlier unit searched are taken from there.
-    """
-    config, features = run.configs[GraphConfig], kept_features(document)
-    if is_first_process():
-        copy_contexts(run, saved and saved.parent)
-    # Every process searches, as the devices of all run the texts; the first one says what is missing.
-    details, done = details_of_features(config, features), searched_features(run)
-    is_named = [feature in done or (feature in details and bool(details[feature].name)) for feature in features]
-    is_named_F = from_first_process(np.array(is_named, np.int32))
-    missing = [feature for feature, named in zip(features, is_named_F, strict=True) if not named]
-    if not missing:
-        return
-    firings = search().firings(missing, on_progress)
-    if is_first_process():
-        details = {
-            feature: FeatureDetails(each.contexts, histogram=each.histogram) for feature, each in firings.items()
-        }
-        write_details(run.folder / FEATURES, details)
-        add_searched(run, set(missing))
 
 
 def trace_request(

@@ -266,6 +266,12 @@ def test_attention_can_be_held_alone(traced):
         (Change(0, 1, 0, 1.0), "none", "edits are rows of changes"),
         ([Change(0, 6, 0, 1.0)], "none", "position 6: this prompt has the positions 0 to 5"),
         ([Change(0, slice(2, 4), 0, 1.0), Change(0, 3, 0, 2.0)], "none", "twice"),
+        (
+            [Change(0, slice(6, 9), 0, 1.0)],
+            "none",
+            r"slice\(6, 9, None\) has no position: this prompt has",
+        ),
+        ([Change(0, slice(6, None), 0, 1.0)], "none", "has no position"),
         ([Change(0, 1, 0, 1.0), Change(0, 1, 0, 2.0)], "none", "twice"),
         ([], "most", "expected one of none, attention, all, constrained"),
         ("every part", "all", "freeze is 'all': circuits run freely"),
@@ -366,6 +372,21 @@ def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, edite
     for logits_V in continued.logits_NxV:
         np.testing.assert_allclose(logits_V, edited.run(ids, changes)[0], atol=3e-5)
         ids.append(int(logits_V.argmax()))
+
+
+def test_a_change_may_begin_at_a_new_token_and_one_that_never_does_is_refused(traced, edited):
+    local, ids = traced[0], list(IDS)
+    changes, ends = [Change(1, slice(7, None), 3, 2.0)], [Change(1, slice(-2, None), 3, 2.0)]
+    from_the_start = [Change(1, slice(4, None), 3, 2.0)]
+    assert local.generate(ends, 3).ids_N.tolist() == local.generate(from_the_start, 3).ids_N.tolist()
+    for logits_V in local.generate(changes, 3).logits_NxV:
+        made = changes if len(ids) > 7 else []
+        np.testing.assert_allclose(logits_V, edited.run(ids, made)[0], atol=3e-5)
+        ids.append(int(logits_V.argmax()))
+    with pytest.raises(UserError, match=r"slice\(9, None, 1\) has no position: this prompt has the positions 0 to 8"):
+        local.generate([Change(1, slice(9, None), 3, 2.0)], 3)
+    with pytest.raises(UserError, match=r"slice\(6, 8, None\) has no position: this prompt has the positions 0 to 5"):
+        local.generate([Change(1, slice(6, 8), 3, 2.0)], 3)
 
 
 def test_rows_are_continued_side_by_side_with_one_sequence_of_random_numbers(traced):

@@ -1,6 +1,7 @@
 """Tracing: targets, how many features are kept, devices, and what is refused."""
 
 import dataclasses
+import logging
 from types import SimpleNamespace
 
 import jax
@@ -18,10 +19,11 @@ from saejax.attribution.local import rows, state
 from saejax.attribution.local.edits import Circuit
 from saejax.attribution.local.prompt_run import Active
 from saejax.attribution.local.readouts import Direction, Readouts
-from saejax.attribution.trace import rounds
+from saejax.attribution.trace import prompt, row_store
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.errors import UserError
 from saejax.models.loading import load_model
+from saejax.models.tokens import token_text
 from saejax.parallel.mesh import AXES
 
 
@@ -97,19 +99,37 @@ def test_directions_are_explained_by_their_names(tiny_model):
             UserError, match=f"the direction 'probe' has the shape .*{lm.config.d_model} finite numbers"
         ):
             trace(lm, made, IDS, targets=Direction("probe", vector_D))
+    with pytest.raises(UserError, match="two directions are called 'probe'"):
+        trace(lm, made, IDS, targets=[Direction("probe", probe_D), Direction("probe", -probe_D)])
+
+
+def test_a_difference_is_of_tokens_that_their_texts_name_alone(tiny, made):
+    """A direction may be called as a token is, and two tokens may have one text."""
+    named = token_text(tiny.tokenizer)(7)
+    graph = trace(tiny, made, IDS, targets=[Direction(named, np.ones(tiny.config.d_model)), 7, 9])
+    wanted = trace(tiny, made, IDS, targets=[(7, 9)])
+    found = graph.difference(graph.labels[1], graph.labels[2])
+    assert graph.labels[0] == graph.labels[1] and found.settings["targets"] == [[7, 9]]
+    assert relative_error(found.adjacency_RxS, wanted.adjacency_RxS) < 1e-5
+    same = dataclasses.replace(graph, labels=(named, named, named))
+    with pytest.raises(UserError, match="not two logits of this graph"):
+        same.difference(named, named)
+    same = dataclasses.replace(trace(tiny, made, IDS, targets=[7, 9, 11]), labels=("a", "a", "b"))
+    with pytest.raises(UserError, match="'a' is the text of the tokens 7, 9 of this graph: trace the pair of ids"):
+        same.difference("b", "a")
 
 
 def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
     options = dict(max_logits=4, max_features=40)
-    whole, narrowed, narrow = trace(tiny, made, IDS, **options), [], rounds.RowStore.narrow
+    whole, narrowed, narrow = trace(tiny, made, IDS, **options), [], row_store.RowStore.narrow
     for name, value in dict(_LEAST=60, _LEAST_ROWS=20, _SPARE=1, WHOLE=1000).items():
-        monkeypatch.setattr(rounds, name, value)
+        monkeypatch.setattr(row_store, name, value)
 
     def count(store, *args):
         narrowed.append(len(store.column_C))
         narrow(store, *args)
 
-    monkeypatch.setattr(rounds.RowStore, "narrow", count)
+    monkeypatch.setattr(row_store.RowStore, "narrow", count)
     graph = trace(tiny, made, IDS, **options)
     assert narrowed == [len(whole.nodes) - 44 + whole.settings["active_features"]]  # once, when all had a column
     assert np.array_equal(graph.nodes.index_N, whole.nodes.index_N)
@@ -162,11 +182,11 @@ def test_biases_have_no_part_in_the_choice_and_rounds_see_more_than_one_ranking(
             own = np.array([40]) if new_F is None else new_F
             put(np.arange(len(own)), rows[own])
 
-        return rounds.attribute_in_rounds(run, nodes, readouts, fill, 12)[0].tolist()
+        return prompt.attribute_in_rounds(run, nodes, readouts, fill, 12)[0].tolist()
 
     several = chosen()
     assert several == chosen(biases=1e4)
-    monkeypatch.setattr(rounds, "ROUNDS", 1)
+    monkeypatch.setattr(prompt, "ROUNDS", 1)
     assert len(best & set(several)) > len(best & set(chosen()))
 
 
@@ -180,6 +200,16 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
     assert part.nodes.index_N[part.slice_of(LOGIT)].tolist() == [-1, a]
     assert part.logit_K[0] == pytest.approx(graph.logit_K[0] - graph.logit_K[1], rel=1e-4)
     assert np.abs(part.unexplained_R).max() < 1e-5 * np.abs(part.value_R).max()
+
+
+def test_the_phases_of_a_trace_are_logged(tiny, made, caplog):
+    with caplog.at_level(logging.INFO, "absl"):
+        trace(tiny, made, IDS, max_features=8, max_logits=2)
+    phases = [message for message in caplog.messages if "phase" in message]
+    assert [message.split(" took ")[0] for message in phases[1::2]] == [f"trace, phase {n} of 4" for n in range(1, 5)]
+    assert phases[4].startswith("trace, phase 3 of 4: rows of 2 targets and 8 of ")
+    rounds = [message for message in caplog.messages if "pulled back" in message]
+    assert len(rounds) == 4 and rounds[3] == "trace: 6 of 8 features have rows, the next 2 are pulled back"
 
 
 @pytest.mark.parametrize(
@@ -198,6 +228,7 @@ def test_a_difference_is_the_difference_of_its_rows(tiny, made, graph):
         (IDS, dict(targets=[(7, 8, 9)]), "no difference of two logits"),
         (IDS, dict(logit_mass=95), "logit_mass 95: expected 1 or more, and a probability"),
         (IDS, dict(max_logits=0), "max_logits is 0"),
+        (IDS, dict(max_logits=2.5), "max_logits is 2.5"),
         (IDS, dict(max_features=0), "max_features is 0"),
         (IDS, dict(max_features=2.5), "max_features is 2.5"),
         ([5.7, 8.0], {}, "expected a text, or the token ids of one"),
