@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.by_turns import medians, seconds
 from benchmarks.train_setup import matmul_rate
-from saejax.dictionaries.losses import auxk, dead_columns
+from saejax.dictionaries.losses import AuxKForm, auxk, dead_columns
 
 OPERANDS = "bfloat16"
 
@@ -34,7 +34,7 @@ def main() -> None:
 
     def program(all_columns: bool) -> jax.stages.Compiled:
         def loss(pre_BxF: jax.Array, W_dec_FxD: jax.Array, error_BxD: jax.Array, dead_F: jax.Array) -> jax.Array:
-            return auxk(pre_BxF, dead_F, W_dec_FxD, error_BxD, k, OPERANDS, all_columns=all_columns)
+            return auxk(pre_BxF, dead_F, W_dec_FxD, error_BxD, AuxKForm(k, OPERANDS, all_columns))
 
         dead_F = jnp.zeros(features, bool)
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(pre_BxF, W_dec_FxD, error_BxD, dead_F).compile()

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 
 from saejax.config import Config, counted, group_name
-from saejax.dictionaries.kinds.settings import KIND_SETTINGS
+from saejax.dictionaries.kinds import KINDS
 from saejax.runner import pipeline
 from saejax.runner.registry import all_stages
 from saejax.training.settings import TrainConfig
@@ -32,7 +32,7 @@ def _get(config, name):
         whole = code.co_filename == "<string>" or code.co_name == "__post_init__"
         is_field = name in type(config).__dataclass_fields__
         if is_field and not whole and caller.f_globals["__name__"] not in _MODULES:
-            kind = next((kind for kind, of_kind in KIND_SETTINGS.items() if of_kind.config is type(config)), "")
+            kind = next((kind for kind, of_kind in KINDS.items() if of_kind.Settings is type(config)), "")
             READ[_unit].add(f"train.{kind}.{name}" if kind else f"{group_name(type(config))}.{name}")
     return object.__getattribute__(config, name)
 

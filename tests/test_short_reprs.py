@@ -59,6 +59,7 @@ def test_models_dictionaries_activations_and_edits(lm):
         lm(tokens, capture="resid_post.1"), "<float32 [20,"
     )
     assert is_short(saejax.capture(lm, ["one text"] * 90, "resid_post.1"), "Activations(", "resid_post.1", "(90)")
+    assert str(sae) == repr(sae) and is_short(sae, "topk dictionary of resid_post.1")
     assert is_short(sae.ablate([1, 2]), "FeatureEdit(", "topk dictionary")
     assert is_short(SiteEdit.set("resid_post.1", np.ones(40)), "SiteEdit(")
 

@@ -9,7 +9,7 @@ split over all of ``member`` and ``data``, a buffer's rows over ``data``, its si
 import collections
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -127,34 +127,29 @@ def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dt
     shapes, norms = buffer_shapes(config, mesh, parts, rows, dtype)
     sites = sites_of(parts)
     where = [list(map(sites.index, part)) for part in parts]
-    write = functools.partial(_write, config, tuple(map(Site.parse, sites)), where, dtype)
+    all_sites = tuple(map(Site.parse, sites))
+
+    def write(
+        params: dict[str, jax.Array],
+        parts: tuple[jax.Array, ...],
+        norms_SxR: jax.Array,
+        ids_BxT: jax.Array,
+        lengths_B: jax.Array,
+        rows_BxT: jax.Array,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+        _, at_sites = forward(config, all_sites, False, params, ids_BxT, lengths_B)
+        rows_N = rows_BxT.reshape(-1)
+        values = [value.reshape(-1, value.shape[-1]).astype(dtype) for value in at_sites]
+        # Norms of the rounded values, which are what training reads and what a store would record.
+        norms_SxN = jnp.stack([jnp.linalg.norm(value.astype(jnp.float32), axis=-1) for value in values])
+        written = []
+        for part_SxRxD, sites_of_part in zip(parts, where, strict=True):
+            for place, site in enumerate(sites_of_part):
+                bits_NxD = lax.bitcast_convert_type(values[site], part_SxRxD.dtype)
+                part_SxRxD = part_SxRxD.at[place, rows_N].set(bits_NxD, mode="drop")
+            written.append(part_SxRxD)
+        return tuple(written), norms_SxR.at[:, rows_N].set(norms_SxN, mode="drop"), jnp.sum(lengths_B)
+
     placements = jax.tree.map(lambda shape: shape.sharding, (shapes, norms, norms))
     # Donated: the buffers take most of the memory, and there is no room for a second copy.
     return jax.jit(write, donate_argnums=(1, 2), out_shardings=placements)
-
-
-def _write(
-    config: DecoderConfig,
-    sites: tuple[Site, ...],
-    where: Sequence[Sequence[int]],
-    dtype: str,
-    params: dict[str, jax.Array],
-    parts: tuple[jax.Array, ...],
-    norms_SxR: jax.Array,
-    ids_BxT: jax.Array,
-    lengths_B: jax.Array,
-    rows_BxT: jax.Array,
-) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
-    """Run a batch through the model and write it to its rows; the last result is ready when that is done."""
-    _, at_sites = forward(config, sites, False, params, ids_BxT, lengths_B)
-    rows_N = rows_BxT.reshape(-1)
-    values = [value.reshape(-1, value.shape[-1]).astype(dtype) for value in at_sites]
-    # Norms of the rounded values, which are what training reads and what a store would record.
-    norms_SxN = jnp.stack([jnp.linalg.norm(value.astype(jnp.float32), axis=-1) for value in values])
-    written = []
-    for part_SxRxD, sites_of_part in zip(parts, where, strict=True):
-        for place, site in enumerate(sites_of_part):
-            bits_NxD = lax.bitcast_convert_type(values[site], part_SxRxD.dtype)
-            part_SxRxD = part_SxRxD.at[place, rows_N].set(bits_NxD, mode="drop")
-        written.append(part_SxRxD)
-    return tuple(written), norms_SxR.at[:, rows_N].set(norms_SxN, mode="drop"), jnp.sum(lengths_B)

@@ -6,7 +6,7 @@ from typing import Any
 
 from saejax.config import Config, setting
 from saejax.dictionaries.input_norm import NORMS
-from saejax.dictionaries.kinds.settings import kind_names
+from saejax.dictionaries.kinds import kind_names
 from saejax.errors import UserError
 from saejax.models.sites import site_parts
 

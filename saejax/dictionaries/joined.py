@@ -40,6 +40,11 @@ def _norms(W_dec_FxD: jax.Array) -> jax.Array:
     return jnp.where(square_F > 0, jnp.sqrt(jnp.where(square_F > 0, square_F, 1.0)), 0.0)
 
 
+def position_norms(x_xD: jax.Array) -> jax.Array:
+    """Return the Euclidean norm of the vector at each position in fp32, by which attention sinks are told."""
+    return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1)
+
+
 def part_norms(W_dec_FxD: Any, widths: Sequence[int]) -> np.ndarray:
     """Return the norms of the decoder rows' parts, fp64 [P, F]."""
     return np.stack([np.linalg.norm(part, axis=-1) for part in split(np.asarray(W_dec_FxD, np.float64), widths)])
@@ -83,5 +88,5 @@ def is_not_sink(config: DictionaryConfig, x_xD: jax.Array) -> jax.Array:
     config.require_sink_norms()
     # The rule is about a part's own values, before they were scaled.
     limits = [max_norm * scale for max_norm, scale in zip(config.max_norms, config.scales, strict=True)]
-    norms = [jnp.linalg.norm(part_xD, axis=-1) for part_xD in split(x_xD.astype(jnp.float32), config.widths)]
+    norms = map(position_norms, split(x_xD, config.widths))
     return jnp.stack([norm_x <= limit for norm_x, limit in zip(norms, limits, strict=True)]).all(0)

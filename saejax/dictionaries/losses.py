@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,16 +88,22 @@ def explained_variance(y_BxD: jax.Array, error_BxD: jax.Array) -> jax.Array:
     return jnp.where(total > 0, 1 - error / jnp.where(total > 0, total, 1.0), 0.0)
 
 
+class AuxKForm(NamedTuple):
+    """Static settings of the AuxK loss."""
+
+    k: int  #: number of dead features that act on each token, at least 1
+    matmul_dtype: str = "float32"  #: dtype of the operands of the products
+    all_columns: bool = False  #: compute with all columns however few are dead, and gather none
+
+
 def auxk(
     pre_BxF: jax.Array,
     dead_F: jax.Array,
     W_dec_FxD: jax.Array,
     error_BxD: jax.Array,
-    k: int,
-    matmul_dtype: str = "float32",
+    form: AuxKForm,
     metric_DxD: jax.Array | None = None,
     most_dead: jax.Array | int | None = None,
-    all_columns: bool = False,
 ) -> jax.Array:
     """Return the AuxK loss: dead features reconstruct the residual of the living ones (after Gao et al., 2024).
 
@@ -112,17 +119,15 @@ def auxk(
       dead_F: True for dead features. Where none is dead the result is 0 and nothing is computed.
       W_dec_FxD: decoder.
       error_BxD: residual, y - y_hat.
-      k: number of dead features that act on each token, at least 1.
-      matmul_dtype: dtype of the operands of the product.
+      form: how to compute it.
       metric_DxD: as for ``squared_error``.
       most_dead: the largest number of dead features among the members that are computed at the same time, which chooses
         the branch: under vmap a member's own number cannot. None: the number in ``dead_F``.
-      all_columns: compute with all columns however few are dead, and gather none.
     """
     dead_count = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)
     # Constants: the living features leave the residual, which AuxK should not move.
     constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, dead_count
-    return _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)
+    return _auxk(pre_BxF, W_dec_FxD, constants, form)
 
 
 def dead_columns(features: int, k: int) -> int:
@@ -131,15 +136,16 @@ def dead_columns(features: int, k: int) -> int:
     return room if 2 * room <= features else 0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _auxk(pre_BxF, W_dec_FxD, constants, form):
     """Return the AuxK loss, whose gradients are computed with it; see ``auxk``."""
-    return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)[0]
+    return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, form)[0]
 
 
-def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
+def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, form):
     """Compute both in one branch: autodiff would carry all residuals of every branch from one switch to another."""
     dead_F, error_BxD, metric_DxD, dead_count = constants
+    k, matmul_dtype, all_columns = form
 
     def explain(pre_BxC: jax.Array, W_dec_CxD: jax.Array) -> jax.Array:
         """Return the loss of some columns, of which all but dead ones are 0."""
@@ -187,7 +193,7 @@ def _few_columns(
 _auxk.defvjp(
     _auxk_and_gradients,
     # The gradients were computed with the value, so that only the factor of the chain rule is left.
-    lambda k, matmul_dtype, all_columns, gradients, cotangent: (
+    lambda form, gradients, cotangent: (
         *(cotangent * gradient for gradient in gradients),
         None,
     ),

@@ -130,6 +130,9 @@ class Dictionary(nnx.Module):
         k, model = (f", k {config.k}" if config.k else ""), (f", trained on {config.model}" if config.model else "")
         return f"<{config.kind} dictionary of {config.site}{target}: {config.n_features:,} features{k}{model}>"
 
+    def __str__(self) -> str:
+        return repr(self)  # Flax's would show arrays
+
     @property
     def site(self) -> str:
         """The site that is read."""
@@ -198,6 +201,14 @@ class Dictionary(nnx.Module):
             projected_xF = matmul(x_xD, W_enc_DxF, self.matmul_dtype)
         return kinds.EncoderInputs(x_xD, projected_xF, projected_xF + row(self.b_enc_F[...], x_xD.ndim))
 
+    def _check_width(self, values: jax.Array, width: int) -> None:
+        """Raise a ``UserError`` if values are of another width."""
+        if values.shape[-1:] != (width,):
+            raise UserError(
+                f"values of the shape {list(values.shape)}: expected [..., {width}], as this {self.config.kind} "
+                f"dictionary has {self.config.d_in} dimensions and {self.config.n_features} features"
+            )
+
     def _matrix(self, parameter: nnx.Param) -> jax.Array:
         """Return a matrix in the dtype of the biases: at inference it may be in bfloat16, and products are not."""
         return parameter[...].astype(self.b_dec_D.dtype)
@@ -207,6 +218,7 @@ class Dictionary(nnx.Module):
 
         ``numbers`` stand in place of ``config``'s, such as traced ones.
         """
+        self._check_width(x_xD, self.config.d_in)
         f_xF = self.kind.encode(self, self.encoder_inputs(x_xD), self.numbers if numbers is None else numbers)
         if self.config.output_units:
             f_xF = f_xF * normalise(x_xD.astype(f_xF.dtype), self.config.input_norm).scale_x1
@@ -239,6 +251,7 @@ class Dictionary(nnx.Module):
           f_xF: feature activations.
           x_xD: the input, which a skip transcoder needs, and a dictionary that normalises each token.
         """
+        self._check_width(f_xF, self.config.n_features)
         written_xD = matmul(f_xF, self._matrix(self.W_dec_FxD), self.matmul_dtype)
         if not self.config.input_norm:
             return self._add_bias(written_xD, x_xD)
@@ -306,13 +319,13 @@ class Dictionary(nnx.Module):
           UserError: the sink rule is not known yet.
         """
         if hasattr(self, "max_norm"):
-            return _norms(x_xD) <= self.max_norm[...]
+            return joined.position_norms(x_xD) <= self.max_norm[...]
         self.config.require_sink_norms()
         if self.config.widths:
             return joined.is_not_sink(self.config, x_xD)
-        is_not_sink_x = _norms(x_xD) <= self.config.max_norm
+        is_not_sink_x = joined.position_norms(x_xD) <= self.config.max_norm
         if self.config.target and y_xD is not None:
-            is_not_sink_x &= _norms(y_xD) <= self.config.target_max_norm
+            is_not_sink_x &= joined.position_norms(y_xD) <= self.config.target_max_norm
         return is_not_sink_x
 
     # Edits of features.
@@ -445,8 +458,3 @@ class Dictionary(nnx.Module):
         if not indices or len({*indices}) < len(indices):
             raise UserError(f"features are {indices[:8]}: expected at least one, and none twice")
         return np.asarray(indices, np.int32)
-
-
-def _norms(x_xD: jax.Array) -> jax.Array:
-    """Return the Euclidean norm of each vector in fp32."""
-    return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1)

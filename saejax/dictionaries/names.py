@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from saejax.dictionaries.kinds.settings import unit_names
+from saejax.dictionaries.kinds import unit_names
 from saejax.errors import UserError
 
 _LONGEST = 100  # bytes of the name of a folder's unit

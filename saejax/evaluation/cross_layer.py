@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from saejax.activations.store import Store
 from saejax.dictionaries.cross_layer import sum_writes
 from saejax.dictionaries.formats import circuit_tracer
+from saejax.dictionaries.joined import position_norms
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.evaluation import programs
-from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches, recovered
+from saejax.evaluation.loss_recovered import VARIANTS, Losses, LossSums, document_batches, scored_documents
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.reconstruction import Reconstruction, Spread, Sums, batches, measures, read_blocks
-from saejax.evaluation.results import CrossLayerScores, LayerScores, StandInMeans
+from saejax.evaluation.results import CrossLayerScores, LayerScores
 from saejax.evaluation.settings import EvaluateConfig
 from saejax.models import decoder
 from saejax.models.attention import whole_prompt_tables
@@ -60,22 +61,14 @@ class LoadedLayers(NamedTuple):
 
 def describe_layers(scores: Sequence[Reconstruction], losses: Losses) -> CrossLayerScores:
     """Return the figures of a cross-layer transcoder from the scores of its layers and the losses with all replaced."""
-    layers = [
-        LayerScores(
-            layer, score.explained_variance, score.cosine, score.l0, score.dead_fraction, score.dense_fraction()
-        )
-        for layer, score in enumerate(scores)
-    ]
+    layers = [LayerScores(layer, **score.figures()) for layer, score in enumerate(scores)]
     return CrossLayerScores(
         tokens=scores[0].tokens,
         explained_variance=float(np.mean([score.explained_variance for score in scores])),
         l0=float(np.sum([score.l0 for score in scores])),
         dead_fraction=float(np.mean([score.dead_fraction for score in scores])),
         layers=tuple(layers),
-        ce=StandInMeans(**losses.ce, tokens=losses.tokens),
-        kl=StandInMeans(**losses.kl, tokens=None),
-        ce_recovered_mean=recovered(losses.ce, "mean_ablated"),
-        kl_recovered_mean=recovered(losses.kl, "mean_ablated"),
+        **losses.figures(),
     )
 
 
@@ -123,14 +116,7 @@ def _score_layers(
 # The loss with all MLPs replaced.
 
 
-def replaced_losses(
-    lm: LanguageModel,
-    layers: Sequence[MemberData],
-    decoders: Sequence[jax.Array],
-    sites: Sequence[tuple[str, str]],
-    store: Store,
-    config: EvaluateConfig,
-) -> Losses:
+def replaced_losses(lm: LanguageModel, loaded: LoadedLayers, store: Store, config: EvaluateConfig) -> Losses:
     """Return the losses on held-out documents with all MLPs replaced: by the transcoder, by means, by zeros.
 
     Features are read in the stream as it then is. Where what an MLP reads or adds in the clean model is an attention
@@ -138,34 +124,28 @@ def replaced_losses(
 
     Args:
       lm: the language model.
-      layers: encoders of a cross-layer transcoder, as in ``LoadedLayers``.
-      decoders: its decoders, as in ``LoadedLayers``.
-      sites: its sites and targets, as in ``LoadedLayers``.
+      loaded: the cross-layer transcoder.
       store: source of the documents, means and sink rules.
       config: the number of documents, and tokens per program.
     """
     limits = [
         {kind: np.float32(store.max_norm(site)) for kind, site in zip(("mlp_in", "mlp_out"), pair, strict=True)}
-        for pair in sites
+        for pair in loaded.sites
     ]
-    means = [store.mean(target, site).astype(np.float32) for site, target in sites]
-    documents = store.documents.of("held_out")
-    documents = documents[: config.ce_documents] if config.ce_documents else documents
-    ce_E, kl_E, tokens = np.zeros(len(VARIANTS)), np.zeros(len(VARIANTS)), 0
+    means = [store.mean(target, site).astype(np.float32) for site, target in loaded.sites]
+    sums, documents = LossSums(1), scored_documents(store, config)
     for ids_BxT, lengths_B, predicted in document_batches(lm, documents, config.batch_tokens):
         start_BxTxD = decoder.embed(lm.config, lm.params, ids_BxT)
         streams = [start_BxTxD] * len(VARIANTS)
-        below = [jnp.zeros(start_BxTxD.shape, jnp.float32) for _ in layers]
-        for layer, member in enumerate(layers):
+        below = [jnp.zeros(start_BxTxD.shape, jnp.float32) for _ in loaded.layers]
+        for layer, member in enumerate(loaded.layers):
             # The layer's number is data of the program, so that all layers share it.
             arguments = np.int32(layer), streams, limits[layer], means[layer], member, below[layer]
             streams, f_BxTxF = _run_layer(lm.config, lm.params, *arguments)
-            below[layer + 1 :] = _add_writes(f_BxTxF, decoders[layer], below[layer + 1 :])
-        ce_CxExB, kl_CxExB = programs.compare(lm.config, lm.params, jnp.stack(streams), ids_BxT, lengths_B)
-        ce_E += np.asarray(ce_CxExB, np.float64).sum((0, 2))
-        kl_E += np.asarray(kl_CxExB, np.float64).sum((0, 2))
-        tokens += predicted
-    return Losses.of(tokens, ce_E / max(tokens, 1), kl_E / max(tokens, 1))
+            below[layer + 1 :] = _add_writes(f_BxTxF, loaded.decoders[layer], below[layer + 1 :])
+        sums.add(lm, streams, ids_BxT, lengths_B, predicted)
+    (losses,) = sums.losses()
+    return losses
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -189,7 +169,7 @@ def _run_layer(
 
     def look(kind: str, value_BxTxD: jax.Array) -> jax.Array:
         if kind in limits:
-            is_inside[kind] = jnp.linalg.norm(value_BxTxD.astype(jnp.float32), axis=-1) <= limits[kind]
+            is_inside[kind] = position_norms(value_BxTxD) <= limits[kind]
         return value_BxTxD
 
     def put_constant(value_D: jax.Array, kind: str, value_BxTxD: jax.Array) -> jax.Array:

@@ -13,15 +13,18 @@ mean is the stricter floor of the two, because zero is far from anything the mod
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import programs
 from saejax.evaluation.member_data import MemberData
+from saejax.evaluation.results import StandInMeans
+from saejax.evaluation.settings import EvaluateConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches, round_length
 from saejax.models.sites import Site
@@ -42,10 +45,53 @@ class Losses:
     ce: dict[str, float]  #: next-token cross-entropy
     kl: dict[str, float]  #: KL(clean || variant)
 
-    @classmethod
-    def of(cls, tokens: int, ce_V: np.ndarray, kl_V: np.ndarray) -> Self:
-        """Return the losses with these values, in the order of ``VARIANTS``."""
-        return cls(tokens, *(dict(zip(VARIANTS, values_V.tolist(), strict=True)) for values_V in (ce_V, kl_V)))
+    def figures(self) -> dict[str, Any]:
+        """Return the fields that all results about losses have: both losses, and what is recovered against the mean."""
+        return dict(
+            ce=StandInMeans(**self.ce, tokens=self.tokens),
+            kl=StandInMeans(**self.kl, tokens=None),
+            ce_recovered_mean=recovered(self.ce, "mean_ablated"),
+            kl_recovered_mean=recovered(self.kl, "mean_ablated"),
+        )
+
+
+class LossSums:
+    """Running sums of the losses of the clean model, both floors and some stand-ins.
+
+    They are in fp64, because the recovered loss is a difference of sums that are nearly equal.
+
+    Args:
+      stand_ins: number of stand-ins.
+    """
+
+    def __init__(self, stand_ins: int):
+        self.tokens, self._sums_2xE = 0, np.zeros((2, len(VARIANTS) - 1 + stand_ins))
+
+    def add(
+        self, lm: LanguageModel, left: Sequence[jax.Array], ids_BxT: jax.Array, lengths_B: jax.Array, predicted: int
+    ) -> None:
+        """Add the losses of a batch of ``document_batches``.
+
+        Args:
+          lm: the language model.
+          left: streams leaving the last layer, [B, T, D]: of the clean model, of both floors, and of each stand-in.
+          ids_BxT: the tokens.
+          lengths_B: number of tokens of each text.
+          predicted: number of predicted tokens.
+        """
+        # Together, so that the clean model's logits, which all variants are compared with, are computed once.
+        compared = programs.compare(lm.config, lm.params, jnp.stack(left), ids_BxT, lengths_B)
+        self._sums_2xE += [np.asarray(values_CxExB, np.float64).sum((0, 2)) for values_CxExB in compared]
+        self.tokens += predicted
+
+    def losses(self) -> list[Losses]:
+        """Return the losses of each stand-in."""
+        means_2xE, floors = self._sums_2xE / max(self.tokens, 1), range(len(VARIANTS) - 1)
+        losses = []
+        for index in range(len(floors), means_2xE.shape[1]):
+            ce, kl = (dict(zip(VARIANTS, mean_V, strict=True)) for mean_V in means_2xE[:, [*floors, index]].tolist())
+            losses.append(Losses(self.tokens, ce, kl))
+        return losses
 
 
 def recovered(values: dict[str, float], floor: str) -> float | None:
@@ -90,22 +136,16 @@ def stand_in_losses(
         # Arrays of the programs, not constants: dictionaries with other limits use the same programs.
         sharding(lm.mesh),
     )
-    ce_E, kl_E, tokens = np.zeros(3 + len(members)), np.zeros(3 + len(members)), 0
+    sums = LossSums(len(members))
     for ids_BxT, lengths_B, predicted in document_batches(lm, documents, batch_tokens):
         limits = site_limit, target_limit
         stream_BxTxX, x_BxTxD, y_BxTxD, inside_BxT = programs.head(point, lm.params, ids_BxT, *limits)
         values = [y_BxTxD, *(programs.constant(y_BxTxD, inside_BxT, value_D) for value_D in (floor_D, zero_D))]
         values += [programs.stand_in(member, x_BxTxD, y_BxTxD, inside_BxT) for member in members]
         left = [programs.tail(point, lm.params, stream_BxTxX, value_BxTxD) for value_BxTxD in values]
-        # Together, so that the clean model's logits, which all variants are compared with, are computed once.
-        ce_CxExB, kl_CxExB = programs.compare(lm.config, lm.params, jnp.stack(left), ids_BxT, lengths_B)
-        # In fp64: the recovered loss is a difference of sums that are nearly equal.
-        ce_E += np.asarray(ce_CxExB, np.float64).sum((0, 2))
-        kl_E += np.asarray(kl_CxExB, np.float64).sum((0, 2))
-        tokens += predicted
-        on_progress(tokens, total)
-    ce_E, kl_E = ce_E / max(tokens, 1), kl_E / max(tokens, 1)
-    return [Losses.of(tokens, ce_E[[0, 1, 2, index]], kl_E[[0, 1, 2, index]]) for index in range(3, 3 + len(members))]
+        sums.add(lm, left, ids_BxT, lengths_B, predicted)
+        on_progress(sums.tokens, total)
+    return sums.losses()
 
 
 def _same_rule(dictionaries: Sequence[Dictionary]) -> DictionaryConfig:
@@ -113,6 +153,12 @@ def _same_rule(dictionaries: Sequence[Dictionary]) -> DictionaryConfig:
     if len({(d.config.site, d.config.target, d.config.max_norm, d.config.target_max_norm) for d in dictionaries}) > 1:
         raise ValueError("dictionaries that are scored together must have one site, target and sink rule")
     return dictionaries[0].config
+
+
+def scored_documents(store: Store, config: EvaluateConfig) -> list[np.ndarray]:
+    """Return the token ids of the held-out documents on which losses are measured."""
+    documents = store.documents.of("held_out")
+    return documents[: config.ce_documents] if config.ce_documents else documents
 
 
 def document_batches(

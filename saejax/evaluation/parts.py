@@ -14,8 +14,7 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import is_not_sink, join, split, unjoin
-from saejax.evaluation import programs
-from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches, stand_in_losses
+from saejax.evaluation.loss_recovered import Losses, LossSums, document_batches, stand_in_losses
 from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import LanguageModel, forward
 from saejax.models.sites import OtherSite, Site, decoder_site, site_parts
@@ -87,8 +86,7 @@ def part_losses(
     config = dictionaries[0].config
     groups = {"+".join(sites): (lm, sites) for lm, sites in models}
     groups |= {name: (lm, {name: site}) for lm, sites in models for name, site in sites.items()}
-    sums = {name: np.zeros((2, 3 + len(dictionaries))) for name in groups}
-    tokens = 0
+    sums = {name: LossSums(len(dictionaries)) for name in groups}
     for ids_BxT, lengths_B, predicted in document_batches(models[0].lm, documents, batch_tokens):
         clean = clean_values(models, ids_BxT, lengths_B)
         x_BxTxD = join(config, clean)
@@ -102,19 +100,9 @@ def part_losses(
             last = (Site("resid_post", lm.config.n_layers - 1),)
             edits = [(), *(replaced(sites, each) for each in new)]
             left = [forward(lm.config, last, False, lm.params, ids_BxT, lengths_B, each)[1][0] for each in edits]
-            sums[name] += [
-                np.asarray(values_CxExB, np.float64).sum((0, 2))
-                for values_CxExB in programs.compare(lm.config, lm.params, jnp.stack(left), ids_BxT, lengths_B)
-            ]
-        tokens += predicted
-    of_variants = len(VARIANTS) - 1
-    return [
-        {
-            name: Losses.of(tokens, *(sums_2xE[:, [*range(of_variants), of_variants + index]] / max(tokens, 1)))
-            for name, sums_2xE in sums.items()
-        }
-        for index in range(len(dictionaries))
-    ]
+            sums[name].add(lm, left, ids_BxT, lengths_B, predicted)
+    by_group = [each.losses() for each in sums.values()]
+    return [dict(zip(groups, of_dictionary, strict=True)) for of_dictionary in zip(*by_group, strict=True)]
 
 
 def target_losses(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from saejax.dictionaries.joined import position_norms
 from saejax.evaluation.member_data import MemberData
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
@@ -38,7 +39,8 @@ def head(
       [B, T]: where neither value is a sink.
     """
     stream_BxTxX, y_BxTxD, x_BxTxD = point.run_prefix(params, ids_BxT)
-    return stream_BxTxX, x_BxTxD, y_BxTxD, (_norm(x_BxTxD) <= site_limit) & (_norm(y_BxTxD) <= target_limit)
+    inside_BxT = (position_norms(x_BxTxD) <= site_limit) & (position_norms(y_BxTxD) <= target_limit)
+    return stream_BxTxX, x_BxTxD, y_BxTxD, inside_BxT
 
 
 @jax.jit
@@ -112,7 +114,3 @@ def compare(
         return ce_ExB, kl_ExB
 
     return lax.map(chunk, jnp.arange(0, length, size))
-
-
-def _norm(value_BxTxD: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(value_BxTxD.astype(jnp.float32), axis=-1)

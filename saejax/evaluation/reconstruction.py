@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,16 @@ class Reconstruction:
     def dense_fraction(self, above: float = DENSE_ABOVE) -> float:
         """Share of features that fire on more than this share of the tokens."""
         return float(np.mean(self.firing_rate_F > above))
+
+    def figures(self) -> dict[str, Any]:
+        """Return the fields that results about a dictionary and about a layer share."""
+        return dict(
+            explained_variance=self.explained_variance,
+            cosine=self.cosine,
+            l0=self.l0,
+            dead_fraction=self.dead_fraction,
+            dense_fraction=self.dense_fraction(),
+        )
 
     def density_histogram(self) -> DensityHistogram:
         """Count features by log10 of the firing rate, 4 bins a decade; features that never fire are counted apart."""
@@ -181,8 +192,12 @@ def read_blocks(store: Store, split: str, sites: Sequence[str], size: int) -> It
       sites: names of the sites.
       size: maximum number of rows of a block.
     """
+    yield from read_rows(store, store.rows(split, *dict.fromkeys(sites)), sites, size)
+
+
+def read_rows(store: Store, rows: np.ndarray, sites: Sequence[str], size: int) -> Iterator[list[np.ndarray]]:
+    """Yield blocks of at most ``size`` of these rows at the distinct sites."""
     # The target of an SAE is the site that it reads, which is read once.
     sites = list(dict.fromkeys(sites))
-    rows = store.rows(split, *sites)
     for start in range(0, len(rows), size):
         yield [store.read(site, rows[start : start + size]) for site in sites]

@@ -62,6 +62,18 @@ class PartScores:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoleScores:
+    """A dictionary on the messages of one role in held-out chats."""
+
+    tokens: int  #: number of tokens, attention sinks excluded
+    explained_variance: float  #: share of the variance around these tokens' own mean
+    cosine: float  #: cosine of activation and reconstruction, mean over these tokens
+    l0: float  #: number of features that fire on a token, mean
+    dead_fraction: float  #: share of the features that fire on none of these tokens
+    dense_fraction: float  #: share of the features that fire on more than 10 % of these tokens
+
+
+@dataclasses.dataclass(frozen=True)
 class DictionaryScores:
     """A dictionary on held-out text; also in ``scores.json``."""
 
@@ -88,6 +100,8 @@ class DictionaryScores:
     sinks: LeftOutSinks  #: attention sinks at the site, which are not scored
     target_sinks: LeftOutSinks | None = None  #: attention sinks at the target, if that is another site
     parts: Mapping[str, PartScores] | None = None  #: scores of each part of a crosscoder
+    #: scores on the messages of each role ("user", "assistant", perhaps "system"); None: the text is of no chats
+    roles: Mapping[str, RoleScores] | None = None
     shared: int | None = None  #: number of a crosscoder's live features with a relative norm between 0.4 and 0.6
 
 

@@ -12,7 +12,6 @@ from absl import flags
 
 from saejax.config import Configs, group_name
 from saejax.dictionaries import kinds
-from saejax.dictionaries.kinds.settings import KIND_SETTINGS
 from saejax.errors import UserError
 from saejax.runner import registry
 from saejax.runner.stage import Input, Stage
@@ -54,7 +53,7 @@ def load(files: Sequence[str | Path]) -> None:
                 "or declare a saejax.runner.stage.Stage"
             )
         for name in added:
-            KIND_SETTINGS[name] = dataclasses.replace(KIND_SETTINGS[name], source=source)
+            kinds.KINDS[name].source = source
         _add_stages(file, stages, source)
 
 

@@ -34,16 +34,38 @@ from saejax.training.stack import Hyperparams, TrainStack
 from saejax.training.state import PER_MEMBER, TrainState, apply_update
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayersBatch:
+    """A batch of all layers, and what else their loss depends on besides their arrays; see ``step.MemberBatch``."""
+
+    #: x_LxBxD and y_LxBxD: scaled inputs and targets.
+    x_LxBxD: jax.Array
+    y_LxBxD: jax.Array
+    hyper: Hyperparams  #: hyperparameters of the layers
+    step: jax.Array  #: number of steps done
+    dead_LxF: jax.Array  #: True for features that have been silent for too long
+
+
+def scale_values(stack: TrainStack, hyper: Hyperparams, batch: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the inputs of a batch and, if they are there, the targets, [L, B, D] each, in the units of training."""
+    # Losses are sums over layers of scaled values: layers with large norms would else dominate.
+    scales = hyper.input_scale, hyper.output_scale
+    return [
+        values_LxBxD.astype(stack.config.state_dtype) * scale_L[:, None, None]
+        for values_LxBxD, scale_L in zip(batch, scales, strict=False)
+    ]
+
+
 def train_step(
     stack: TrainStack, state: TrainState, hyper: Hyperparams, batch: tuple[jax.Array, ...]
 ) -> tuple[TrainState, Arrays]:
     """Do one step of all layers; see ``step.train_step``."""
-    x_LxBxD, y_LxBxD = (values_LxBxD.astype(stack.config.state_dtype) for values_LxBxD in batch)
-    x_LxBxD, y_LxBxD = x_LxBxD * hyper.input_scale[:, None, None], y_LxBxD * hyper.output_scale[:, None, None]
-    # Losses are sums over layers of scaled values: layers with large norms would else dominate.
+    x_LxBxD, y_LxBxD = scale_values(stack, hyper, batch)
     dead_LxF = state.silent_MxF >= stack.config.dead_tokens
     gradient = jax.grad(functools.partial(cross_layer_loss, stack), has_aux=True)
-    grads, (metrics, fired_LxF) = gradient(state.params, x_LxBxD, y_LxBxD, hyper, state.step_M[0], dead_LxF)
+    of_layers = LayersBatch(x_LxBxD, y_LxBxD, hyper, state.step_M[0], dead_LxF)
+    grads, (metrics, fired_LxF) = gradient(state.params, of_layers)
     tokens = x_LxBxD.shape[1]
     # Layers differ in the width of their decoders, so their updates cannot be one vectorised call.
     updated = [
@@ -58,38 +80,29 @@ def train_step(
 
 
 def cross_layer_loss(
-    stack: TrainStack,
-    layers: Sequence[Arrays],
-    x_LxBxD: jax.Array,
-    y_LxBxD: jax.Array,
-    hyper: Hyperparams,
-    step: jax.Array,
-    dead_LxF: jax.Array,
+    stack: TrainStack, layers: Sequence[Arrays], batch: LayersBatch
 ) -> tuple[jax.Array, tuple[Arrays, jax.Array]]:
     """Return the loss of all layers together on one batch.
 
     Args:
       stack: what is trained.
       layers: arrays of each layer, "W_dec_FxD" as wide as all that it writes.
-      x_LxBxD: scaled inputs.
-      y_LxBxD: scaled targets.
-      hyper: hyperparameters of the layers.
-      step: number of steps done.
-      dead_LxF: True for features that have been silent for too long.
+      batch: the tokens of the step.
 
     Returns:
       The loss, and (metrics [L], whether each feature fired on any token).
     """
-    config, kind = stack.config, stack.kind
+    config, kind, hyper = stack.config, stack.kind, batch.hyper
+    x_LxBxD, y_LxBxD, dead_LxF = batch.x_LxBxD, batch.y_LxBxD, batch.dead_LxF
     settings, decoders = config.of_kind(kind.name), [arrays["W_dec_FxD"] for arrays in layers]
     dead_k = (config.auxk_features or max(stack.dictionary.d_in // 2, 1)) if config.auxk else 0
 
     def encode(layer: Any) -> tuple[jax.Array, jax.Array, Arrays]:
         arrays, norms_F, x_BxD, values, dead_F = layer
         encoder, encoder_inputs, f_BxF = _encode_layer(stack, arrays, norms_F, x_BxD, values, config.matmul)
-        batch = EncodedBatch(encoder, x_BxD, x_BxD, encoder_inputs.pre_xF, f_BxF, dead_F, None, values, settings)
-        penalty, terms = kind.penalty(batch), kind.losses(batch)
-        terms |= {} if penalty is None else dict(sparsity=penalty * penalty_schedule(config, stack.steps)(step))
+        encoded = EncodedBatch(encoder, x_BxD, x_BxD, encoder_inputs.pre_xF, f_BxF, dead_F, None, values, settings)
+        penalty, terms = kind.penalty(encoded), kind.losses(encoded)
+        terms |= {} if penalty is None else dict(sparsity=penalty * penalty_schedule(config, stack.steps)(batch.step))
         of_dead = jnp.zeros(0)
         if config.auxk:
             of_dead = sparsity.topk(jnp.where(dead_F[None], encoder_inputs.pre_xF, 0.0), dead_k)

@@ -19,10 +19,10 @@ from saejax.evaluation.reconstruction import Spread
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.mesh import sharding
 from saejax.training import cross_layer
+from saejax.training.over_members import measure_members
 from saejax.training.scales import HELD_OUT_TOKENS, ScaledRows
 from saejax.training.stack import Hyperparams, TrainStack, batch_parts
 from saejax.training.state import TrainState, finish_dictionary
-from saejax.training.step import measure_members
 
 PREFIX = "held_out_"  # of the names of these scores among the metrics
 _AT_A_TIME = 4  # members that are stand-ins in the same passes of the model
@@ -104,8 +104,7 @@ def _add_batch(
     """Return the sums with a batch's sums added."""
     error_M, fired_MxF = sums
     if stack.is_cross_layer:
-        values = [values_SxBxD.astype(stack.config.state_dtype) for values_SxBxD in batch]
-        x_LxBxD, y_LxBxD = values[0] * hyper.input_scale[:, None, None], values[1] * hyper.output_scale[:, None, None]
+        x_LxBxD, y_LxBxD = cross_layer.scale_values(stack, hyper, batch)
         error_L, fired_LxF = cross_layer.held_out_sums(stack, params, hyper, kept_M, x_LxBxD, y_LxBxD)  # type: ignore[arg-type]
         return error_M + error_L, fired_MxF + fired_LxF
 

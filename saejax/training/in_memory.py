@@ -14,9 +14,10 @@ from saejax.activations.joined import single_sites
 from saejax.activations.store import INDEX, Store, shard_file
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
 from saejax.dictionaries.bos import follow_bos
+from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.joined import join
-from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.dictionaries.kinds import PRETRAINED
 from saejax.dictionaries.temporal import TemporalSAE
 from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered
@@ -62,7 +63,7 @@ def train(
       acts: result of ``capture``; or a store, or its folder.
       site: the site that it reads; may be left out where ``acts`` has one site. A transcoder (form="transcoder") reads
         "mlp_in.L" and predicts "mlp_out.L"; both must be in ``acts``.
-      kind: one of ``saejax.dictionaries.kinds.settings.kind_names()``.
+      kind: one of ``saejax.dictionaries.kinds.kind_names()``.
       folder: folder of checkpoints, metrics and the dictionary, from which an interrupted run resumes. None:
         nothing is kept.
       mesh: the devices, such as ``lm.mesh`` or ``saejax.parallel.mesh.make_mesh(MeshConfig(model=2))``; None: all
@@ -136,6 +137,11 @@ def _train(
         if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
         config = make_config(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
+        if config.form in FORMS:
+            raise UserError(
+                f"a {config.form} is no dictionary of one layer, which saejax.train returns: train it with the command "
+                f"saejax train --train.form={config.form}, and open it with saejax.open_transcoders"
+            )
         sites = choose_sites(config, list(store.sites))
         sizes = config.each_size()
         stacks = {size: make_members(of_size, kind, sites, size) for size, of_size in sizes.items()}

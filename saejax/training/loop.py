@@ -124,14 +124,14 @@ def train_stack(
     stack = TrainStack(config.with_dead_tokens(source.per_epoch), dictionary, members, scales, steps, mesh)
     folder = folders.logs
     folder.mkdir(exist_ok=True)
-    described = _describe_run(stack, kind)
+    described = _describe_run(stack)
     if is_first_process():
         go_on_from_shorter(stack, described, folder, [root / folders.size for root in folders.earlier], say)
     wait_for_all("a shorter run was taken over")
     try:
         with Checkpoints(folder / CHECKPOINTS, decay_start(config, steps)) as checkpoints:
             checkpoints.check_or_record_run(described)
-            state, kept_M, metrics = _train(stack, kind, source, folders, checkpoints, say, stopping)
+            state, kept_M, metrics = _train(stack, source, folders, checkpoints, say, stopping)
     finally:
         source.close()
     save_members(stack, state, kept_M, folders)
@@ -149,15 +149,19 @@ def train_stack(
     )
 
 
-def _describe_run(stack: TrainStack, kind: str) -> dict[str, Any]:
+def _describe_run(stack: TrainStack) -> dict[str, Any]:
     """Return what the states of a run depend on besides its inputs, as JSON data."""
-    described: dict[str, Any] = dict(settings=stack.config.read_by(kind), dictionary=counted(stack.dictionary))
-    return described | dict(members=[member.name for member in stack.members], steps=stack.steps, state=STATE_VERSION)
+    return dict(
+        settings=stack.config.read_by(stack.kind.name),
+        dictionary=counted(stack.dictionary),
+        members=[member.name for member in stack.members],
+        steps=stack.steps,
+        state=STATE_VERSION,
+    )
 
 
 def _train(
     stack: TrainStack,
-    kind: str,
     source: Source,
     folders: TrainFolders,
     checkpoints: Checkpoints,
@@ -165,7 +169,7 @@ def _train(
     stopping: Callable[[], bool],
 ) -> tuple[TrainState, jax.Array | None, Metrics]:
     """Return the final state, from the newest checkpoint on or from the start, and thresholds for it."""
-    config, names = stack.config, [member.name for member in stack.members]
+    config, kind, names = stack.config, stack.kind.name, [member.name for member in stack.members]
     first_step = checkpoints.latest_step or 0
     if first_step:
         state = checkpoints.restore(abstract_state(stack))
@@ -191,7 +195,7 @@ def _train(
     run = Wandb(config, folder, name, folders.wandb, folders.started) if logs_to_wandb else contextlib.nullcontext()
     with run as wandb:
         metrics = Metrics(stack, folder / METRICS, first_step, say, wandb)
-        state = train_loop(stack, state, batches, first_step, metrics, checkpoints, stopping, midway=midway)
+        state = train_loop(stack, state, batches, metrics, checkpoints, stopping, midway=midway)
     return state, calibrate(state, batches, stack.steps), metrics
 
 
@@ -250,7 +254,6 @@ def train_loop(
     stack: TrainStack,
     state: TrainState,
     batches: Batches,
-    first_step: int,
     metrics: Metrics,
     checkpoints: Checkpoints,
     stopping: Callable[[], bool],
@@ -261,9 +264,8 @@ def train_loop(
 
     Args:
       stack: what is trained.
-      state: the state after ``first_step`` steps; donated.
+      state: the state at the step of the newest checkpoint, or the initial one; donated.
       batches: the training batches.
-      first_step: step at which training starts or resumes.
       metrics: takes the metrics of each step.
       checkpoints: takes the state every ``checkpoint_every`` steps, where the learning rate begins to fall, at the
         end, and when stopping.
@@ -276,7 +278,7 @@ def train_loop(
     """
     step_fn, agreed_stop, every = step_fn or compile_step(stack), AgreedStop(stopping), stack.config.checkpoint_every
     decays = decay_start(stack.config, stack.steps)
-    step = first_step
+    step = first_step = checkpoints.latest_step or 0
     if midway and midway.is_missing(step):  # it was asked to stop before they could be made
         midway(step, state, batches)
     while step < stack.steps:

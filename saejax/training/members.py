@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saejax.dictionaries.cross_layer import FORMS
-from saejax.dictionaries.kinds.settings import KIND_SETTINGS
+from saejax.dictionaries.kinds import KINDS
 from saejax.errors import UserError, one_of
 from saejax.models.sites import KINDS as SITE_KINDS
 from saejax.models.sites import ModuleSite, is_joined, site_parts
@@ -69,7 +69,7 @@ def make_members(config: TrainConfig, kind: str, sites: Sequence[str], size: str
 
 def swept_settings(config: TrainConfig, kind: str) -> dict[str, tuple[Any, ...]]:
     """Return the values of each setting that can be swept and that a kind reads, in the order of members' names."""
-    read = ("learning_rate", "seed", *KIND_SETTINGS[kind].reads)
+    read = ("learning_rate", "seed", *KINDS[kind].reads)
     fields = {field.name: field for field in dataclasses.fields(config)}
     kind_config = config.of_kind(kind)
     return {name: getattr(config, name) for name in read if fields[name].metadata["swept"]} | {
@@ -89,7 +89,7 @@ def _target(config: TrainConfig, site: str) -> str:
 
 
 def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[str, dict[str, float]]:
-    if "l1" not in KIND_SETTINGS[kind].reads or not config.l1_by_depth:
+    if "l1" not in KINDS[kind].reads or not config.l1_by_depth:
         return {}
     if len(config.l1_by_depth) != 3 or len(config.l1) > 1:
         raise UserError("--train.l1_by_depth takes three values (early, middle, late), and no list in --train.l1")

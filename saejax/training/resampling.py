@@ -21,25 +21,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from saejax.dictionaries import DictionaryConfig, kinds
 from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.modules import parameter_table
 from saejax.training.optimizer import decay_start
-from saejax.training.settings import TrainConfig
-from saejax.training.stack import Hyperparams
+from saejax.training.stack import Hyperparams, TrainStack
 from saejax.training.state import TrainState
 
 _LENGTH = 0.2  # of an encoder column that starts at a token, as a share of the living features' length
 
 
-def is_due(config: TrainConfig, steps: int, step: jax.Array) -> jax.Array:
+def is_due(stack: TrainStack, step: jax.Array) -> jax.Array:
     """Return whether to resample after ``step`` steps; not while the learning rate falls, nor at the end."""
-    return (step % config.resample_every == 0) & (step <= decay_start(config, steps))
+    return (step % stack.config.resample_every == 0) & (step <= decay_start(stack.config, stack.steps))
 
 
 def resample(
-    config: TrainConfig,
-    dictionary: DictionaryConfig,
+    stack: TrainStack,
     state: TrainState,
     hyper: Hyperparams,
     x_BxD: jax.Array,
@@ -49,15 +46,15 @@ def resample(
     """Return a member's state, without member axis, with its dead features started again.
 
     Args:
-      config: the settings.
-      dictionary: what the members have in common.
+      stack: what is trained.
       state: the member's state after the step on this batch.
       hyper: the member's hyperparameters.
       x_BxD: scaled inputs.
       y_BxD: scaled targets.
       error_BxD: the member's residuals of the targets.
     """
-    params, rows = state.params, config.resample_from
+    config, dictionary, params = stack.config, stack.dictionary, state.params
+    rows = config.resample_from
     offset_BxD = x_BxD - params["b_dec_D"][None] if dictionary.centred else x_BxD
     targets_BxD = _directions(error_BxD if rows == "errors" else y_BxD - params["b_dec_D"][None])
     inputs_BxD = targets_BxD if rows == "errors" and not dictionary.target else _directions(offset_BxD)
@@ -70,7 +67,7 @@ def resample(
     live_F = jnp.where(jnp.all(silent_F), True, ~silent_F)  # all features where none is live
     length = jnp.sum(jnp.linalg.norm(params["W_enc_DxF"], axis=0) * live_F) / jnp.sum(live_F)
     length *= 1.0 if rows == "errors" else _LENGTH
-    start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
+    start = stack.kind.start(config.of_kind(dictionary.kind))
     started = {name: jnp.full_like(value, start.get(name, 0.0)) for name, value in params.items()}
     W_dec_FxD = targets_BxD[chosen_F]
     if dictionary.widths:  # over the parts of a joined site a row's length is not its norm

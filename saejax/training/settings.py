@@ -6,7 +6,7 @@ from typing import Any
 
 from saejax.config import Config, counted, nested, setting
 from saejax.dictionaries.cross_layer import FORMS
-from saejax.dictionaries.kinds.settings import KIND_SETTINGS, PRETRAINED, settings_of_kinds, unit_names
+from saejax.dictionaries.kinds import KINDS, PRETRAINED, settings_of_kinds, unit_names
 from saejax.errors import UserError
 from saejax.models.site_ranges import expand_ranges
 
@@ -304,11 +304,11 @@ class TrainConfig(Config):
 
     def of_kind(self, kind: str) -> Any:
         """Return the settings that only this kind has."""
-        return self.by_kind.get(kind) or KIND_SETTINGS[kind].config()
+        return self.by_kind.get(kind) or KINDS[kind].Settings()
 
     def read_by(self, kind: str) -> dict[str, Any]:
         """Return the settings that training of a kind reads and results depend on, see ``counted``."""
-        shared, source = KIND_SETTINGS[kind].reads, KIND_SETTINGS[kind].source
+        shared, source = KINDS[kind].reads, KINDS[kind].source
         conditions = {
             "k": "k" in shared,
             "l1": "l1" in shared,

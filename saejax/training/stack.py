@@ -20,7 +20,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, sparse_prod
 from saejax.dictionaries.cross_layer import FORM, FORMS, SKIP_FORM
 from saejax.dictionaries.cross_layer import KINDS as CROSS_LAYER_KINDS
 from saejax.dictionaries.kinds.base import Facts
-from saejax.dictionaries.kinds.settings import JumpReLUConfig
+from saejax.dictionaries.kinds.jumprelu import JumpReLUConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.errors import UserError, one_of
 from saejax.models.sites import site_parts
@@ -310,9 +310,10 @@ def _check_settings(config: TrainConfig, kind: kinds.Kind, k: int, features: int
         raise UserError(f"--train.auxk_features={config.auxk_features} is more than the {features} features: lower it")
     settings, usual = config.of_kind(kind.name), JumpReLUConfig().target_l0
     if isinstance(settings, JumpReLUConfig) and settings.l0_penalty != "target" and settings.target_l0 != usual:
+        listed = ",".join(f"{value:g}" for value in settings.target_l0)
         raise UserError(
-            f"--train.jumprelu.target_l0={','.join(f'{value:g}' for value in settings.target_l0)} has no effect with "
-            f"--train.jumprelu.l0_penalty={settings.l0_penalty}: use l0_penalty=target, or leave it out"
+            f"--train.{kind.name}.target_l0={listed} has no effect with "
+            f"--train.{kind.name}.l0_penalty={settings.l0_penalty}: use l0_penalty=target, or leave it out"
         )
     if kind.no_free_decoder and config.decoder_norm == "free":
         raise UserError(f"--train.decoder_norm=free {kind.no_free_decoder}: use unit")

@@ -18,9 +18,9 @@ from saejax.errors import Interrupted
 from saejax.parallel.mesh import sharding
 from saejax.training import cross_layer
 from saejax.training.inputs import Batches
+from saejax.training.over_members import measure_members
 from saejax.training.stack import Hyperparams, TrainStack
 from saejax.training.state import TrainState
-from saejax.training.step import measure_members
 
 _TOKENS = 16_384  # tokens that L0 is measured on: its relative error is below 1 %
 _VALUES = 2**26  # maximum number of pre-activations: 256 MB in float32
@@ -66,7 +66,7 @@ def _calibrate(stack: TrainStack, params: Arrays, hyper: Hyperparams, inputs: li
     settings = stack.config.of_kind(stack.kind.name)
     x_SxNxD = jnp.concatenate(inputs, axis=1)
     if stack.is_cross_layer:
-        x_LxNxD = x_SxNxD.astype(stack.config.state_dtype) * hyper.input_scale[:, None, None]
+        (x_LxNxD,) = cross_layer.scale_values(stack, hyper, [x_SxNxD])
         return cross_layer.smallest_kept(stack, params, hyper, x_LxNxD)  # type: ignore[arg-type]
 
     def of_member(arrays: Arrays, hyper: Hyperparams, x_NxD: jax.Array, _: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ python saelens_judge.py make DIR      DIR/theirs/<name>: folders that it saves, 
 python saelens_judge.py read DIR      DIR/read/<name>.npz: what it computes with every folder in DIR/ours,
                                       DIR/theirs and DIR/returned on the rows of DIR/x.npy; each is saved again
                                       to DIR/resaved/<name>
+python saelens_judge.py temporal DIR  DIR/<name>.npz: what it computes with the temporal SAEs DIR/temporal/<name> on the
+                                      texts of DIR/texts.npy
 """
 
 import sys
@@ -78,7 +80,17 @@ def read(folder: Path) -> None:
         SAE.load_from_disk(path, device="cpu").save_model(folder / "resaved" / name)
 
 
+def temporal(folder: Path) -> None:
+    """Encodes whole texts with every temporal SAE in DIR/temporal."""
+    x_BxTxD = torch.from_numpy(np.load(folder / "texts.npy"))
+    for path in sorted((folder / "temporal").iterdir()):
+        sae = SAE.load_from_disk(path, device="cpu", dtype="float32")
+        with torch.no_grad():
+            novel, predicted = sae.encode_with_predictions(x_BxTxD)
+            np.savez(folder / f"{path.name}.npz", novel=novel, predicted=predicted, y=sae(x_BxTxD))
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    dict(make=make, read=read)[sys.argv[1]](Path(sys.argv[2]))
+    dict(make=make, read=read, temporal=temporal)[sys.argv[1]](Path(sys.argv[2]))

@@ -77,6 +77,15 @@ def test_without_decoder_rows_a_dictionary_encodes_the_same():
         Dictionary(dictionary.config, W_enc_DxF=arrays["W_enc_DxF"])
 
 
+def test_values_of_another_width_are_refused():
+    dictionary, x = make(), activations(3, 12)
+    for wrong in (lambda: dictionary.encode(x[:, :11]), lambda: dictionary.encode(x[0, 0]), lambda: dictionary(x.T)):
+        with pytest.raises(UserError, match=r"expected \[..., 12\], as this topk dictionary has 12 dimensions and 40"):
+            wrong()
+    with pytest.raises(UserError, match=r"values of the shape \[3, 39\]: expected \[..., 40\]"):
+        dictionary.decode(dictionary.encode(x)[:, :39])
+
+
 def test_a_kind_that_overrides_encode_must_say_again_that_it_is_elementwise():
     class Sharpened(kinds.JumpReLU):
         def encode(self, dictionary, inputs, numbers):
@@ -187,6 +196,8 @@ def test_devices_write_and_read_their_parts_alone(tmp_path, monkeypatch):
 def test_damaged_and_missing_dictionaries_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds no dictionary"):
         load_dictionary(tmp_path)
+    with pytest.raises(UserError, match="the path of a dictionary is empty"):
+        load_dictionary("")
     save_dictionary(tmp_path / "a", make())
     description = tmp_path / "a" / "dictionary.json"
     description.write_text(description.read_text().replace('"sha256": "', '"sha256": "0', 1))

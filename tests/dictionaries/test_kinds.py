@@ -11,7 +11,6 @@ from absl import flags
 from every_kind import KINDS, MADE_UP, OWN_KINDS, PLUGIN
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, load_dictionary, save_dictionary
-from saejax.dictionaries.kinds.settings import KIND_SETTINGS
 from saejax.errors import UserError
 from saejax.runner import command, plugins
 from saejax.runner.flags import define_flags, from_flags
@@ -25,7 +24,6 @@ SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP
 
 def test_kinds_are_found_by_name_and_others_refused_with_the_names():
     assert [kinds.by_name(name).name for name in KINDS] == list(KINDS) and MADE_UP not in OWN_KINDS
-    assert list(KIND_SETTINGS) == list(kinds.KINDS), "what settings know, and what computes"
     with pytest.raises(UserError, match="standard, linear, gated, jumprelu, topk, batchtopk, matryoshka"):
         kinds.by_name("dense")
     with pytest.raises(ValueError, match="topk"):
@@ -86,8 +84,7 @@ def load_plugin(tmp_path):
 
     yield load
     plugins.load([PLUGIN])
-    for table in (kinds.KINDS, KIND_SETTINGS):
-        table.pop("above", None)
+    kinds.KINDS.pop("above", None)
 
 
 def test_a_changed_file_is_another_unit(load_plugin):
@@ -190,8 +187,7 @@ def test_a_kind_of_a_users_file_goes_through_all_stages(trained):
 
 def test_a_user_who_forgets_the_file_is_told(trained, inputs, tmp_path, monkeypatch, capsys):
     runs.copy_run(trained, tmp_path / "run")
-    for table in (kinds.KINDS, KIND_SETTINGS):
-        monkeypatch.delitem(table, MADE_UP)
+    monkeypatch.delitem(kinds.KINDS, MADE_UP)
     flags = runs.small_flags(*inputs, tmp_path / "run", **SETTINGS | dict(plugins=""))
     assert command.run(["evaluate"], "", ["program", *flags]) == 2
     error = capsys.readouterr().err

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import known_dictionaries as known
 import numpy as np
 import pytest
+import test_temporal
 
+import saejax
 from saejax.dictionaries import load_dictionary, save_dictionary
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
@@ -86,3 +88,22 @@ def test_we_compute_the_same_with_what_it_saved_and_it_with_what_comes_back(fold
         before, after = (np.load(folder / "read" / f"{source}-{name}.npz") for source in ("theirs", "returned"))
         for key in ("f", "y"):
             assert known.relative(after[key], before[key]) < 1e-5, name
+
+
+def test_we_compute_the_same_with_temporal_saes(tmp_path):
+    variants = dict(
+        tied={},
+        untied=dict(sae_diff_type="relu", tied_weights=False, apply_b_dec_to_input=False),
+        deep=dict(normalize_activations="none", n_attn_layers=3),
+    )
+    x_BxTxD = 3 * np.random.default_rng(1).normal(size=(4, 33, test_temporal.D)).astype(np.float32)
+    np.save(tmp_path / "texts.npy", x_BxTxD)
+    (tmp_path / "temporal").mkdir()
+    for name, changes in variants.items():
+        test_temporal.save(tmp_path / "temporal" / name, **changes)
+    judge("temporal", tmp_path)
+    for name in variants:
+        theirs, sae = np.load(tmp_path / f"{name}.npz"), saejax.load_temporal(tmp_path / "temporal" / name)
+        found = dict(zip(("novel", "predicted"), sae.encode_with_predictions(jnp.asarray(x_BxTxD)), strict=True))
+        for key, values in (found | dict(y=sae(jnp.asarray(x_BxTxD)))).items():
+            assert known.relative(values, theirs[key]) < 1e-5, (name, key)

@@ -6,7 +6,7 @@ import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import cross_layer
-from saejax.evaluation.loss_recovered import VARIANTS, Losses
+from saejax.evaluation.loss_recovered import Losses
 from saejax.evaluation.reconstruction import Reconstruction
 from saejax.evaluation.results import LeftOutSinks
 from saejax.stages.evaluate import run as evaluate
@@ -30,8 +30,7 @@ SCORE = Reconstruction(
 
 
 def losses() -> Losses:
-    values = [np.array([each[name] for name in VARIANTS]) for each in (CE, KL)]
-    return Losses.of(57, *values)
+    return Losses(57, CE, KL)
 
 
 def test_a_dictionary():

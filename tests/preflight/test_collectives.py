@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from preflight_setup import axes, needs_libtpu, on_mesh, plan_run, shape
 
-from saejax.dictionaries.kinds.settings import JumpReLUConfig
+from saejax.dictionaries.kinds.jumprelu import JumpReLUConfig
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig

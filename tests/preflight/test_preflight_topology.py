@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from preflight_setup import CONFIGS, needs_libtpu, on_mesh, plan_run, shape
 
 from saejax.costs.programs import Program
-from saejax.dictionaries.kinds.settings import JumpReLUConfig
+from saejax.dictionaries.kinds.jumprelu import JumpReLUConfig
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig

@@ -72,7 +72,7 @@ def go(folder, stack, make_batches=streamed, store=None, stop_after=None, wandb=
 
     batches = make_batches(stack, store or Rows())
     try:
-        return train_loop(stack, state, batches, first, metrics, checkpoints, stopping, step_fn or compiled(stack))
+        return train_loop(stack, state, batches, metrics, checkpoints, stopping, step_fn or compiled(stack))
     finally:
         checkpoints.close()
 

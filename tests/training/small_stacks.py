@@ -8,8 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from saejax.dictionaries import DictionaryConfig
-from saejax.dictionaries.kinds import by_name
-from saejax.dictionaries.kinds.settings import settings_of_kinds
+from saejax.dictionaries.kinds import by_name, settings_of_kinds
 from saejax.parallel.mesh import AXES
 from saejax.training.members import make_members
 from saejax.training.scales import SiteScale

@@ -18,7 +18,7 @@ from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
-from saejax.training.cross_layer import cross_layer_loss, finish_layer, smallest_kept
+from saejax.training.cross_layer import LayersBatch, cross_layer_loss, finish_layer, smallest_kept
 from saejax.training.stack import TrainStack
 from saejax.training.state import abstract_state, init_state
 
@@ -115,7 +115,7 @@ def test_loss_and_gradients_are_those_of_plain_numpy(kind, form, one_device):
         layers, (x, y) = random_layers(stack), values()
         dead = jnp.zeros((LAYERS, F), bool)
         loss = lambda layers: cross_layer_loss(  # noqa: E731
-            stack, layers, jnp.asarray(x), jnp.asarray(y), stack.hyperparams, 0, dead
+            stack, layers, LayersBatch(jnp.asarray(x), jnp.asarray(y), stack.hyperparams, jnp.int32(0), dead)
         )
         (total, (metrics, *_)), grads = jax.value_and_grad(loss, has_aux=True)(jax.tree.map(jnp.asarray, layers))
         wanted, plain_grads, errors = plain(layers, x, y, kind, step_share=1 / 2)  # of 50 steps 2 are warm-up
@@ -138,14 +138,13 @@ def test_in_auxk_dead_features_of_all_layers_reconstruct_each_layers_residual(on
         ]
         layers, (x, y) = random_layers(stacks[0]), values()
         dead = np.random.default_rng(5).random((LAYERS, F)) < 0.1
+        batch = LayersBatch(*map(jnp.asarray, (x, y)), stacks[0].hyperparams, jnp.int32(0), jnp.asarray(dead))
         (with_auxk, gradients), (without, plain_gradients) = (
             jax.tree.map(
                 np.asarray,
-                jax.value_and_grad(
-                    lambda layers, stack=stack: cross_layer_loss(
-                        stack, layers, jnp.asarray(x), jnp.asarray(y), stack.hyperparams, 0, jnp.asarray(dead)
-                    )[0]
-                )(jax.tree.map(jnp.asarray, layers)),
+                jax.value_and_grad(lambda layers, stack=stack: cross_layer_loss(stack, layers, batch)[0])(
+                    jax.tree.map(jnp.asarray, layers)
+                ),
             )
             for stack in stacks
         )

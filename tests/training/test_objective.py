@@ -12,7 +12,7 @@ from small_stacks import B, D, F, batches, make_stack
 
 from saejax.dictionaries import Dictionary, losses, sparsity
 from saejax.dictionaries.kinds.base import EncodedBatch
-from saejax.dictionaries.losses import auxk, dead_columns
+from saejax.dictionaries.losses import AuxKForm, auxk, dead_columns
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.training.optimizer import penalty_schedule
@@ -139,7 +139,7 @@ def test_auxk_reaches_dead_features_and_no_others(k, metric):
     metric_DxD = rng.normal(size=(D, D)) if metric else np.eye(D)
 
     def aux(pre, W_dec, error):
-        return auxk(pre, jnp.asarray(dead), W_dec, error, k, metric_DxD=jnp.asarray(metric_DxD))
+        return auxk(pre, jnp.asarray(dead), W_dec, error, AuxKForm(k), jnp.asarray(metric_DxD))
 
     to_pre, to_W, to_error = jax.grad(aux, argnums=(0, 1, 2))(*map(jnp.asarray, (pre, W_dec, error)))
     assert not np.any(to_error), "the error is a constant"
@@ -164,7 +164,7 @@ def test_auxk_of_few_dead_features_is_that_of_all_columns(dead, k):
     dead_F = jnp.asarray(np.isin(np.arange(features), rng.permutation(features)[:dead]))
 
     def both(pre_BxF, W_dec_FxD, all_columns):
-        return auxk(pre_BxF, dead_F, W_dec_FxD, arrays[2], k, all_columns=all_columns)
+        return auxk(pre_BxF, dead_F, W_dec_FxD, arrays[2], AuxKForm(k, all_columns=all_columns))
 
     (short, to_short), (whole, to_whole) = (
         jax.value_and_grad(both, argnums=(0, 1))(*arrays[:2], every) for every in (False, True)
@@ -191,7 +191,7 @@ def test_vectorised_members_compute_auxk_only_if_one_has_a_dead_feature():
     pre, W_dec, error = jnp.ones((2, B, F)), jnp.ones((2, F, D)), jnp.ones((2, B, D))
 
     def both(dead, most_dead):
-        one = functools.partial(auxk, k=3)
+        one = functools.partial(auxk, form=AuxKForm(3))
         return jax.vmap(lambda *own: one(*own, most_dead=most_dead))(pre, dead, W_dec, error)
 
     program = jax.make_jaxpr(both)(jnp.zeros((2, F), bool), jnp.asarray(0)).jaxpr
@@ -235,7 +235,7 @@ def test_a_further_term_is_in_every_loss_by_its_coefficient(name):
     member = _member(stack, params)
     pre = member.encoder_inputs(x).pre_xF
     terms = dict(
-        auxk=lambda: auxk(pre, dead, params["W_dec_FxD"], y - member(x), D // 2),
+        auxk=lambda: auxk(pre, dead, params["W_dec_FxD"], y - member(x), AuxKForm(D // 2)),
         decorrelation=lambda: losses.decorrelation(member.encode(x)),
         alignment=lambda: alignment(params["W_enc_DxF"], params["W_dec_FxD"]),
     )

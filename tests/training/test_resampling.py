@@ -92,10 +92,10 @@ def test_rows_of_a_crosscoder_have_a_summed_length_of_1():
     (batch,) = batches(1)
     stack = make_stack("standard", dead_tokens=1, decay=0.0, resample_every=1)
     site, widths = "resid_post.0+resid_post.1", (3, batch.shape[1] - 3)
-    crosscoder = dataclasses.replace(stack.dictionary, site=site, widths=widths)
+    joined = dataclasses.replace(stack, dictionary=dataclasses.replace(stack.dictionary, site=site, widths=widths))
     state, hyper = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (init_state(stack), stack.hyperparams))
     state = dataclasses.replace(state, silent_MxF=state.silent_MxF.at[jnp.array(DEAD)].set(10**7))
-    rows = resample(stack.config, crosscoder, state, hyper, *[jnp.asarray(batch)] * 3).params["W_dec_FxD"]
+    rows = resample(joined, state, hyper, *[jnp.asarray(batch)] * 3).params["W_dec_FxD"]
     parts_of_rows = np.split(np.asarray(rows)[DEAD], [3], axis=1)
     np.testing.assert_allclose(sum(np.linalg.norm(part, axis=1) for part in parts_of_rows), 1, rtol=1e-6)
 
@@ -135,7 +135,7 @@ def test_rows_are_directions_of_targets_or_errors_and_columns_of_inputs(kind, fo
 @pytest.mark.parametrize("decay", [0.2, 0.0])
 def test_when_it_is_due(decay):
     stack = make_stack(resample_every=10, decay=decay)
-    assert [step for step in range(1, 51) if is_due(stack.config, 50, step)] == [10, 20, 30, 40], "never the last"
+    assert [step for step in range(1, 51) if is_due(stack, step)] == [10, 20, 30, 40], "never the last"
 
 
 def test_members_draw_as_they_would_alone_and_on_a_mesh():

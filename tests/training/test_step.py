@@ -14,7 +14,6 @@ from small_stacks import STEPS, B, D, F, batches, make_config, make_stack, parts
 
 from saejax.config import Config, setting
 from saejax.dictionaries import Dictionary, kinds
-from saejax.dictionaries.kinds.settings import KIND_SETTINGS, KindSettings
 from saejax.dictionaries.kinds.topk import TopK
 from saejax.training import optimizer as updates
 from saejax.training.state import finish_dictionary, init_state
@@ -159,7 +158,6 @@ class HalvedTopK(TopK):
 @pytest.mark.parametrize("kind", [PulledTopK, HalvedTopK])
 def test_a_kind_has_the_same_gradients_by_every_form_of_products(kind, one_device, monkeypatch):
     monkeypatch.setitem(kinds.KINDS, kind.name, kind())
-    monkeypatch.setitem(KIND_SETTINGS, kind.name, KindSettings(reads=("k",)))
     gradients, x = {}, jnp.asarray(batches(1)[0])
     for products in ("dense", "rows"):
         stack = make_stack(kind.name, one_device, products=products)
@@ -229,7 +227,6 @@ class ActiveTopK(TopK):
 
 def test_a_kind_whose_k_follows_from_its_own_setting_trains_and_encodes(one_device, monkeypatch):
     monkeypatch.setitem(kinds.KINDS, "active", ActiveTopK())
-    monkeypatch.setitem(KIND_SETTINGS, "active", KindSettings(ActiveConfig))
     stack, x = make_stack("active", one_device), batches(1)[0]
     state, _ = run(stack, batches(2))
     for index, k in enumerate((3, 5)):

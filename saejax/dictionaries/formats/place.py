@@ -76,6 +76,8 @@ def resolve_path(path: str | os.PathLike) -> Path:
       UserError: the address is none, or the hub has no such repository or revision, or cannot be reached.
     """
     address = os.fspath(path)
+    if not address:
+        raise UserError("the path of a dictionary is empty: name a folder, or hf://ORG/NAME/FOLDER on the hub")
     if address.startswith(REGISTRY):
         address = find_release(address)[0]
     return _fetch(address) if address.startswith("hf:/") else resolve_links(path)

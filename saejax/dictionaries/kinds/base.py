@@ -60,10 +60,11 @@ class Kind:
 
     name: ClassVar[str]  #: as in ``--train.kinds`` and ``DictionaryConfig.kind``
     about: ClassVar[str]  #: a line for the report that goes on after "which"
-    #: Settings and reads: of a registered kind, ``config`` and ``reads`` of its ``settings.kinds.KindSettings``; for
-    #: the package's kinds both are given there.
+    #: the class of the settings that only this kind has, ``--train.<kind>.<field>``. Fields made with ``setting(...,
+    #: swept=True)`` are lists; each value makes a member of a stack.
     Settings: ClassVar[type[Config]] = Config
-    reads: ClassVar[Sequence[str]] = ()
+    reads: ClassVar[Sequence[str]] = ()  #: the settings of ``--train`` that several kinds share: "k", "l1"
+    source: str = ""  #: hash of the plugin's file; "" for a kind of saejax
     vectors: ClassVar[Sequence[str]] = ()  #: names of its arrays beyond the common ones, each [F], 0 at the start
     unscaled: ClassVar[Sequence[str]] = ()  #: the vectors that are not in units of activations
     #: fields of ``DictionaryConfig``, besides shapes, that its inference reads and that members of a stack differ in.

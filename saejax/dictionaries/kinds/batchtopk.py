@@ -1,12 +1,25 @@
 """The B k largest pre-activations of a whole batch of B tokens; a threshold at inference (Bussmann et al., 2024)."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from saejax.config import Config, setting
 from saejax.dictionaries import sparsity
 from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncoderInputs, Kind, Numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchTopKConfig(Config):
+    """Settings of batchtopk dictionaries alone."""
+
+    across_layers: bool = setting(
+        False,
+        "of a cross-layer transcoder: keep the largest activations of a batch in all layers together, so that layers "
+        "share the k features per token and layer as they need them; otherwise each layer keeps k",
+    )
 
 
 class BatchTopK(Kind):
@@ -14,6 +27,8 @@ class BatchTopK(Kind):
 
     name = "batchtopk"
     about = "keeps the largest activations of a batch, k of them per token on average"
+    Settings: ClassVar[type[Config]] = BatchTopKConfig
+    reads = ("k",)
     vectors = ("threshold_F",)
     elementwise = True
     jumprelu = True

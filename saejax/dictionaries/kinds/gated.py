@@ -23,6 +23,7 @@ class Gated(Kind):
 
     name = "gated"
     about = "has a gate that decides which features are active and a magnitude of its own for each"
+    reads = ("l1",)
     vectors = ("r_mag_F", "b_mag_F")
     unscaled = ("r_mag_F",)
     elementwise = True

@@ -1,12 +1,51 @@
 """Pre-activations above a threshold that each feature learns (Rajamanoharan et al., 2024; Conerly et al., 2025)."""
 
+import dataclasses
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
+from saejax.config import Config, setting
 from saejax.dictionaries import losses, sparsity
 from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncodedBatch, EncoderInputs, Facts, Kind, Numbers
 from saejax.dictionaries.kinds.groups import group_counts, group_reconstructions, group_sizes
-from saejax.dictionaries.kinds.settings import JumpReLUConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class JumpReLUConfig(Config):
+    """Settings of JumpReLU dictionaries alone."""
+
+    l0_coefficient: tuple[float, ...] = setting(
+        (1.0,),
+        "coefficient of the L0 penalty (or a list); with the penalty 'target', about five times the squared error "
+        "per token keeps L0 within a tenth of the target, and less leaves it above",
+        low=0.0,
+        swept=True,
+    )
+    l0_penalty: str = setting(
+        "step",
+        "penalty: the number of active features (step), a tanh of their size (tanh), or (L0 / target - 1)^2 (target)",
+        choices=("step", "tanh", "target"),
+    )
+    target_l0: tuple[float, ...] = setting(
+        (64.0,), "L0 aimed at by the penalty 'target' (or a list)", low=1.0, swept=True
+    )
+    bandwidth: float = setting(0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6)
+    initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0)
+    pre_activation: float = setting(
+        0.0,
+        "coefficient of the pre-activation loss, the mean over tokens of sum max(threshold - pre, 0) |W_dec| over dead "
+        "features, which brings them back (3e-6 in Conerly et al., 2025); 0: off",
+        low=0.0,
+    )
+    nested: tuple[float, ...] = setting(
+        (),
+        "shares of the features, ascending to 1, that must reconstruct by themselves, as in a matryoshka dictionary; "
+        "empty: no nested groups",
+        low=0.0,
+        high=1.0,
+    )
 
 
 class JumpReLU(Kind):
@@ -14,6 +53,7 @@ class JumpReLU(Kind):
 
     name = "jumprelu"
     about = "keeps activations above a threshold that each feature learns"
+    Settings: ClassVar[type[Config]] = JumpReLUConfig
     vectors = ("threshold_F",)
     elementwise = True
     jumprelu = True

@@ -26,6 +26,7 @@ class MatchingPursuit(Kind):
 
     name = "matching_pursuit"
     about = "chooses k features one after the other, each for what those before it leave"
+    reads = ("k",)
     numbers = ("k",)
     depends_on_decoder_norms = True
     rebuilds_input = True

@@ -10,8 +10,9 @@ class Standard(Kind):
     """ReLU; the penalty is l1 * mean over tokens of sum_i f_i |W_dec_i|."""
 
     name = "standard"
-    elementwise = True
     about = "is a ReLU with an L1 penalty on the activations"
+    reads = ("l1",)
+    elementwise = True
 
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """Return L1, weighted by the decoder rows' lengths."""

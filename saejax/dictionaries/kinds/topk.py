@@ -11,6 +11,7 @@ class TopK(Kind):
 
     name = "topk"
     about = "keeps the k largest activations of each token"
+    reads = ("k",)
     numbers = ("k",)
     depends_on_decoder_norms = True
     no_free_decoder = "has no penalty to hold it in a topk dictionary"

@@ -18,7 +18,7 @@ from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation import neighbours
 from saejax.evaluation.cross_layer import LoadedLayers, describe_layers, reconstruct_layers, replaced_losses
-from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
+from saejax.evaluation.loss_recovered import Losses, recovered, scored_documents, stand_in_losses
 from saejax.evaluation.member_data import compiled_in
 from saejax.evaluation.parts import (
     histogram,
@@ -30,7 +30,8 @@ from saejax.evaluation.parts import (
     relative_norms,
 )
 from saejax.evaluation.reconstruction import Reconstruction, read_blocks, reconstruct
-from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
+from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores
+from saejax.evaluation.roles import score_roles
 from saejax.evaluation.settings import EvaluateConfig
 from saejax.files import read_json, write_array, write_json
 from saejax.links import member_folder
@@ -55,7 +56,6 @@ def run_evaluate(run: Run) -> EvaluateResults:
     This writes for each member, in a folder of its own if there are several: ``firing_rate.npy`` and
     ``mean_activation.npy`` [F], fp32, and ``scores.json``; members with scores are left out.
     """
-    config = run.configs[EvaluateConfig]
     store = Store.open(run.inputs["capture"])
     trained = run.inputs[f"train/{run.name}"]
     if circuit_tracer.is_cross_layer(trained):
@@ -67,11 +67,11 @@ def run_evaluate(run: Run) -> EvaluateResults:
 
     # Loaded when a member is to be scored: a run that finds all scores needs no model.
     @functools.cache
-    def models() -> tuple[Mesh, LanguageModel, LanguageModel | None]:
+    def models() -> tuple[LanguageModel, LanguageModel | None]:
         mesh, model = make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
         lm = load_configured_model(model, mesh)
         store.check_model(lm.source)
-        return mesh, lm, load_other(model, store, mesh)
+        return lm, load_other(model, store, mesh)
 
     def file(members: Sequence[TrainedMember]) -> Path:
         """Return the scores file of the first member that is not scored; of the last one if all are."""
@@ -82,11 +82,8 @@ def run_evaluate(run: Run) -> EvaluateResults:
         if run.stopping():
             raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
         names = [member.name for member in members if not (run.member_folder(member.name) / SCORES).exists()]
-        mesh, lm, second = models()
         sites = members[0].site, members[0].target
-        _score_site(
-            run, config, store, (lm, second), mesh, sites, {name: member_folder(trained, name) for name in names}
-        )
+        _score_site(run, store, models(), sites, {name: member_folder(trained, name) for name in names})
 
     scored = [member for member in stack if not run.stack or member.name in run.stack.together]
     run.each(_together(trained, scored), file, score)
@@ -119,7 +116,7 @@ def _evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
     lm = load_configured_model(model, mesh)
     store.check_model(lm.source)
     scores = reconstruct_layers(loaded, store, mesh, config.batch_tokens)
-    losses = replaced_losses(lm, loaded.layers, loaded.decoders, loaded.sites, store, config)
+    losses = replaced_losses(lm, loaded, store, config)
     write_array(run.folder / "firing_rate.npy", np.stack([score.firing_rate_F for score in scores]).astype(np.float32))
     active_LxF = np.stack([score.mean_activation_F for score in scores])
     write_array(run.folder / "mean_activation.npy", active_LxF.astype(np.float32))
@@ -168,15 +165,13 @@ def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | 
 
 def _score_site(
     run: Run,
-    config: EvaluateConfig,
     store: Store,
     models: tuple[LanguageModel, LanguageModel | None],
-    mesh: Mesh,
     sites: tuple[str, str],
     folders: dict[str, Path],
 ) -> None:
     """Score the members that read one site and predict one target, and write the results of each."""
-    site, target = sites
+    (site, target), config, mesh = sites, run.configs[EvaluateConfig], models[0].mesh
     # The rule of the store, whoever trained the dictionaries.
     loaded = (load_dictionary(folder, mesh=mesh) for folder in folders.values())
     dictionaries = [dictionary.with_sink_norms(store.max_norm, True) for dictionary in loaded]
@@ -184,8 +179,7 @@ def _score_site(
     scores = reconstruct(
         dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens
     )
-    documents = store.documents.of("held_out")
-    documents = documents[: config.ce_documents] if config.ce_documents else documents
+    documents = scored_documents(store, config)
     mean_D = store.mean(target, site)
     parts: Sequence[dict[str, PartScores] | None] = [None] * len(dictionaries)
     shared: Sequence[int | None] = [None] * len(dictionaries)
@@ -205,11 +199,12 @@ def _score_site(
         parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, relative, strict=True)]
     else:
         losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens)
+    roles = score_roles(models[0], dictionaries, store, sites, config.batch_tokens)
     sinks, target_sinks = (
         LeftOutSinks(**vars(store.sinks(name)), max_norm=store.max_norm(name)) for name in (site, target)
     )
-    for name, dictionary, score, loss, of_parts, of_shared in zip(
-        folders, dictionaries, scores, losses, parts, shared, strict=True
+    for name, dictionary, score, loss, of_parts, of_shared, of_roles in zip(
+        folders, dictionaries, scores, losses, parts, shared, roles, strict=True
     ):
         folder = run.member_folder(name)
         folder.mkdir(exist_ok=True)
@@ -218,7 +213,7 @@ def _score_site(
         # A member that is a unit can be in several stacks, under several names: its unit has none.
         where = dict(name="" if run.stack else name, site=site, target=target, sinks=sinks)
         where |= dict(target_sinks=target_sinks if target != site else None)
-        described = _describe(dictionary, score, loss, parts=of_parts, shared=of_shared, **where)
+        described = _describe(dictionary, score, loss, parts=of_parts, shared=of_shared, roles=of_roles, **where)
         write_json(folder / SCORES, to_json(described))
         run.say(_line(dataclasses.replace(described, name=name)))
         if conflict := dictionary.config.bos_conflict(store.manifest.bos):
@@ -228,19 +223,12 @@ def _score_site(
 def _describe(dictionary: Dictionary, score: Reconstruction, loss: Losses, **where: Any) -> DictionaryScores:
     return DictionaryScores(
         tokens=score.tokens,
-        explained_variance=score.explained_variance,
-        cosine=score.cosine,
-        l0=score.l0,
-        dead_fraction=score.dead_fraction,
-        dense_fraction=score.dense_fraction(),
+        **score.figures(),
         decoder_neighbours=neighbours.summary(
             neighbours.neighbour_cosines(dictionary.W_dec_FxD[...]), dictionary.config.n_features
         ),
-        ce=StandInMeans(**loss.ce, tokens=loss.tokens),
-        kl=StandInMeans(**loss.kl, tokens=None),
-        ce_recovered_mean=recovered(loss.ce, "mean_ablated"),
+        **loss.figures(),
         ce_recovered_zero=recovered(loss.ce, "zero_ablated"),
-        kl_recovered_mean=recovered(loss.kl, "mean_ablated"),
         kl_recovered_zero=recovered(loss.kl, "zero_ablated"),
         density_histogram=score.density_histogram(),
         **where,
@@ -255,10 +243,7 @@ def _parts(
     return {
         name: PartScores(
             variance,
-            ce=StandInMeans(**losses[name].ce, tokens=losses[name].tokens),
-            kl=StandInMeans(**losses[name].kl, tokens=None),
-            ce_recovered_mean=recovered(losses[name].ce, "mean_ablated"),
-            kl_recovered_mean=recovered(losses[name].kl, "mean_ablated"),
+            **losses[name].figures(),
             private=int((private_F == part).sum()),
             relative_norms=histogram(relative_PxF[part]),
         )
@@ -272,8 +257,10 @@ def _line(scores: DictionaryScores) -> str:
         for value in (scores.ce_recovered_mean, scores.kl_recovered_mean)
     ]
     name = f"{scores.name}: " if scores.name else ""
+    by_role = [f"{role} {of_role.explained_variance:.3f}" for role, of_role in (scores.roles or {}).items()]
     return (
         f"{name}explained variance {scores.explained_variance:.3f}, L0 {scores.l0:.1f}, "
         f"dead {scores.dead_fraction:.1%} on {scores.tokens:,} held-out tokens; recovered against the mean: "
         f"cross-entropy {of_floor[0]}, KL {of_floor[1]}, on {scores.ce.tokens:,}"
+        + (f"; explained variance by role: {', '.join(by_role)}" if by_role else "")
     )

@@ -3,7 +3,7 @@
 import dataclasses
 
 from saejax.config import Config, setting
-from saejax.dictionaries.kinds.settings import unit_names
+from saejax.dictionaries.kinds import unit_names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from saejax.config import Configs, counted
 from saejax.dictionaries.hashes import hash_dictionaries
-from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.dictionaries.kinds import PRETRAINED
 from saejax.errors import UserError
 from saejax.ground_truth.results import TruthResults
 from saejax.ground_truth.settings import CONTROLS, TruthConfig

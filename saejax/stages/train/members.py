@@ -7,7 +7,7 @@ from saejax.activations.joined import single_sites
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Config, Configs, setting
 from saejax.dictionaries.cross_layer import FORMS
-from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.dictionaries.kinds import PRETRAINED
 from saejax.errors import UserError
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.settings import TrainConfig

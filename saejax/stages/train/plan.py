@@ -16,7 +16,7 @@ from saejax.activations.store import DTYPES
 from saejax.costs.plan import WIDTH, PlannedRun, PlannedStack
 from saejax.costs.programs import Program, abstract_params, whole
 from saejax.dictionaries import DictionaryConfig
-from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.dictionaries.kinds import PRETRAINED
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.flops import pass_flops, step_flops, weights_share

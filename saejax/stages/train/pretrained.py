@@ -12,7 +12,7 @@ from pathlib import Path
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, rescale, save_dictionary
 from saejax.dictionaries.formats import circuit_tracer, folders_of, hooks, read_config
 from saejax.dictionaries.formats.place import registry_overrides, resolve_path
-from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.dictionaries.kinds import PRETRAINED
 from saejax.dictionaries.names import folder_name
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError

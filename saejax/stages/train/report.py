@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.dictionaries.kinds import KINDS
-from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.dictionaries.kinds import KINDS, PRETRAINED
 from saejax.dictionaries.names import full_name
 from saejax.evaluation.results import DENSE_ABOVE, CrossLayerScores, DictionaryScores, EvaluateResults
 from saejax.page.blocks import Block, Picture, Terms, Text
@@ -86,7 +85,7 @@ def section(findings: Findings, draw: Draw, tested: str) -> Section:
     tables = [_table(findings, tested)] if scores else []
     tables += [_members_table(kind, members) for kind, members in stacks.items()]
     tables += [_layers_table(kind, results) for kind, results in layers.items()]
-    tables += _parts_tables(scores)
+    tables += _parts_tables(scores) + _roles_tables(scores)
     # A cross-layer transcoder has no scores of single dictionaries to introduce.
     intro = _intro(scores, tested) if scores else "Trained: a cross-layer transcoder."
     blocks: tuple[Block, ...] = (Text(intro), Terms(_TERMS), *tables, *pictures)
@@ -154,6 +153,26 @@ def _parts_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Tabl
         "activations makes private features of shared ones, so prefer batchtopk for this comparison."
     )
     return [Table.of("The parts of crosscoders", rows, columns, stack=False, note=note)] if rows else []
+
+
+def _roles_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Table]:
+    """Return a table with a row for every dictionary and role of held-out chats; none without chats."""
+    rows = [
+        (full_name(kind, member.name), role, scored)
+        for kind, members in scores.items()
+        for member in members
+        for role, scored in (member.roles or {}).items()
+    ][:_MEMBER_ROWS]
+    columns = {
+        "Dictionary": lambda name, role, scored: name,
+        "Role": lambda name, role, scored: role,
+        "Tokens": lambda name, role, scored: f"{scored.tokens:,}",
+        "L0": lambda name, role, scored: number(scored.l0, 1),
+        "Explained variance": lambda name, role, scored: number(scored.explained_variance, 3),
+        "Dead": lambda name, role, scored: percent(scored.dead_fraction, 1),
+        "Dense": lambda name, role, scored: percent(scored.dense_fraction, 1),
+    }
+    return [Table.of("The messages of held-out chats, by role", rows, columns, stack=False)] if rows else []
 
 
 def _layers_table(kind: str, scores: CrossLayerScores) -> Table:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from saejax.activations.joined import single_sites
 from saejax.activations.store import Store
 from saejax.dictionaries.cross_layer import FORM
-from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.dictionaries.kinds import PRETRAINED
 from saejax.errors import UserError
 from saejax.files import read_object
 from saejax.models.loading import load_configured_model

@@ -6,7 +6,7 @@ from typing import Any
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Configs, counted
 from saejax.dictionaries.hashes import hash_dictionaries
-from saejax.dictionaries.kinds.settings import PRETRAINED
+from saejax.dictionaries.kinds import PRETRAINED
 from saejax.errors import UserError
 from saejax.files import fingerprint
 from saejax.models.sites import parse_site, site_parts

@@ -1,0 +1,138 @@
+"""Scores of the messages of chats by role, such as the user's and the assistant's.
+
+A store holds token ids alone, so a message is recognised by the tokens with which the model's chat template opens
+messages of its role, and lasts to the next such tokens. What stands before the first message has no role.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.activations.documents import Documents
+from saejax.activations.store import Store
+from saejax.dictionaries import Dictionary
+from saejax.evaluation.reconstruction import read_rows, reconstruct
+from saejax.evaluation.results import RoleScores
+from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import bos_tokens
+
+_CONTENTS = ("qz1zq", "qz2zq", "qz3zq")  # of messages: no template writes such words
+Openers = dict[str, tuple[int, ...]]  # token ids that open a message, by role
+
+
+def message_openers(tokenizer: Any) -> Openers:
+    """Return the token ids that open a message of each role; none if the template does not tell roles apart.
+
+    A template is a program: what it writes around messages is read off chats whose messages are known. A system
+    message that the template writes into the user's is part of it.
+    """
+    around = _tokens_around(tokenizer, "user", "assistant", "user")
+    if around is None:
+        return {}
+    before, to_assistant, to_user, end = around
+    # The first message of a user has no other before it, and the last one ends as those before an assistant's do.
+    user = to_user[len(to_user) - _common(before[::-1], to_user[::-1]) :]
+    assistant = to_assistant[_common(end, to_assistant) :] or to_assistant
+    if not user or not assistant or user == assistant:
+        return {}
+    of_system = _tokens_around(tokenizer, "system", "user")
+    openers = dict(user=user, assistant=assistant)
+    if of_system and of_system[0] and of_system[1][-len(user) :] == user:
+        openers["system"] = of_system[0]
+    return {role: tuple(ids) for role, ids in openers.items()}
+
+
+def _tokens_around(tokenizer: Any, *roles: str) -> list[list[int]] | None:
+    """Return the token ids before, between and after messages of these roles; None: there is no such chat."""
+    messages = [dict(role=role, content=content) for role, content in zip(roles, _CONTENTS, strict=False)]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # of any type: a template is a program that refuses roles in its own words
+        return None
+    texts = []
+    for message in messages:
+        before, content, text = text.partition(message["content"])
+        if not content:
+            return None
+        texts.append(before)
+    texts[0] = texts[0].removeprefix(getattr(tokenizer, "bos_token", None) or "")
+    # White space at the end of what opens a message may become one token with the message's beginning.
+    return [tokenizer(each.rstrip(), add_special_tokens=False)["input_ids"] for each in (*texts, text)]
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens at the beginning are the same."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def roles_of_tokens(documents: Documents, openers: Openers, front: int) -> list[np.ndarray]:
+    """Return the role of every token of each document, its index in ``openers``; -1: none.
+
+    A document that goes on in the middle of a text goes on with the role at the end of the piece before, if that is
+    among the documents.
+
+    Args:
+      documents: pieces of texts.
+      openers: result of ``message_openers``.
+      front: number of special tokens in front of each document, which have no role.
+    """
+    roles = [np.full(length, -1, np.int8) for length in documents.lengths_N.tolist()]
+    source_N, start_N = documents.column("source"), documents.column("start")
+    before = (-1, -1, -1)  # source of the last piece, where the next one would start, and its role
+    for document in np.lexsort((start_N, source_N)).tolist():
+        ids_T, roles_T = documents[document], roles[document]
+        source, start = int(source_N[document]), int(start_N[document])
+        roles_T[front:] = before[2] if start and before[:2] == (source, start) else -1
+        for position, role in _openings(ids_T, openers):
+            roles_T[position:] = role
+        before = (source, start + len(ids_T) - front, int(roles_T[-1]))
+    return roles
+
+
+def _openings(ids_T: np.ndarray, openers: Openers) -> Iterator[tuple[int, int]]:
+    """Yield where messages begin, ascending, and the index of their role; of two at one place the longer counts."""
+    role_of_place: dict[int, int] = {}
+    for role, opener in sorted(enumerate(openers.values()), key=lambda pair: len(pair[1])):
+        count = len(ids_T) - len(opener) + 1
+        if count > 0:
+            is_here = np.all([ids_T[i : i + count] == token for i, token in enumerate(opener)], axis=0)
+            role_of_place |= dict.fromkeys(np.flatnonzero(is_here).tolist(), role)
+    yield from sorted(role_of_place.items())
+
+
+def score_roles(
+    lm: LanguageModel, dictionaries: Sequence[Dictionary], store: Store, sites: Sequence[str], batch: int
+) -> list[dict[str, RoleScores] | None]:
+    """Return the scores on the messages of each role, by dictionary; None where the held-out text has no two roles.
+
+    Args:
+      lm: the model whose chat template the text was written with.
+      dictionaries: dictionaries that ``reconstruct`` scores together.
+      store: the store.
+      sites: what they read and predict.
+      batch: tokens per run of the program.
+    """
+    nothing: list[dict[str, RoleScores] | None] = [None] * len(dictionaries)
+    openers = message_openers(lm.tokenizer)
+    if not openers:
+        return nothing
+    first = store.documents.train_count
+    held_out = store.documents.select(np.arange(first, len(store.documents)))
+    front = len(bos_tokens(lm.tokenizer, lm.bos)) if store.manifest.bos else 0
+    role_T = np.concatenate(roles_of_tokens(held_out, openers, front))
+    rows = store.rows("held_out", *dict.fromkeys(sites))
+    document_N, position_N, _ = store.tokens(rows)
+    role_N = role_T[held_out.starts_N[document_N - first] + position_N]
+    present = [index for index in range(len(openers)) if np.any(role_N == index)]
+    if len(present) < 2:
+        return nothing
+    by_role = {}
+    for index in present:
+        blocks = read_rows(store, rows[role_N == index], sites, batch)
+        by_role[[*openers][index]] = reconstruct(dictionaries, blocks, lm.mesh, batch)
+    return [
+        {role: RoleScores(scores[i].tokens, **scores[i].figures()) for role, scores in by_role.items()}
+        for i in range(len(dictionaries))
+    ]

@@ -1,0 +1,143 @@
+"""Messages of held-out chats are told apart by role, with templates as they are published, and scored apart."""
+
+import re
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import jinja2
+import numpy as np
+import pytest
+
+from saejax.activations.documents import COLUMNS, Documents
+from saejax.activations.in_memory import Activations
+from saejax.activations.manifest import CapturedModel
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.evaluation.roles import message_openers, roles_of_tokens, score_roles
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+WITH_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help<|im_end|>\n{% endif %}" + CHATML
+)  # SmolLM2, Qwen 2.5
+LLAMA_3 = "<s>{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+PHI_3 = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|endoftext|>"
+GEMMA = (
+    "<s>{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}</turn>\n{% endfor %}"
+)
+MISTRAL = (
+    "<s>{% for m in messages %}{% if m.role == 'system' %}[INST] {{ m.content }}\n\n{% elif m.role == 'user' %}"
+    "{% if loop.index0 == 0 or messages[0].role != 'system' or loop.index0 > 1 %}[INST] {% endif %}"
+    "{{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+TEMPLATES = dict(chatml=CHATML, with_system=WITH_SYSTEM, llama_3=LLAMA_3, phi_3=PHI_3, gemma=GEMMA, mistral=MISTRAL)
+CHAT = (
+    ("user", "how many are there"),
+    ("assistant", "there are three"),
+    ("user", "and user now"),
+    ("assistant", "five"),
+)
+
+
+class Tokenizer:
+    """Words, special tokens and line ends, numbered as they come."""
+
+    bos_token, bos_token_id, eos_token_id = "<s>", 0, None
+
+    def __init__(self, template):
+        self.chat_template, self.ids = template, {"<s>": 0}
+
+    def apply_chat_template(self, messages, tokenize):
+        def refuse(message):
+            raise jinja2.TemplateError(message)
+
+        return jinja2.Template(self.chat_template).render(messages=messages, raise_exception=refuse)
+
+    def __call__(self, text, add_special_tokens):
+        words = re.findall(r"</?[^<>]*>|\[/?INST\]|\n|[^\s<\[]+", text)
+        return dict(input_ids=[self.ids.setdefault(word, len(self.ids)) for word in words])
+
+    def encode_chat(self, *messages):
+        text = self.apply_chat_template([dict(role=role, content=content) for role, content in messages], False)
+        return self(text, False)["input_ids"]
+
+
+def documents(*pieces, front=0):
+    """Pieces of texts, each (source, token ids), those of one source one after the other."""
+    table, starts = [], {}
+    for source, ids in pieces:
+        table.append(dict(split=1, group=0, source=source, start=starts.get(source, 0)))
+        starts[source] = starts.get(source, 0) + len(ids) - front
+    rows = np.array([[row[name] for name in COLUMNS] for row in table], np.int32)
+    ids_T = np.concatenate([ids for _, ids in pieces]).astype(np.int32)
+    return Documents.contiguous(ids_T, [len(ids) for _, ids in pieces], rows, ("text",))
+
+
+def roles_of_words(tokenizer, openers, roles_T, ids_T, words):
+    """The role of each of these words in a text, where it stands first."""
+    names = [*openers, ""]
+    return [names[roles_T[ids_T.index(tokenizer.ids[word])]] for word in words]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_word_of_a_message_has_its_role(name):
+    tokenizer = Tokenizer(TEMPLATES[name])
+    openers = message_openers(tokenizer)
+    assert openers.keys() == {"user", "assistant"} | (set() if name in ("gemma", "mistral") else {"system"})
+    ids = tokenizer.encode_chat(*CHAT)
+    (roles,) = roles_of_tokens(documents((0, ids)), openers, 0)
+    words = ["how", "many", "three", "now", "five"]
+    expected = ["user", "user", "assistant", "user", "assistant"]
+    assert roles_of_words(tokenizer, openers, roles, ids, words) == expected
+    if "system" in openers:
+        ids = tokenizer.encode_chat(("system", "be terse"), *CHAT)
+        (roles,) = roles_of_tokens(documents((0, ids)), openers, 0)
+        found = roles_of_words(tokenizer, openers, roles, ids, ["be", "terse", *words])
+        assert found == ["system", "system", *expected]
+
+
+def test_templates_that_tell_no_roles_apart_have_none():
+    assert message_openers(SimpleNamespace()) == message_openers(Tokenizer("")) == {}
+    assert message_openers(Tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")) == {}
+    assert message_openers(Tokenizer("{{ raise_exception('no') }}")) == {}
+
+
+def test_a_message_goes_on_in_the_next_piece_of_its_text():
+    tokenizer = Tokenizer(CHATML)
+    openers, ids = message_openers(tokenizer), tokenizer.encode_chat(*CHAT)
+    (whole,) = roles_of_tokens(documents((0, ids)), openers, 0)
+    cut = next(i for i, role in enumerate(whole) if role == 1) + 5  # in the first answer
+    pieces = [(3, [0, *ids[:cut]]), (4, [0, 90, 91]), (3, [0, *ids[cut:]])]
+    first, other, second = roles_of_tokens(documents(*pieces, front=1), openers, 1)
+    assert [first[0], second[0], *other] == [-1] * 5
+    np.testing.assert_array_equal([*first[1:], *second[1:]], whole)
+    # Without the piece before it, the rest of the message has no role.
+    (alone,) = roles_of_tokens(documents(*pieces, front=1).select(np.array([2])), openers, 1)
+    assert alone[1] == -1 and alone[-1] == 1
+
+
+def test_scores_are_of_the_tokens_of_a_role(tmp_path, one_device):
+    tokenizer, d = Tokenizer(CHATML), 8
+    texts = [np.array(tokenizer.encode_chat(*CHAT[: 2 + 2 * (i % 2)]), np.int32) for i in range(6)]
+    count = sum(map(len, texts))
+    values_NxD = np.random.default_rng(0).normal(size=(count, d)).astype(np.float32)
+    model = CapturedModel("tiny", "", "", "float32")
+    index_Nx3 = np.zeros((count, 3), np.int32)
+    store = Activations({"resid_post.0": values_NxD}, index_Nx3, texts, 10.0, model, False).save(tmp_path, held_out=4)
+    config = DictionaryConfig(kind="standard", site="resid_post.0", d_in=d, n_features=16, max_norm=100.0)
+    dictionary = Dictionary.initial(config, jax.random.key(0))
+    lm = SimpleNamespace(tokenizer=tokenizer, bos="never", mesh=one_device)
+    (found,) = score_roles(lm, [dictionary], store, ("resid_post.0",), 16)
+    openers, first = message_openers(tokenizer), sum(map(len, texts[:2]))
+    roles_N = np.concatenate(roles_of_tokens(documents(*enumerate(texts)), openers, 0))
+    assert [*found] == ["user", "assistant"]
+    for role, scores in found.items():
+        x_NxD = values_NxD[first:][roles_N[first:] == [*openers].index(role)]
+        f_NxF = np.asarray(dictionary.encode(jnp.asarray(x_NxD)))
+        error = np.square(x_NxD - np.asarray(dictionary(jnp.asarray(x_NxD)))).sum()
+        assert scores.tokens == len(x_NxD) > 20
+        assert scores.l0 == pytest.approx((f_NxF > 0).sum(1).mean())
+        expected = 1 - error / np.square(x_NxD - x_NxD.mean(0)).sum()
+        assert scores.explained_variance == pytest.approx(expected, rel=1e-4)
+    plain = SimpleNamespace(tokenizer=SimpleNamespace(), bos="never", mesh=one_device)
+    assert score_roles(plain, [dictionary] * 2, store, ("resid_post.0",), 16) == [None, None]
