@@ -296,8 +296,6 @@ def test_bad_input_is_said(lm, acts, sae):
         saejax.train(acts, SITE, learning_rte=1)
     with pytest.raises(UserError, match=r"make 2 dictionaries \(k4, k8\), and this trains one"):
         saejax.train(acts, SITE, k=(4, 8), on_progress=pytest.fail)
-    with pytest.raises(UserError, match="train it with the command saejax train --train.form=cross_layer_transcoder"):
-        saejax.train_all(acts, kind="jumprelu", form="cross_layer_transcoder", on_progress=pytest.fail)
     with pytest.raises(UserError, match="name the site"):
         saejax.train(acts)
     with pytest.raises(UserError, match="resid_post.9"):

@@ -74,7 +74,7 @@ def _put_member(array_Mx: jax.Array, index: jax.Array, member_x: jax.Array) -> j
     """Return an array with one member replaced; to be traced. Where it has more features, further ones stay."""
     # A choice at each place, so that every device works on its own part: an update at an index that is known at run
     # time alone would be made on a copy of the whole.
-    wider = [(0, size - own) for size, own in zip(array_Mx.shape[1:], member_x.shape, strict=True)]
+    wider = [(0, size - count) for size, count in zip(array_Mx.shape[1:], member_x.shape, strict=True)]
     given_1x, is_given_1x = (jnp.pad(array, wider)[None] for array in (member_x, jnp.ones(member_x.shape, bool)))
     is_member_M = jnp.arange(len(array_Mx)) == index
     return jnp.where(is_member_M.reshape(-1, *[1] * member_x.ndim) & is_given_1x, given_1x, array_Mx)
