@@ -1,10 +1,12 @@
 """Fused attention: which kernel is taken when, what it is asked for beside ``attend``, and lowering for its devices.
 
-No kernel runs here: splash is interpreted, cuDNN's masks and scale are computed by XLA from the same arguments.
+No kernel runs here: splash is interpreted, cuDNN's masks and scale are computed by XLA from the same arguments. Where
+libtpu is installed, splash is compiled for a slice.
 """
 
 import dataclasses
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from saejax.models.attention import attend, whole_prompt_tables
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.fused_attention import attend_fused, find_kernel, select_kernel
 from saejax.parallel import mesh as meshes
+from saejax.parallel.settings import MeshConfig
+from saejax.preflight import topology
 
 CONFIG = DecoderConfig(
     **dict(family="qwen3", n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_head=128, d_mlp=12, vocab=32),
@@ -123,6 +127,28 @@ def test_kernels_are_lowered_for_their_devices(monkeypatch, kernel, platform, ca
     program = jax.jit(jax.grad(loss, (1, 2, 3))).trace(jnp.int32(0), *draw(256, BF16))
     text = program.lower(lowering_platforms=(platform,)).as_text()
     assert text.count(call) >= 4  # both windows, forwards and backwards
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra 'tpu')")
+@pytest.mark.parametrize("name, axes", [("v5e:2x4", dict(data=4, model=2)), ("v5p:2x2x2", dict(member=2, data=4))])
+def test_splash_is_chosen_and_compiles_for_slices(name, axes):
+    """Forwards and backwards, prompts and heads split over the slice."""
+    mesh = meshes.make_mesh(MeshConfig(**axes), topology.find_slice(name).devices)
+    config = dataclasses.replace(CONFIG, **WINDOWS)
+    tables = whole_prompt_tables(config, 256)
+    spec = jax.sharding.PartitionSpec(meshes.BY_DOCUMENT, None, "model", None)
+    where = jax.sharding.NamedSharding(mesh, spec)
+    qkv = [jax.ShapeDtypeStruct((8, 256, heads, 128), BF16, sharding=where) for heads in (4, 2, 2)]
+
+    def loss(layer, *qkv):
+        mesh = meshes.mesh_of(qkv[0])
+        kernel = find_kernel(config, GRADIENT, mesh, qkv[0][..., 0, :])
+        assert kernel == "splash"
+        return jnp.sum(attend_fused(kernel, config, mesh, qkv, tables, layer).astype(F32))
+
+    layer = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    compiled = jax.jit(jax.grad(loss, (1, 2, 3))).lower(layer, *qkv).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 4
 
 
 def test_the_kernel_follows_the_mesh_and_the_stream():

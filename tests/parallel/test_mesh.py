@@ -1,5 +1,6 @@
-"""How the devices of slices and nodes, made up here, are arranged as a mesh."""
+"""How the devices of slices and nodes, made up here or libtpu's, are arranged as a mesh."""
 
+import importlib.util
 import itertools
 import random
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from saejax.parallel.mesh import arrange_devices
+from saejax.preflight import topology
 
 
 def chips(sizes, slices=1):
@@ -35,6 +37,15 @@ def test_neighbours_on_a_slice_are_linked(shape):
     assert arranged.shape == shape and {device.id for device in arranged.flat} == set(range(16))
     assert hops(np.array(devices).reshape(shape)) > 1 or shape[-1] == 2
     assert hops(arranged) == 1 or shape == (1, 2, 8)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra 'tpu')")
+@pytest.mark.parametrize(("name", "shape"), [("v5e:4x4", (1, 4, 4)), ("v6e:4x4", (4, 1, 4)), ("v5p:4x4x4", (4, 4, 4))])
+def test_neighbours_on_the_slices_that_libtpu_knows_are_linked(name, shape):
+    devices = topology.find_slice(name).devices
+    arranged = arrange_devices(devices, shape)
+    assert arranged.shape == shape and {device.id for device in arranged.flat} == {device.id for device in devices}
+    assert hops(arranged) == 1
 
 
 @pytest.mark.parametrize(("shape", "axes"), [((1, 4, 4), [1]), ((2, 2, 4), [0]), ((1, 1, 16), [2]), ((4, 1, 4), [0])])
