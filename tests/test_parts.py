@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from saejax.errors import Interrupted
 from saejax.runner import parts
 
 
@@ -46,3 +47,11 @@ def test_a_part_of_any_name_is_no_file_of_the_unit(tmp_path, name):
     run = SimpleNamespace(folder=tmp_path)
     assert parts.part_file(run, name) != tmp_path / f"{name}.json"
     assert parts.part_file(run, name, "-graph") == tmp_path / f"{name}-graph"
+
+
+def test_a_part_that_has_no_work_is_not_begun_where_the_run_is_to_stop(tmp_path):
+    share, lines = SimpleNamespace(leads=True, processes=None), []
+    run = SimpleNamespace(stage="probe", folder=tmp_path, say=lines.append, stopping=lambda: True, share=share)
+    with pytest.raises(Interrupted, match=r"part \(1 of 1\): stopped"):
+        parts.each_part(run, ["part"], lambda: lambda part, on_progress: parts.Measured({}, "nothing to do"), dict)
+    assert not lines and not [*tmp_path.iterdir()]

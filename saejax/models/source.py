@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from saejax.errors import UserError
 from saejax.models.checkpoint import WEIGHT_FILES, list_shards, not_finite_error, read_checkpoint, weight_files
 from saejax.models.families import check_family, has_family, read_config
@@ -234,20 +232,6 @@ def _damaged_parameters(model: Any) -> list[str]:
     import torch
 
     return [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
-
-
-def torch_logits(model: Any, ids_BxT: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
-    """Return the logits, fp32 [B, T, V], of a model from ``load_torch_model`` for token ids padded on the right.
-
-    ``lengths`` are the numbers of tokens of the prompts ``ids``.
-    """
-    import torch
-
-    mask_BxT = np.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
-    arrays = (torch.from_numpy(array.astype(np.int64)) for array in (ids_BxT, mask_BxT))
-    with torch.inference_mode():
-        ids, mask = arrays
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().numpy()
 
 
 def _smollm2_file() -> Path:

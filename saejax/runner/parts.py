@@ -68,7 +68,9 @@ def each_part(
 
     def make(part: str) -> None:
         label = f"{run.stage}: {part} ({parts.index(part) + 1} of {len(parts)})"
-        by_part[part], message = measure()(part, progress.of_part(label, len(left) - left.index(part) - 1))
+        on_progress = progress.of_part(label, len(left) - left.index(part) - 1)
+        on_progress(0, 0)  # asks whether to stop: a part may have no work, and then asks nowhere else
+        by_part[part], message = measure()(part, on_progress)
         if is_first_process():
             write_json(part_file(run, part), to_json(by_part[part]))  # written last: it marks the part as done
         run.say(f"{label}: {message}")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from runs import flag_file
 from transformers import PreTrainedTokenizerFast
 
@@ -87,7 +88,11 @@ def test_the_transformer_is_its_description_here_and_in_transformers(case_and_mo
     wanted_BxV = np.stack([run(case.model, text).logits_V for text in texts])
     tokens = model.tokenize(texts)
     ours_BxTxV = np.asarray(model(tokens).logits_BxTxV)
-    torch_BxTxV = source.torch_logits(source.load_torch_model(model.source), tokens.ids_BxT, tokens.lengths_B)
+    ids, lengths = (torch.from_numpy(array.astype(np.int64)) for array in (tokens.ids_BxT, tokens.lengths_B))
+    mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+    with torch.inference_mode():
+        output = source.load_torch_model(model.source)(input_ids=ids, attention_mask=mask, use_cache=False)
+    torch_BxTxV = output.logits.float().numpy()
     for logits_BxTxV in (ours_BxTxV, torch_BxTxV):
         np.testing.assert_allclose(logits_BxTxV[range(len(texts)), tokens.last_B], wanted_BxV, atol=2e-5)
 

@@ -96,7 +96,7 @@ WAITS = {
 def of_two_shards(processes):
     """A capture whose second shard, that of another process, never comes."""
     plan = types.SimpleNamespace(size=lambda shard: 10)
-    writer = types.SimpleNamespace(has=lambda part, shard, read: shard == 0)
+    writer = types.SimpleNamespace(folder=Path("/nowhere"))
     mesh = MeshConfig(processes=2, process_id=processes.rank)
     return plan, writer, mesh, {0: ("resid_post.1",), 1: ("resid_post.1",)}, lambda share: 1.0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels, unused_labels
 from saejax.dictionaries.names import full_name
-from saejax.errors import UserError
+from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, write_json, write_text
 from saejax.interpret.feature_record import FeatureRecord, TokenMap, iterate_records, read_records
 from saejax.interpret.heatmaps import MAPS
@@ -40,6 +40,7 @@ def run_atlas(run: Run) -> AtlasResults:
 
     Raises:
       UserError: the file of labels cannot be read, or names a feature that does not exist.
+      Interrupted: asked to stop.
     """
     interpreted: InterpretResults = load_results(run.inputs[f"interpret/{run.name}"])
     path, several = Path(run.configs[AtlasConfig].labels), len(interpreted.members) > 1
@@ -74,7 +75,7 @@ def run_atlas(run: Run) -> AtlasResults:
             for item in items:
                 effects.setdefault(item.feature, {})[behaviour] = round(item.drop.mean, 4)
         maps = read_json(source / MAPS)
-        write_atlas(folder, name, _records(source, judged), automatic | hand_labels, effects, maps)
+        write_atlas(folder, name, _records(run, source, judged), automatic | hand_labels, effects, maps)
         records = read_records(source, set(effects)) if effects else {}
         reviewed = write_sheets(folder / "review", name, top, records, automatic, hand_labels)
         pages.append(AtlasPages(name, member.name, member.features, len(hand_labels), reviewed))
@@ -82,9 +83,11 @@ def run_atlas(run: Run) -> AtlasResults:
     return AtlasResults(run.name, tuple(pages))
 
 
-def _records(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
+def _records(run: Run, folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
     """Yield the records that ``interpret`` wrote to a folder, with the scores that a language model gave labels."""
     for record in iterate_records(folder):
+        if run.stopping():
+            raise Interrupted("stopped; run the same command to write the atlas")
         if scores := judged.get(str(record["feature"])):
             record["judged"] = scores
         yield record

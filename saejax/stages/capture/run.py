@@ -24,13 +24,14 @@ from saejax.activations.progress import TextProgress
 from saejax.activations.request import CaptureRequest, batch_devices, begins_with_bos, load_reader, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.settings import CaptureConfig
-from saejax.activations.store import INDEX, ON_DISK
+from saejax.activations.store import INDEX, ON_DISK, shard_file
 from saejax.activations.writer import SiteShard, StoreWriter
 from saejax.errors import Interrupted, UserError
 from saejax.files import fingerprint
 from saejax.models.sites import AnySite, OtherSite
 from saejax.parallel.cluster import joined_processes
 from saejax.parallel.collectives import alone, wait_for_all
+from saejax.parallel.processes import ProcessShare
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
 from saejax.stages.tokenize.run import text_documents
@@ -175,14 +176,9 @@ def _share_shards(
     share = {shard: missing[shard] for shard in list(missing)[mesh.process_id :: mesh.processes]}
     with alone():
         rate = make(share) if share else 0.0
-    # Each process waits for the files themselves, so that nothing of the store is read before it is there.
-    waited_for = [(part, shard) for shard, parts in missing.items() for part in parts]
-
-    def late() -> list[str]:
-        waited_for[:] = [(part, shard) for part, shard in waited_for if not writer.has(part, shard, read=False)]
-        return [f"shard {shard} of {part}" for part, shard in waited_for]
-
-    processes.wait("capture", late)
+    # Nothing of the store is read before it is there.
+    records = [writer.folder / shard_file(part, "record", shard) for shard, parts in missing.items() for part in parts]
+    ProcessShare(processes).join(records, last=False)
     return sum(map(plan.size, missing)) / (time.monotonic() - start) if rate else 0.0
 
 
