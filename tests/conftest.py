@@ -3,6 +3,7 @@
 import atexit
 import collections
 import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -132,6 +133,17 @@ def cold_programs():
     jax.clear_caches()
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_products():
+    """Preflight measures how fast this machine multiplies matrices: small ones, once, not for seconds in each test."""
+    from saejax.preflight import rates
+
+    measure = functools.cache(functools.partial(rates.matmul_rates, size=256, repeats=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "matmul_rates", measure)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,7 @@ def test_a_bug_in_one_process_ends_all_with_status_1(inputs, tmp_path):
     assert "RuntimeError: UNAVAILABLE" in second and "process 0 of 2: process 1 failed, so this one ends" in first
 
 
+@pytest.mark.slow  # what they are told is tested in one process, and how all end where one has a bug is tested above
 def test_processes_with_different_flags_are_refused(inputs, tmp_path):
     pair = runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run"), ["--capture.bos=never"])
     first, second = (runs.finish(process, 2) for process in pair)

@@ -108,7 +108,7 @@ def encode(world: World, seed: int, active: int = 12) -> tuple[np.ndarray, np.nd
     direction_FxD = np.random.default_rng([seed, 77]).normal(size=world.decoder_FxD.shape)
     direction_FxD /= np.linalg.norm(direction_FxD, axis=1, keepdims=True)
     pre_PxF = np.maximum((value_PxD - value_PxD[: world.train].mean(axis=0)) @ direction_FxD.T, 0.0)
-    limit_Px1 = np.sort(pre_PxF, axis=1)[:, -active][:, None]
+    limit_Px1 = np.partition(pre_PxF, -active, axis=1)[:, -active][:, None]
     return np.where(pre_PxF >= limit_Px1, pre_PxF, 0.0), direction_FxD
 
 

@@ -1,4 +1,4 @@
-"""The causal calls of the library: without a workdir, eight devices and PyTorch give the same as one JAX device."""
+"""The causal calls of the library: without a workdir, several devices and PyTorch give the same as one JAX device."""
 
 import dataclasses
 import logging
@@ -15,6 +15,7 @@ from saejax.interventions import edits
 from saejax.interventions.settings import AblateConfig, PatchConfig, ProbeConfig, SteerConfig, StudyConfig
 from saejax.interventions.table import TESTED
 from saejax.models.settings import ModelConfig
+from saejax.parallel.mesh import make_mesh
 from saejax.results import to_json
 from saejax.stages.patch.run import run_patch
 from saejax.tasks.settings import CorpusConfig, TaskConfig
@@ -99,13 +100,15 @@ def assert_close(data, wanted, where=""):
         assert data == wanted, where
 
 
-@pytest.mark.parametrize("where", ["eight devices", "torch"])
+@pytest.mark.parametrize("where", [pytest.param("eight devices", marks=pytest.mark.slow), "two devices", "torch"])
 def test_library_calls_write_nothing_and_equal_those_on_one_device(
     where, tiny, tiny_llama, dictionary, answered, on_one_device, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     if where == "torch":
         lm = saejax.load_model(str(tiny_llama), backend="torch", mesh=tiny.mesh)
+    elif where == "two devices":
+        lm = saejax.load_model(str(tiny_llama), mesh=make_mesh(devices=jax.devices()[:2]))
     else:
         lm = saejax.load_model(str(tiny_llama))
         assert lm.mesh.size == len(jax.devices()) == 8

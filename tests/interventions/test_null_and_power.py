@@ -125,7 +125,7 @@ def test_training_mattered_where_the_directions_are_true_and_not_where_they_are_
             acts_PxF, decoder_FxD = encode(world, 10**6 + seed)
             world, features = with_dictionary(world, acts_PxF, decoder_FxD), acts_PxF.shape[1]
         top = top_features(attribution(world, world.answers_Px2)[:features], K)
-        options = dict(random_sets=0, placebo_sets=0, untrained=M, features=features)
+        options = dict(random_sets=0, placebo_sets=0, untrained=39, features=features)
         verdicts.append(judge(world, top, seed, **options))
     share = rate("true directions" if are_true else "random directions", verdicts, "trained")
     if are_true:

@@ -80,7 +80,7 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 @pytest.mark.parametrize(
     ("count", "new", "batched"),
-    [(4, 24, True), pytest.param(20, 64, True, marks=SLOW), pytest.param(20, 64, False, marks=SLOW)],
+    [(3, 12, True), pytest.param(20, 64, True, marks=SLOW), pytest.param(20, 64, False, marks=SLOW)],
 )
 def test_greedy_on_smollm2_equals_transformers(smollm2, smollm2_torch, count, new, batched):
     prompts = rows(smollm2.tokenize(fifty_prompts()[:count]))

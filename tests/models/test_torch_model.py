@@ -26,6 +26,14 @@ TWO_FAMILIES = pytest.mark.parametrize(
 )
 
 
+def in_families(name, first, *others):
+    """Values of a parameter: the first in all families, the others in those without and with norms behind."""
+    cases = [(family, value) for family in FAMILIES for value in (first, *others)]
+    rare = [case for case in cases if case[0] in FAMILIES[1:3] and case[1] != first]
+    params = [pytest.param(*case, marks=pytest.mark.slow if case in rare else ()) for case in cases]
+    return pytest.mark.parametrize(("both", name), params, indirect=["both"])
+
+
 def save(folder, family, **changes):
     save_tiny(folder, family, vocab_size=300, **changes)
     save_tiny_tokenizer(folder, 300)
@@ -73,7 +81,7 @@ def test_sites_and_logits(both):
     assert np.abs(both[1].unembed(last.sites["resid_post.2"]) - theirs.logits_BxTxV)[tokens.mask_BxT].max() < 1e-5
 
 
-@pytest.mark.parametrize("positions", ["all", "last", (1, 3)])
+@in_families("positions", "all", "last", (1, 3))
 def test_edits_of_sites(both, positions):
     """Of features and of vectors, at each of the sites: one that is left out would change all after it."""
     tokens, direction = both[0].tokenize(TEXTS), np.linspace(-1, 1, 40)
@@ -139,7 +147,7 @@ def test_generated_tokens(both, edits, options):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("kind", ["resid_post", "inside", "mlp_act"])
+@in_families("kind", "inside", "resid_post", "mlp_act")
 def test_jax_functions_of_a_model(both, kind):
     """The functions that causal stages run: split at a site, differentiated, vmapped, and run from a changed token."""
     lm = both[1]

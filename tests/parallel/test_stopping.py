@@ -23,7 +23,7 @@ from saejax.parallel.processes import Processes
 from saejax.parallel.settings import MeshConfig
 from saejax.parallel.stopping import StopAgreement
 from saejax.runner import command, command_line
-from saejax.runner.pipeline import RunOptions, run_stages
+from saejax.runner.pipeline import RunOptions, _settings_to_compare, run_stages
 from saejax.runner.plan import inputs_to_compare
 from saejax.runner.registry import all_stages
 from saejax.runner.workplan import Workplan
@@ -149,6 +149,18 @@ def test_hosts_with_other_files_of_a_model_are_refused(inputs, tmp_path):
     (model / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match="the model that capture reads is [0-9a-f]+ in process 1 and [0-9a-f]+ in"):
         compare(1)
+
+
+def test_a_process_with_other_flags_is_refused():
+    store = Store()
+
+    def compare(rank, **changes):
+        check_same(Processes(store, rank, 2), _settings_to_compare(runs.make_configs(**changes), ["capture"]))
+
+    compare(0)
+    compare(1)
+    with pytest.raises(UserError, match='--capture.bos is "never" in process 1 and "auto" in process 0: start all'):
+        compare(1, capture__bos="never")
 
 
 @pytest.fixture(scope="module")

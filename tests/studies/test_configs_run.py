@@ -99,19 +99,21 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[] if path.stem == QUICK else pytest.mark.slow) for path in FILES],
-    ids=lambda path: path.stem,
+    ("path", "site"),
+    [(CONFIGS / f"{QUICK}.flags", "resid_post.1"), *(pytest.param(path, "", marks=pytest.mark.slow) for path in FILES)],
+    ids=lambda value: value.stem if isinstance(value, Path) else value,
 )
-def test_a_file_ends_in_its_report(path, tmp_path, monkeypatch, capsys):
+def test_a_file_ends_in_its_report(path, site, tmp_path, monkeypatch, capsys):
+    """At the sites of the file, or at one of a lower layer, for which a smaller model will do."""
     monkeypatch.chdir(CONFIGS.parent)  # files name others from there
     values = flags.FlagValues()
     define_flags(all_groups(), values)
-    values(["binary", f"--flagfile={path}"])
+    elsewhere = [f"--{group}.sites={site}" for group in ("capture", "train") if site]
+    values(["binary", f"--flagfile={path}", *elsewhere])
     configs = from_flags(all_groups(), values)
-    layers = 1 + max(int(site.rpartition(".")[2]) for site in configs[CaptureConfig].sites)
-    own = small(configs, model_of(path, tmp_path / "model", layers), tmp_path)
-    if path.stem == QUICK:  # what behaviours cost is tested elsewhere
+    layers = 1 + max(int(name.rpartition(".")[2]) for name in configs[CaptureConfig].sites)
+    own = elsewhere + small(configs, model_of(path, tmp_path / "model", layers), tmp_path)
+    if site:  # what behaviours cost is tested elsewhere
         own.append("--task.behaviours=")
     assert command.run(list(all_stages()), "", ["pipeline", f"--flagfile={path}", *own]) == 0, capsys.readouterr().err
     page = (tmp_path / "run" / "report" / "index.html").read_text()
@@ -159,6 +161,7 @@ def write_published_set(folder: Path, model: Path, features: int = 32) -> Path:
     return folder
 
 
+@pytest.mark.slow  # another file goes through its stages above, and the plan of this one is made below
 def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     """The file's stages on a tiny model of the family: graphs and circuits open with labels, nothing is trained."""
     monkeypatch.chdir(CONFIGS.parent)

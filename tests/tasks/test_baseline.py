@@ -98,9 +98,9 @@ def test_results_sum_up_the_scores(finished):
 
 
 def test_smollm2_has_the_behaviours(smollm2, monkeypatch):
-    monkeypatch.setattr(baseline, "BATCH", 16)
+    monkeypatch.setattr(baseline, "BATCH", 8)
     for name in DEMO_BEHAVIOURS:
-        prompts, _ = make_prompts(name, 4, 4, 42, smollm2.tokenizer)  # with their counterparts one full batch
+        prompts, _ = make_prompts(name, 2, 2, 42, smollm2.tokenizer)  # with their counterparts one full batch
         scores = baseline.score_prompts(smollm2, prompts)
         assert all(tuple(vars(score)) == SCORES for score in scores)
         assert np.mean([score.logit_diff > 0 for score in scores]) >= 0.8
