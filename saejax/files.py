@@ -75,7 +75,17 @@ def _is_of_gone_process(mark: str) -> bool:
     """Return whether a ``_writer_mark`` is of a process of this host that is gone, or had this one's number."""
     process, _, rest = mark.partition("-")
     here = rest.partition("@")[2] == socket.gethostname()
-    return here and process.isdigit() and (int(process) == os.getpid() or not psutil.pid_exists(int(process)))
+    return here and process.isdigit() and (int(process) == os.getpid() or not is_running(int(process)))
+
+
+def is_running(process: int) -> bool:
+    """Return whether the process of this number runs on this machine.
+
+    A killed process whose parent does not ask for its status keeps its number, as in many containers.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -34,7 +34,7 @@ import psutil
 
 from saejax.config import Configs
 from saejax.errors import UserError
-from saejax.files import read_object, remove_unfinished, unfinished_path, write_json
+from saejax.files import is_running, read_object, remove_unfinished, unfinished_path, write_json
 from saejax.links import STAND_IN, linked_folder, write_link
 from saejax.loaded_units import STACK
 from saejax.parallel.processes import ProcessShare
@@ -338,11 +338,9 @@ class _Claimant:
         """Return whether this process has ended, as far as another one can tell."""
         if self.host == observer.host:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(self.process)
-                began = process.create_time()
+                began = psutil.Process(self.process).create_time()
                 is_other = abs(began - self.began) > 1 and abs(began - psutil.boot_time() - self.uptime) > 1
-                # A killed process whose parent does not ask for its status stays in the list, as in many containers.
-                return is_other or process.status() == psutil.STATUS_ZOMBIE
+                return is_other or not is_running(self.process)
             return True
         # A job that was requeued has ended before. One allocation may hold several runs, on hosts of its own each.
         (job, _, before), (job_now, _, restarts) = self.job.partition(" restart "), observer.job.partition(" restart ")
