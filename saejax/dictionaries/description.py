@@ -8,7 +8,7 @@ from saejax.config import Config, setting
 from saejax.dictionaries.input_norm import NORMS
 from saejax.dictionaries.kinds import kind_names
 from saejax.errors import UserError
-from saejax.models.sites import site_parts
+from saejax.models.sites import is_joined, site_parts
 
 BOS = ("auto", "always", "never")
 
@@ -45,6 +45,14 @@ class DictionaryConfig(Config):
     output_units: bool = setting(False, "multiply activations by the scale of the token's normalisation")
     #: "auto": as the tokenizer does.
     bos: str = setting("auto", "whether texts of its training began with the BOS token", choices=BOS)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if is_joined(self.site) and not self.widths:
+            raise UserError(
+                f"a dictionary of the joined site {self.site} is a crosscoder, which has widths of its parts: name "
+                "one site for any other dictionary"
+            )
 
     def bos_conflict(self, begins_with_bos: bool) -> str:
         """Return in words how texts differ from the texts of training; "": they do not, or it is not known.

@@ -112,7 +112,7 @@ def tokenize_in_pieces(tokenizer: Any, texts: Sequence[str], context: int, bos: 
 def _encode_all(tokenizer: Any, texts: Sequence[str], bos: str) -> list[list[int]]:
     """Return the token ids of each text; raise a ``UserError`` if there is none, or one of them is empty."""
     if isinstance(texts, str):
-        raise TypeError("texts is one string: expected a list of them")
+        raise UserError("texts is one string: expected a list of them")
     if not texts:
         raise UserError("there are no texts to tokenize: expected at least one")
     sequences = [encode(tokenizer, text, bos) for text in texts]

@@ -238,6 +238,8 @@ def evaluate(
     if of_second:
         raise UserError(f"the crosscoder reads {of_second[0]} of a second model: the stage evaluate scores it on both")
     acts = capture(lm, texts, single_sites((site, target)))
+    if max(map(len, acts.texts)) < 2:
+        raise UserError("each text is one token, and losses are of the tokens that are predicted: give longer texts")
     if isinstance(dictionary, TemporalSAE):
         _check_widths(lm, dictionary.site, acts.values[site].shape[1], config.d_in, mean_D)
         return Evaluation(*evaluate_texts(lm, dictionary, acts.texts, mean_D))

@@ -198,6 +198,9 @@ def test_damaged_and_missing_dictionaries_are_refused(tmp_path):
         load_dictionary(tmp_path)
     with pytest.raises(UserError, match="the path of a dictionary is empty"):
         load_dictionary("")
+    save_dictionary(tmp_path / "one", make())
+    with pytest.raises(UserError, match=r"resid_post.0\+resid_post.1 is a crosscoder, which has widths of its parts"):
+        load_dictionary(tmp_path / "one", site="resid_post.0+resid_post.1")
     save_dictionary(tmp_path / "a", make())
     description = tmp_path / "a" / "dictionary.json"
     description.write_text(description.read_text().replace('"sha256": "', '"sha256": "0', 1))

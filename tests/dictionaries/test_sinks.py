@@ -119,6 +119,13 @@ def test_scores_do_not_depend_on_metadata(lm, foreign, tmp_path):
     assert len(sinks) and not set(sinks) & set(acts.rows(SITE))
 
 
+def test_texts_that_give_no_scores_are_refused(lm, foreign):
+    with pytest.raises(UserError, match="each text is one token"):
+        saejax.evaluate(lm, foreign, [lm.tokenizer.decode([9])])
+    with pytest.raises(UserError, match="texts is one string: expected a list"):
+        saejax.evaluate(lm, foreign, "a text")
+
+
 def test_smollm2_has_sinks_that_edits_leave_alone(smollm2):
     site = "resid_post.15"
     tokens = smollm2.tokenize(["The capital of France is Paris, and the capital of Italy is"])

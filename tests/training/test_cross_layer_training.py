@@ -1,6 +1,7 @@
 """Cross-layer transcoders: their loss against plain numpy, planted features, meshes, resuming, and what is written."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from small_runs import STEPS, assert_same_bits, go
 from small_runs import make_stack as make_small_run
 from small_stacks import B, D, F, compiled, make_stack, train
 
+import saejax
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.dictionaries.cross_layer import SKIP_FORM
 from saejax.dictionaries.formats import circuit_tracer
@@ -18,6 +20,7 @@ from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
+from saejax.training import in_memory
 from saejax.training.cross_layer import LayersBatch, cross_layer_loss, finish_layer, smallest_kept
 from saejax.training.stack import TrainStack
 from saejax.training.state import abstract_state, init_state
@@ -297,3 +300,11 @@ def test_a_feature_that_never_fires_and_no_spread_are_no_trouble(one_device):
 def test_what_is_no_cross_layer_transcoder_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         make_stack(**dict(kind="batchtopk") | FORM | changes)
+
+
+def test_in_memory_none_is_trained_in_vain(monkeypatch):
+    """It has no dictionary of each layer that could be returned."""
+    store = SimpleNamespace(sites=("mlp_in.0", "mlp_in.1", "mlp_out.0", "mlp_out.1"))
+    monkeypatch.setattr(in_memory.Store, "open", lambda folder: store)
+    with pytest.raises(UserError, match="train it with the command saejax train --train.form=cross_layer_transcoder"):
+        saejax.train_all("capture", kind="jumprelu", on_progress=pytest.fail, form=FORM["form"])

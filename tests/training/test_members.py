@@ -1,10 +1,18 @@
 """Which members a configuration makes."""
 
+import dataclasses
+
 import pytest
 from small_stacks import make_config
 
+from saejax.activations.settings import CaptureConfig
+from saejax.config import Config, Configs, setting
+from saejax.dictionaries.kinds import KINDS
+from saejax.dictionaries.kinds.topk import TopK
 from saejax.errors import UserError
+from saejax.stages.train.members import units_of_members
 from saejax.training.members import make_members
+from saejax.training.settings import TrainConfig
 
 SITES = tuple(f"resid_post.{layer}" for layer in range(6))
 
@@ -56,3 +64,28 @@ def test_a_further_site_changes_no_others_initial_values():
     for fewer in (SITES[2:5], SITES[::-1]):
         assert all(seeds[member.site] == member.site_seed for member in make_members(make_config(), "topk", fewer))
     assert make_members(make_config(), "topk", SITES[:1])[0].site_seed == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class WantedConfig(Config):
+    """A setting of the kind's own, by the name of a shared one."""
+
+    k: tuple[int, ...] = setting((3, 5), "active features", swept=True)
+
+
+class Wanted(TopK):
+    """TopK with that setting in place of the shared one."""
+
+    name, Settings, reads = "wanted", WantedConfig, ()
+
+
+def test_a_users_kind_may_have_a_setting_by_the_name_of_a_shared_one(monkeypatch):
+    monkeypatch.setitem(KINDS, "wanted", Wanted())
+    configs = Configs(TrainConfig(kinds=("wanted",), sites=SITES[:1]), CaptureConfig(sites=SITES[:1]))
+    units = units_of_members(configs, "wanted")
+    assert [*units] == ["k3", "k5"]
+    for k, alone in zip((3, 5), units.values(), strict=True):
+        config = alone[TrainConfig]
+        assert config.of_kind("wanted").k == (k,) and config.k == TrainConfig().k
+        (member,) = make_members(config, "wanted", SITES[:1])
+        assert member.settings["k"] == k

@@ -62,10 +62,11 @@ def units_of_members(configs: Configs, kind: str) -> dict[str, Configs]:
 
 def _settings_alone(config: TrainConfig, kind: str, member: Member) -> TrainConfig:
     """Return the settings of a run that trains one member alone."""
-    fields = {field.name for field in dataclasses.fields(config)}
+    # A user's kind may have a setting of its own by the name of one that others share: a member's value is of that.
+    own_names = {field.name for field in dataclasses.fields(config.of_kind(kind))}
     single = {name: (value,) for name, value in member.settings.items()}
-    shared: dict[str, Any] = {name: value for name, value in single.items() if name in fields}
-    of_kind = {name: value for name, value in single.items() if name not in fields}
+    shared: dict[str, Any] = {name: value for name, value in single.items() if name not in own_names}
+    of_kind = {name: value for name, value in single.items() if name in own_names}
     inner = {**config.by_kind, kind: dataclasses.replace(config.of_kind(kind), **of_kind)}
     return dataclasses.replace(config, kinds=(kind,), sites=(member.site,), l1_by_depth=(), by_kind=inner, **shared)
 
