@@ -1,5 +1,7 @@
 """The figures in ``scores.json`` are those that were measured, and shares are of the right differences."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import cross_layer
 from saejax.evaluation.loss_recovered import Losses
 from saejax.evaluation.reconstruction import Reconstruction
-from saejax.evaluation.results import LeftOutSinks
+from saejax.evaluation.results import LeftOutSinks, RoleScores
 from saejax.stages.evaluate import run as evaluate
+from saejax.stages.train import report
 
 CE = dict(clean=2.0, mean_ablated=6.0, zero_ablated=10.0, reconstructed=3.0)
 KL = dict(clean=0.0, mean_ablated=5.0, zero_ablated=20.0, reconstructed=1.0)
@@ -53,6 +56,15 @@ def test_a_dictionary():
     assert histogram.never == 2 and sum(histogram.counts) == 2 and histogram.log10_edges[0] == -3
     assert [histogram.counts[i] for i in (-2, -3)] == [1, 1]
     assert "cross-entropy 0.750, KL 0.800, on 57" in evaluate._line(found)
+
+
+def test_the_roles_of_chats_are_rows_of_a_table():
+    roles = {role: RoleScores(100 + i, **SCORE.figures()) for i, role in enumerate(("user", "assistant"))}
+    member = SimpleNamespace(name="k4", roles=roles)
+    (table,) = report._roles_tables({"topk": [member, SimpleNamespace(name="k8", roles=None)]})
+    assert table.columns[:3] == ("Dictionary", "Role", "Tokens")
+    assert [row[:3] for row in table.rows] == [("topk/k4", "user", "100"), ("topk/k4", "assistant", "101")]
+    assert table.rows[0][3:5] == ("0.8", "0.400") and report._roles_tables({"topk": []}) == []
 
 
 def test_the_parts_of_a_crosscoder():

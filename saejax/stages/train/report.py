@@ -172,7 +172,8 @@ def _roles_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Tabl
         "Dead": lambda name, role, scored: percent(scored.dead_fraction, 1),
         "Dense": lambda name, role, scored: percent(scored.dense_fraction, 1),
     }
-    return [Table.of("The messages of held-out chats, by role", rows, columns, stack=False)] if rows else []
+    caption = "The messages of held-out chats, by role"
+    return [Table.of(caption, rows, columns, words=("Role",), stack=False)] if rows else []
 
 
 def _layers_table(kind: str, scores: CrossLayerScores) -> Table:
