@@ -161,6 +161,7 @@ def test_controls_are_drawn_by_the_seed_of_interventions():
     assert {config().seed for config in (AblateConfig, PatchConfig, SteerConfig, ProbeConfig, StudyConfig)} == {456}
 
 
+@pytest.mark.slow  # the library's calls in PyTorch are compared above
 def test_a_stage_in_pytorch_equals_that_in_jax(
     tiny_llama, dictionary, answered, tmp_path, save_inputs, stage_run, single_device
 ):

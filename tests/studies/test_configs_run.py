@@ -104,15 +104,15 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
     ids=lambda value: value.stem if isinstance(value, Path) else value,
 )
 def test_a_file_ends_in_its_report(path, site, tmp_path, monkeypatch, capsys):
-    """At the sites of the file, or at one of a lower layer, for which a smaller model will do."""
+    """As the file says; or at a site of a lower layer, for which a smaller model will do, one benchmark studied."""
     monkeypatch.chdir(CONFIGS.parent)  # files name others from there
     values = flags.FlagValues()
     define_flags(all_groups(), values)
-    elsewhere = [f"--{group}.sites={site}" for group in ("capture", "train") if site]
-    values(["binary", f"--flagfile={path}", *elsewhere])
+    fewer = [f"--capture.sites={site}", f"--train.sites={site}", "--study.benchmarks=gsm8k"] if site else []
+    values(["binary", f"--flagfile={path}", *fewer])
     configs = from_flags(all_groups(), values)
     layers = 1 + max(int(name.rpartition(".")[2]) for name in configs[CaptureConfig].sites)
-    own = elsewhere + small(configs, model_of(path, tmp_path / "model", layers), tmp_path)
+    own = fewer + small(configs, model_of(path, tmp_path / "model", layers), tmp_path)
     if site:  # what behaviours cost is tested elsewhere
         own.append("--task.behaviours=")
     assert command.run(list(all_stages()), "", ["pipeline", f"--flagfile={path}", *own]) == 0, capsys.readouterr().err

@@ -198,7 +198,7 @@ def test_features_that_write_across_layers_are_found_again(one_device):
 
 @pytest.mark.parametrize("shape", [pytest.param((1, 1, 8), marks=pytest.mark.slow), (1, 2, 4)])
 @pytest.mark.parametrize("kind", ["jumprelu", pytest.param("batchtopk", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("zero", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_features_over_eight_devices_are_those_of_one(kind, shape, zero, one_device):
     with jax.enable_x64(True):
         x, y, _ = planted(10)
