@@ -11,10 +11,8 @@ them.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +35,6 @@ _LENGTHS = 3  # most different numbers of positions that are worked on, each of 
 CHUNKS = 8  # chunks of targets in a batch
 _WORTH = 2  # batches that have to be at hand for each length
 TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's targets, together, on each device
-_TOGETHER = 32  # targets whose products with a block are one, at the least, as far as there are
-
-Pull = Callable[[tuple[jax.Array, jax.Array]], Any]  # a transposed layer, as ``jax.vjp`` gives it
 
 
 def batch_tokens(platform: str, length: int) -> int:
@@ -220,12 +215,8 @@ def contributions(
         layer = batch.start_N[0] - 1 - index
         x_TxD = lax.dynamic_index_in_dim(stream_LxTxD, layer, keepdims=False)
         _, pull = jax.vjp(lambda x_TxD: frozen.layer(layer, tables, x_TxD), x_TxD)
-        turned, turned_back = _turned(pull, x_TxD.shape[-1])
 
         def pull_chunk(chunk: jax.Array, cotangent_NxRxTxD: jax.Array) -> jax.Array:
-            # Without the barrier, XLA turns them back outside of the loop.
-            chunk_turned, chunk = lax.optimization_barrier((turned, chunk))
-            pull = turned_back(chunk_turned)
             in_RxTxD = jax.vmap(lambda *both: pull(both)[0])(cotangent_NxRxTxD[chunk], placed(chunk, layer))
             return lax.dynamic_update_index_in_dim(cotangent_NxRxTxD, in_RxTxD, chunk, 0)
 
@@ -248,53 +239,19 @@ def _read_off(
     cotangent_NxRxTxD: jax.Array,
     read_BxNxRxW: jax.Array,
 ) -> jax.Array:
-    """Fill in the products of a place's blocks with all cotangents there, 0 for chunks that start further down.
-
-    Rows that start further down are the last, so they are left out as far as whole groups of chunks do.
-    """
-    targets = cotangent_NxRxTxD.shape[1]
-    # A power of two that divides the number of chunks: groups are then whole.
-    together = math.gcd(len(begun_N), 1 << max(_TOGETHER // targets, 2).bit_length() - 1)
-    groups = (jnp.sum(begun_N) + together - 1) // together
+    """Fill in the products of a place's blocks with all cotangents there, 0 for chunks that start further down."""
 
     def body(index: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
         start = first + index * STEP
         position_C = lax.dynamic_slice_in_dim(bank.position_B, start, STEP)
         row_CxW = lax.dynamic_slice_in_dim(bank.row_BxW, start, STEP)
-        table_CxWxD = bank.table_UxD[row_CxW]
-
-        def group(number: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
-            chunk = number * together
-            own_GxRxTxD = lax.dynamic_slice_in_dim(cotangent_NxRxTxD, chunk, together)
-            begun_G = lax.dynamic_slice_in_dim(begun_N, chunk, together)
-            # Blocks that only fill up a place are at a position out of range, and read 0.
-            at_GxRxCxD = own_GxRxTxD.at[:, :, position_C].get(mode="fill", fill_value=0)
-            at_GxRxCxD = jnp.where(begun_G[:, None, None, None], at_GxRxCxD, 0)
-            products_CxGxRxW = einsum("grcd,cwd->cgrw", at_GxRxCxD, table_CxWxD)
-            return lax.dynamic_update_slice(read_BxNxRxW, products_CxGxRxW, (start, chunk, 0, 0))
-
-        if together == len(begun_N):  # a loop of one is not free
-            return group(jnp.int32(0), read_BxNxRxW)
-        return lax.fori_loop(0, groups, group, read_BxNxRxW)
+        # Blocks that only fill up a place are at a position out of range, and read 0.
+        at_NxRxCxD = cotangent_NxRxTxD.at[:, :, position_C].get(mode="fill", fill_value=0)
+        at_NxRxCxD = jnp.where(begun_N[:, None, None, None], at_NxRxCxD, 0)
+        products_CxNxRxW = einsum("nrcd,cwd->cnrw", at_NxRxCxD, bank.table_UxD[row_CxW])
+        return lax.dynamic_update_slice(read_BxNxRxW, products_CxNxRxW, (start, 0, 0, 0))
 
     return lax.fori_loop(0, (stop - first + STEP - 1) // STEP, body, read_BxNxRxW)
-
-
-def _turned(pull: Pull, width: int) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Pull]]:
-    """Return the residuals of a layer's transpose, matrices between stream and heads transposed; and the inverse.
-
-    Their transposed products then read them in order. Otherwise XLA:CPU turns them over for each chunk, which takes a
-    seventh of the time of the products.
-    """
-    kept, tree = jax.tree.flatten(pull)
-    ends = [
-        (2, 0) if x.shape[2:] == (width,) else (0, 2) if x.ndim == 3 and x.shape[0] == width else (0, 0) for x in kept
-    ]
-
-    def back(turned: list[jax.Array]) -> Pull:
-        return jax.tree.unflatten(tree, [jnp.moveaxis(x, new, old) for x, (old, new) in zip(turned, ends, strict=True)])
-
-    return [jnp.moveaxis(x, old, new) for x, (old, new) in zip(kept, ends, strict=True)], back
 
 
 def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: SourceBank) -> tuple[jax.Array, jax.Array]:
