@@ -1,6 +1,7 @@
 """The library: its names, their types, and its functions against the model and numpy."""
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -59,6 +60,22 @@ def test_the_library_has_what_it_promises():
         saejax.no_such_name  # noqa: B018
     modules = {path.stem for path in Path(saejax.__file__).parent.iterdir()}
     assert not modules & set(saejax.__all__), "a module would hide the function of its name"
+
+
+def test_signatures_name_what_a_function_takes():
+    """Of keywords that are a config's fields, the docstring names the config or the function that does."""
+    functions = {name: member for name in saejax.__all__ if callable(member := getattr(saejax, name))}
+    for name in [name for name in functions if inspect.isclass(functions[name])]:
+        members = inspect.getmembers(functions[name], callable)
+        functions |= {f"{name}.{of}": member for of, member in members if not of.startswith("_")}
+    for name, function in functions.items():
+        if inspect.isclass(function) or not str(getattr(function, "__module__", "")).startswith("saejax"):
+            continue
+        starred = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
+        assert starred in ([], ["settings"]), name
+        if starred:
+            said = r"\*\*settings: .*(``saejax\.[\w.]+Config``|as for ``\w+``)"
+            assert re.search(said, function.__doc__, re.DOTALL), name
 
 
 def test_checkers_know_the_types_of_names(tmp_path):
