@@ -38,7 +38,8 @@ print("logits", lm(lm.tokenize(["The cat near the dogs runs."])).logits_BxTxV.sh
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> None:
     """Run a command without this environment's paths; ends the program if it fails."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    left_out = ("PYTHONPATH", "PYTHONHOME", "PYTHONPYCACHEPREFIX")  # what Python compiles goes with the folder
+    kept = {name: value for name, value in os.environ.items() if name not in left_out}
     print("$", *(str(word) if "\n" not in str(word) else "..." for word in command), flush=True)
     status = subprocess.run([*map(str, command)], cwd=cwd, env=kept | environment).returncode
     if status:
