@@ -446,7 +446,7 @@ class TrackingFigures(RowFigures):
     """Texts followed through the layers.
 
     Output: what the model writes after the prompt. The strongest chains of features, from layer to layer to the answer,
-    are measured: one holds if setting each feature to zero takes more from the next one than each of five random active
+    are measured: one holds if setting each feature to zero takes more from the next one than each of 19 random active
     features does, at equal dose, and more from the answer. A step is hurt if ablating its features lowers its
     log-likelihood more than random sets.
     """
@@ -459,7 +459,7 @@ class TrackingFigures(RowFigures):
     output: str = column("Output", lambda text: quoted([text] if text else ()))
     #: chains of features whose links and effect on the answer were measured
     measured: int = joined("Chains; hold", lambda row: f"{row.measured}; {row.holding}")
-    holding: int  #: of them: chains that hold, each link above five random features at equal dose
+    holding: int  #: of them: chains that hold, each link above 19 random features at equal dose
     tests: int = column("Steps tested")  #: steps tested, at each site, with enough random sets
     hurt: int = column("Hurt")  #: of them: those whose features have a larger effect than random sets at equal dose
 

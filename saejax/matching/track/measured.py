@@ -2,13 +2,13 @@
 
 1. Feature a of the lower dictionary is set to zero at one position: its activation times its decoder row is taken away.
    The link's effect is the share of the activation of feature b, in the dictionary above, that is lost there.
-2. The control takes away as much (in norm) along the decoder rows of five random features that are active at the same
+2. The controls take away as much (in norm) along the decoder rows of 19 random features that are active at the same
    position of the lower dictionary.
 3. In the same way b is set to zero, and the loss of the answer's log-probability is measured; and that without the
    lowest feature of the chain.
-4. A link holds if its effect is above each of the five's: by chance, one link in six. A chain holds if all of its
-   links do, and its lowest and its highest feature reach the answer. Where fewer than five other features are active,
-   as in a TopK dictionary with k = 5, a link cannot be tested, and a chain neither unless another link fails.
+4. A link holds if its effect is above each control's: by chance, one link in twenty. A chain holds if all of its links
+   do, and its lowest and its highest feature reach the answer. Where fewer than 19 other features are active, as in a
+   TopK dictionary with k = 16, a link cannot be tested, and a chain neither unless another link fails.
 """
 
 import functools
@@ -22,11 +22,13 @@ from saejax.matching.track.firings import LayerFirings, activations
 from saejax.matching.track.links import Link, Node, strongest_chains
 from saejax.matching.track.results import MeasuredChain, MeasuredLink
 from saejax.matching.track.stack import Stack
+from saejax.models import decoder
 from saejax.models.edits import SiteEdit
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import pad
 
-CHAINS, LINKS, CONTROLS = 3, 3, 5  # chains that are measured, links of each at most; random features of each link
+CHAINS, LINKS = 3, 3  # chains that are measured, links of each at most
+CONTROLS = 19  # random features of each link: the fewest with which an effect above all of them has p = 0.05
 
 
 def measure_chains(
@@ -59,11 +61,11 @@ def measure_chains(
     measured = []
     for chain in strongest_chains(usable, CHAINS, LINKS):
         nodes = [chain[0][0], *(target for _, target, _ in chain)]
-        drops = [run.answer_drops(node, answer) for node in nodes]
-        losses = [run.losses(source, target) for source, target, _ in chain]
         # Of each the first is the effect, and the rest are the controls' effects.
-        if min(map(len, drops + losses)) < 2:
+        effects = [run.effects(*pair, answer) for pair in zip(nodes, [*nodes[1:], None], strict=True)]
+        if min(len(drop) for _, drop in effects) < 2:
             continue
+        losses, drops = [loss for loss, _ in effects[:-1]], [drop for _, drop in effects]
         parts = [
             MeasuredLink(
                 lower=run.site(source),
@@ -118,26 +120,33 @@ class _Ablation:
         """Return the site that a node's dictionary reads."""
         return str(self._stack[node[0]].reads)
 
-    def losses(self, source: Node, target: Node) -> list[float]:
-        """Return the share of the target's activation that is lost without the source, and with each control."""
-        site = self.site(target)
-        edit, count = self._edit(source)
-        output = self._lm(self._tokens, capture=[site], edits=[edit], logits=False)
-        # The rows in place of tokens: of each, only the target's position is encoded.
-        value_1xRxD = output.sites[site][None, :count, target[1]]
-        act_R = activations(self._lm, self._dictionary(target[0]), value_1xRxD)[:, target[2]]
-        clean, *edited = act_R.tolist()
-        return [1 - act / clean if clean else 0.0 for act in edited]
+    def effects(self, node: Node, target: Node | None, answer: int) -> tuple[list[float], list[float]]:
+        """Return what is lost without a feature, and with each control.
 
-    def answer_drops(self, node: Node, answer: int) -> list[float]:
-        """Return the loss of the answer's log-probability without a feature, and with each control, in nats."""
+        Args:
+          node: the feature.
+          target: a feature of a higher dictionary; None: the answer's loss alone is wanted.
+          answer: the answer's token.
+
+        Returns:
+          Shares of the target's activation; and losses of the answer's log-probability, in nats.
+        """
         edit, count = self._edit(node)
-        logits_BxTxV = self._lm(self._tokens, edits=[edit]).logits_BxTxV
-        assert logits_BxTxV is not None
-        logits_RxV = np.asarray(logits_BxTxV[:count, len(self.ids_T) - 1], np.float64)
+        last = f"resid_post.{self._lm.config.n_layers - 1}"
+        sites = {last, self.site(target)} if target else {last}
+        values = self._lm(self._tokens, capture=sorted(sites), edits=[edit], logits=False).sites
+        # At one position alone: logits of all positions of all rows may not fit.
+        last_RxD = values[last][:count, len(self.ids_T) - 1]
+        logits_RxV = np.asarray(decoder.unembed(self._lm.config, self._lm.params, last_RxD), np.float64)
         # In float64 from here on: effects on the answer are small differences of log-probabilities.
-        logp_RxV = logits_RxV - np.logaddexp.reduce(logits_RxV, axis=1, keepdims=True)
-        return [float(logp_RxV[0, answer] - row_V[answer]) for row_V in logp_RxV[1:]]
+        logp_R = logits_RxV[:, answer] - np.logaddexp.reduce(logits_RxV, axis=1)
+        drops = (logp_R[0] - logp_R[1:]).tolist()
+        if not target:
+            return [], drops
+        # The rows in place of tokens: of each, only the target's position is encoded.
+        value_1xRxD = values[self.site(target)][None, :count, target[1]]
+        clean, *edited = activations(self._lm, self._dictionary(target[0]), value_1xRxD)[:, target[2]].tolist()
+        return [1 - act / clean if clean else 0.0 for act in edited], drops
 
     def _edit(self, node: Node) -> tuple[SiteEdit, int]:
         """Return an edit of R rows, and R: nothing, without the feature, and without as much along each control."""

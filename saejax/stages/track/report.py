@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from saejax.matching.track.measured import CONTROLS
 from saejax.matching.track.results import StepTest, TrackedText, TrackResults
 from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
@@ -77,11 +78,11 @@ def _measured(rows: Sequence[tuple[str, TrackedText, Sequence[StepTest]]]) -> li
     note = (
         "A chain goes from a feature to one of the next dictionary, and so on, to the answer. Lost: share of the upper "
         "feature's activation that is lost when the lower one is set to zero there; after the semicolon, the mean of "
-        "five random features that are active there, at equal dose. A link holds if more is lost than with each of the "
-        "five. Answer: the log-probability of the answer that is lost when the upper feature is set to zero, and with "
-        "five random ones of its layer; from the lowest: when the lowest feature of the chain is. A chain holds if all "
-        "of its links do, and its ends lower the answer's log-probability more than each of five random ones: "
-        "with fewer of them than five, neither can be tested."
+        f"{CONTROLS} random features that are active there, at equal dose. A link holds if more is lost than with each "
+        "of these. Answer: the log-probability of the answer that is lost when the upper feature is set to zero, and "
+        f"with {CONTROLS} random ones of its layer; from the lowest: when the lowest feature of the chain is. A chain "
+        f"holds if all of its links do, and its ends lower the answer's log-probability more than each of {CONTROLS} "
+        "random ones: with fewer active features neither can be tested."
     )
     words = {"Link", "At", "Holds"}
     table = Table.of("The strongest chains, measured", links, columns, words=words, note=note)

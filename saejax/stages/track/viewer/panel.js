@@ -81,7 +81,7 @@ function chainsTable(text) {
       `${percent(link.random_lost)} with random features (${link.holds === null ? 'not testable' : link.holds ? 'holds' : 'does not hold'})`);
     return make('li', {}, `At position ${first.position}, `, token(first.token), `: ${named(first.lower, first.source)}`, ...links,
       ` \u2192 answer: loses ${number(last.answer_drop, 2)} nats, ${number(last.random_drop, 2)} with random features; without the first feature ` +
-      `${number(chain.answer_drop, 2)}, ${number(chain.random_drop, 2)} with random ones. `, make('strong', {}, `The chain ${chain.holds === null ? 'is not testable: fewer than five other features are active.' : chain.holds ? 'holds.' : 'does not hold.'}`));
+      `${number(chain.answer_drop, 2)}, ${number(chain.random_drop, 2)} with random ones. `, make('strong', {}, `The chain ${chain.holds === null ? 'is not testable: too few other features are active.' : chain.holds ? 'holds.' : 'does not hold.'}`));
   });
   return [make('h3', {}, 'Chains of features, measured'), make('ul', {}, ...items)];
 }
