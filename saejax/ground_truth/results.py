@@ -81,9 +81,12 @@ class CausalScores:
     behaviours: int  #: that were tested
     #: share of prompts whose answer becomes the counterpart's when its top features do, with a 95 % Wilson interval
     interchange: Interval
-    interchange_random: float | None  #: the same of random sets of as many features; None: there are too few features
+    interchange_random: float | None  #: the same of random lists of the top features' dose; None: none reaches it
+    accuracy_drop: float  #: of two-way accuracy without the top features, mean over behaviours
+    accuracy_drop_random: float | None  #: the same without random lists of their dose; None: none reaches it
     claimed: int  #: behaviours whose two-way accuracy falls when the top features are ablated
-    carried: int  #: behaviours most of whose answers the top features carry over
+    #: behaviours most of whose answers the top features carry over, and more than 95 % of random lists of their dose do
+    carried: int
     shown: int  #: behaviours that are both claimed and carried: the features stand for the variable
     idle: int  #: variables that no answer depends on
     idle_claimed: int  #: of these, how many have an effect on two-way accuracy

@@ -282,11 +282,11 @@ def rank_logits(
         some = []
         for part, rows in split.slices(run):
             changes = fall_BxTxK[part], W_dec_KxD
-            clean_BxV, edited_BxV = (
+            clean_NxV, edited_NxV = (
                 to_host(_end_logits(split.point, split.params, rows, *changes, share * fraction_K)) for share in (0, 1)
             )
-            order_BxR = np.argsort(-np.where(is_allowed_V, clean_BxV, -np.inf), axis=1, kind="stable")[:, :most]
-            some.append(np.stack([np.take_along_axis(each, order_BxR, axis=1) for each in (clean_BxV, edited_BxV)], 1))
+            order_NxR = np.argsort(-np.where(is_allowed_V, clean_NxV, -np.inf), axis=1, kind="stable")[:, :most]
+            some.append(np.stack([np.take_along_axis(each, order_NxR, axis=1) for each in (clean_NxV, edited_NxV)], 1))
         parts.append(np.concatenate(some))
     return np.moveaxis(in_order(parts, runs), 0, -1).astype(np.float64)
 

@@ -126,13 +126,16 @@ def test_exact_features_stand_for_the_variables_and_wrong_decoders_for_nothing(c
     assert recovered == 1 and judged.behaviours == judged.carried == len(case.causes)
     assert judged.interchange.mean == 1 and (judged.idle, judged.idle_claimed) == (1, 0)
     assert judged.interchange_random is None or judged.interchange_random < 0.5
+    # A list that reaches the dose costs fewer answers than the variable's own features.
+    if len(case.causes) > 1:  # in induction answers without the variable are a tie, which rounding decides
+        assert judged.accuracy_drop_random is None or judged.accuracy_drop_random < judged.accuracy_drop
     wrong = judge_features(model, sets[case.layer][WRONG], case, {})
     assert wrong.carried == wrong.shown == 0 and wrong.interchange.mean < 0.5
 
 
-def test_random_sets_turn_the_mean_share_of_answers(monkeypatch):
+def test_random_lists_turn_the_mean_share_of_answers(monkeypatch):
     case = make_case("logic", 30, 0)
-    # Whose answers turn with each of N random sets [N, P]; of the third behaviour there are none.
+    # Whose answers turn with each of N random lists [N, P]; of the third behaviour there are none.
     turned = [[[True, False], [False, False]], [[True, True], [False, True]], np.zeros((0, 2), bool)]
     of_behaviour = dict(zip(case.causes, turned, strict=True))
     table = SimpleNamespace(
@@ -144,6 +147,16 @@ def test_random_sets_turn_the_mean_share_of_answers(monkeypatch):
     monkeypatch.setattr(judge, "_has_effect", lambda ablated, name: True)
     judged = judge_features(None, None, case, {})
     assert judged.interchange.mean == 1 and judged.interchange_random == pytest.approx((0.25 + 0.75) / 2)
+    assert judged.accuracy_drop == 1 and judged.accuracy_drop_random == pytest.approx((0.25 + 0.75) / 2)
+
+
+def test_answers_are_carried_where_most_turn_and_more_than_under_lists_of_the_same_dose():
+    all_P, none_NxP = np.ones(40, bool), np.zeros((20, 40), bool)
+    assert judge._carries(all_P, none_NxP) and judge._carries(all_P, none_NxP[:0])
+    assert not judge._carries(all_P & (np.arange(40) < 10), none_NxP)
+    one_NxP, two_NxP = none_NxP.copy(), none_NxP.copy()
+    one_NxP[:1], two_NxP[:2] = True, True
+    assert judge._carries(all_P, one_NxP) and not judge._carries(all_P, two_NxP)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.activations.in_memory import Activations, capture
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
@@ -23,7 +24,6 @@ from saejax.ground_truth.circuits.handset import frame, neuron_arrays
 from saejax.ground_truth.circuits.handset import run as run_known
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
-from saejax.parallel.settings import MeshConfig
 from saejax.training.in_memory import train
 
 EXACT, WRONG, RANDOM, TRAINED = "exact", "wrong", "random", "trained"
@@ -35,7 +35,7 @@ def write_sets(
     case: Case,
     model: LanguageModel,
     seed: int,
-    mesh: MeshConfig | None = None,
+    mesh: Mesh | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Path]:
     """Write a folder for each set, with a folder for each layer's transcoder; existing ones are kept. Return them.

@@ -4,7 +4,7 @@ The causal tests are the tests of ``saejax.ablate``, with the features of one la
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,15 +42,18 @@ def judge_features(
     claimed = {name for name in case.causes if _has_effect(ablated, name)}
     # Patching is ablation with the counterpart's activations in place of zeros. One behaviour at a time: in one call,
     # each would be measured on the prompts of the others as well.
-    flips = {name: _flips(run(some, top=top, replacement="counterpart"), name) for name, some in prompts.items()}
-    # A layer's few features leave too few random sets to compare with: most answers must turn.
-    carried = {name for name, (top_P, _) in flips.items() if wilson(top_P).low > 0.5}
-    random = [random_ExP.mean() for _, random_ExP in flips.values() if len(random_ExP)]
+    patched = {name: run(some, top=top, replacement="counterpart") for name, some in prompts.items()}
+    # The transformer is right about all prompts and counterparts: any answer can turn, and each wrong one is a loss.
+    flips = {name: [diff_xP < 0 for diff_xP in _differences(each, name)] for name, each in patched.items()}
+    losses = [[diff_xP <= 0 for diff_xP in _differences(ablated, name)] for name in case.causes]
+    carried = {name for name, (top_P, random_NxP) in flips.items() if _carries(top_P, random_NxP)}
     first = next(iter(prompts))
     return CausalScores(
         behaviours=len(case.causes),
         interchange=wilson(np.concatenate([top_P for top_P, _ in flips.values()])),
-        interchange_random=float(np.mean(random)) if random else None,
+        interchange_random=_mean_of_lists(flips.values()),
+        accuracy_drop=float(np.mean([top_P.mean() for top_P, _ in losses])),
+        accuracy_drop_random=_mean_of_lists(losses),
         claimed=len(claimed),
         carried=len(carried),
         shown=len(claimed & carried),
@@ -60,20 +63,30 @@ def judge_features(
 
 
 def _has_effect(ablated: Ablation, behaviour: str) -> bool:
-    """Return whether two-way accuracy falls. A layer's few features leave too few random sets to compare with."""
+    """Return whether two-way accuracy falls. A layer's few features leave too few random lists for a rank test."""
     return ablated.verdict.dictionaries[TESTED][behaviour].ablation["two_way"].answer == "yes"
 
 
-def _flips(patched: Ablation, behaviour: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return whose answer becomes the counterpart's, with the top features [P], and with each of N random sets [N, P].
+def _carries(top_P: np.ndarray, random_NxP: np.ndarray) -> bool:
+    """Return whether the top features turn most answers, and more than 95 % of the random lists of their dose do."""
+    return wilson(top_P).low > 0.5 and (random_NxP.mean(axis=1) >= top_P.mean()).sum() <= 0.05 * len(random_NxP)
 
-    The transformer is right about all prompts and counterparts, so any answer can turn.
+
+def _mean_of_lists(answers: Iterable[Sequence[np.ndarray]]) -> float | None:
+    """Return the mean share of prompts that random lists change; None where no behaviour has any."""
+    means = [random_NxP.mean() for _, random_NxP in answers if len(random_NxP)]
+    return float(np.mean(means)) if means else None
+
+
+def _differences(edited: Ablation, behaviour: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logit differences with the top features edited [P], and with each of N random lists [N, P].
+
+    Random lists are of other features that fire, each built to the dose of the top ones (``interventions.controls``).
     """
-    table = patched.table
+    table = edited.table
     prompts = table.select_prompts(behaviour)
     top_1xP, random_NxP = (
-        table.values(table.select_whole_edits(behaviour, group), prompts, "logit_diff") < 0
-        for group in ("top", "random")
+        table.values(table.select_whole_edits(behaviour, group), prompts, "logit_diff") for group in ("top", "random")
     )
     return top_1xP[-1], random_NxP
 

@@ -29,11 +29,12 @@ _EDGE_NOTE = (
 )
 _CAUSAL_NOTE = (
     "Interchange: prompts whose answer becomes the counterpart's when the top features are patched from it "
-    "(interchange accuracy), with Wilson intervals, and the same of random sets of as many features. Ablation effect: "
-    "behaviours whose two-way accuracy falls when the top features are ablated; idle variables: the same for features "
-    "of a variable that no answer depends on. Some directions always have more effect than others, so a random "
-    "transcoder may pass this test. And interchange: of these, behaviours in which patching carries most answers over; "
-    "only then do the features represent the variable."
+    "(interchange accuracy), with Wilson intervals, and the same of random lists of other features to the same dose. "
+    "Accuracy lost: two-way accuracy that ablation of the top features costs, and ablation of such lists. Ablation "
+    "effect: behaviours whose accuracy falls; idle variables: the same for features of a variable that no answer "
+    "depends on. Some directions always have more effect than others, so a random transcoder may pass this test. And "
+    "interchange: of these, behaviours in which patching carries most answers over, and more than 95 % of the lists "
+    "do; only then do the features represent the variable."
 )
 
 
@@ -105,6 +106,9 @@ def _causal_table(name: str, sets: Mapping[str, JudgedSet]) -> Table:
         "Transcoder": lambda kind, causal: _SETS[kind],
         "Interchange, %": lambda kind, causal: interval(causal.interchange, 0, 100),
         "Random, %": lambda kind, causal: number(causal.interchange_random, 0, 100),
+        "Accuracy lost; random, %": lambda kind, causal: (
+            f"{number(causal.accuracy_drop, 0, 100)}; {number(causal.accuracy_drop_random, 0, 100)}"
+        ),
         "Ablation effect": lambda kind, causal: f"{causal.claimed} of {causal.behaviours}",
         "And interchange": lambda kind, causal: f"{causal.shown} of {causal.behaviours}",
         "Idle variables": lambda kind, causal: f"{causal.idle_claimed} of {causal.idle}",

@@ -36,10 +36,11 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
     write_text(run.folder / "prompts.jsonl", "".join(map(as_line, case.prompts)))
     # Written and loaded again, so that the tests meet it as they meet any model.
     save_model(run.folder / "model", *checkpoint(case.model, config.seed), list(case.model.words))
-    model = load_model(str(run.folder / "model"), mesh=make_mesh(run.configs[MeshConfig]))
+    mesh = make_mesh(run.configs[MeshConfig])
+    model = load_model(str(run.folder / "model"), mesh=mesh)
     traced = _traced(case, config.graphs)
     judged = {}
-    for name, folder in write_sets(run.folder, case, model, config.seed, run.configs[MeshConfig], run.say).items():
+    for name, folder in write_sets(run.folder, case, model, config.seed, mesh, run.say).items():
         if run.stopping():
             raise Interrupted("stopped while transcoders were tested: run the same command again to continue")
         transcoders = open_transcoders(folder)
