@@ -25,7 +25,7 @@ All changes are edits (``saejax.interventions.edits``) at the editable positions
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from saejax.interventions.slopes import leaders, slopes
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
 from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import token_text
 from saejax.parallel.collectives import to_host
 from saejax.progress import OnProgress, silent
 from saejax.results import Interval
@@ -206,6 +207,11 @@ def group_by_swap(lm: LanguageModel, prompts: Sequence[Prompt]) -> dict[AnswerSw
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
+def name_swap(tokenizer: Any, swap: AnswerSwap) -> str:
+    """Return a pair of answers as text; tokens that are a part of a character are shown by their bytes."""
+    return " → ".join(token_text(tokenizer)(token).strip() for token in swap)
+
+
 def _unit(vector_D: np.ndarray) -> np.ndarray:
     """Return a vector of norm 1, or 0 if it has none."""
     norm = float(np.linalg.norm(vector_D))
@@ -314,16 +320,13 @@ class SteeringTest:
             for method in METHODS
             if method == "mean_difference" or any(self._tops.values())
         }
-        decode = self._lm.tokenizer.decode
         return BehaviourSteering(
             reason=None,
             prompts=len(self._test),
             left_out=self._left_out,
             clean=mean_interval(clean_P, weight_RxP),
             methods=methods,
-            features={
-                " → ".join(decode([token]).strip() for token in swap): tuple(self._tops[swap]) for swap in self._groups
-            },
+            features={name_swap(self._lm.tokenizer, swap): tuple(self._tops[swap]) for swap in self._groups},
         )
 
     def _reason(self) -> str:

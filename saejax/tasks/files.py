@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from saejax.errors import UserError
+from saejax.unicode import replace_surrogates
 
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _ROWS = 1024  # of a table, in memory at once
@@ -186,5 +187,5 @@ def _record_batches(path: Path, file: IO[bytes], columns: Sequence[str]) -> Iter
 
 def shown(value: object) -> str:
     """Return a value as JSON, cut to 40 characters, for messages."""
-    text = json.dumps(value, default=str)
+    text = replace_surrogates(json.dumps(value, default=str, ensure_ascii=False))
     return text if len(text) <= 40 else text[:37] + "..."

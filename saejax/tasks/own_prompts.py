@@ -22,7 +22,7 @@ import numpy as np
 from saejax.errors import UserError
 from saejax.tasks.answer_tokens import fault
 from saejax.tasks.behaviours import SPLITS, Prompt
-from saejax.tasks.files import decode, json_lines, read_bytes, read_lines, shown
+from saejax.tasks.files import decode, read_bytes, read_lines, shown
 from saejax.tasks.recipes import Recipe, ioi_recipe
 from saejax.tasks.settings import BEHAVIOURS, PROBE_LABELS, TaskConfig
 
@@ -119,11 +119,9 @@ def count_behaviours(task: TaskConfig) -> int:
     """Return the number of behaviours in the file; 0 if no file is named.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it cannot be read, or lines are not prompts or repeat others, all of which are named.
     """
-    path = Path(task.prompts)
-    lines = json_lines(decode(_content(path), path), path, _EXAMPLE) if task.prompts else ()
-    return len({record.get("behaviour") for _, record in lines if isinstance(record, dict)})
+    return len(_read_lines(task, None))
 
 
 def identity(task: TaskConfig) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from runs import save_corpus
 from scipy.special import log_softmax
+from transformers import AutoTokenizer
 
 from saejax.errors import UserError
 from saejax.interventions import steering
@@ -103,6 +104,18 @@ def test_changes_by_hand(dictionary):
     edits = steering.steering_edits(texts, dictionary, "clamp", swap, top, [1.0, 2.0])
     np.testing.assert_allclose(edits.addends[1], 2 * texts.f_NxF[answers == 7][:, top].mean(axis=0))
     assert edits.sets[1].tolist() == top and edits.fractions[1].tolist() == [1.0] * 3
+
+
+def test_pairs_of_answers_have_names_of_their_own_where_tokens_are_parts_of_characters(inputs):
+    """A defect: first tokens of Chinese answers had one name, and the features of one pair replaced another's."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs[0])
+    first_ids = {tokenizer.encode(text, add_special_tokens=False)[0] for text in "龘靐鬱麤龖籲"}
+    parts = [token for token in sorted(first_ids) if "\ufffd" in tokenizer.decode([token])]
+    assert len(parts) > 1
+    names = {steering.name_swap(tokenizer, steering.AnswerSwap(a, b)) for a in parts for b in parts if a != b}
+    assert len(names) == len(parts) * (len(parts) - 1) and not any("\ufffd" in name for name in names)
+    one, two = tokenizer.convert_tokens_to_ids(["1", "2"])
+    assert steering.name_swap(tokenizer, steering.AnswerSwap(one, two)) == "1 → 2"
 
 
 def test_controls_are_random_lists_to_a_norm_without_the_top_features():

@@ -63,7 +63,9 @@ def test_a_counterpart_may_be_missing_a_template_be_named_and_a_text_hold_any_se
 
 def test_how_many_behaviours(tmp_path):
     path = tmp_path / "own.jsonl"
-    path.write_text("\n".join(json.dumps(dict(LINES[0], behaviour=name)) for name in ("a", "b", "a")))
+    path.write_text(
+        "\n".join(json.dumps(line | dict(behaviour=name)) for line, name in zip(LINES, "aba", strict=False))
+    )
     assert count_behaviours(TaskConfig(prompts=str(path))) == 2 and count_behaviours(TaskConfig()) == 0
     assert read_own_prompts(TaskConfig(), letters) == {} and identity(TaskConfig()) == ""
 
@@ -118,6 +120,15 @@ def test_all_bad_lines_are_listed_at_once(read):
     assert "\n" not in message and all(f"line {number}" in message for number in (1, 2, 7, 8))
     with pytest.raises(UserError, match="30 lines are no prompts: .*; and so in the lines 21, 22, .*, 30$"):
         read([["list"]] * 30)
+
+
+def test_messages_show_other_scripts_as_they_are_and_counting_names_every_bad_line(read, tmp_path):
+    with pytest.raises(UserError, match='the behaviour "复数" names files'):
+        read([LINES[0] | dict(behaviour="复数")])
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"behaviour": "plural"}\n{\n')
+    with pytest.raises(UserError, match="2 lines are no prompts: line 1 lacks text, .*; line 2 is not JSON"):
+        count_behaviours(TaskConfig(behaviours=(), prompts=str(file)))
 
 
 def test_bad_files_end_a_run_before_a_model_is_looked_for(tmp_path, capsys):
