@@ -29,7 +29,7 @@ from saejax.interventions.slopes import neutral_tokens
 from saejax.models.language_model import LanguageModel
 from saejax.progress import OnProgress, silent
 from saejax.tasks.answer_tokens import first_answer_ids
-from saejax.tasks.behaviours import Prompt
+from saejax.tasks.behaviours import SPLITS, Prompt
 
 MAX_GROUPS = 6  # proposed groups, the most influential ones: as many as a picture has room for
 _TOP = 100  # most influential features of a traced prompt that count
@@ -41,13 +41,11 @@ _LIKELY = 40  # most probable tokens of each prompt, from which placebo targets 
 def find_circuit(
     model: LanguageModel,
     transcoders: LayerTranscoders,
-    traced: Sequence[Prompt],
-    measured: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     *,
     groups: Sequence[Group] = (),
     describe: Callable[[Sequence[Feature]], Mapping[Feature, FeatureDetails]] = lambda features: {},
     max_features: int | None = 512,
-    resamples: int = 10_000,
     seed: int = 0,
     on_progress: OnProgress = silent,
 ) -> tuple[CircuitResults, Mapping[Feature, FeatureDetails]]:
@@ -56,12 +54,10 @@ def find_circuit(
     Args:
       model: the language model.
       transcoders: a transcoder for each of its layers.
-      traced: prompts that choose features: each is traced.
-      measured: other prompts of the behaviour, two or more, on which effects are measured.
+      prompts: "train" prompts choose features: each is traced. On "test" prompts, two or more, effects are measured.
       groups: groups to measure; if empty, groups are proposed.
       describe: returns the details of features that groups are made and named from.
       max_features: maximum number of features of a graph.
-      resamples: number of bootstrap samples.
       seed: seed of placebo targets, control sets and the bootstrap.
       on_progress: called with the numbers of prompts done and of all prompts; may raise to stop.
 
@@ -71,6 +67,7 @@ def find_circuit(
     Raises:
       UserError: a prompt cannot be traced, or there are fewer than two prompts to measure.
     """
+    traced, measured = ([prompt for prompt in prompts if prompt.split == split] for split in SPLITS)
     if len(measured) < 2:
         count = len(measured)
         raise UserError(f"effects are measured on {count} prompts: expected 2 or more; raise --task.test_prompts")
@@ -114,7 +111,7 @@ def find_circuit(
         )  # fmt: skip
     # 4. Judge.
     templates = [prompt.template for prompt in measured]
-    edges = judge_edges([group.name for group in chosen], effects, templates, resamples=resamples, seed=seed)
+    edges = judge_edges([group.name for group in chosen], effects, templates, seed=seed)
     results = CircuitResults(
         len(traced), len(measured), len(swapped_diffs), sum(diffs) / len(diffs), measured[0].correct.strip(), chosen,
         tuple(edges), tuple(returning), n_layers,

@@ -61,7 +61,7 @@ def label_features(lm: LanguageModel, acts: Activations | Store, dictionary: Dic
                 raise UserError(f"there are {count} texts: give at least 3, of which a third judges the labels")
             store = acts.save(Path(name) / "capture", held_out=count // 3)
         text = CodedText(store.documents, _pieces(lm))
-        return search_labels(lm, store, text, dictionary, lm.mesh, Path(name) / "firings", seed=seed).labels
+        return search_labels(lm, store, text, dictionary, Path(name) / "firings", seed=seed).labels
 
 
 def _pieces(lm: LanguageModel) -> list[str]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
 
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
@@ -62,31 +61,26 @@ def search_labels(
     store: Store,
     text: CodedText,
     dictionary: Dictionary,
-    mesh: Mesh,
     folder: Path,
     *,
     batch_tokens: int = 2048,
     seed: int = 789,
-    stopping: Callable[[], bool] = lambda: False,
     begin_progress: BeginProgress = lambda doing, total, unit: lambda done: None,
 ) -> LabelSearch:
     """Search and score the labels of a dictionary's features.
 
     Args:
-      lm: the model.
+      lm: the model, on whose devices activations are encoded.
       store: activations of the dictionary's sites, with held-out text.
       text: its text.
       dictionary: the dictionary.
-      mesh: devices that encode.
       folder: where firings are written; they stay.
       batch_tokens: tokens in a batch.
       seed: of the controls.
-      stopping: returns whether the process was asked to stop.
-      begin_progress: see ``BeginProgress``.
+      begin_progress: see ``BeginProgress``; what it returns may raise to stop.
 
     Raises:
       UserError: a split has no activations of the dictionary's site.
-      Interrupted: asked to stop.
     """
     in_stream = Site.parse(dictionary.config.target or dictionary.site).kind in IN_STREAM
 
@@ -94,7 +88,7 @@ def search_labels(
         names = ", ".join(path.name for path in dictionaries)
         total = len(store.rows(split, dictionary.site))
         on_tokens = begin_progress(f"firings are recorded ({names})", total, "tokens")
-        return record(store, split, dictionaries, mesh, batch_tokens, stopping=stopping, on_tokens=on_tokens)
+        return record(store, split, dictionaries, lm.mesh, batch_tokens, on_tokens=on_tokens)
 
     def promoted(some: Dictionary) -> neighbours.OutputTokens | None:
         """Return the tokens that features promote and suppress; None if they do not write to the residual stream."""

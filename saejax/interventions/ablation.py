@@ -427,63 +427,22 @@ class BehaviourAblation:
 
 
 def measure_behaviour(
-    lm: LanguageModel,
-    dictionary: Dictionary,
-    behaviour: str,
-    prompts: Mapping[str, Sequence[Prompt]],
-    config: AblateConfig,
-    text: HeldOutText | None = None,
-    repeats: Mapping[str, Dictionary] | None = None,
-    on_progress: OnProgress = silent,
-    features: Sequence[int] | None = None,
-    readouts: tuple[Readout | None, Readout | None] = (None, None),
-) -> tuple[EffectsTable, BehaviourAblation]:
-    """Measure what the verdict on a behaviour needs.
-
-    Args:
-      lm: the model.
-      dictionary: the tested one.
-      behaviour: its name.
-      prompts: prompts of all behaviours of the run, by name.
-      config: settings of the ablation.
-      text: held-out documents, if there are any.
-      repeats: dictionaries of other seeds, by name.
-      on_progress: called with rows done and expected; may raise to stop.
-      features: T of the tested dictionary, if it is not chosen by attribution.
-      readouts: what is measured in place of the logit difference, and what placebo sets are chosen for.
-
-    Returns:
-      The table of the behaviour, and the tested dictionary's ablation for further measurements.
-
-    Raises:
-      UserError: prompts are missing, a dictionary does not fit the model, or no feature has an attribution above zero.
-    """
-    documents = len(text.documents) if text else 0
-    progress = RowProgress(
-        on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features, documents)
-    )
-    tested = BehaviourAblation(
-        lm, dictionary, behaviour, prompts[behaviour], config, progress, features, None, *readouts
-    )
-    return measure_all(tested, prompts, text, repeats), tested
-
-
-def measure_all(
     tested: BehaviourAblation,
     prompts: Mapping[str, Sequence[Prompt]],
     text: HeldOutText | None = None,
     repeats: Mapping[str, Dictionary] | None = None,
 ) -> EffectsTable:
-    """Return the measurements of the tested dictionary, the untrained one, simpler bases and other seeds.
+    """Return what the verdict needs: measurements of the tested dictionary, untrained ones, simpler bases, other seeds.
 
     Args:
-      tested: the tested dictionary on the behaviour.
+      tested: the tested dictionary on the behaviour; for further measurements it can be used again.
       prompts: prompts of the other behaviours; T is ablated there, too.
       text: held-out documents, if there are any.
       repeats: dictionaries of other seeds, by name.
 
     Raises:
-      UserError: no feature has an attribution above zero, or repeats do not go with the settings.
+      UserError: a dictionary does not fit the model, no feature has an attribution above zero, or repeats do not go
+        with the settings.
     """
     config = tested.config
     keeps_error = config.error == "keep"  # otherwise the clean run belongs to the tested dictionary alone

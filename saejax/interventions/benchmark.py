@@ -23,7 +23,7 @@ from saejax.interventions.ablation import (
     BehaviourAblation,
     RowProgress,
     expected_rows,
-    measure_all,
+    measure_behaviour,
     root_mean_square,
 )
 from saejax.interventions.activity import FeatureStatistics
@@ -349,7 +349,7 @@ def measure_benchmark(
         items=items,
         batch_tokens=config.batch_tokens,
     )
-    return measure_all(tested, {items.name: []}, repeats=repeats), tested
+    return measure_behaviour(tested, {items.name: []}, repeats=repeats), tested
 
 
 def measure_group(

@@ -51,6 +51,7 @@ RULE = (
     "if the 95 % bootstrap interval over texts includes both, if it is not more active on real text, or with fewer "
     f"than {LEAST_TEXTS} texts."
 )
+_RESAMPLES = 2000  # bootstrap samples of texts
 _BATCH_TOKENS = 2048  # tokens that are run and encoded at once, unless one text has more
 _MULTIPLE = 64  # batches are padded to a multiple of this many tokens, so that few programs are compiled
 
@@ -110,12 +111,12 @@ def falsify(
     ordinary: Sequence[str],
     *,
     test_texts: Sequence[str] = (),
-    random_features: int | None = None,
     random_dictionary: Dictionary | None = None,
-    resamples: int = 2000,
     seed: int = 456,
 ) -> Falsification:
     """Test whether features that seem to reason fire on words alone, by injecting these into ordinary text.
+
+    As many of the dictionary's other features, drawn at random, are tested as a control.
 
     Args:
       lm: the model that the dictionary was trained on.
@@ -126,9 +127,7 @@ def falsify(
       ordinary: other text, half of which gives random tokens and half of which is injected; each is cut to the median
         length of the test texts.
       test_texts: texts of the same kind that show the activation on real text; empty: every second one of ``texts``.
-      random_features: how many of the dictionary's other features are tested as a control; None: as many.
       random_dictionary: a control at the same site, of which as many features are tested.
-      resamples: bootstrap samples of the intervals.
       seed: seed of places, random tokens, random features and the bootstrap.
 
     Returns:
@@ -150,8 +149,7 @@ def falsify(
     if min(map(len, kinds)) < 2:
         counts = ", ".join(str(len(kind)) for kind in kinds)
         raise UserError(f"falsify has {counts} texts to choose tokens, to test, and ordinary ones: expected 2 of each")
-    count = len(features) if random_features is None else random_features
-    rng = np.random.default_rng(seed)
+    count, rng = len(features), np.random.default_rng(seed)
     groups = [
         ("tested", dictionary, list(features)),
         ("random features", dictionary, _draw_live(lm, dictionary, kinds[0], features, count, rng)),
@@ -162,7 +160,7 @@ def falsify(
         groups.append(("random dictionary", random_dictionary, drawn))
     rows: list[FalsifiedFeature] = []
     for group, owner, members in groups:
-        rows += _test_group(lm, owner, group, members, kinds, resamples, seed) if members else []
+        rows += _test_group(lm, owner, group, members, kinds, seed) if members else []
     return Falsification(
         rule=RULE,
         texts=len(kinds[1]),
@@ -172,20 +170,17 @@ def falsify(
     )
 
 
-def judge_injection(
-    random_N: np.ndarray, injected_N: np.ndarray, real_M: np.ndarray, resamples: int = 2000, seed: int = 456
-) -> InjectionTest:
+def judge_injection(random_N: np.ndarray, injected_N: np.ndarray, real_M: np.ndarray, seed: int = 456) -> InjectionTest:
     """Return what drives a feature.
 
     Args:
       random_N: its activation on N ordinary texts with random tokens, at least 2.
       injected_N: on the same texts with the tokens that excite it in the same places.
       real_M: on M texts of the kind that it is claimed for, at least 2.
-      resamples: bootstrap samples.
       seed: seed of the bootstrap.
     """
     weight_RxN, weight_RxM = (
-        resampling_weights(np.zeros(len(values)), resamples, seed + number)
+        resampling_weights(np.zeros(len(values)), _RESAMPLES, seed + number)
         for number, values in enumerate((random_N, real_M))
     )
     rise, way = float((injected_N - random_N).mean()), float(real_M.mean() - random_N.mean())
@@ -206,7 +201,6 @@ def _test_group(
     group: str,
     features: Sequence[int],
     kinds: Sequence[Sequence[list[int]]],
-    resamples: int,
     seed: int,
 ) -> Iterator[FalsifiedFeature]:
     """Yield the test of K features of one dictionary.
@@ -235,7 +229,7 @@ def _test_group(
             alone = _activations(lm, dictionary, np.array([feature], np.int32), mixed)
             injected_2xNxK[kind, :, k] = [acts_Tx1.max() for acts_Tx1 in alone]
     weight_RxN, weight_RxM = (
-        resampling_weights(np.zeros(len(texts)), resamples, seed + number)
+        resampling_weights(np.zeros(len(texts)), _RESAMPLES, seed + number)
         for number, texts in enumerate((ordinary, test))
     )
     piece = token_piece(lm.tokenizer)
@@ -253,7 +247,7 @@ def _test_group(
             random=mean_interval(random_N, weight_RxN),
             activation=mean_interval(injected_N, weight_RxN),
             real=mean_interval(real_MxK[:, k], weight_RxM),
-            test=judge_injection(random_N, injected_N, real_MxK[:, k], resamples, seed),
+            test=judge_injection(random_N, injected_N, real_MxK[:, k], seed),
         )
 
 

@@ -11,7 +11,15 @@ import jax
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError, one_of
-from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, verdict_config
+from saejax.interventions.ablation import (
+    TEXT_LENGTH,
+    BehaviourAblation,
+    RowProgress,
+    describe_top,
+    expected_rows,
+    measure_behaviour,
+    verdict_config,
+)
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import run_edits
@@ -152,9 +160,12 @@ def ablate(
     tables, top, importance = [], {}, {}
     for name in by_behaviour:
         with show_progress(f"ablate {name}") as on_progress:
-            table, ablation = measure_behaviour(
-                lm, tested, name, by_behaviour, config, text, repeats, on_progress, features, readouts
+            rows = expected_rows(config, by_behaviour, name, tested.config.n_features, len(documents))
+            progress = RowProgress(on_progress, rows)
+            ablation = BehaviourAblation(
+                lm, tested, name, by_behaviour[name], config, progress, features, None, *readouts
             )
+            table = measure_behaviour(ablation, by_behaviour, text, repeats)
         tables.append(table)
         top[name] = describe_top(table, ablation)
         if config.effects == "all":

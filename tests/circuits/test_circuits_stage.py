@@ -42,7 +42,7 @@ def flags(tiny_llama, lm, tmp_path_factory):
     return [
         f"--model.path={tiny_llama}", f"--graph.transcoders={folder / 'transcoders'}", "--task.behaviours=",
         f"--task.prompts={folder / 'sides.jsonl'}", "--task.gate=1",
-        "--circuits.behaviours=sides", "--circuits.traced=3", "--causal.bootstrap=200",
+        "--circuits.behaviours=sides", "--circuits.traced=3",
         "--mesh.data=2",
     ]  # fmt: skip
 

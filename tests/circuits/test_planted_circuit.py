@@ -76,6 +76,9 @@ def prompts(split: str, filler: str) -> list[Prompt]:
     ]  # fmt: skip
 
 
+BOTH = [*prompts("train", "of"), *prompts("test", "in")]
+
+
 def load(folder, spec, one_device):
     save_model(folder, *checkpoint(spec, SEED), list(spec.words))
     model = load_model(str(folder), mesh=one_device)
@@ -91,7 +94,7 @@ def intact(tmp_path_factory, one_device):
 
 @pytest.fixture(scope="module")
 def circuit(intact):
-    results, _ = find_circuit(*intact, prompts("train", "of"), prompts("test", "in"), resamples=2000)
+    results, _ = find_circuit(*intact, BOTH)
     return results
 
 
@@ -137,9 +140,9 @@ def test_the_edges_are_the_planted_ones(circuit):
 def test_no_edge_where_the_path_is_cut(intact, circuit, tmp_path, one_device):
     model, transcoders = load(tmp_path / "cut", planted(cut=True), one_device)
     # Features are numbered by their layer's seed, so those of the intact model are the same neurons here.
-    cut, _ = find_circuit(model, transcoders, [], prompts("test", "in"), groups=circuit.groups, resamples=2000)
+    cut, _ = find_circuit(model, transcoders, prompts("test", "in"), groups=circuit.groups)
     assert not [edge for edge in cut.edges if edge.drawn]
-    proposed, _ = find_circuit(model, transcoders, prompts("train", "of"), prompts("test", "in"), resamples=2000)
+    proposed, _ = find_circuit(model, transcoders, BOTH)
     assert not [edge for edge in proposed.edges if edge.drawn]
 
 
@@ -147,7 +150,7 @@ def test_groups_of_neurons_that_nothing_reads_have_no_edge(intact):
     spec, transcoders = planted(), intact[1]
     keys = [Key(0, feature, "content") for feature in range(spec.width)]
     idle = [key for key in keys if "idle city" in next(iter(neuron_names(spec, transcoders, Group("", (key,)))))]
-    result, _ = find_circuit(*intact, [], prompts("test", "in"), groups=[Group("idle", tuple(idle[:3]))], resamples=500)
+    result, _ = find_circuit(*intact, prompts("test", "in"), groups=[Group("idle", tuple(idle[:3]))])
     assert idle and not [edge for edge in result.edges if edge.drawn]
     assert max((abs(edge.effect.mean) for edge in result.edges), default=0.0) < 1e-4  # rounding
 
@@ -157,11 +160,11 @@ def test_an_edge_needs_controls_of_its_dose(intact, circuit):
     spec = planted()
     members = tuple(Key(2, feature, "last") for feature in range(spec.width))
     everything = Group("all of the layer", members)
-    result, _ = find_circuit(*intact, [], prompts("test", "in"), groups=[everything], resamples=500)
+    result, _ = find_circuit(*intact, prompts("test", "in"), groups=[everything])
     (edge,) = [edge for edge in result.edges if edge.edit == "total"]
     assert edge.effect.low > 0 and edge.dose == 0 and not edge.drawn
 
 
 def test_too_few_prompts(intact):
     with pytest.raises(UserError, match="measured on 1 prompts: expected 2 or more"):
-        find_circuit(*intact, [], prompts("test", "in")[:1])
+        find_circuit(*intact, prompts("test", "in")[:1])

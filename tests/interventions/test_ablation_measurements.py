@@ -108,7 +108,8 @@ def test_draws_of_another_behaviour_do_not_depend_on_a_third(tiny, dictionary, m
     values = []
     for others in (("second", "third"), ("second",), ("third",)):
         some = {name: prompts[name] for name in ("first", *others)}
-        table, _ = measure_behaviour(tiny, dictionary, "first", some, config)
+        tested = BehaviourAblation(tiny, dictionary, "first", some["first"], config, RowProgress())
+        table = measure_behaviour(tested, some)
         edit = table.select_edits("first", "top")[-1]
         values += [table.values([edit], table.select_prompts(name), "logit_diff")[0] for name in others]
     np.testing.assert_allclose(values[0], values[2], atol=1e-5)

@@ -98,16 +98,16 @@ def run_world(seed, detectors=10, states=10, **settings):
     world = World(seed)
     texts = world.texts(np.random.default_rng(seed))
     dictionary = world.dictionary(detectors, states)
-    return falsify(world, dictionary, range(detectors + states), *texts, resamples=500, **settings)
+    return falsify(world, dictionary, range(detectors + states), *texts, **settings)
 
 
 @pytest.fixture(scope="module")
 def worlds():
-    return [run_world(seed, random_features=0) for seed in range(5)]
+    return [run_world(seed) for seed in range(5)]
 
 
 def test_planted_detectors_of_words_are_told_from_features_of_context(worlds):
-    rows = [row for world in worlds for row in world.features]
+    rows = [row for world in worlds for row in world.features if row.group == "tested"]
     wrong = [row for row in rows if row.test.driver != ("tokens" if row.feature < 10 else "context")]
     assert len(rows) == 100 and len(wrong) <= 10, wrong[:2]
     share = worlds[0].shares[0]
@@ -127,13 +127,13 @@ def test_prompts_are_read_whole_in_batches_of_bounded_size():
     world, rng = World(0), np.random.default_rng(0)
     plain = [" ".join(map(str, rng.integers(0, WORDS, count))) for count in rng.integers(200, 500, 24)]
     reasoning = [f"{text} {' '.join(map(str, WORDS + np.arange(LOGIC)))}" for text in plain]
-    result = falsify(world, world.dictionary(3, 0), range(3), reasoning, plain, resamples=100)
+    result = falsify(world, world.dictionary(3, 0), range(3), reasoning, plain)
     assert [row.test.driver for row in result.features if row.group == "tested"] == ["tokens"] * 3
     assert world.largest <= module._BATCH_TOKENS
 
 
 def test_controls_are_tested_too():
-    result = run_world(3, 8, 8, random_features=3, random_dictionary=World(9).dictionary(12, 0))
+    result = run_world(3, 8, 8, random_dictionary=World(9).dictionary(12, 0))
     # All features are tested ones: none is left to be drawn at random.
     assert [share.group for share in result.shares] == ["tested", "random dictionary"]
     assert result.rule == RULE and (result.texts, result.ordinary) == (64, 64)
@@ -169,7 +169,7 @@ def test_the_rule_is_undecided_where_nothing_is_shown():
 
 def test_a_real_model(tiny, make_dictionary):
     texts = [f"The {word} near the dogs runs so {word}" for word in ("cat", "war", "year", "water", "way", "capital")]
-    result = saejax.falsify(tiny, make_dictionary("resid_post.1"), [3, 8], texts, texts[::-1] * 2, resamples=100)
+    result = saejax.falsify(tiny, make_dictionary("resid_post.1"), [3, 8], texts, texts[::-1] * 2)
     assert [row.group for row in result.features] == ["tested"] * 2 + ["random features"] * 2
     with pytest.raises(UserError, match="falsify has 1, 1, 1, 1 texts"):
         saejax.falsify(tiny, make_dictionary("resid_post.1"), [3], texts[:2], texts[:2])

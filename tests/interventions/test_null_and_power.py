@@ -24,7 +24,7 @@ from effect_worlds import (
 )
 
 from saejax.dictionaries import Dictionary
-from saejax.interventions.ablation import measure_behaviour
+from saejax.interventions.ablation import BehaviourAblation, RowProgress, measure_behaviour
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
 from saejax.interventions.settings import AblateConfig
 from saejax.interventions.slopes import slopes
@@ -217,7 +217,8 @@ def with_planted(tiny, dictionary: Dictionary, prompts, planted: int, seed: int)
 
 def measure_and_judge(tiny, dictionary, prompts, features=None, placebos=39) -> BehaviourVerdict:
     config = dataclasses.replace(CONFIG, placebo_targets=placebos)
-    table, _ = measure_behaviour(tiny, dictionary, "b", {"b": prompts}, config, features=features)
+    tested = BehaviourAblation(tiny, dictionary, "b", prompts, config, RowProgress(), features)
+    table = measure_behaviour(tested, {"b": prompts})
     return verdict(table, VerdictConfig(resamples=200)).dictionaries[TESTED]["b"]
 
 

@@ -12,6 +12,7 @@ ablating them, so all tokens judge.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +72,14 @@ class StepTester:
         padded = round_length(length)
         ids_1xX = np.pad(text.ids_T, (0, padded - length))[None].astype(np.int32)
         last_1, wanted_1xX = np.array([length - 1]), np.ones(ids_1xX.shape, bool)
-        *head, finite_1 = run_head(point, "keep", params, dictionary, ids_1xX, last_1, wanted_1xX)
+        stream, value, read_1xXxD, domain_1xX, finite_1 = run_head(
+            point, "keep", params, dictionary, ids_1xX, last_1, wanted_1xX
+        )
         if not np.asarray(finite_1).all():
             raise UserError(
                 f"the value of {point.site} is not finite on {text.problem.slug}: try --model.dtype=float32"
             )
-        self._stream, self._value, read_1xXxD, domain_1xX = head
-        _, self._past = record(point, params, self._stream, self._value, last_1)
+        self._clean = CleanText(stream, value, record(point, params, stream, value, last_1)[1])
         f_1xXxF = active_features(dictionary, read_1xXxD, domain_1xX)
         self._f_TxF = np.asarray(jnp.where(dictionary.fires(f_1xXxF), f_1xXxF, 0.0))[0, :length]
 
@@ -138,12 +140,28 @@ class StepTester:
             fraction_RxX = np.zeros((rows, len(padded_X)), np.float32)
             for row, (features, fraction) in zip(fraction_RxX, edits[first : first + rows], strict=False):
                 row[np.searchsorted(pool_K, features)] = fraction
-            arrays = self._stream, self._value, self._past, removed_WxX, padded_X, fraction_RxX
+            removed = RemovedFeatures(padded_X, removed_WxX, fraction_RxX)
             # Only the step is run: what comes before it is not edited, and its keys and values are at hand.
             start = np.int32(step.start)
-            logp_RxW, _ = run_rows(split.point, split.params, split.dictionary, *arrays, targets_W, start)
+            logp_RxW, _ = run_rows(split.point, split.params, split.dictionary, self._clean, removed, targets_W, start)
             parts.append(np.asarray(logp_RxW, np.float64)[: len(edits) - first, :count])
         return np.concatenate(parts)
+
+
+class CleanText(NamedTuple):
+    """A text of T tokens as it is."""
+
+    stream_1xTxD: jax.Array  #: the stream
+    value_1xTxD: jax.Array  #: what the dictionary changes there
+    past: PrefixKV  #: keys and values
+
+
+class RemovedFeatures(NamedTuple):
+    """What each of R rows removes: shares of K features' activations at W tokens."""
+
+    features_K: np.ndarray  #: the features that sets are drawn from
+    act_WxK: np.ndarray  #: their activations
+    fraction_RxK: np.ndarray  #: share of each that every row ablates
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -151,12 +169,8 @@ def run_rows(
     point: SplitPoint,
     params: decoder.Params,
     dictionary: Dictionary,
-    stream_1xTxD: jax.Array,
-    value_1xTxD: jax.Array,
-    past: PrefixKV,
-    removed_WxX: jax.Array,
-    features_K: jax.Array,
-    fraction_RxX: jax.Array,
+    clean: CleanText,
+    removed: RemovedFeatures,
     targets_W: jax.Array,
     start: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -166,28 +180,24 @@ def run_rows(
       point: where the model is split.
       params: of the model.
       dictionary: whose features are removed.
-      stream_1xTxD: the stream of the text as it is.
-      value_1xTxD: what the dictionary changes there.
-      past: keys and values of the text as it is.
-      removed_WxX: activations of the features that sets are drawn from.
-      features_K: their numbers.
-      fraction_RxX: share of each feature that every row ablates.
+      clean: the text as it is.
+      removed: what each row removes.
       targets_W: the next tokens.
       start: position of the first token.
     """
-    rows, window = len(fraction_RxX), len(removed_WxX)
+    rows, window = len(removed.fraction_RxK), len(removed.act_WxK)
     shards = document_devices(point.mesh)
     tree = SharedPrefixBatch.unshared(jnp.zeros(rows, jnp.int32), jnp.full(rows, start), window, shards)
     # A window filled up beyond the text reads its last token; those scores are dropped.
-    at_W = jnp.minimum(start + jnp.arange(window), stream_1xTxD.shape[1] - 1)
-    stream_RxWxD, value_RxWxD, removed_RxWxK = (
+    at_W = jnp.minimum(start + jnp.arange(window), clean.stream_1xTxD.shape[1] - 1)
+    stream_RxWxD, value_RxWxD, act_RxWxK = (
         jnp.broadcast_to(row, (rows, *row.shape[-2:]))
-        for row in (stream_1xTxD[:, at_W], value_1xTxD[:, at_W], removed_WxX)
+        for row in (clean.stream_1xTxD[:, at_W], clean.value_1xTxD[:, at_W], removed.act_WxK)
     )
-    W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
-    edited_RxWxD = edit_value(value_RxWxD, removed_RxWxK, W_dec_KxD, fraction_RxX[:, None, :])
+    W_dec_KxD = dictionary.W_dec_FxD[...][removed.features_K]
+    edited_RxWxD = edit_value(value_RxWxD, act_RxWxK, W_dec_KxD, removed.fraction_RxK[:, None, :])
     flat = (array.reshape(shards, -1, array.shape[-1]) for array in (stream_RxWxD, edited_RxWxD))
-    x = point.run_shared_suffix(params, past, tree, *flat).reshape(edited_RxWxD.shape)
+    x = point.run_shared_suffix(params, clean.past, tree, *flat).reshape(edited_RxWxD.shape)
     positions_RxW, targets_RxW = (jnp.tile(row_W[None], (rows, 1)) for row_W in (jnp.arange(window), targets_W))
     return token_scores(point.config, params, x, positions_RxW, targets_RxW)
 

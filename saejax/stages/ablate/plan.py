@@ -56,22 +56,15 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """
     if not plan.configs[TaskConfig].has_behaviours:
         return []
-    ablate, task = plan.configs[AblateConfig], plan.configs[TaskConfig]
-    kept_dtype = plan.configs[TrainConfig].state_dtype
+    ablate, task, train = plan.configs[AblateConfig], plan.configs[TaskConfig], plan.configs[TrainConfig]
     used, length, prompts = plan.dictionary("ablate"), prompt_length(plan), kept_prompts(plan, mesh)
     at_once = rows_at_once(prompts, length)
     if used.widths:  # programs of several sites are not planned
         return []
     reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
     point = SplitPoint(plan.model, writes, reads, mesh)
-    params = abstract_params(plan.model, mesh, plan.dtype)
-    dictionary = abstract_dictionary(used, plan.configs[TrainConfig], mesh)
-    per_feature = jax.ShapeDtypeStruct((used.n_features,), jnp.float32)
-    source = ActivationReplacement(
-        ablate.replacement,
-        mean_F=per_feature if ablate.replacement == "mean" else None,
-        seed=jax.ShapeDtypeStruct((), jnp.uint32) if ablate.replacement == "random" else None,
-    )
+    params, dictionary = abstract_params(plan.model, mesh, plan.dtype), abstract_dictionary(used, train, mesh)
+    source = _abstract_replacement(ablate, used.n_features)
 
     def value(place: Callable, count: int) -> jax.ShapeDtypeStruct:
         """Return the shape of the stream, the site's value or what is read, of ``count`` prompts."""
@@ -102,7 +95,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     bases = trainings + len(ablate.baselines) + ablate.untrained_dictionaries + bool(ablate.untrained_dictionaries)
     slope_runs = ranked * points * (bases if points > 1 else trainings)  # dictionaries share slopes without an edit
     size = f"{at_once} prompts of {length} tokens"
-    counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
+    counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, train.state_dtype))
 
     def slope_programs(name: str, count: int, targets: int, runs: float, calls: float) -> list[Program]:
         """Return the slopes of some targets on some prompts, and the attribution of a dictionary by them."""
@@ -132,26 +125,34 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         sharing = trainings if ablate.error == "keep" else 1  # dictionaries of the site
         tokens = max(TOKENS, ablate.placebo_targets)
         calls = ranked * at_once / slopes.TARGET_PROMPTS * tokens / slopes.TARGETS
-        sizes = slopes.TARGET_PROMPTS, slopes.TARGETS
-        programs += slope_programs("placebo ", *sizes, calls * points, calls * sharing)
+        programs += slope_programs("placebo ", slopes.TARGET_PROMPTS, slopes.TARGETS, calls * points, calls * sharing)
 
     # The engine gathers the columns of the features that a group of edits needs, filled up to a few widths.
     gathered = filled_features(min(used.n_features, max(GATHERED, ablate.top)))
     sides = [value(whole, prompts), domain(whole, prompts)] * (2 if ablate.replacement == "counterpart" else 1)
     chosen = (point, dictionary, source, sides, whole(mesh, (gathered,), jnp.int32), prompts)
     flops = len(sides) / 2 * encode_flops(prompts)
+    size = f"{prompts} prompts, {gathered} features"
     # Each dictionary or basis encodes the test prompts for its list, its dose and its edit.
-    gathers = 3 * behaviours * bases
-    programs.append(program("features", f"{prompts} prompts, {gathered} features", gather, chosen, flops, gathers))
+    programs.append(program("features", size, gather, chosen, flops, 3 * behaviours * bases))
 
     # Rows that share no tokens, each changed from its start on: batches are full.
     batch = ablate.batch_rows
-    f_PxTxK = whole(mesh, (prompts, length, gathered), kept_dtype)
-    W_dec_KxD = whole(mesh, (gathered, used.d_in), kept_dtype)
+    f_PxTxK = whole(mesh, (prompts, length, gathered), train.state_dtype)
+    W_dec_KxD = whole(mesh, (gathered, used.d_in), train.state_dtype)
     edited = _edited_rows(point, params, value(whole, prompts), f_PxTxK, W_dec_KxD, batch)
     flops = suffix_flops(batch) + 2.0 * batch * length * gathered * used.d_in
     programs.append(program("tail", f"{batch} edited prompts", run_rows, edited, flops, edited_rows / batch))
     return programs
+
+
+def _abstract_replacement(config: AblateConfig, features: int) -> ActivationReplacement:
+    """Return what replaces the activations of a dictionary's features, with shapes in place of arrays."""
+    return ActivationReplacement(
+        config.replacement,
+        mean_F=jax.ShapeDtypeStruct((features,), jnp.float32) if config.replacement == "mean" else None,
+        seed=jax.ShapeDtypeStruct((), jnp.uint32) if config.replacement == "random" else None,
+    )
 
 
 def _edited_rows(

@@ -9,7 +9,15 @@ import dataclasses
 
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
-from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, verdict_config
+from saejax.interventions.ablation import (
+    TEXT_LENGTH,
+    BehaviourAblation,
+    RowProgress,
+    describe_top,
+    expected_rows,
+    measure_behaviour,
+    verdict_config,
+)
 from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.settings import BASES, AblateConfig
@@ -82,7 +90,10 @@ def run_ablate(run: Run) -> AblateResults:
         text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
 
         def measure(name: str, on_progress: OnProgress) -> parts.Measured:
-            table, ablation = measure_behaviour(lm, tested, name, prompts, config, text, repeats, on_progress)
+            documents = len(text.documents) if text else 0
+            rows = expected_rows(config, prompts, name, tested.config.n_features, documents)
+            ablation = BehaviourAblation(lm, tested, name, prompts[name], config, RowProgress(on_progress, rows))
+            table = measure_behaviour(ablation, prompts, text, repeats)
             importance = measure_importance(table, ablation) if config.effects == "all" else None
             if is_first_process():
                 # Before the part's results, whose file says that the part is done.

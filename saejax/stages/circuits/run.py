@@ -51,10 +51,10 @@ def run_circuits(run: Run) -> CircuitsResults:
             f"warning: {config.groups} has groups for {', '.join(unused)}, which are not used: --circuits.behaviours "
             f"names {', '.join(config.behaviours)}"
         )
-    traced = {
-        name: [prompt for prompt in some if prompt.split == "train"][: config.traced]
-        for name, some in tested.prompts.items()
-    }
+    traced, measured = (
+        {name: [prompt for prompt in some if prompt.split == split][:most] for name, some in tested.prompts.items()}
+        for split, most in (("train", config.traced), ("test", config.measured))
+    )
 
     def begin() -> Measure:
         model, transcoders = open_parts(run)
@@ -72,14 +72,20 @@ def run_circuits(run: Run) -> CircuitsResults:
         describe = functools.partial(describe_features, ContextSearch(model, transcoders, texts), graph_config, labels)
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
-            test = [prompt for prompt in tested.prompts[name] if prompt.split == "test"][: config.measured]
             results, details = find_circuit(
-                model, transcoders, traced[name], test, groups=given_groups.get(name, ()), describe=describe,
-                max_features=graph_config.max_features or None, resamples=config.bootstrap, seed=config.seed,
+                model,
+                transcoders,
+                [*traced[name], *measured[name]],
+                groups=given_groups.get(name, ()),
+                describe=describe,
+                max_features=graph_config.max_features or None,
+                seed=config.seed,
                 on_progress=on_progress,
-            )  # fmt: skip
+            )
             if is_first_process():
-                write_behaviour(run.folder, name, results, details, test[0], graph_config.transcoders, by_hand)
+                write_behaviour(
+                    run.folder, name, results, details, measured[name][0], graph_config.transcoders, by_hand
+                )
             message = (
                 f"{len(results.returning)} features return over {results.traced} prompts; {len(results.groups)} "
                 f"groups, {len(results.drawn())} edges drawn; {len(results.drawn('total'))} groups are needed for the "

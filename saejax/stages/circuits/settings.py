@@ -18,6 +18,5 @@ class CircuitsConfig(Config):
         '"12_208_last"]]}, features as layer_index_role with a role of content, context or last',
         changes_results=False,  # what is in it counts
     )
-    bootstrap: int = shared.causal_bootstrap()
     seed: int = shared.causal_seed()
     measured: int = 20  #: maximum number of test prompts of each behaviour on which effects are measured; no flag

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ _EXAMPLES = 8  # strongest contexts kept of each feature
 _DRAWS = 2  # contexts from each tenth of a feature's firings: weak ones show what the strongest hide
 _HEATMAPS = 4  # documents of the search text that are shown, features by tokens
 _NEAREST = 6  # nearest decoder rows
+_STOPPED = "stopped; finished dictionaries are kept: run the same command again to continue"
 
 
 @dataclasses.dataclass
@@ -79,16 +81,15 @@ class Interpreter:
             shutil.rmtree(old, ignore_errors=True)
         (folder / FEATURES).mkdir(parents=True)
         # 1. Labels by rules, and the labels of both controls.
-        options: dict[str, Any] = dict(batch_tokens=config.batch_tokens, seed=config.seed, stopping=self.run.stopping)
         search = search_labels(
             self.lm,
             self.store,
             self.text,
             self.dictionary,
-            self.mesh,
             scratch,
-            begin_progress=lambda *what: self._progress(*what).add,
-            **options,
+            batch_tokens=config.batch_tokens,
+            seed=config.seed,
+            begin_progress=self._begin_progress,
         )
         labels = search.labels.labels
         write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels.items()})
@@ -105,7 +106,7 @@ class Interpreter:
             self.text, place_N, token_counts, _EXAMPLES, _DRAWS, search.output, nearest, self._heads()
         )
         maps = TokenMaps(self.text, place_N, _HEATMAPS)
-        progress = self._progress("records are written", features, "features")
+        on_features = self._begin_progress("records are written", features, "features")
         for number, block in enumerate(blocks(search.firings, features)):
             records = describer.records(block)
             for feature_record in records:
@@ -117,7 +118,7 @@ class Interpreter:
                     feature_record["categories"] = categories[feature]
             _write_compact(folder / FEATURES / f"{number:05d}.json", records)
             maps.add(block)
-            progress.add(block.size)
+            on_features(block.size)
         length_F = np.asarray(jnp.linalg.norm(self.dictionary.W_dec_FxD[...], axis=1))
         _write_compact(folder / MAPS, maps.maps(length_F))
         shutil.rmtree(scratch)
@@ -144,8 +145,15 @@ class Interpreter:
         values = [[self.store.read(site, rows).astype(np.float32) for site in sites]]
         return reconstruct([dictionary], values, self.mesh)[0].explained_variance
 
-    def _progress(self, doing: str, total: int, unit: str = "tokens") -> TextProgress:
-        return TextProgress(lambda line: self.run.say(f"{doing}: {line}"), total, unit)
+    def _begin_progress(self, doing: str, total: int, unit: str) -> Callable[[int], None]:
+        progress = TextProgress(lambda line: self.run.say(f"{doing}: {line}"), total, unit)
+
+        def on_done(count: int) -> None:
+            if self.run.stopping():
+                raise Interrupted(_STOPPED)
+            progress.add(count)
+
+        return on_done
 
     def _heads(self) -> HeadShares | None:
         """Return the attention shares of the heads before the site; None if not asked for, or without heads."""
@@ -185,7 +193,7 @@ def run_interpret(run: Run) -> InterpretResults:
 
     def interpret(member: TrainedMember) -> None:
         if run.stopping():
-            raise Interrupted("stopped; finished dictionaries are kept: run the same command again to continue")
+            raise Interrupted(_STOPPED)
         lm, mesh, text = read()
         dictionary = load_dictionary(member_folder(trained, member.name), mesh=mesh)
         if conflict := dictionary.config.bos_conflict(store.manifest.bos):
