@@ -21,7 +21,13 @@ from saejax.models.language_model import LanguageModel
 from saejax.statistics.intervals import wilson
 
 # The vocabulary is small and mostly answers, so there are no placebo targets.
-_ABLATION: Mapping[str, Any] = dict(bootstrap=1000, baselines=(), placebo_targets=0, untrained_dictionaries=0)
+_ABLATION: Mapping[str, Any] = dict(
+    bootstrap=1000,
+    baselines=(),
+    placebo_targets=0,
+    untrained_dictionaries=0,
+    attribution_prompts=0,  # all train prompts: of some alone, not every value of a variable is there
+)
 
 
 def judge_features(
