@@ -157,7 +157,7 @@ class CleanText(NamedTuple):
 
 
 class RemovedFeatures(NamedTuple):
-    """What each of R rows removes: shares of K features' activations at W tokens."""
+    """Shares of K features' activations at W tokens, which each of R rows removes."""
 
     features_K: np.ndarray  #: the features that sets are drawn from
     act_WxK: np.ndarray  #: their activations
