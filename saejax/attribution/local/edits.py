@@ -79,7 +79,7 @@ def placed_changes(rows: Sequence[Sequence[Change]], tokens: int, features: Mapp
     for row, layer, position, feature, value in entries:
         is_index = all(isinstance(number, Integral) for number in (layer, position, feature))
         exists = is_index and layer in features and 0 <= feature < features[layer]
-        if not (exists and abs(float(value)) <= float(np.finfo(np.float32).max)):
+        if not (exists and _is_finite(value)):
             raise UserError(
                 f"feature {feature} of layer {layer} cannot be set to {value} at position {position}: expected one of "
                 f"{max(features.values())} features of the layers {', '.join(map(str, features))}, a position and a "
@@ -106,7 +106,7 @@ def place_in_texts(change: Change, prompt: int) -> Change:
     """
     if not isinstance(change.position, slice):
         return change
-    start, stop, step = change.position.indices(prompt)
+    start, stop, step = _ends(change.position, prompt)
     if change.position.stop is None:
         return change._replace(position=slice(max(start, change.position.start or 0), None, step))
     _positions(change, prompt)
@@ -118,11 +118,27 @@ def has_begun(change: Change, tokens: int) -> bool:
     return not isinstance(change.position, slice) or change.position.start < tokens
 
 
+def _is_finite(value: Any) -> bool:
+    """Return whether this is a number that is finite in fp32."""
+    try:
+        return abs(float(value)) <= float(np.finfo(np.float32).max)
+    except (TypeError, ValueError):
+        return False
+
+
+def _ends(positions: slice, tokens: int) -> tuple[int, int, int]:
+    """Return start, stop and step of a slice of positions, counted from the start."""
+    try:
+        return positions.indices(tokens)
+    except (TypeError, ValueError) as error:  # its ends are no whole numbers, or its step is 0
+        raise UserError(f"{positions} is no slice of positions: {error}") from None
+
+
 def _positions(change: Change, tokens: int) -> Sequence[int]:
     """Return the positions of a change among so many; a slice has one at least, as its change would do nothing."""
     if not isinstance(change.position, slice):
         return [change.position]
-    positions = range(*change.position.indices(tokens))
+    positions = range(*_ends(change.position, tokens))
     if not positions:
         raise UserError(f"{change.position} has no position: this prompt has the positions 0 to {tokens - 1}")
     return positions

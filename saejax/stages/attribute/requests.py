@@ -258,7 +258,7 @@ def _words(text: str) -> str:
 
 def _checked_slug(slug: Any, where: str) -> str:
     if not isinstance(slug, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) or slug in _TAKEN:
-        raise UserError(f"{where}: {slug!r} cannot name a graph: use letters, digits, '.', '_' and '-'")
+        raise UserError(f"{where}: {slug!r} cannot name a graph: use the letters a to z, digits, '.', '_' and '-'")
     return slug
 
 

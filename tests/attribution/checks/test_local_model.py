@@ -272,6 +272,9 @@ def test_attention_can_be_held_alone(traced):
             r"slice\(6, 9, None\) has no position: this prompt has",
         ),
         ([Change(0, slice(6, None), 0, 1.0)], "none", "has no position"),
+        ([Change(0, slice(0, 3, 0), 0, 1.0)], "none", "is no slice of positions: slice step cannot be zero"),
+        ([Change(0, 1, 0, None)], "none", "a finite number"),
+        ([Change(0, 1, 0, "most")], "none", "a finite number"),
         ([Change(0, 1, 0, 1.0), Change(0, 1, 0, 2.0)], "none", "twice"),
         ([], "most", "expected one of none, attention, all, constrained"),
         ("every part", "all", "freeze is 'all': circuits run freely"),
@@ -387,6 +390,8 @@ def test_a_change_may_begin_at_a_new_token_and_one_that_never_does_is_refused(tr
         local.generate([Change(1, slice(9, None), 3, 2.0)], 3)
     with pytest.raises(UserError, match=r"slice\(6, 8, None\) has no position: this prompt has the positions 0 to 5"):
         local.generate([Change(1, slice(6, 8), 3, 2.0)], 3)
+    with pytest.raises(UserError, match="is no slice of positions"):
+        local.generate([Change(1, slice(2, None, 0), 3, 2.0)], 3)
 
 
 def test_rows_are_continued_side_by_side_with_one_sequence_of_random_numbers(traced):
