@@ -252,7 +252,12 @@ def token_piece(tokenizer: Any) -> Callable[[int], str]:
     """Return a function from a token id to its text, in which bytes of an incomplete character are surrogates.
 
     Texts of successive tokens become readable by ``saejax.unicode.join_pieces``; ``token_text`` shows one token.
+
+    Raises:
+      UserError: there is no tokenizer.
     """
+    if tokenizer is None:
+        raise UserError("this model has no tokenizer, so that its tokens have no texts: copy it beside the weights")
 
     def text(token: int) -> str:
         """Return the text of a token id."""

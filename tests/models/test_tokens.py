@@ -5,7 +5,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from saejax.errors import UserError
-from saejax.models.tokens import bos_tokens, continuation_ids, encode, tokenize
+from saejax.models.tokens import bos_tokens, continuation_ids, encode, token_text, tokenize
 
 WORDS = ["the", "city", "of", "Paris", "is", "large", "river"]
 
@@ -72,3 +72,5 @@ def test_an_answer_is_the_token_that_the_text_goes_on_with(marker, template):
         tokenize(None, ["the city"], 10)
     with pytest.raises(UserError, match="this model has no tokenizer"):
         continuation_ids(None, " Paris")
+    with pytest.raises(UserError, match="this model has no tokenizer, so that its tokens have no texts"):
+        token_text(None)
