@@ -35,12 +35,16 @@ def test_what_a_dictionary_explains_is_logged(lm, caplog):
     assert "trained on another site or model" in caplog.messages[1]
 
 
-@pytest.mark.parametrize(
-    "site", ["unknown", "mlp_normed.0", "module:model.layers.0", "resid_post.0+other:resid_post.0"]
-)
+@pytest.mark.parametrize("site", ["unknown", "mlp_normed.0", "module:model.layers.0"])
 def test_what_the_model_has_no_site_for_cannot_be_measured(lm, site):
     with pytest.raises(UserError, match="cannot be measured"):
         check_dictionary(lm, identity(lm.config.d_model, site=site))
+
+
+def test_a_crosscoder_of_two_models_cannot_be_measured_on_one(lm):
+    d = lm.config.d_model
+    with pytest.raises(UserError, match="cannot be measured"):
+        check_dictionary(lm, identity(2 * d, site="resid_post.0+other:resid_post.0", widths=(d, d)))
 
 
 def test_loading_logs_what_a_dictionary_is_and_measures_it(lm, tmp_path, caplog):
