@@ -57,7 +57,7 @@ def test_tokens_are_padded_on_the_right(lm, tokens):
 def test_texts_that_cannot_be_run(lm, texts, message):
     with pytest.raises(UserError, match=message):
         lm.tokenize(texts)
-    with pytest.raises(TypeError, match="one string"):
+    with pytest.raises(UserError, match="texts is one string: expected a list"):
         lm.tokenize("The capital")
     for run in (lm, lambda tokens: lm.generate(tokens, 1)):
         with pytest.raises(UserError, match=r"tokens is a str: expected the result of lm.tokenize\(texts\)"):

@@ -69,12 +69,15 @@ def measure(lm, dictionary):
 
 
 def trace(lm, sae, ids_P):
-    """What attribute measures with SAEs: active features, errors, and runs without features."""
+    """What attribute measures with SAEs: active features, errors, and runs without features.
+
+    Lists are sorted: what rounding alone orders may change places where a program is another one.
+    """
     run = SaeRun.of(lm, LayerSaes([("sae", sae)]), ids_P)
     active = run.active
     changes = [[Change(1, int(active.position_A[n]), int(active.feature_A[n]), 0.0)] for n in (0, 40, 90)]
     edited = run.run(changes)
-    return active.value_A, run.error_SxTxD, edited.logits_RxV
+    return np.sort(active.value_A), run.error_SxTxD, edited.logits_RxV
 
 
 def track(lm, dictionary, ids_T):
@@ -87,7 +90,7 @@ def track(lm, dictionary, ids_T):
     firings = follow(lm, stack, ids_T)
     found = links.find_links(stack, firings)
     tester = StepTester(lm, stack[1], EncodedText(None, ids_T, (), (), 0, None, 20), TrackConfig(random_sets=2))
-    return firings[1].value_A, np.array([weight for *_, weight in found]), tester._f_TxF
+    return np.sort(firings[1].value_A), np.sort([weight for *_, weight in found]), tester._f_TxF
 
 
 @pytest.fixture(scope="module", autouse=True)
