@@ -19,6 +19,7 @@ import numpy as np
 
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.errors import UserError
+from saejax.models.sinks import position_norms
 from saejax.models.sites import site_parts
 
 
@@ -38,11 +39,6 @@ def _norms(W_dec_FxD: jax.Array) -> jax.Array:
     square_F = jnp.sum(jnp.square(W_dec_FxD), axis=-1)
     # The square root's gradient at 0 is infinite, and 0 times that NaN: the inner where keeps 0 out of it.
     return jnp.where(square_F > 0, jnp.sqrt(jnp.where(square_F > 0, square_F, 1.0)), 0.0)
-
-
-def position_norms(x_xD: jax.Array) -> jax.Array:
-    """Return the Euclidean norm of the vector at each position in fp32, by which attention sinks are told."""
-    return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1)
 
 
 def part_norms(W_dec_FxD: Any, widths: Sequence[int]) -> np.ndarray:

@@ -34,6 +34,7 @@ from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError, one_of
 from saejax.models.edits import Positions, Span, Values
+from saejax.models.sinks import position_norms
 from saejax.models.sites import ALL_KINDS, Site, edit_site, site_parts
 from saejax.parallel.mesh import fitting_sharding, place_on
 
@@ -319,13 +320,13 @@ class Dictionary(nnx.Module):
           UserError: the sink rule is not known yet.
         """
         if hasattr(self, "max_norm"):
-            return joined.position_norms(x_xD) <= self.max_norm[...]
+            return position_norms(x_xD) <= self.max_norm[...]
         self.config.require_sink_norms()
         if self.config.widths:
             return joined.is_not_sink(self.config, x_xD)
-        is_not_sink_x = joined.position_norms(x_xD) <= self.config.max_norm
+        is_not_sink_x = position_norms(x_xD) <= self.config.max_norm
         if self.config.target and y_xD is not None:
-            is_not_sink_x &= joined.position_norms(y_xD) <= self.config.target_max_norm
+            is_not_sink_x &= position_norms(y_xD) <= self.config.target_max_norm
         return is_not_sink_x
 
     # Edits of features.

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from saejax.activations.store import Store
 from saejax.dictionaries.cross_layer import sum_writes
 from saejax.dictionaries.formats import circuit_tracer
-from saejax.dictionaries.joined import position_norms
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.evaluation import programs
@@ -27,6 +26,7 @@ from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import SiteHook
+from saejax.models.sinks import position_norms
 from saejax.parallel.mesh import BY_DOCUMENT, document_devices, fitting_sharding, read_parts
 
 

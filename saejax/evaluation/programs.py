@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.dictionaries.joined import position_norms
 from saejax.evaluation.member_data import MemberData
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
+from saejax.models.sinks import position_norms
 from saejax.models.split import SplitPoint
 
 _LOGITS_AT_ONCE = 512  # tokens whose logits are held at a time

@@ -85,7 +85,8 @@ class CausalScores:
     accuracy_drop: float  #: of two-way accuracy without the top features, mean over behaviours
     accuracy_drop_random: float | None  #: the same without random lists of their dose; None: none reaches it
     claimed: int  #: behaviours whose two-way accuracy falls when the top features are ablated
-    #: behaviours most of whose answers the top features carry over, and more than 95 % of random lists of their dose do
+    #: behaviours in which the top features carry over most answers, and more answers than 95 % of the random lists of
+    #: their dose; where no list reaches the dose, most answers are enough
     carried: int
     shown: int  #: behaviours that are both claimed and carried: the features stand for the variable
     idle: int  #: variables that no answer depends on

@@ -25,7 +25,6 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import IN_STREAM, Site
 
 _OUTPUT = 10  # output tokens at either end
-# Added to the residual stream, or the stream itself.
 #: For every feature its detector; with its firing rate on the search text.
 Searched = tuple[list[Detector | None], np.ndarray]
 #: Called with what is done, how many there are of it, and of what; returns what is called with the number done since.

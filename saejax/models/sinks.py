@@ -10,6 +10,8 @@ activations has the median of its training rows; without one it is estimated her
 import weakref
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from saejax.errors import UserError
@@ -42,6 +44,11 @@ SAMPLE = (
 )
 
 _medians: weakref.WeakKeyDictionary[Any, dict[str, float]] = weakref.WeakKeyDictionary()
+
+
+def position_norms(x_xD: jax.Array) -> jax.Array:
+    """Return the Euclidean norm of the vector at each position in fp32, by which attention sinks are told."""
+    return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1)
 
 
 def sink_norm(lm: Any, site: str, factor: float = SINK_FACTOR) -> float:

@@ -89,10 +89,18 @@ def test_split_features_are_folded_and_written_by_each_device(save, tmp_path, mo
     split = Dictionary(config, **{name: place_on(arrays[name], to) for name, to in placements(config, mesh).items()})
     save(tmp_path / "whole", Dictionary(config, **{name: jnp.asarray(array) for name, array in arrays.items()}))
     save(tmp_path / "warm", split)  # compiles
+    change, held = rescale.change_in_pieces, []
+
+    def count_features(config, arrays, *more):
+        held.append(len(arrays["b_enc_F"]))
+        return change(config, arrays, *more)
+
+    monkeypatch.setattr(rescale, "change_in_pieces", count_features)
     tracemalloc.start()
     save(tmp_path / "split", split)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    assert set(held) == {features // 8}
     # New matrices are two, and two more while the first ones wait to be freed, where JAX reads NumPy's memory and
     # copies nothing. Whole ones in float64 would be four more.
     assert peak < 4 * features * width * 4, f"{peak / 2**20:.1f} MiB"

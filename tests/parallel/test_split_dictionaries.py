@@ -69,19 +69,20 @@ def measure(lm, dictionary):
 
 
 def trace(lm, sae, ids_P):
-    """What attribute measures with SAEs: active features, errors, and runs without features.
-
-    Lists are sorted: what rounding alone orders may change places where a program is another one.
-    """
+    """What attribute measures with SAEs: active features, errors, and runs without features."""
     run = SaeRun.of(lm, LayerSaes([("sae", sae)]), ids_P)
     active = run.active
     changes = [[Change(1, int(active.position_A[n]), int(active.feature_A[n]), 0.0)] for n in (0, 40, 90)]
     edited = run.run(changes)
-    return np.sort(active.value_A), run.error_SxTxD, edited.logits_RxV
+    return active.value_A, run.error_SxTxD, edited.logits_RxV
 
 
 def track(lm, dictionary, ids_T):
-    """What track measures: firings of two layers, links between them, and a feature without which others change."""
+    """What track measures: firings of two layers, links between them, and a feature without which others change.
+
+    Firings of a position come by strength, and links by the strength of their targets, so that rounding orders those
+    that are nearly as strong: here both come in the order of features.
+    """
     configs = [dataclasses.replace(dictionary.config, site=f"resid_post.{layer}") for layer in range(2)]
     stack = [
         LayerDictionary(config.site, config, lambda config=config: dictionary.with_config(config), None, {})
@@ -90,7 +91,8 @@ def track(lm, dictionary, ids_T):
     firings = follow(lm, stack, ids_T)
     found = links.find_links(stack, firings)
     tester = StepTester(lm, stack[1], EncodedText(None, ids_T, (), (), 0, None, 20), TrackConfig(random_sets=2))
-    return np.sort(firings[1].value_A), np.sort([weight for *_, weight in found]), tester._f_TxF
+    by_feature_A = np.lexsort((firings[1].feature_A, firings[1].position_A))
+    return firings[1].value_A[by_feature_A], np.array([weight for *_, weight in sorted(found)]), tester._f_TxF
 
 
 @pytest.fixture(scope="module", autouse=True)

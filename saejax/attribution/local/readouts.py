@@ -120,8 +120,8 @@ def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[
     """Return the token of each target and the one whose logit is subtracted, -1 for none.
 
     Raises:
-      UserError: a target is no token and no pair of two different ones, or appears twice; or a direction has no name or
-        that of another, or another shape than the stream, or is not finite.
+      UserError: a target is no token and no pair of two different ones, or appears twice; or a direction has no name
+        of its own, or another shape than the stream, or is not finite.
     """
     pairs, names = [], set[str]()
     for target in targets:

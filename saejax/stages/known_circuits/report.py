@@ -33,8 +33,8 @@ _CAUSAL_NOTE = (
     "Accuracy lost: two-way accuracy that ablation of the top features costs, and ablation of such lists. Ablation "
     "effect: behaviours whose accuracy falls; idle variables: the same for features of a variable that no answer "
     "depends on. Some directions always have more effect than others, so a random transcoder may pass this test. And "
-    "interchange: of these, behaviours in which patching carries most answers over, and more than 95 % of the lists "
-    "do; only then do the features represent the variable."
+    "interchange: of these, behaviours in which patching carries over most answers, and more answers than 95 % of "
+    "the lists (where a list reaches the dose); only then do the features represent the variable."
 )
 
 

@@ -62,7 +62,7 @@ def units_of_members(configs: Configs, kind: str) -> dict[str, Configs]:
 
 def _settings_alone(config: TrainConfig, kind: str, member: Member) -> TrainConfig:
     """Return the settings of a run that trains one member alone."""
-    # A user's kind may have a setting of its own by the name of one that others share: a member's value is of that.
+    # A user's kind may have a setting with the name of a shared one: a member's value then belongs to the kind's own.
     own_names = {field.name for field in dataclasses.fields(config.of_kind(kind))}
     single = {name: (value,) for name, value in member.settings.items()}
     shared: dict[str, Any] = {name: value for name, value in single.items() if name not in own_names}
