@@ -48,11 +48,16 @@ STAND_INS = {
     "=NEW": "=runs/new",
     "DIR": "runs/demo",
     "result_fields.py STAGE": "result_fields.py ablate",
-    '"RUN/': '"runs/demo/',
+    '"RUN/': f'"{FOLDER}/runs/demo/',  # Orbax takes absolute paths
     # Of a causal test, fewer prompts and controls than its defaults.
     'saejax.make_prompts(lm, "capital"))': 'saejax.make_prompts(lm, "capital", 6, 6), top=5, random_sets=19, '
     "placebo_targets=19, untrained_dictionaries=19)",
     "runs/mine,": "runs/mine/train/topk,",
+    '"runs/mine/capture"': '"runs/demo/capture"',
+    "--export.dictionaries=jumprelu": "--export.dictionaries=jumprelu --train.form=cross_layer_transcoder "
+    "--train.kinds=jumprelu --train.sites=mlp_in.0-29 --train.source=model",
+    "--ablate.dictionary=batchtopk/resid_post.5+resid_post.15": "--ablate.dictionary=batchtopk --train.kinds=batchtopk "
+    "--capture.sites=resid_post.5,resid_post.15 --train.sites=resid_post.5+resid_post.15",
     "--rows=FOLDER": "--rows=configs/study",
     " ...": " --workdir=runs/demo --flagfile=demo.flags",
     "configs/demo.flags": "demo.flags",
@@ -60,6 +65,7 @@ STAND_INS = {
 # Commands that run, by words in them: the reader's text is short, and the stand-ins are small.
 RUN = ("capture --flagfile=mine", "train --flagfile=mine", "evaluate --flagfile=mine", "lengths --plugins")
 RUN += ("baseline --workdir=runs/plural", "baseline --workdir=runs/quiz", "attribute --workdir=runs/paris")
+RUN += ("algorithm --workdir=runs/sums",)
 # What a page's Python takes as given.
 GIVEN = {
     "docs/quickstart.md": "texts = [row.text for row in saejax_corpus()[:40]]",
@@ -123,7 +129,10 @@ def to_shell(command: str) -> str:
     if launched := re.match(r"(.*?)(?:sbatch(?: --[\w-]+=\S+)*|bash) (launch/\S+)(.*)", command):
         return f"{launched[1]}bash {launched[2]} --dry-run{launched[3]}"
     if command.startswith("--"):
-        return f"{PYTHON} -m experiments.pipeline --workdir=runs/demo --flagfile=demo.flags {command} --dry_run"
+        program = (
+            "train" if "--train." in command and "--ablate." not in command else "pipeline"
+        )  # the demo's causal test is of topk
+        return f"{PYTHON} -m experiments.{program} --workdir=runs/demo --flagfile=demo.flags {command} --dry_run"
     if benchmark := re.search(r"-m benchmarks\.\w+", command):
         flags = re.findall(r" (--\w+)", command.partition(" -- ")[0])
         looked_up = [f"grep -q -e {flag} help.txt" for flag in flags]
@@ -186,8 +195,8 @@ def write_readers_files() -> None:
     nouns = ("cat", "dog", "bird", "book", "lamp", "hat", "ball", "cup", "coin", "ring")
     places = ("sofa", "table", "chair", "bed", "floor", "roof", "bench", "shelf", "desk", "stage")
     prompts = [
-        dict(behaviour="plural", text=f"On the {place} lay two", correct=f" {noun}s", wrong=f" {noun}")
-        | dict(counterpart=f"On the {place} lay one")
+        dict(behaviour="plural", text=f"By the {noun} on the {place} lay two", correct=f" {noun}s", wrong=f" {noun}")
+        | dict(counterpart=f"By the {noun} on the {place} lay one")
         for place, noun in itertools.product(places, nouns)  # 100: by default 80 choose features, and 20 test them
     ]
     (FOLDER / "my_prompts.jsonl").write_bytes(to_lines(prompts))
