@@ -13,8 +13,10 @@ import json
 import math
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+from saejax import results
 from saejax.errors import UserError
 
 
@@ -160,14 +162,26 @@ def counted(*configs: Config, but: Collection[str] = ()) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in but}
 
 
-def from_json(cls: type, data: Mapping[str, Any]) -> Any:
+def from_json(cls: type[C], data: Any, source: str | Path, field: str = "") -> C:
     """Return the group that ``to_json`` wrote, with defaults for fields of later versions of this package.
 
-    Fields that are unknown are a ``UserError``: what they say would be ignored.
+    Args:
+      cls: its class.
+      data: the JSON data.
+      source: the file that it was read from, for messages.
+      field: its position in the file, for messages.
+
+    Raises:
+      UserError: a field is of another type or out of range, or unknown: its meaning would be ignored.
     """
-    unknown = set(data) - set(typing.get_type_hints(cls))
-    if unknown:
-        raise UserError(
-            f"{cls.__name__} in a saved file: fields {sorted(unknown)} are unknown: a newer version of saejax wrote it"
-        )
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    if not isinstance(data, Mapping):
+        raise UserError(f"{source} has {data!r:.60} in {field or 'it'}, expected the fields of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(data) - set(hints)):
+        raise UserError(f"{cls.__name__} in {source}: fields {unknown} are unknown: a newer version of saejax wrote it")
+    inside = f"{field}." if field else ""
+    values = {name: results.from_json(hints[name], value, source, f"{inside}{name}") for name, value in data.items()}
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{source}: {inside}{error}") from None

@@ -79,13 +79,15 @@ def test_ranges_of_layers_are_written_out():
 def test_json_round_trip_and_settings_that_count():
     example = Example(kinds=("c",), sizes=(4, 5), speed=9)
     data = config.to_json(example)
-    assert data["kinds"] == ["c"] and config.from_json(Example, data) == example
+    assert data["kinds"] == ["c"] and config.from_json(Example, data, "a.json") == example
     counted = config.counted(example, but=["example.share"])
     assert counted == {"example.number": 3, "example.kinds": ["c"], "example.sizes": [4, 5], "example.on": False}
     without = {name: value for name, value in data.items() if name != "number"}
-    assert config.from_json(Example, without) == example, "a field of a later version has its default"
+    assert config.from_json(Example, without, "a.json") == example, "a field of a later version has its default"
     with pytest.raises(UserError, match="unknown: a newer version"):
-        config.from_json(Example, dict(data, other=1))
+        config.from_json(Example, dict(data, other=1), "a.json")
+    with pytest.raises(UserError, match=r"a.json has '9' in config.speed, expected int"):
+        config.from_json(Example, dict(data, speed="9"), "a.json", "config")
 
 
 def test_groups_are_found_by_their_class_and_every_setting_is_explained():

@@ -115,6 +115,9 @@ def _encode_all(tokenizer: Any, texts: Sequence[str], bos: str) -> list[list[int
         raise UserError("texts is one string: expected a list of them")
     if not texts:
         raise UserError("there are no texts to tokenize: expected at least one")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"text {number} of {len(texts)} is a {type(text).__name__}: expected a text")
     sequences = [encode(tokenizer, text, bos) for text in texts]
     for number, (text, sequence) in enumerate(zip(texts, sequences, strict=True)):
         if not text or not sequence:

@@ -72,11 +72,12 @@ class ModelSession:
                 "nothing names" if graph is None else f"{graph.id} was not made by experiments.attribute, which names"
             )
             raise UserError(f"{what} its model and transcoders: start with --model.path=MODEL --graph.transcoders=SET")
-        saved, groups = load_summary(graph.unit).config, (ModelConfig, GraphConfig)
-        try:
-            model, graph_config = (configuration.from_json(of, saved[group_name(of)]) for of in groups)
-        except (KeyError, TypeError):
-            raise UserError(f"{graph.unit / SUMMARY} is damaged: trace the prompt again") from None
+        saved, groups, path = load_summary(graph.unit).config, (ModelConfig, GraphConfig), graph.unit / SUMMARY
+        if missing := [group_name(of) for of in groups if group_name(of) not in saved]:
+            raise UserError(f"{path} lacks the settings of {', '.join(missing)}: trace the prompt again")
+        model, graph_config = (
+            configuration.from_json(of, saved[group_name(of)], path, f"config.{group_name(of)}") for of in groups
+        )
         return self.defaults | model | graph_config
 
     def graph_config(self, graph: StoredGraph) -> GraphConfig:

@@ -229,8 +229,10 @@ def evaluate(
       mean_D: mean of the target over training tokens, the floor of ``ce_recovered``. None: its mean over these texts.
 
     Raises:
-      UserError: the dictionary, or the mean, has another width than the model's site.
+      UserError: the dictionary, or the mean, has another width than the model's site, or the mean is not finite.
     """
+    if not isinstance(dictionary, Dictionary | TemporalSAE):
+        raise UserError(f"a {type(dictionary).__name__} cannot be scored: give one dictionary")
     lm = follow_bos(lm, [dictionary.config])
     config, site = dictionary.config, dictionary.site
     target = config.target or site
@@ -258,11 +260,13 @@ def evaluate(
 
 def _check_widths(lm: LanguageModel, target: str, d: int, d_in: int, mean_D: np.ndarray | None) -> None:
     """Raise a ``UserError`` unless a dictionary of this ``d_in``, and the mean, have the width d of the target."""
-    for what, width in {"the dictionary": d_in, "mean_D": d if mean_D is None else len(mean_D)}.items():
-        if width != d:
-            raise UserError(
-                f"{what} has the width {width}, but {target} of {lm.source.name} has {d}: give one of this model"
-            )
+    mean_shape = (d,) if mean_D is None else np.shape(mean_D)
+    for what, shape in {"the dictionary": (d_in,), "mean_D": mean_shape}.items():
+        if shape != (d,):
+            width = f"width {shape[0]}" if len(shape) == 1 else f"shape {shape}"
+            raise UserError(f"{what} has the {width}, but {target} of {lm.source.name} has {d}: give one of this model")
+    if mean_D is not None and not np.isfinite(mean_D).all():
+        raise UserError("mean_D is NaN or infinite: expected finite numbers")
 
 
 def export(folder: str | Path, dictionaries: Dictionary | Sequence[Dictionary], format: str = "saelens") -> None:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from saejax.config import to_json
+from saejax.config import own_settings, to_json
 from saejax.errors import UserError
 from saejax.files import fingerprint, whole_file
 from saejax.flops import peak_flops, step_flops, weights_share
@@ -28,6 +28,8 @@ from saejax.training.stack import TrainStack
 
 METRICS = "metrics.jsonl"
 _PROGRESS_SECONDS = 5.0
+_OF_KINDS = dict(sparsity="l0_coefficient", pre_activation="pre_activation")  # coefficients of terms of the loss
+_FAR_LARGER = 1e6  # a term of the loss so many times the error is what overflowed
 _HEAD = ("step", "tokens", "seconds", "tokens_per_second", "tflop_per_second", "mfu", "member")  # before the metrics
 
 
@@ -133,9 +135,25 @@ class Metrics:
             index, name = min(wrong)
             member = f" of member {self._members[index]}" if self._members[index] else ""
             raise UserError(
-                f"{name}{member} is {values[name][index]} at step {step}: lower --train.learning_rate; "
+                f"{name}{member} is {values[name][index]} at step {step}: lower --train.{self._cause(int(index), values)}; "
                 "the last checkpoint is kept"
             )
+
+    def _cause(self, index: int, values: Mapping[str, np.ndarray]) -> str:
+        """Return the setting that made a member's values infinite.
+
+        It is the coefficient of a term of the loss that is far larger than the error, or else the learning rate.
+        """
+        kind = self._stack.kind
+        coefficients = {name: name for name in ("auxk", "decorrelation", "alignment")}
+        read = own_settings(kind.Settings)
+        coefficients |= {term: f"{kind.name}.{name}" for term, name in _OF_KINDS.items() if name in read}
+        coefficients |= dict(sparsity="l1") if "l1" in kind.reads else {}
+        limit = _FAR_LARGER * max(values["error"][index], 1.0)
+        terms = {name: abs(values[name][index]) for name in coefficients.keys() & values.keys()}
+        largest = max(terms, key=lambda name: np.nan_to_num(terms[name], nan=np.inf), default="")
+        # With an error that is no number itself, all terms are none: nothing tells them apart.
+        return coefficients[largest] if terms and not terms[largest] <= limit and limit < np.inf else "learning_rate"
 
     def _record(self, step: int, seconds: float, values: dict[str, np.ndarray]) -> None:
         batch = self._stack.config.batch

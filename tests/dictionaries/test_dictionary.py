@@ -133,10 +133,48 @@ def test_what_was_saved_in_float64_or_by_an_earlier_version_is_read(tmp_path):
     description.write_text(json.dumps(saved | dict(config=saved["config"] | dict(other=1))))
     with pytest.raises(UserError, match=r"\['other'\] are unknown: a newer version"):
         load_dictionary(tmp_path / "double")
+    for of_newer in (dict(schema_version=2), dict(other=1)):
+        description.write_text(json.dumps(saved | of_newer))
+        with pytest.raises(UserError, match=f"{next(iter(of_newer))}|schema version 2.*a newer one wrote it"):
+            load_dictionary(tmp_path / "double")
+    del saved["schema_version"]  # as the first files
+    description.write_text(json.dumps(saved))
+    assert load_dictionary(tmp_path / "double").config == dictionary.config
     del saved["config"]["kind"]
     description.write_text(json.dumps(saved))
     with pytest.raises(UserError, match="does not say kind"):
         load_dictionary(tmp_path / "double")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("k", 0, "k is 0: expected a whole number from 1 to the 12 features"),
+        ("k", 13, "k is 13: expected a whole number from 1 to the 12 features"),
+        ("k", "3", "'3' in config.k, expected int"),
+        ("centred", "no", "'no' in config.centred, expected bool"),
+        ("scales", 3, "3 in config.scales"),
+        ("groups", None, "None in config.groups"),
+        ("n_features", 0, "config.n_features is 0: expected at least 1"),
+    ],
+)
+def test_a_description_with_a_value_that_cannot_be_is_refused(tmp_path, name, value, message):
+    save_dictionary(tmp_path / "topk", make("topk", n_features=12))
+    description = tmp_path / "topk" / "dictionary.json"
+    saved = json.loads(description.read_text())
+    description.write_text(json.dumps(saved | dict(config=saved["config"] | {name: value})))
+    with pytest.raises(UserError, match=message):
+        formats.read_config(tmp_path / "topk")
+
+
+@pytest.mark.parametrize("format", ["saejax", "saelens"])
+def test_a_dictionary_is_written_to_folders_alone(tmp_path, format):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside", ""):
+        with pytest.raises(UserError, match="file is a file: name a folder|the folder to write to is empty"):
+            save_dictionary(folder, make("topk"), format)
+    with pytest.raises(UserError, match="cannot be a folder"):
+        load_dictionary("x" * 300)
 
 
 # Reads a dictionary on meshes of one, two and four devices, and without one, and prints the hashes of its arrays.

@@ -58,6 +58,7 @@ def test_hooks_and_modules_mean_sites(hook, site):
 
 def test_models_of_transformer_lens_are_on_the_hub_under_other_names():
     names = {"gpt2-small": "gpt2", "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped", "gemma-2b": "google/gemma-2b"}
+    names |= {"Llama-2-7b": "meta-llama/Llama-2-7b-hf", "phi-2": "microsoft/phi-2", "Qwen2.5-7B": "Qwen/Qwen2.5-7B"}
     names |= {name: name for name in ("", "gpt2-medium", "some/gemma-2b", "/folder/of/gemma-2b")}
     assert {name: hooks.hub_name(name) for name in names} == names
 
@@ -77,7 +78,9 @@ GEMMA = {  # norms after the MLP make its module another place
 
 
 def test_hooks_of_a_model_with_norms_after_the_mlp():
-    for model in ("google/gemma-2-2b", "google/gemma-3-1b", "gemma-2-9b-it", "allenai/OLMo-2-1124-7B"):
+    named = "google/gemma-2-2b google/gemma-3-1b gemma-2-9b-it google/gemma-3n-E2B google/medgemma-4b-it "
+    named += "google/shieldgemma-2b allenai/OLMo-2-1124-7B allenai/OLMo2-7B-1124 allenai/Olmo-3.1-32B-Think"
+    for model in named.split():
         assert {hook: hooks.to_site(hook, model) for hook in GEMMA} == GEMMA
 
 
@@ -89,8 +92,10 @@ def test_a_models_config_decides_and_else_its_exact_name_with_a_line(tmp_path, m
     for model in ("google/gemma-2b", "gemma-2b-it", "google/codegemma-2b", "google/recurrentgemma-2b"):
         assert hooks.to_site(norm, model).startswith("module:") and hooks.to_site("mlp_3", model) == "mlp_out.3"
     assert len(lines) == 4 and "without norms" in lines[0]
-    for model_type, site in (("gemma2", "attn_out.3"), ("gemma", f"module:{norm}")):
-        (tmp_path / "config.json").write_text(json.dumps(dict(model_type=model_type, rms_norm_eps=1e-6)))
+    inside = dict(model_type="paligemma", text_config=dict(model_type="gemma2"))  # of text and images
+    for fields, site in ((dict(model_type="gemma2"), "attn_out.3"), (dict(model_type="gemma"), f"module:{norm}"),
+                         (inside, "attn_out.3")):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(fields | dict(rms_norm_eps=1e-6)))
         assert hooks.to_site(norm, str(tmp_path)) == site and hooks.has_layer_norms(str(tmp_path)) is False
     assert len(lines) == 4
 

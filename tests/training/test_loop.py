@@ -131,6 +131,21 @@ def test_nan_names_the_member_and_keeps_the_others_apart(tmp_path):
         go(tmp_path, stack)
 
 
+@pytest.mark.parametrize(
+    ("kind", "setting", "flag"),
+    [
+        ("standard", "l1", "l1"),
+        ("jumprelu", "l0_coefficient", "jumprelu.l0_coefficient"),
+        ("topk", "decorrelation", "decorrelation"),
+        ("topk", "alignment", "alignment"),
+    ],
+)
+def test_an_infinite_gradient_names_the_coefficient_that_made_it(tmp_path, kind, setting, flag):
+    value = (1e30,) if setting in ("l1", "l0_coefficient") else 1e30
+    with pytest.raises(UserError, match=f"lower --train.{flag};"):
+        go(tmp_path, make_stack(kind, **{setting: value}))
+
+
 def test_metrics_are_added_to_their_file(tmp_path, monkeypatch):
     """Never written again as a whole but where a run goes on; and what is in memory does not grow with the run."""
     held, sizes, path = [], [], tmp_path / METRICS

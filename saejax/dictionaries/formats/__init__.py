@@ -219,7 +219,7 @@ def save_dictionary(folder: str | os.PathLike, dictionary: Dictionary, format: s
     """
     if format == "circuit_tracer":
         raise UserError("circuit_tracer is a format of sets with one transcoder for every layer: use save_transcoders")
-    WRITERS[one_of(format, WRITERS, "format")](Path(folder), dictionary)
+    WRITERS[one_of(format, WRITERS, "format")](_named_folder(folder), dictionary)
 
 
 def save_transcoders(folder: str | os.PathLike, transcoders: Sequence[Dictionary]) -> None:
@@ -228,7 +228,14 @@ def save_transcoders(folder: str | os.PathLike, transcoders: Sequence[Dictionary
     Raises:
       UserError: the folder holds a set already, or these do not make one.
     """
-    circuit_tracer.save(Path(folder), transcoders)
+    circuit_tracer.save(_named_folder(folder), transcoders)
+
+
+def _named_folder(folder: str | os.PathLike) -> Path:
+    """Return the folder to write to; a ``UserError`` for "", which would be the current one."""
+    if not os.fspath(folder):
+        raise UserError("the folder to write to is empty: name one, or '.' for the current folder")
+    return Path(folder)
 
 
 def describe(config: DictionaryConfig, format: str) -> str:

@@ -71,16 +71,20 @@ _SHORT = dict(resid="resid_post", resid_out="resid_post", attn="attn_out", atten
 _POST_NORMED = {"attn_out": "self_attn", "mlp_out": "mlp"}  # module of each site that some models normalise
 # Models that normalise what attention and the MLP give before it is added to the stream: ``model_type`` of their
 # config.json, and names of theirs, for where that is not here. "gemma-2b" is a Gemma 1 of two billion parameters.
-_POST_NORM_TYPES = ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "exaone4")
-_POST_NORMS = re.compile(r"(?:.*/)?(?:gemma-?[23]-\d+[bm]|olmo-?[23]-\d+)\b.*")
+_POST_NORM_TYPES = {"gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "olmo2", "olmo3", "exaone4"}
+_POST_NORMS = re.compile(
+    r"(?:.*/)?(?:gemma-?[23]n?-e?\d+[bm]\b|(?:med|shield|tx|data)gemma-|paligemma-?2-"
+    r"|olmo-?[23](?:\.\d+)?-\d+b?\b|exaone-4\b).*"
+)
 # Owners of families on the hub, and models that TransformerLens calls otherwise.
-_OWNERS = {"pythia-": "EleutherAI", "gemma-": "google", "opt-": "facebook"}
-_RENAMED = {"gpt2-small": "gpt2", "mistral-7b": "mistralai/Mistral-7B-v0.1"}
+_OWNERS = dict.fromkeys(("pythia-", "gpt-neo-", "gpt-j-"), "EleutherAI") | {"gemma-": "google", "opt-": "facebook"}
+_OWNERS |= {"phi-": "microsoft", "qwen": "Qwen", "llama-3": "meta-llama", "meta-llama-": "meta-llama"}
+_RENAMED = {"gpt2-small": "gpt2", "mistral-7b": "mistralai/Mistral-7B-v0.1", "llama-2-7b": "meta-llama/Llama-2-7b-hf"}
 # Names of models by their norms, which decide what TransformerLens' centring of weights does.
 _LAYER_NORMS = re.compile(
     "gpt-?2|pythia|gpt-?neo|gpt-j|phi-[12]|opt-|bloom|tiny-?stories|stablelm|gelu-|solu-|attn-only|redwood"
 )
-_RMS_NORMS = re.compile("gemma|llama|mistral|mixtral|qwen|smollm|olmo-?2|phi-[34]|yi-|deepseek")
+_RMS_NORMS = re.compile("gemma|llama|mistral|mixtral|qwen|smollm|olmo-?[23]|phi-[34]|yi-|deepseek")
 
 
 def has_post_norms(model: str) -> bool:
@@ -88,8 +92,9 @@ def has_post_norms(model: str) -> bool:
 
     Its config.json says so where that is here; else its name does, and a line says what was assumed.
     """
-    if fields := _fields(model):
-        return fields.get("model_type") in _POST_NORM_TYPES
+    if fields := _fields(model):  # a model of text and images describes its decoder inside
+        types = {each.get("model_type") for each in (fields, fields.get("text_config") or {})}
+        return bool(types & _POST_NORM_TYPES)
     by_name = bool(_POST_NORMS.fullmatch(model.lower()))
     if model:
         _say_once(
@@ -136,8 +141,8 @@ def short_model_name(model: str) -> str:
 
 def hub_name(model: str) -> str:
     """Return the hub id of a model that TransformerLens calls by a name without an owner; other names as they are."""
-    owner = next((owner for family, owner in _OWNERS.items() if model.startswith(family)), "")
-    return _RENAMED.get(model, model if "/" in model or not owner else f"{owner}/{model}")
+    owner = next((owner for family, owner in _OWNERS.items() if model.lower().startswith(family)), "")
+    return _RENAMED.get(model.lower(), model if "/" in model or not owner else f"{owner}/{model}")
 
 
 def to_site(hook: str | None, model: str = "") -> str:

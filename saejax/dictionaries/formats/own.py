@@ -1,7 +1,7 @@
 """Our own format: an Orbax checkpoint of the arrays and ``dictionary.json`` that describes them.
 
 arrays/             Orbax checkpoint of the arrays of ``modules.parameter_table``, by name
-dictionary.json     the DictionaryConfig; shape, dtype and SHA-256 of every array. Written last.
+dictionary.json     a schema version; the DictionaryConfig; shape, dtype and SHA-256 of every array. Written last.
 
 Devices write and read their own parts of arrays, so that no host and no device needs room for a whole one. Of a matrix
 that is split by features, the SHA-256 is that of the features' own ones in their order: each device's part gives those
@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from saejax.config import from_json, to_json
 from saejax.dictionaries.formats import tensors
+from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table, placements
 from saejax.errors import UserError
 from saejax.files import read_object, write_json
@@ -31,6 +32,8 @@ from saejax.parallel.collectives import is_first_process, local_parts, process_c
 from saejax.parallel.mesh import place_on
 
 DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
+SCHEMA_VERSION = 1  # of the description; the first files do not state it
+_KEYS = ("schema_version", "config", "arrays")
 _CHUNK_BYTES = 2**25  # of a file's chunk, which is read as a whole, whatever part of it a device needs
 _HASHED_AT_ONCE = 1024  # features whose values are copied at a time
 _REMOVED = ("context",)  # fields of earlier versions that nothing reads
@@ -56,6 +59,7 @@ def save(folder: Path, dictionary: Dictionary) -> None:
       dictionary: the dictionary.
     """
     folder = Path(folder).absolute()
+    tensors.require_folder(folder)
     if (folder / DESCRIPTION).exists():
         raise UserError(f"{folder} already holds a dictionary: delete it or name another folder")
     if is_first_process():
@@ -69,19 +73,41 @@ def save(folder: Path, dictionary: Dictionary) -> None:
         ocp.save(folder / ARRAYS, arrays)
     facts = {name: _describe_array(dictionary.config, name, array) for name, array in arrays.items()}
     if is_first_process():
-        write_json(folder / DESCRIPTION, dict(config=to_json(dictionary.config), arrays=facts))
+        described = dict(schema_version=SCHEMA_VERSION, config=to_json(dictionary.config), arrays=facts)
+        write_json(folder / DESCRIPTION, described)
 
 
 def read_config(folder: Path) -> DictionaryConfig:
     """Return the configuration of the dictionary in a folder, without reading its arrays."""
-    saved = {**read_object(Path(folder) / DESCRIPTION, "config")["config"]}
+    return _read_description(Path(folder) / DESCRIPTION)[0]
+
+
+def _read_description(path: Path) -> tuple[DictionaryConfig, dict[str, Any]]:
+    """Return the configuration in a description, and the facts of each array by its name.
+
+    Raises:
+      UserError: it is damaged, or a newer version of this package wrote it.
+    """
+    described = read_object(path, "config", "arrays")
+    version = described.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has the schema version {version!r}, and this version of saejax reads {SCHEMA_VERSION}: a newer "
+            "one wrote it"
+        )
+    if unknown := sorted(set(described) - set(_KEYS)):
+        raise UserError(f"{path} has {', '.join(unknown)}, unknown to this version of saejax: a newer one wrote it")
+    for name in ("config", "arrays"):
+        if not isinstance(described[name], dict):
+            raise UserError(f"{path}: {name} is {described[name]!r:.60}, expected an object: the file is damaged")
+    saved = {name: value for name, value in described["config"].items() if name not in _REMOVED}
     missing = [name for name in ("kind", "site", "d_in", "n_features") if name not in saved]
     if missing:
-        raise UserError(f"{Path(folder) / DESCRIPTION} does not say {', '.join(missing)}: it is damaged")
-    config = from_json(DictionaryConfig, {name: value for name, value in saved.items() if name not in _REMOVED})
-    for name in ("d_in", "n_features"):
-        tensors.positive_int(Path(folder) / DESCRIPTION, name, getattr(config, name))
-    return config
+        raise UserError(f"{path} does not say {', '.join(missing)}: it is damaged")
+    config = from_json(DictionaryConfig, saved, path, "config")
+    if "k" in by_name(config.kind).numbers and not 1 <= config.k <= config.n_features:
+        raise UserError(f"{path}: k is {config.k}: expected a whole number from 1 to the {config.n_features} features")
+    return config, described["arrays"]
 
 
 def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32", mesh: Mesh | None = None) -> Dictionary:
@@ -94,9 +120,9 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32", me
       mesh: the devices, each of which reads its part; None: as for ``load_dictionary``.
     """
     folder = Path(folder).absolute()
-    config, description = read_config(folder), read_object(folder / DESCRIPTION, "arrays")
+    config, described = _read_description(folder / DESCRIPTION)
     with tensors.description_errors(folder / DESCRIPTION):
-        facts = {name: (tuple(of["shape"]), np.dtype(of["dtype"])) for name, of in description["arrays"].items()}
+        facts = {name: (tuple(of["shape"]), np.dtype(of["dtype"])) for name, of in described.items()}
         where = placements(config, mesh) if mesh else {}
 
         def target(name: str, shape: tuple[int, ...], saved: np.dtype) -> Any:
@@ -118,7 +144,7 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32", me
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged or missing checkpoint
         raise UserError(f"{folder / ARRAYS} cannot be restored ({type(error).__name__}): damaged or missing") from error
     for name in parameter_table(config):
-        if name not in arrays or _describe_array(config, name, arrays[name]) != description["arrays"][name]:
+        if name not in arrays or _describe_array(config, name, arrays[name]) != described[name]:
             raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
     tensors.check_finite(folder / ARRAYS, arrays)
     # Without a mesh from the host, and so committed to no device: it goes with activations on whatever devices they

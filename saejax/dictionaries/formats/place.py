@@ -80,7 +80,12 @@ def resolve_path(path: str | os.PathLike) -> Path:
         raise UserError("the path of a dictionary is empty: name a folder, or hf://ORG/NAME/FOLDER on the hub")
     if address.startswith(REGISTRY):
         address = find_release(address)[0]
-    return _fetch(address) if address.startswith("hf:/") else resolve_links(path)
+    if address.startswith("hf:/"):
+        return _fetch(address)
+    try:
+        return resolve_links(path)
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{address:.80} cannot be a folder ({os.strerror(error.errno or 0)}): name another") from None
 
 
 def registry_overrides(path: str | os.PathLike) -> dict[str, Any]:

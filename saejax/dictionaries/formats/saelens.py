@@ -121,7 +121,8 @@ def parse(folder: Path, site: str = "", overrides: Mapping[str, Any] | None = No
 def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a ``cfg.json`` of any version in one flat mapping, under the names of version 6."""
     settings = read_json(file)
-    if not isinstance(settings, dict) or not isinstance(settings.get("metadata", {}), dict):
+    is_object = isinstance(settings, dict) and isinstance(settings.get("metadata", {}), dict)
+    if not is_object or not {"architecture", "d_in"} & settings.keys():  # the first versions have no architecture
         raise UserError(f"{file} is not the description of a dictionary: expected an object with 'architecture'")
     if "metadata" not in settings:
         settings.setdefault("prepend_bos", True)  # what SAELens assumes of folders from before version 6
@@ -340,7 +341,10 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
         if np.abs(length_F - 1).max() > _UNIT:  # SAELens trains with the setting, and saves rows of length 1
             arrays = rescale.scale_features(kind, arrays, length_F)
     norm = settings.get("normalize_activations", "none")
-    factor = next((settings[key] for key in _FACTORS if settings.get(key)), None)
+    named = next((key for key in _FACTORS if settings.get(key)), "")
+    factor = settings[named] if named else None
+    if named and (not isinstance(factor, int | float) or not 0 < factor < np.inf):
+        raise UserError(f"{file}: {named} is {factor!r}: expected a number above 0")
     if norm == "constant_scalar_rescale" and factor is None:
         raise UserError(f"{file}: normalize_activations is {norm}, but {_FACTORS[0]} is missing: it cannot be folded")
     if factor is None and norm in ("expected_average_only_in", True):

@@ -349,6 +349,12 @@ def stamp_of(file: Path) -> str:
         return (opened.metadata() or {}).get(_STAMP, "")
 
 
+def require_folder(folder: Path) -> None:
+    """Raise a ``UserError`` if a path that should be a folder is a file, or is inside of one."""
+    if file := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
+        raise UserError(f"{file} is a file: name a folder")
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path, description: str, *patterns: str) -> Iterator[Path]:
     """Yield a folder to write to; its files appear in ``folder`` if the block succeeds, the ``description`` last.
@@ -359,8 +365,7 @@ def whole_folder(folder: Path, description: str, *patterns: str) -> Iterator[Pat
       UserError: the folder holds a description, or files of the ``patterns``, already.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: name a folder")
+    require_folder(folder)
     present = [path.name for pattern in (description, *patterns) for path in sorted(folder.glob(pattern))]
     if present:
         raise UserError(f"{folder} already holds {present[0]}: delete it or name another folder")
