@@ -134,9 +134,9 @@ class Metrics:
         if wrong:
             index, name = min(wrong)
             member = f" of member {self._members[index]}" if self._members[index] else ""
+            cause = self._cause(int(index), values)
             raise UserError(
-                f"{name}{member} is {values[name][index]} at step {step}: lower --train.{self._cause(int(index), values)}; "
-                "the last checkpoint is kept"
+                f"{name}{member} is {values[name][index]} at step {step}: lower --train.{cause}; the last checkpoint is kept"
             )
 
     def _cause(self, index: int, values: Mapping[str, np.ndarray]) -> str:
