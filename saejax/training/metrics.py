@@ -136,7 +136,8 @@ class Metrics:
             member = f" of member {self._members[index]}" if self._members[index] else ""
             cause = self._cause(int(index), values)
             raise UserError(
-                f"{name}{member} is {values[name][index]} at step {step}: lower --train.{cause}; the last checkpoint is kept"
+                f"{name}{member} is {values[name][index]} at step {step}: lower --train.{cause}; "
+                "the last checkpoint is kept"
             )
 
     def _cause(self, index: int, values: Mapping[str, np.ndarray]) -> str:
