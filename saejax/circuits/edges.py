@@ -11,9 +11,10 @@ An edge is *drawn* if four things hold, each at the level 0.05 over the number o
    prompt. So without this, many prompts make sure of any small difference, and half of all sets of arbitrary features
    are above their mean. Sets are drawn anew for each prompt, so what a set does on average varies no more than that.
 
-Where control sets reach less than ``LEAST_DOSE`` of the group's dose they are no fair comparison, and the edge is not
-drawn. An interval covers the bootstrap interval over prompts within templates (``statistics.bootstrap``) and Student's
-t interval over prompts: a bootstrap of few prompts excludes 0 whenever these happen to agree.
+Where control sets reach less than ``LEAST_DOSE`` of the group's dose they are no fair comparison: the edge is not
+drawn, and is not testable. Nor is one that was measured on fewer than ``LEAST_PROMPTS`` prompts, unless it is drawn.
+An interval covers the bootstrap interval over prompts within templates (``statistics.bootstrap``) and Student's t
+interval over prompts: a bootstrap of few prompts excludes 0 whenever these happen to agree.
 """
 
 import dataclasses
@@ -24,10 +25,12 @@ import numpy as np
 
 from saejax.circuits.groups import ANSWER
 from saejax.circuits.measure import CONTROL_SETS, CONTROLS, EDITS, PromptEffects
+from saejax.interventions.answers import VerdictConfig
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 
 LEAST_DOSE = 0.9
+LEAST_PROMPTS = VerdictConfig.least_prompts
 LEAST_EFFECT = 1e-2  # logits, or share of a group's activation
 _LEVEL = 0.05
 _ROUNDING = 1e-5  # groups with smaller effects alone cannot reach the target
@@ -51,6 +54,11 @@ class Edge:
     level: float  #: coverage of the intervals
     prompts: int  #: number of prompts
     drawn: bool  #: whether it is an edge of the circuit
+
+    @property
+    def is_testable(self) -> bool:
+        """False where it is not drawn because its controls are too weak, or its prompts too few."""
+        return self.drawn or (self.dose >= LEAST_DOSE and self.prompts >= LEAST_PROMPTS)
 
     def in_unit(self, show: Callable[..., str], value: Any) -> str:
         """Return one of its values as ``show`` writes it: in logits, or in % of the activation of a group."""

@@ -40,6 +40,7 @@ from saejax.unicode import show_bytes
 
 Driver = Literal["tokens", "context", "undecided"]
 
+CONTROL_GROUPS = ("random features", "random dictionary")
 TOKENS, CONTEXT = 4, 3  # tokens, and contexts, that are inserted; tokens of a context
 HALFWAY = 0.5  # share of the way to the real level that decides
 LEAST_TEXTS = 6  # fewer all have one sign by chance in more than 5 % of cases, and decide nothing
@@ -68,7 +69,7 @@ class InjectionTest:
 class FalsifiedFeature:
     """A feature under injection; activations are means over texts of the largest one of each."""
 
-    group: str  #: tested, random features or random dictionary
+    group: str  #: tested, or one of ``CONTROL_GROUPS``
     feature: int  #: its index
     tokens: tuple[str, ...]  #: that excite it most
     contexts: tuple[str, ...]  #: before its strongest activations
@@ -152,12 +153,12 @@ def falsify(
     count, rng = len(features), np.random.default_rng(seed)
     groups = [
         ("tested", dictionary, list(features)),
-        ("random features", dictionary, _draw_live(lm, dictionary, kinds[0], features, count, rng)),
+        (CONTROL_GROUPS[0], dictionary, _draw_live(lm, dictionary, kinds[0], features, count, rng)),
     ]
     if random_dictionary is not None:
         # Drawn among features that fire: features that never do would be undecided, all of them.
         drawn = _draw_live(lm, random_dictionary, kinds[0], (), count, rng)
-        groups.append(("random dictionary", random_dictionary, drawn))
+        groups.append((CONTROL_GROUPS[1], random_dictionary, drawn))
     rows: list[FalsifiedFeature] = []
     for group, owner, members in groups:
         rows += _test_group(lm, owner, group, members, kinds, seed) if members else []

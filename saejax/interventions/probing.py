@@ -77,8 +77,10 @@ class ProbeFit:
     shuffled: Interval  #: accuracy of probes of shuffled train labels: mean, 5th and 95th percentile
     #: accuracy of probes of matched features, or of random directions: mean, 5th and 95th percentile; None: all inputs
     control: Interval | None
-    against_dense: Interval | None  #: accuracy minus the dense probe's, paired by prompt; None for the dense probe
-    #: permutations of the test labels, one-sided; None: not testable, a class has fewer than 6 test prompts
+    #: accuracy minus the dense probe's, paired by prompt; None for the dense probe, and where p is not testable
+    against_dense: Interval | None
+    #: permutations of the test labels, one-sided; None: not testable, as test prompts are of one class, or fewer than 6
+    #: of a class
     p_value: float | None
     p_holm: float | None  #: corrected by Holm's method over the labels of the run, for probes of the same inputs
 
@@ -176,7 +178,7 @@ def run_probes(
         draws, train_class_N = range(config.shuffles), task.train_class_N
         controls = [_control_task(task, k, name, rng) for _ in draws] if k else []
         shuffled = [dataclasses.replace(task, train_class_N=rng.permutation(train_class_N)) for _ in draws]
-        is_testable = np.bincount(class_M)[labels].min() >= LEAST_PROMPTS
+        is_testable = len(labels) > 1 and np.bincount(class_M)[labels].min() >= LEAST_PROMPTS
         p_value = permutation_p(answers.class_M, class_M, _PERMUTATIONS, rng) if is_testable else None
         fit = ProbeFit(
             input=name,
@@ -478,8 +480,9 @@ def probe_label(
                 check_stop()
     # The last one is the dense probe, of all raw activations.
     for place, right_M in enumerate(rights[:-1]):
-        gap = paired_difference(right_M, rights[-1], config.seed)
-        fits[place] = dataclasses.replace(fits[place], against_dense=gap)
+        if fits[place].p_value is not None:
+            gap = paired_difference(right_M, rights[-1], config.seed)
+            fits[place] = dataclasses.replace(fits[place], against_dense=gap)
     return ProbedLabel(
         label=labelled.label,
         behaviour=labelled.behaviour,

@@ -23,6 +23,7 @@ with more or less to lose. Hence
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -139,8 +140,7 @@ def _pair(
             None,
             max(controls) if has_placebo else None,
             None,
-            match.shared,
-            match.shared_null,
+            *((match.shared, match.shared_null) if min(match.live) else (None, None)),
         )
 
 
@@ -163,9 +163,10 @@ def _losses(folder: Path, benchmark: str) -> tuple[dict[str, PromptDefinition], 
 def align_items(
     first: ItemLosses, second: ItemLosses, categories: Sequence[str], lengths: Sequence[int], seed: int
 ) -> ItemAlignment | None:
-    """Return the agreement of two rows on the same items; None with fewer than 8 items, or fewer than 2 control sets.
+    """Return the agreement of two rows on the same items; None where it cannot be told.
 
-    Items with a loss that was not measured (NaN) are left out.
+    That takes 8 items, 2 control sets, and so many items of one category that they can be shuffled. Items with a loss
+    that was not measured (NaN) are left out.
 
     Args:
       first: losses of a row.
@@ -183,6 +184,9 @@ def align_items(
     _, category_N = np.unique(np.asarray(categories)[measured], return_inverse=True)
     length_N = np.asarray(lengths)[measured]
     first_N, second_N = _residuals(first, second, category_N, length_N)
+    orders = sum(math.lgamma(1 + count) for count in np.bincount(category_N))  # logarithm of their number
+    if orders < -math.log(LEVEL) or not (first_N.any() and second_N.any()):
+        return None
     seen, rng = float(first_N @ second_N), np.random.default_rng(seed)
     by_category = np.argsort(category_N, kind="stable")
     as_large = 0
@@ -207,7 +211,9 @@ def _residuals(
     for losses in (first, second):
         ranks_N = _ranks(losses.top_N, category_N)
         left_N = ranks_N - design_NxC @ np.linalg.lstsq(design_NxC, ranks_N, rcond=None)[0]
-        residuals.append(left_N / max(float(np.linalg.norm(left_N)), 1e-12))
+        size = float(np.linalg.norm(left_N))
+        # Where all is explained, what rounding leaves would pass for ranks.
+        residuals.append(left_N / size if size > 1e-9 else np.zeros_like(left_N))
     return residuals[0], residuals[1]
 
 

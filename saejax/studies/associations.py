@@ -12,10 +12,14 @@
 5. The causal answer: ablating the feature alone lowers the answers to items with the label more than those to others.
    Labels are permuted over items; the statistic is Welch's t, for which the spread of both kinds may differ.
 
+Of a feature that is silent on nearly all test items nothing can be told, and neither where even the smallest p-value
+that the items and permutations allow is above the level after correction: such answers are not testable.
+
 What is correlated need be neither readable on new items nor used, so the three answers stand beside each other.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,6 +32,7 @@ from saejax.statistics.ranks import holm_by_key
 
 LEVEL = 0.05  # of all answers of a kind together: correlations of all features and labels, probes and drops of all rows
 RIGHT = "answered rightly"  # the label of items that the model answers rightly
+_UNTESTABLE = "not testable"
 _PERMUTATIONS, _RESAMPLES, _LEAST = 999, 1000, 4  # fewer items with a label, or without it, are not tested
 
 
@@ -40,13 +45,13 @@ class FeatureAssociation:
     items: int  #: test items with the label
     correlation: Interval  #: of its activation of largest size on an item with having the label, on test items
     p_value: float  #: corrected for all features and labels
-    associated: str  #: yes or no, from p
+    associated: str  #: from p: yes, no or not testable
     auc: float  #: of a probe of this feature alone on test items
     p_probe: float  #: of the AUC, corrected by Holm over the listed features
-    probe: str  #: whether the probe finds the label: yes or no
+    probe: str  #: whether the probe finds the label: yes, no or not testable
     causal_drop: Interval | None  #: drop on items with the label minus that on others, nats; None: not ablated alone
     p_causal: float | None  #: of a difference above zero, corrected by Holm over the listed features
-    causal: str  #: whether it is above zero, from p: yes, no or not tested
+    causal: str  #: whether it is above zero, from p: yes, no, not testable or not tested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,20 +156,20 @@ def associate(
                 items=int(kept[name].sum()),
                 correlation=_correlation(test_QxF[:, feature], kept[name], weight_RxQ),
                 p_value=p_value,
-                associated=_answer(p_value),
+                associated=_answer(p_value) if live_F[feature] else _UNTESTABLE,
                 auc=auc,
                 p_probe=p_probe,
-                probe="no",
+                probe="no" if np.ptp(train_PxF[:, feature]) and np.ptp(test_QxF[:, feature]) else _UNTESTABLE,
                 causal_drop=None if drop_Q is None else _contrast(drop_Q, kept[name], weight_RxQ),
                 p_causal=None if drop_Q is None else contrast_p(drop_Q, kept[name], order_SxQ),
-                causal="not tested",
+                causal="not tested" if drop_Q is None else "no" if np.ptp(drop_Q) else _UNTESTABLE,
             )
         )
-    return BenchmarkAssociations(labels, _corrected(rows))
+    return BenchmarkAssociations(labels, _corrected(rows, items))
 
 
-def _answer(p_value: float | None) -> str:
-    return "not tested" if p_value is None else "yes" if p_value <= LEVEL else "no"
+def _answer(p_value: float) -> str:
+    return "yes" if p_value <= LEVEL else "no"
 
 
 def _probe(
@@ -231,12 +236,31 @@ def contrast_p(drop_Q: np.ndarray, has_Q: np.ndarray, order_SxQ: np.ndarray) -> 
     return (1 + int((np.array(shuffled) >= seen - 1e-9).sum())) / (1 + len(order_SxQ))
 
 
-def _corrected(rows: Sequence[FeatureAssociation]) -> tuple[FeatureAssociation, ...]:
-    """Return the rows with p-values after Holm's correction, of probes and of drops, and their answers."""
+def _corrected(rows: Sequence[FeatureAssociation], items: int) -> tuple[FeatureAssociation, ...]:
+    """Return the rows with p-values after Holm's correction, of probes and of drops, and their answers.
+
+    Args:
+      rows: one for each tested feature; questions that are not testable, or were not tested, say so.
+      items: number of test items.
+    """
     probe = holm_by_key({place: row.p_probe for place, row in enumerate(rows)})
     causal = holm_by_key({place: row.p_causal for place, row in enumerate(rows) if row.p_causal is not None})
-    p_values = [(probe[place], causal.get(place)) for place in range(len(rows))]
+
+    def answer(row: FeatureAssociation, earlier: str, p_value: float | None, tests: int) -> str:
+        """Return the answer to a question with so many tests, if there is none yet."""
+        if earlier != "no" or p_value is None:
+            return earlier
+        # Even labels that fit perfectly have this p-value: as few ways there are to give them to the items.
+        least = max(1 / (1 + _PERMUTATIONS), 1 / math.comb(items, row.items))
+        return _UNTESTABLE if tests * least > LEVEL else _answer(p_value)
+
     return tuple(
-        dataclasses.replace(row, p_probe=p_probe, probe=_answer(p_probe), p_causal=p_causal, causal=_answer(p_causal))
-        for row, (p_probe, p_causal) in zip(rows, p_values, strict=True)
+        dataclasses.replace(
+            row,
+            p_probe=probe[place],
+            probe=answer(row, row.probe, probe[place], len(probe)),
+            p_causal=causal.get(place),
+            causal=answer(row, row.causal, causal.get(place), len(causal)),
+        )
+        for place, row in enumerate(rows)
     )

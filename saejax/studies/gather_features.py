@@ -24,7 +24,7 @@ def associations(row: str, findings: Findings) -> Iterator[AssociationFigures]:
     for benchmark, results in findings.each(StudyResults).items():
         for association in results.associations.top if results.associations else ():
             answers = {association.associated, association.probe, association.causal}
-            agree = None if "not tested" in answers else len(answers) == 1
+            agree = len(answers) == 1 if answers <= {"yes", "no"} else None
             yield AssociationFigures(
                 row=row,
                 benchmark=benchmark,

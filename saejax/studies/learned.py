@@ -7,7 +7,9 @@ interpretable.
 
 from collections.abc import Iterator, Sequence
 
+from saejax.interventions.falsify import CONTROL_GROUPS
 from saejax.page.tables import Table, interval, number, percent
+from saejax.statistics.intervals import wilson_of
 from saejax.studies.primitives import LEVEL
 from saejax.studies.results import (
     QUESTIONS,
@@ -57,7 +59,9 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
         chance = baseline.chance or 0.0
         if "nats" not in baseline.measure:
             evidence = f"{percent(baseline.value.mean, 1)}; by guessing {percent(chance, 1)}"
-            yield "solves", (plain(baseline.value.low > chance), evidence)
+            # Of so few items even right answers to all would be no evidence.
+            is_testable = wilson_of(1.0, baseline.n).low > chance
+            yield "solves", (plain(baseline.value.low > chance if is_testable else None), evidence)
     effects = select(figures.effects, **here)
     for effect in effects:
         yield "effect", (plain(effect.lowers), f"{interval(effect.nats_drop)} nats")
@@ -71,8 +75,10 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
         yield "gate", (by_gate.get(gate.gate, "no"), f"{gate.gate}: {gate.reason}")
     for drivers in select(figures.drivers, **here, group="tested"):
         controls = [group for group in select(figures.drivers, **here) if group.group != "tested"]
-        shares = "".join(f"; {percent(group.context.mean)} of {group.features}, {group.group}" for group in controls)
-        evidence = f"{percent(drivers.context.mean)} of {drivers.features} by context{shares}"
+        shares = [f"{percent(group.context.mean)} of {group.features}, {group.group}" for group in controls]
+        measured = {group.group for group in controls}
+        shares += [f"none of the {name} fires" for name in CONTROL_GROUPS if name not in measured]
+        evidence = f"{percent(drivers.context.mean)} of {drivers.features} by context; {'; '.join(shares)}"
         yield "context", (_driven(drivers, controls), evidence)
     groups = select(figures.primitives, **here)
     # With a single category there is no other with which it could be compared.
@@ -85,6 +91,8 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
             if pair.shared is not None and pair.shared_null is not None:
                 evidence = f"{percent(pair.shared)} have a partner, by chance {percent(pair.shared_null)}"
                 yield "shared", (plain(pair.shared - pair.shared_null > MOST), evidence)
+            elif name == "features":
+                yield "shared", ("cannot tell", "a dictionary has no feature that fires often enough to have a partner")
 
 
 def _primitives(groups: Sequence[PrimitiveFigures]) -> tuple[Answered, str]:
@@ -110,18 +118,27 @@ def holds(group: PrimitiveFigures) -> bool:
 def _driven(drivers: DriverFigures, controls: Sequence[DriverFigures]) -> Answered:
     """Return whether context drives more features than tokens do, and more than of each control group.
 
-    Cannot tell where the intervals of context and tokens overlap, or no control group was measured. Control groups are
-    compared by Fisher's exact test: a yes needs p of at most ``LEVEL`` against each, so that it has no more than this.
+    Cannot tell where the intervals of context and tokens overlap, or a control group is missing or so small that no
+    shares could differ. Control groups are compared by Fisher's exact test: a yes needs p of at most ``LEVEL`` against
+    each, so that it has no more than this.
     """
     from scipy.stats import fisher_exact
 
     if drivers.tokens.low > drivers.context.high:
         return "no"
-    if drivers.context.low <= drivers.tokens.high or not controls:
+    if drivers.context.low <= drivers.tokens.high:
         return "cannot tell"
-    counts = [(round(group.context.mean * group.features), group.features) for group in (drivers, *controls)]
-    tables = [[(hits, some - hits) for hits, some in (counts[0], control)] for control in counts[1:]]
-    return plain(max(fisher_exact(table, "greater").pvalue for table in tables) <= LEVEL)
+
+    def exceeds(hits: int, control: DriverFigures, control_hits: int) -> bool:
+        table = [(hits, drivers.features - hits), (control_hits, control.features - control_hits)]
+        return bool(fisher_exact(table, "greater").pvalue <= LEVEL)
+
+    hits = round(drivers.context.mean * drivers.features)
+    # A group of which not even the greatest difference is significant denies nothing.
+    able = [group for group in controls if exceeds(drivers.features, group, 0)]
+    if not all(exceeds(hits, group, round(group.context.mean * group.features)) for group in able):
+        return "no"
+    return "yes" if {group.group for group in able} >= {*CONTROL_GROUPS} else "cannot tell"
 
 
 def overview(figures: StudyFigures) -> tuple[tuple[str, str], ...]:

@@ -141,6 +141,8 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
         f"{len(held)} of these also lower its answers more than both kinds of control sets and recur in at least half "
         "of the other seeds."
     )
+    if untold := sum(primitive.more == "not testable" for primitive in named):
+        sentence += f" {_count(untold, 'group')} with a category could not be tested."
     if held:
         sentence += f" They are: {'; '.join(f'{primitive.name} in {primitive.row}' for primitive in held)}."
     if any(not primitive.seeds for primitive in named):

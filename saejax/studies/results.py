@@ -372,7 +372,8 @@ class AssociationFigures(BenchmarkFigures):
 
     Each top feature with the category that it goes with most on train items, judged on test items. The correlation is
     corrected for all features and labels, the probe (of this feature alone) and the drop for all rows of a benchmark.
-    Causes it: ablating the feature alone costs items with the label more than others.
+    Causes it: ablating the feature alone costs items with the label more than others. Not testable: the feature is
+    silent on nearly all items, or no p-value could be small enough with so few items or so many features.
     """
 
     feature: int = joined("Feature", lambda row: f"{row.feature}, {row.label}", words=True)  #: its index
@@ -380,14 +381,14 @@ class AssociationFigures(BenchmarkFigures):
     #: of its activation of largest size on a test item with having the label
     correlation: Interval = column("Correlation", interval)
     p_value: float = column("p", _digits(3))  #: corrected for all features and labels
-    associated: str = column("Goes with the label")  #: yes or no
+    associated: str = column("Goes with the label")  #: yes, no or not testable
     auc: float = column("Probe's AUC", number)  #: of a probe of this feature alone on test items
-    probe: str = column("Probe finds it")  #: whether that finds the label: yes or no
+    probe: str = column("Probe finds it")  #: whether that finds the label: yes, no or not testable
     #: drop where it is ablated alone, on items with the label minus others, nats
     causal_drop: Interval | None = column("Nats more than elsewhere", interval)
     #: of a difference above zero, corrected for all rows of a benchmark
     p_causal: float | None = column("Its p", _digits(3))
-    causal: str = column("Causes it")  #: whether it is above zero, from p: yes, no or not tested
+    causal: str = column("Causes it")  #: whether it is above zero, from p: yes, no, not testable or not tested
     #: whether all three answers are the same; None where one is missing
     agree: bool | None = column("Agree", yes_or_no)
 

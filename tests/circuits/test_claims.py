@@ -83,6 +83,18 @@ def test_a_swap_is_compared_with_the_logit_difference_of_the_swapped_prompts():
         assert outcomes(CircuitsResults(dict(two_hop=of_swapped), {}))["hop-3"] == outcome
 
 
+def test_a_claim_is_not_unseen_where_its_effects_could_not_be_tested():
+    """Controls of half the dose, or effects on two prompts alone, deny nothing."""
+    for change in (dict(dose=0.5), dict(prompts=2)):
+        untested = [dataclasses.replace(each, drawn=False, **change) for each in EVERY]
+        rows = {row.claim.id: row for row in compare_claims(CircuitsResults(dict(two_hop=circuit(untested)), {}))}
+        assert {rows[f"hop-{n}"].outcome for n in (1, 2, 3, 4)} == {NOT_TESTABLE}
+        assert "Of 7 effects 7 could not be tested" in rows["hop-1"].evidence
+    # One effect that was tested and is not drawn is enough where all ways lead through it.
+    blocked = [dataclasses.replace(each, drawn=False, dose=0.99 if each.target == ANSWER else 0.5) for each in EVERY]
+    assert outcomes(CircuitsResults(dict(two_hop=circuit(blocked)), {}))["hop-1"] == NOT_SEEN
+
+
 SAYS = edge("says", ANSWER, "swap")
 
 
@@ -113,3 +125,6 @@ def test_sharing_is_compared_with_unrelated_behaviours():
     alike = circuit(returning=[*shared, Key(0, 1, "last"), Key(8, 1, "last")])
     assert outcomes(CircuitsResults(languages | dict(capital=alike), {}))["ant-1"] == NOT_SEEN
     assert outcomes(CircuitsResults(languages, {}))["ant-1"] == NOT_TESTABLE  # there is no control
+    # Nothing returns in the other language, so there is nothing to share.
+    silent = languages | dict(antonym_french=circuit(returning=()), capital=unrelated)
+    assert outcomes(CircuitsResults(silent, {}))["ant-1"] == NOT_TESTABLE

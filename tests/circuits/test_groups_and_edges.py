@@ -189,6 +189,9 @@ def test_an_edge_takes_an_interval_and_both_controls(effect, control, options, d
     assert edges[0].effect.mean == pytest.approx(effect, abs=0.1)
     assert (edges[0].random_spread, edges[0].placebo_spread) == pytest.approx((0.1, 0.1), abs=0.05)
     assert edges[0].dose == pytest.approx(options.get("dose", 1.0))
+    assert edges[0].is_testable == ("dose" not in options)
+    (few,) = judge_edges(["group"], measured(0.0, 0.0, prompts=5), ["a"] * 5, resamples=2000)
+    assert not few.drawn and not few.is_testable
 
 
 @pytest.mark.parametrize("count", [2, 5, 20])

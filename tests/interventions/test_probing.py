@@ -198,7 +198,8 @@ def make_run(tmp_path, save_inputs, stage_run, make_prompt):
     return make
 
 
-def test_the_stage_end_to_end(make_run):
+def test_the_stage_end_to_end(make_run, monkeypatch):
+    monkeypatch.setattr(probing, "LEAST_PROMPTS", 4)  # so many test prompts has a class here
     whole, lines = make_run("whole")
     results = stage.run_probe(whole)
     assert from_json(probing.ProbeResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
@@ -352,6 +353,8 @@ def test_noise_on_few_prompts_is_not_testable(prompts):
     fits = [fit for fit, _ in probing.run_probes(make_task(test=2 * prompts), CONFIG, [1])]
     assert probing.ablate_selected(CONFIG, fits, ablation) is None
     assert {fit.p_value for fit in fits} == {None}
+    single = dataclasses.replace(make_task(), test_class_M=np.zeros_like(make_task().test_class_M))
+    assert {fit.p_value for fit, _ in probing.run_probes(single, CONFIG, [1])} == {None}  # of one class
     label = probing.ProbedLabel("a", "", None, {}, {}, 0, 0, 0, tuple(fits), None)
     assert {fit.p_holm for fit in probing.correct([label])[0].probes} == {None}
 

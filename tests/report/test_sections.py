@@ -87,7 +87,8 @@ def test_probes_are_shown_and_labels_without_one_named():
     row = dict(input="features", k=2, inputs=[7, 8], f1=0.4, majority=0.3, p_holm=0.0123)
     row |= dict(accuracy=interval(0.5), shuffled=interval(0.2), control=interval(0.1), against_dense=interval(-0.2))
     whole, raw = row | dict(k=None, inputs=None, control=None), dict(input="raw")
-    selected = some(features=[some(feature=7, drop=interval(0.5), p_holm=0.01, controls=[0.1, 0.6])])
+    effects = [some(feature=7 + n, drop=interval(0.5), p_holm=0.01, controls=[0.1, 0.6][n:]) for n in (0, 2)]
+    selected = some(features=effects)
     rows = [some(**each) for each in (row, whole, row | raw, whole | raw)]
     reason = "fewer than two classes: right 80"
     labels = [
@@ -103,7 +104,8 @@ def test_probes_are_shown_and_labels_without_one_named():
     assert table.rows[0][:4] == ("Answer: Two-digit addition", "features: 2", "50 [40,\u00a060]", "0.40")
     assert table.rows[0][6:] == ("10 [0,\u00a020]", "−20 [−30,\u00a0−10]", "0.0123", "7, 8")
     assert table.rows[1][1] == "features: all" and table.rows[1][6] == table.rows[1][9] == "–"
-    assert ablated.rows == (("Answer: Two-digit addition", "7", "0.50 [0.40,\u00a00.60]", "0.0100", "1 of 2"),)
+    shown = "0.50 [0.40,\u00a00.60]", "0.0100"
+    assert [row[1:] for row in ablated.rows] == [("7", *shown, "1 of 2"), ("9", *shown, "not testable")]
     assert without.items == (("Model right or wrong: Capital of a country", f"no probe: {reason}."),)
     without = findings(settings, topk=partly(ProbeResults, **results | dict(labels=labels[1:])))
     assert [block.kind for block in probes.sections(without, lambda *drawn: None)[0].blocks] == ["text", "terms"]

@@ -148,3 +148,6 @@ def test_too_little_to_compare():
     alone = ItemLosses(first.top_N, first.control_DxN[:1])
     assert align(alone, second) is None
     assert align(ItemLosses(np.zeros(ITEMS), first.control_DxN), second) is None
+    # Of categories of one item each there is nothing to shuffle, and of few pairs too little for a p-value of 5 %.
+    for kinds, is_told in ((np.arange(ITEMS), False), (np.minimum(np.arange(ITEMS), ITEMS - 3), False), (KINDS, True)):
+        assert (align(first, second, kinds) is not None) == is_told

@@ -126,6 +126,25 @@ def test_a_feature_is_not_said_to_go_with_a_label_that_it_avoids():
     assert (feature.associated, feature.probe) == ("no", "no") and feature.p_value > 0.5
 
 
+def test_what_can_only_be_answered_no_is_not_testable():
+    """A silent feature, too few items for a small p-value, and too many features for the permutations."""
+    is_sum_P, rng = np.arange(ITEMS) % 2 == 0, np.random.default_rng(0)
+    labels = {"addition": is_sum_P, "logic": ~is_sum_P}
+    acts_PxF = rng.random((ITEMS, 12)) + 3.0 * is_sum_P[:, None]
+    acts_PxF[:, 1] = 0.0
+    drops = {0: 1.0 * is_sum_P, 1: np.zeros(ITEMS)}
+    first, silent = associate(acts_PxF, labels, acts_PxF, labels, [0, 1], drops, 0).top
+    assert (first.associated, first.probe, first.causal) == ("yes", "yes", "yes")
+    assert {silent.associated, silent.probe, silent.causal} == {"not testable"}
+    # Four of eight items have a label in 70 ways: with four features no p-value is below 4 / 70.
+    few = {name: has_P[:8] for name, has_P in labels.items()}
+    drops = dict.fromkeys((0, 2, 3, 4), 1.0 * is_sum_P[:8])
+    found = associate(acts_PxF, labels, acts_PxF[:8], few, [*drops], drops, 0)
+    assert {(one.probe, one.causal) for one in found.top} == {("not testable", "not testable")}
+    many = associate(acts_PxF, labels, acts_PxF, labels, [0, *range(2, 12)], {}, 0)  # 11 / 200 is above the level
+    assert {one.probe for one in many.top} == {"not testable"} and {one.causal for one in many.top} == {"not tested"}
+
+
 def test_activations_are_those_of_the_question():
     items = [Item(str(number), "", "two plus six", "2 + 6 = 8", "8") for number in range(2)]
     # The tokens "two plus", " six", "\n2", " +", " 6", " = 8" of each.

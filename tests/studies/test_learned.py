@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from saejax.interventions.falsify import CONTROL_GROUPS
 from saejax.results import Interval
 from saejax.statistics.intervals import wilson
 from saejax.studies.learned import QUESTIONS, _driven, answers_table, learned, overview
@@ -79,6 +80,7 @@ def figures():
         ),
         drivers=(
             drivers("base", 7, 0), drivers("tuned", 0, 8), drivers("tuned", 4, 3, "random features"),
+            drivers("tuned", 8, 0, "random dictionary"),
             drivers("random", 0, 8), drivers("random", 1, 6, "random dictionary"),
         ),
         alignment=tuple(
@@ -142,6 +144,16 @@ def test_a_model_beats_guessing_where_it_does(figures):
         rates[share] = answers.count("yes")
     print(f"beats guessing: yes in {rates[0.25]} of 100 null and {rates[0.5]} of 100 true worlds")
     assert rates[0.25] <= 8 and rates[0.5] >= 80
+    # Of three questions with two choices even three right answers are no evidence.
+    few = BaselineFigures("base", "sums", "accuracy", wilson(np.ones(3)), 0.5, 3)
+    changed = dataclasses.replace(figures, baselines=(few,), gates=figures.gates[:1])
+    assert next(one.answer for one in learned(changed) if one.question == "solves") == "cannot tell"
+
+
+def test_features_of_a_dictionary_that_never_fires_have_no_partners_to_count(figures):
+    silent = tuple(dataclasses.replace(pair, shared=None, shared_null=None) for pair in figures.alignment)
+    answers = learned(dataclasses.replace(figures, alignment=silent))
+    assert {one.answer for one in answers if one.question == "shared"} == {"cannot tell"}
 
 
 def test_features_that_context_drives_as_controls_are_no_more_than_words():
@@ -151,12 +163,17 @@ def test_features_that_context_drives_as_controls_are_no_more_than_words():
         rng, found = np.random.default_rng(are_true), []
         for _ in range(100):
             counts = rng.binomial(12, (0.95 if are_true else 0.7, *([0.3, 0.3] if are_true else [0.7, 0.7])))
-            rows = [drivers("base", 12 - count, count, features=12) for count in counts]
+            groups = ("tested", *CONTROL_GROUPS)
+            rows = [drivers("base", 12 - n, n, group, 12) for group, n in zip(groups, counts, strict=True)]
             found.append(_driven(rows[0], rows[1:]))
         rates[are_true] = found.count("yes")
     print(f"more than words: yes in {rates[False]} of 100 null and {rates[True]} of 100 true worlds")
     assert rates[False] <= 8 and rates[True] >= 80
-    assert _driven(rows[0], []) == "cannot tell"
+    # A control group that is missing, or has one feature, says nothing; one that is alike says no.
+    tested, silent = drivers("base", 0, 8), drivers("base", 8, 0, CONTROL_GROUPS[0])
+    missing, single = [silent], [silent, drivers("base", 1, 0, CONTROL_GROUPS[1], features=1)]
+    alike = [*single, drivers("base", 1, 7, CONTROL_GROUPS[0])]
+    assert [_driven(tested, some) for some in ([], missing, single, alike)] == ["cannot tell"] * 3 + ["no"]
 
 
 @pytest.mark.parametrize(

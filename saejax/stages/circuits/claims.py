@@ -2,8 +2,8 @@
 
 A claim is *confirmed* if the edges that it predicts are drawn, which takes an interval and two controls
 (``edges.judge_edges``), or if features are shared beyond what unrelated behaviours share. It is *not seen* if they were
-measured and are not drawn, and *not testable* where the model does not have the behaviour, nothing was measured, or
-there is no test.
+measured and are not drawn, and *not testable* where the model does not have the behaviour, nothing was measured, there
+is no test, or the claim would hold if the effects that could not be tested were drawn.
 """
 
 import dataclasses
@@ -65,9 +65,22 @@ def compare_claims(results: CircuitsResults) -> list[ComparedClaim]:
             evidence = f"{title(claim.behaviour)}: no feature returned over the traced prompts: nothing was measured."
         else:
             outcome, evidence = TESTS[claim.test](results, circuit)
+            untested = [edge for edge in circuit.edges if not edge.is_testable]
+            if outcome == NOT_SEEN and TESTS[claim.test](results, _draw(circuit, untested))[0] == CONFIRMED:
+                outcome = NOT_TESTABLE
+                evidence += (
+                    f" Of {len(circuit.edges)} effects {len(untested)} could not be tested, for want of prompts or of "
+                    "controls of equal dose; with them it might be confirmed."
+                )
             evidence = f"{evidence} {claim.note}".strip()
         compared.append(ComparedClaim(claim, outcome, evidence))
     return compared
+
+
+def _draw(circuit: CircuitResults, edges: Sequence[Edge]) -> CircuitResults:
+    """Return the circuit with some more edges drawn."""
+    drawn = [dataclasses.replace(edge, drawn=True) if edge in edges else edge for edge in circuit.edges]
+    return dataclasses.replace(circuit, edges=tuple(drawn))
 
 
 def _supporting(circuit: CircuitResults, edit: str = "direct") -> list[Edge]:
@@ -141,11 +154,14 @@ def _overlaps(results: CircuitsResults, *thirds: str) -> tuple[list[float], list
     features = {
         name: {key.address for key in circuit.returning if third_of(key.layer, circuit.layers) in thirds}
         for name, circuit in results.behaviours.items()
+        if circuit.returning
     }
     languages, others = [name for name in _LANGUAGES if name in features], features.keys() - {*_LANGUAGES}
     pairs = itertools.combinations(languages, 2), itertools.product(languages, sorted(others))
+    # Two behaviours of which nothing returned there share nothing, and differ in nothing.
     related, unrelated = (
-        [len(features[a] & features[b]) / max(len(features[a] | features[b]), 1) for a, b in some] for some in pairs
+        [len(features[a] & features[b]) / len(features[a] | features[b]) for a, b in some if features[a] | features[b]]
+        for some in pairs
     )
     return related, unrelated
 

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.circuits.edges import LEAST_DOSE, Edge
+from saejax.circuits.edges import LEAST_DOSE, LEAST_PROMPTS, Edge
 from saejax.circuits.groups import ROLE_WORDS, Key, as_json, name_feature
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.dictionaries.labels import COLUMNS
@@ -51,7 +51,7 @@ _EDGE_COLUMNS: dict[str, Callable[[Edge], str]] = {
     "Over random": lambda edge: edge.in_unit(interval, edge.over_random),
     "Over placebo": lambda edge: edge.in_unit(interval, edge.over_placebo),
     "Dose": lambda edge: percent(edge.dose),
-    "Drawn": lambda edge: answer(edge.drawn),
+    "Drawn": lambda edge: answer(edge.drawn if edge.is_testable else None, "not testable"),
 }
 _COLUMNS: dict[str, Callable[[str, CircuitResults], str]] = {
     "Behaviour": lambda name, circuit: title(name),
@@ -95,7 +95,11 @@ def write_behaviour(
         "counterpart, which asks for the wrong answer."
     ]
     if not circuit.drawn():
-        lead.append("With all other groups held, no effect exceeds its controls, so no arrow is drawn.")
+        direct = [edge.is_testable for edge in circuit.edges if edge.edit == "direct"]
+        lead.append(
+            f"With all other groups held, none of {direct.count(True)} effects exceeds its controls, so no arrow is "
+            f"drawn; {direct.count(False)} others could not be tested."
+        )
     contexts = Text("Contexts are from files of the set, or else from the embedded corpus and the traced prompts.")
     parts = [
         Section("The circuit", (_draw_picture(folder, name, circuit, names), *_edge_tables(circuit))),
@@ -170,7 +174,8 @@ def _edge_tables(circuit: CircuitResults) -> list[Block]:
         "placebo sets are other features at the same positions and layers, placebo ones chosen for unrelated tokens, "
         "changed to the group's dose; ± is the standard deviation between such sets of one prompt. An edge is drawn "
         "where the effect exceeds both, by more than sets differ from each other, unless they reach less than "
-        f"{percent(LEAST_DOSE)} of the dose (Dose)."
+        f"{percent(LEAST_DOSE)} of the dose (Dose). Not testable: an effect whose controls reach less, or that was "
+        f"measured on fewer than {LEAST_PROMPTS} prompts, as a group may be silent on some."
     )
     return [*blocks, Text(note)]
 

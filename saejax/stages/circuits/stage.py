@@ -40,7 +40,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=10,  # control sets in the orders of the other stages
+    revision=11,  # effects that could not be tested say so
     run=run_circuits,
     results=CircuitsResults,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),

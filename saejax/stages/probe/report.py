@@ -136,8 +136,9 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
         "them. Controls: accuracy of probes of as many features matched in firing rate, or of as many random "
         f"directions of the raw activations. Both: mean over {shuffles} draws, 5th and 95th percentile. Minus dense: "
         "probe accuracy minus that of the probe of all raw dimensions, on the same prompts. p: share of permutations "
-        "of the test labels with at least this accuracy, after Holm's correction over the labels; none where a "
-        "class has fewer than 6 test prompts. Inputs: the first three that a sparse probe sees."
+        "of the test labels with at least this accuracy, after Holm's correction over the labels; neither it nor the "
+        "difference where a class has fewer than 6 test prompts, or all are of one class. Inputs: the first three that "
+        "a sparse probe sees."
     )
     rows = [(label, row) for label in learned for row in label.probes]
     return Table.of("Probes", rows, columns, {"Probe sees", "Inputs"}, stack=False, note=note)
@@ -152,13 +153,16 @@ def _selected_table(labels: Sequence[ProbedLabel]) -> Table:
         "p": lambda label, row: number(row.p_holm, 4),
         "Controls at least as large": lambda label, row: (
             f"{sum(drop >= row.drop.mean for drop in row.controls)} of {len(row.controls)}"
+            if row.controls
+            else "not testable"
         ),
     }
     note = (
         "The features that the sparse probe selects, each ablated alone on test prompts. Drop: fall of the logit "
         "difference in logits, or, on benchmarks, of the log-likelihood of the reference answer in nats; 95 % "
         "bootstrap interval over prompts within templates. p: two-sided, after Holm's correction over all features of "
-        "this table. Controls: random lists of features that change the site as much as this feature does."
+        "this table. Controls: random lists of features that change the site as much as this feature does; "
+        "not testable where no list does."
     )
     rows = [(label, row) for label in labels if label.selected for row in label.selected.features]
     return Table.of("Does the model use the features that probes select?", rows, columns, {"Feature"}, note=note)

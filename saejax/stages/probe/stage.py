@@ -38,7 +38,7 @@ PROBE = Stage(
     follows=("ablate",),
     inputs=_inputs,
     names=_names,
-    revision=6,  # controls of ablated features have their dose
+    revision=7,  # no difference from the dense probe where few prompts judge
     processes="items",
     section=sections,
 )
