@@ -105,6 +105,20 @@ def test_the_command_line_wins_over_a_flag_file(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0].endswith(f"the workdir is {tmp_path / 'run'}")
 
 
+def test_stages_take_the_only_kind_that_is_trained():
+    """Not where a flag names one, not among several, and no dictionary stays none."""
+
+    def dictionaries(*flags):
+        configs = command_line.read_configs(command_line.stage_flags(), ["program", *flags])
+        return [configs.named(stage).dictionary for stage in ("ablate", "probe", "study", "patch", "steer")]
+
+    assert dictionaries("--train.kinds=jumprelu") == ["jumprelu"] * 3 + ["", ""]
+    assert dictionaries("--train.kinds=jumprelu", "--ablate.dictionary=topk", "--steer.dictionary=gated") == [
+        "topk", "jumprelu", "jumprelu", "", "gated",
+    ]  # fmt: skip
+    assert dictionaries() == dictionaries("--train.kinds=jumprelu,gated") == ["topk"] * 3 + ["", ""]
+
+
 def test_a_flag_file_is_read_once(tmp_path, monkeypatch):
     """A pipe, such as --flagfile=<(...), gives its lines to the first reader alone; here another file names it."""
     reader, writer = os.pipe()

@@ -13,13 +13,14 @@ from saejax.config import Configs
 from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.formats import read_config
 from saejax.dictionaries.names import check_member, is_folder, kind_and_member
-from saejax.errors import one_of
+from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site
 from saejax.parallel.mesh import alone_config, make_mesh
 from saejax.runner.stage import Stage
 from saejax.stages.preflight.settings import PreflightConfig
+from saejax.training.settings import FORMS, TrainConfig
 
 WIDTH = {"int8": 1, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
@@ -93,6 +94,16 @@ class PlannedRun:
                 return DictionaryConfig(kind="standard", site=site, target=target, d_in=d, n_features=features)
             return read_config(name)
         kind, member = kind_and_member(name)
-        stack = self.stacks[one_of(kind, self.stacks, f"dictionary for {stage} (--train.kinds)")]
+        if kind not in self.stacks:
+            raise UserError(
+                f"--{stage}.dictionary={name} is no dictionary that is trained here: expected a kind of --train.kinds, "
+                f"{', '.join(self.stacks)}, or a folder"
+            )
+        if (form := self.configs[TrainConfig].form) in FORMS:
+            raise UserError(
+                f"--{stage}.dictionary={name}: a {form} is no dictionary of one layer: train it with "
+                "experiments.train, and trace prompts with --graph.transcoders"
+            )
+        stack = self.stacks[kind]
         check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
         return stack.of(next(entry for entry in stack.members if entry.name == member))

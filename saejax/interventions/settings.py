@@ -18,9 +18,9 @@ class AblateConfig(Config):
 
     dictionary: str = setting(
         "topk",
-        "dictionary to test: a kind trained here (topk), a member of its stack (topk/k32), a folder such as "
-        "runs/demo/train/topk, or a hub address hf://ORG/NAME/FOLDER@REVISION. With a folder or address nothing is "
-        "captured or trained",
+        "dictionary to test: a kind trained here (where one is trained, it is the default), a member of its stack "
+        "(topk/k32), a folder such as runs/demo/train/topk, or a hub address hf://ORG/NAME/FOLDER@REVISION. With a "
+        "folder or address nothing is captured or trained",
         changes_results=False,
     )
     top: int = setting(10, "number of features, ranked by attribution on train prompts, that are ablated", low=1)

@@ -12,6 +12,7 @@ token of the batch goes to the next one: slot s of prompt b holds the token at p
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import by_row
 
 Edits = tuple[Edit, ...]
+_COLDEST = 1e-30  # least temperature above 0
 
 
 @jax.tree_util.register_dataclass
@@ -119,15 +121,21 @@ def sampling_params(temperature: float, top_p: float, seed: int) -> SamplingPara
     """Return sampling parameters with the key of a seed.
 
     Raises:
-      UserError: the temperature is below 0 (greedy decoding) or not finite, or ``top_p`` is not in (0, 1].
+      UserError: the temperature is below 0 (greedy decoding) or not finite, ``top_p`` is not in (0, 1], or the seed is
+        no whole number.
     """
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}: expected a number of at least 0")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}: expected a number above 0 and at most 1")
+    if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature!r}: expected a number of at least 0")
+    if not isinstance(top_p, Real) or not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p!r}: expected a number above 0 and at most 1")
+    if not isinstance(seed, Integral):
+        raise UserError(f"seed is {seed!r}: expected a whole number")
     sampled = temperature > 0
-    key = jax.random.key(seed)
-    return SamplingParams(jnp.float32(temperature), jnp.float32(top_p), key, sampled, sampled and top_p < 1)
+    key = jax.random.key(int(seed))
+    # Divided by less, logits are infinite; this close to 0 the most probable token is taken anyway.
+    return SamplingParams(
+        jnp.float32(max(temperature, _COLDEST)), jnp.float32(top_p), key, sampled, sampled and top_p < 1
+    )
 
 
 def _nucleus(logits_BxV: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -46,13 +46,16 @@ def read_tokenizer(folder: Path) -> Any:
       UserError: transformers' classes give other ids than the file, whichever is taken.
       Exception: it cannot be read; of any type, as damaged files make readers raise anything.
     """
-    tokenizer = _tokenizer_class(folder).from_pretrained(folder, **LOCAL)
     if not (folder / _FILE).is_file():
-        return tokenizer
+        return _tokenizer_class(folder).from_pretrained(folder, **LOCAL)
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     file = Tokenizer.from_file(str(folder / _FILE))
+    try:
+        tokenizer = _tokenizer_class(folder).from_pretrained(folder, **LOCAL)
+    except Exception:  # of any type: a class for another kind of vocabulary cannot be built from this one
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **LOCAL)
     file.no_truncation()
     file.no_padding()
     expected = _read_probe(lambda text: file.encode(text, add_special_tokens=False).ids)

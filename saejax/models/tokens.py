@@ -265,6 +265,8 @@ def token_piece(tokenizer: Any) -> Callable[[int], str]:
     def text(token: int) -> str:
         """Return the text of a token id."""
         piece = tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # embeddings may be padded with ids that the tokenizer lacks
+            return f"<token {token}>"
         decoded = text_of_piece(piece, tokenizer.decode([token], clean_up_tokenization_spaces=False))
         # SentencePiece tokenizers drop the space at the start of what they decode.
         dropped = isinstance(piece, str) and piece.startswith("▁") and not decoded.startswith(" ")

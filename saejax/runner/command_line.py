@@ -1,5 +1,6 @@
 """Command lines of the binaries: flags, the groups of settings that they fill, and the text of --help."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from saejax.runner import plugins
 from saejax.runner.flag_files import FileLine, read_flag_files
 from saejax.runner.flags import define_flags, flag_fields, from_flags
 from saejax.runner.registry import accepted_groups, all_groups, all_stages
+from saejax.training.settings import TrainConfig
 
 # The flags with which most runs begin, in the order in which --help lists them where a stage accepts them.
 _COMMON = (
@@ -129,11 +131,22 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Seq
     if len(rest) > 1:
         argument = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
         raise UserError(f"{argument} is not a flag: flags are --group.field=value; --help lists them")
-    if stages is None:
-        return from_flags(all_groups(), flag_values)
-    accepted = accepted_groups(stages)
-    _refuse_others(argv, stages, accepted)
-    return from_flags(all_groups(), flag_values, accepted)
+    accepted = None
+    if stages is not None:
+        accepted = accepted_groups(stages)
+        _refuse_others(argv, stages, accepted)
+    return _name_trained(from_flags(all_groups(), flag_values, accepted), flag_values)
+
+
+def _name_trained(configs: Configs, flag_values: flags.FlagValues) -> Configs:
+    """Return the configuration in which stages take the kind that is trained, if it is one, unless a flag names one."""
+    kinds = configs[TrainConfig].kinds
+    for group in configs if len(kinds) == 1 else ():
+        flag = f"{group_name(type(group))}.dictionary"
+        # An empty default stands for no dictionary.
+        if flag in flag_values and not flag_values[flag].present and flag_values[flag].value:
+            configs |= dataclasses.replace(group, **{"dictionary": kinds[0]})
+    return configs
 
 
 def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ from saejax.serving.guard import Guard
 from saejax.serving.jobs import Job, Jobs
 from saejax.serving.session import ModelSession, targets_of, trace_typed
 from saejax.serving.store import GraphStore, StoredGraph
+from saejax.stages.attribute.outputs import lens_note
 from saejax.stages.attribute.requests import folders
 from saejax.unicode import has_surrogates
 
@@ -136,7 +137,7 @@ class GraphServer:
 
     def _graph(self, query: Mapping[str, str]) -> str:
         graph = self._store.find(query.get("id", ""))
-        document, note, why, missing = self._store.document(graph), "", "", ""
+        document, note, why, missing, lens = self._store.document(graph), "", "", "", ""
         freeze_modes: tuple[str, ...] = MODES
         settings = document["metadata"].get("pruning_settings") or {}
         shares = dict(nodes=settings.get("node_threshold", 0.8), edges=settings.get("edge_threshold", 0.98))
@@ -159,12 +160,12 @@ class GraphServer:
         try:  # a damaged file of labels or features hides neither the graph nor what can be done with it
             tables = self._store.tables(graph)
             labels = {} if why else self._store.labels(folders(config))
-            details = self._details(graph, kept_features(document), config)
+            details, lens = self._details(graph, kept_features(document), config), self._store.lens(graph)
         except UserError as error:
             missing = f" Labels or contexts are missing: {_line(error)}"
         live: dict[str, Any] = dict(graph=graph.id, note=f"{why or note}{missing}", why=why, freeze_modes=freeze_modes)
         live |= dict(shares, whole=graph.whole is not None, difference=bool(outputs))
-        return page_html(document, labels=labels, details=details, live=live, tables=tables)
+        return page_html(document, labels=labels, details=details, live=live, tables=tables, note=lens_note(lens))
 
     def _trace(self, fields: Mapping[str, Any], job: Job) -> Any:
         prompt, target, minus = (_text(fields, name) for name in ("prompt", "target", "minus"))

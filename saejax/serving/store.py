@@ -25,6 +25,7 @@ from saejax.files import file_sha256, locked, read_json, write_json
 from saejax.interpret.labels import write_label
 from saejax.page.graph.page import PageTable
 from saejax.runner.labels import names_and_sites, names_of_layers
+from saejax.runner.results import load_summary
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
 from saejax.stages.attribute.outputs import details_of_features, read_tables
 
@@ -201,6 +202,10 @@ class GraphStore:
     def tables(self, graph: StoredGraph) -> list[PageTable]:
         """Return the tables that the graph's own page shows below it."""
         return read_tables(graph.unit / "tables" / f"{graph.path.stem}.json") if graph.unit else []
+
+    def lens(self, graph: StoredGraph) -> str:
+        """Return the Jacobian lens that read the tokens of a graph's features, as its unit names it; "": none did."""
+        return str(load_summary(graph.unit).config.get("graph", {}).get("lens", "")) if graph.unit else ""
 
     def details(
         self, graph: StoredGraph, features: Sequence[Feature], config: GraphConfig, fetched: int = 0

@@ -24,6 +24,9 @@ from saejax.interpret.neighbours import tokens_through_lens
 from saejax.models.tokens import encode, pad
 from saejax.results import from_json, to_json
 from saejax.runner import command, command_line
+from saejax.serving.app import GraphServer
+from saejax.serving.jobs import Jobs
+from saejax.serving.session import ModelSession
 from saejax.serving.store import GraphStore
 from saejax.stages.attribute import run as stage
 from saejax.stages.attribute.outputs import read_lens
@@ -128,7 +131,10 @@ def assert_a_lens_tells_of_features(base, lm, tmp_path):
     (details,) = store.details(store.find("attribute/one/graphs/one"), [feature], GraphConfig()).values()
     assert (details.top_logits, details.bottom_logits) == read[feature]
     page = (folder / "one.html").read_text()
-    assert "are read by the Jacobian lens " in page
+    session = ModelSession(command_line.read_configs(command_line.stage_flags(), ["serve"]), named=False)
+    served = GraphServer(store, session, Jobs())._graph(dict(id="attribute/one/graphs/one"))
+    said = f"Tokens that features raise and lower are read by the Jacobian lens {tmp_path / 'lens.pt'}."
+    assert said in page and said in served
     assert json.dumps(list(read[feature][0]), separators=(",", ":"), ensure_ascii=False)[1:-1] in page
     assert attribute(tmp_path / "run", *base, "--graph.node_threshold=0.98") == 0
     assert not read_lens(tmp_path / "run" / "attribute" / "one")

@@ -60,3 +60,28 @@ def test_figures_have_the_most_influential_nodes(tmp_path):
         with pytest.raises(UserError, match=said):
             graph.save_figure(**dict(path=tmp_path / "a.pdf") | wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.svg", "few.svg", "many.SVG"]
+
+
+def test_what_is_written_of_a_graph(tmp_path):
+    """A label or an id of another form would do nothing in silence."""
+    graph = make_graph().prune(1.0, 1.0)
+    features = graph.ids[graph.slice_of("feature")][:2]
+    assert graph.score_subgraph(iter(features)) == graph.score_subgraph(features) != graph.score_subgraph([])
+    assert graph.score_subgraph(features[0]) == graph.score_subgraph(features[:1])
+    assert (graph.supernodes(dict(a=features[0])) == graph.supernodes(dict(a=iter(features[:1])))).all()
+    graph.save_page(tmp_path / "new" / "graph.html", {(0, 0): "mine"})
+    graph.save_figure(tmp_path / "figures" / "graph.svg", nodes=0)
+    assert len(repr(graph).splitlines()) < 24 > len(repr(graph.nodes).splitlines())
+    for call, said in (
+        (lambda: graph.save_page(tmp_path), "is a folder: name a file in it"),
+        (lambda: graph.save_page(tmp_path / "a.html", {"0_0": "mine"}), "the label 'mine' of '0_0': expected such as"),
+        (lambda: graph.save_page(tmp_path / "a.html", {(0, 0): None}), r"the label None of \(0, 0\)"),
+        (lambda: graph.save_figure(tmp_path / "a.svg", ["mine"]), "labels is no dictionary"),
+        (lambda: graph.save_figure(tmp_path / "a.svg", nodes="3"), "nodes is '3'"),
+        (lambda: graph.supernodes([features]), "groups is no dictionary"),
+        (lambda: make_graph().prune(nodes="0.8"), "nodes is '0.8'"),
+        (lambda: make_graph().prune(min_weight=None), "min_weight is None"),
+    ):
+        with pytest.raises(UserError, match=said):
+            call()
+    assert not (tmp_path / "a.html").exists() and not (tmp_path / "a.svg").exists()

@@ -72,3 +72,11 @@ def test_a_text_that_the_vocabulary_cannot_say_is_named(tmp_path):
     assert encode(tokenizer, "the city", "never") == [0, 1]
     with pytest.raises(UserError, match="the model's tokenizer cannot read the text 'the river': "):
         encode(tokenizer, "the river", "never")
+
+
+def test_a_class_that_cannot_be_built_from_the_file_is_passed_over(tmp_path):
+    """T5's wants scores of pieces, which a vocabulary of merges lacks."""
+    for number, settings in enumerate([dict(tokenizer_class="T5Tokenizer"), {}]):
+        folder = save_tokenizer(tmp_path / str(number), "t5", BYTE_LEVEL, eos_token="<end>", **settings)
+        tokenizer = read_tokenizer(folder)
+        assert encode(tokenizer, "12", "never") == [256] and tokenizer.eos_token_id == 258

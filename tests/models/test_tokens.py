@@ -74,3 +74,11 @@ def test_an_answer_is_the_token_that_the_text_goes_on_with(marker, template):
         continuation_ids(None, " Paris")
     with pytest.raises(UserError, match="this model has no tokenizer, so that its tokens have no texts"):
         token_text(None)
+
+
+def test_ids_that_the_tokenizer_lacks_are_told_apart(lm):
+    lacking = len(lm.tokenizer)
+    assert lacking + 1 < lm.config.vocab
+    assert [token_text(lm.tokenizer)(token) for token in (lacking, lacking + 1)] == [
+        f"<token {lacking}>", f"<token {lacking + 1}>",
+    ]  # fmt: skip

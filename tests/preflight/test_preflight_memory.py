@@ -98,7 +98,7 @@ def test_devices_of_a_process():
 @pytest.mark.parametrize("stage", ["patch", "probe", "steer", "study"])
 def test_dictionaries_that_no_stage_trains_are_refused_before_anything_runs(stage):
     changes = dict(probe__labels=("answer",), study__benchmarks=("logic",)) | {f"{stage}__dictionary": "gated"}
-    with pytest.raises(UserError, match=f"unknown dictionary for {stage}"):
+    with pytest.raises(UserError, match=f"--{stage}.dictionary=gated is no dictionary that is trained here"):
         check_dictionaries(plan_run(shape("smollm2-135m"), **changes))
 
 

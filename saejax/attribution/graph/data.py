@@ -14,6 +14,7 @@ import numpy as np
 
 from saejax.attribution.graph.nodes import FEATURE, KINDS, LOGIT, Nodes
 from saejax.errors import one_of
+from saejax.short_reprs import has_short_repr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class GraphScores:
     completeness: float  #: mean over nodes, weighted by influence, of the share of a node's input that no error gives
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Pruning:
     """The nodes and edges of the whole graph that pruning keeps."""
@@ -40,6 +42,7 @@ class Pruning:
     min_weight: float = 0.0  #: smallest size of the edges that were kept
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class GraphData:
     """A graph of one prompt; ``graph.Graph`` is this and what is done with it."""

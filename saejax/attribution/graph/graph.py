@@ -14,6 +14,7 @@ import sys
 import tempfile
 import webbrowser
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -125,6 +126,9 @@ class Graph(GraphData):
         Raises:
           UserError: the graph has no such node, or a group none.
         """
+        if not isinstance(groups, Mapping):
+            raise UserError('groups is no dictionary: expected such as {"cities": ["3_17_4", "5_208_4"]}')
+        groups = {name: [ids] if isinstance(ids, str) else list(ids) for name, ids in groups.items()}
         place = {name: node for node, name in enumerate(self.ids)}
         for name, members in groups.items():
             if missing := [member for member in members if member not in place]:
@@ -142,18 +146,19 @@ class Graph(GraphData):
         """Write the interactive page of the graph, a file that is complete in itself; a whole graph is pruned first.
 
         Args:
-          path: the file, such as graph.html; one that exists is replaced.
+          path: the file, such as graph.html; one that exists is replaced, and its folder is made.
           labels: (layer, feature) -> what the feature is called.
 
         Raises:
-          UserError: nothing of the graph is left.
+          UserError: nothing of the graph is left, the path is a folder, or labels are of something else.
         """
-        write_text(Path(path), self._page(labels))
+        page = self._page(labels)  # before a folder is made
+        write_text(_made_place(path), page)
 
     def _page(self, labels: Mapping[tuple[int, int], str] | None = None) -> str:
         from saejax.page.graph.page import graph_page
 
-        return graph_page(self if self.pruning else self.prune(), labels)
+        return graph_page(self if self.pruning else self.prune(), _checked_labels(labels))
 
     def show(self, labels: Mapping[tuple[int, int], str] | None = None) -> None:
         """Show the page: in a notebook below the cell, elsewhere in a browser. See ``save_page``."""
@@ -175,16 +180,17 @@ class Graph(GraphData):
         """Write a figure for print, layers by positions; a whole graph is pruned first.
 
         Args:
-          path: the file, which ends in .svg, .pdf or .png; one that exists is replaced.
+          path: the file, which ends in .svg, .pdf or .png; one that exists is replaced, and its folder is made.
           labels: (layer, feature) -> what the feature is called; others are called by their number.
           nodes: maximum number of features and errors, the most influential ones.
 
         Raises:
-          UserError: the name has another ending, or the number is negative.
+          UserError: the name has another ending, the number is no whole one of 0 or above, or labels are of something
+            else.
         """
         from saejax.page.graph.figure import save_figure
 
-        save_figure(Path(path), self if self.pruning else self.prune(), labels, nodes)
+        save_figure(_made_place(path), self if self.pruning else self.prune(), _checked_labels(labels), nodes)
 
     def to_networkx(self) -> "networkx.DiGraph":
         """Return a directed graph with edges from sources to targets; this graph may be pruned or whole.
@@ -265,6 +271,26 @@ class Graph(GraphData):
         if problem := _problem(graph):
             raise UserError(f"{folder} holds no graph that fits together: {problem}; trace the prompt again")
         return graph
+
+
+def _made_place(path: str | os.PathLike) -> Path:
+    """Return the path of a file that is to be written, whose folder is made; refuse a folder."""
+    place = Path(path)
+    if place.is_dir():
+        raise UserError(f"{place} is a folder: name a file in it, such as {place / 'graph.html'}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _checked_labels(labels: Mapping[tuple[int, int], str] | None) -> dict[tuple[int, int], str]:
+    """Return labels of features by their layers and indices; refuse all else, which would name nothing in silence."""
+    if not isinstance(labels or {}, Mapping):
+        raise UserError('labels is no dictionary: expected such as {(3, 17): "cities"}, by layer and feature')
+    for feature, label in (labels or {}).items():
+        pair = feature if isinstance(feature, tuple) else ()
+        if len(pair) != 2 or not all(isinstance(number, Integral) for number in pair) or not isinstance(label, str):
+            raise UserError(f'the label {label!r} of {feature!r}: expected such as {{(3, 17): "cities"}}')
+    return dict(labels or {})
 
 
 def _framed(page: str) -> str:

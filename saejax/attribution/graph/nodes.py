@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from saejax.short_reprs import has_short_repr
+
 KINDS = ("feature", "error", "token", "first_mlp", "bias", "logit")
 DTYPES: tuple[Any, ...] = (np.dtype("U9"), np.int32, np.int32, np.int32, np.float32)  # of the columns of ``Nodes``
 FEATURE, ERROR, TOKEN, FIRST_MLP, BIAS, LOGIT = KINDS
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Nodes:
     """The table of nodes; plain arrays of one length N."""

@@ -12,7 +12,7 @@ nodes by nodes. Nodes of the kinds first_mlp and bias are left out.
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -91,16 +91,16 @@ def score_subgraph(graph: GraphData, nodes: Collection[str]) -> GraphScores:
 
     Args:
       graph: the graph, whole or pruned.
-      nodes: ids of nodes; their features are kept. Tokens, errors and logits are, anyway.
+      nodes: ids of nodes, or one of them; their features are kept. Tokens, errors and logits are, anyway.
 
     Raises:
       UserError: the graph has no such node.
     """
     table, is_feature_N = graph.nodes, graph.nodes.kind_N == FEATURE
-    ids = table.ids(graph.n_layers)
-    if unknown := set(nodes) - set(ids):
-        raise UserError(f"{min(unknown)!r} is no node of this graph: see its ids")
-    keep_N = np.isin(ids, list(nodes)) | ~is_feature_N
+    ids, kept = table.ids(graph.n_layers), [nodes] if isinstance(nodes, str) else list(nodes)
+    if unknown := set(kept) - set(ids):
+        raise UserError(f"{min(unknown, key=str)!r} is no node of this graph: see its ids")
+    keep_N = np.isin(ids, kept) | ~is_feature_N
     merged_X = np.flatnonzero(~keep_N | (table.kind_N == ERROR))
     place_2xX = np.stack([table.layer_N[merged_X], table.position_N[merged_X]])
     place_2xG, group_X = np.unique(place_2xX, axis=1, return_inverse=True)
@@ -169,7 +169,7 @@ def prune_each(
     """
     if not isinstance(top_edges, Integral) or top_edges < 0:
         raise UserError(f"prune: top_edges is {top_edges}: expected a number of edges, or 0 for all")
-    if not 0 <= min_weight < float("inf"):
+    if not isinstance(min_weight, Real) or not 0 <= min_weight < float("inf"):
         raise UserError(f"prune: min_weight is {min_weight}: expected a size, 0 or above")
     if graph.pruning:
         raise UserError("this graph is pruned already: prune the whole one")
@@ -180,8 +180,8 @@ def prune_each(
     share_N = cumulative_share(influence_N)
     for nodes in shares:
         for name, share in (("nodes", nodes), ("edges", edges)):
-            if not 0 <= share <= 1:
-                raise UserError(f"prune: {name} is {share}: expected a share of influence, 0 to 1")
+            if not isinstance(share, Real) or not 0 <= share <= 1:
+                raise UserError(f"prune: {name} is {share!r}: expected a share of influence, 0 to 1")
         kept_N = influence_N >= share_threshold(influence_N, nodes)
         kept_N |= np.isin(graph.nodes.kind_N, (TOKEN, LOGIT))
         # Their columns are not scored, so that they have no influence to be kept by.

@@ -424,6 +424,8 @@ def open_saes(saes: Saes, estimate: str = "gradient", direct: bool = False) -> L
     Raises:
       UserError: there are none, one is a transcoder, two are of one layer, or there is no such estimate.
     """
+    if not isinstance(saes, Dictionary | str | Path | Iterable):
+        raise UserError(f"saes is {saes!r:.60}: expected dictionaries, or their folders")
     named_saes: list[tuple[str, Dictionary]] = []
     for each in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
         if isinstance(each, Dictionary):

@@ -11,7 +11,6 @@ run's own MLP output. Features of cross-layer transcoders write to later layers,
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 
 from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.layers import FIXED, FrozenModel
-from saejax.attribution.local.prompt_run import AT_ONCE, activations, encode_used
+from saejax.attribution.local.prompt_run import AT_ONCE, activations, as_index, encode_used
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.state import LocalState
 from saejax.dictionaries import Dictionary
@@ -53,6 +52,28 @@ class Circuit(NamedTuple):
         return Circuit(~self.features_A, ~self.errors_LxP)
 
 
+def as_rows(edits: Any) -> list[Any]:
+    """Return edits as a list of rows, each a list of changes or a ``Circuit``; a change alone is a row of its own.
+
+    Raises:
+      UserError: they are something else, or changes beside circuits.
+    """
+    if isinstance(edits, Change):
+        return [[edits]]
+    rows: list[Any]
+    try:
+        rows = [row if isinstance(row, Circuit | Change) else list(row) for row in edits]
+    except TypeError:  # no rows, or one that holds nothing
+        rows = [None]
+    is_circuit = [isinstance(row, Circuit) for row in rows]
+    are_changes = (isinstance(row, list) and all(isinstance(each, Change) for each in row) for row in rows)
+    if not (all(is_circuit) or all(are_changes)):
+        raise UserError(
+            "edits are rows of changes that are made together, expected such as [[Change(...)], []]; or circuits alone"
+        )
+    return rows
+
+
 def placed_changes(rows: Sequence[Sequence[Change]], tokens: int, features: Mapping[int, int]) -> np.ndarray:
     """Return rows of changes as a table, with a line for each position of a slice.
 
@@ -67,29 +88,27 @@ def placed_changes(rows: Sequence[Sequence[Change]], tokens: int, features: Mapp
     Raises:
       UserError: a feature or a position does not exist, or is changed twice in a row.
     """
-    if not all(isinstance(change, Change) for changes in rows for change in changes):
-        raise UserError("edits are rows of changes that are made together: expected such as [[Change(...)], []]")
-    entries = [
+    changes_at = [
         (row, change.layer, position, change.feature, change.value)
         for row, changes in enumerate(rows)
         for change in changes
         for position in _positions(change, tokens)
     ]
-    places = set[tuple[int, ...]]()
-    for row, layer, position, feature, value in entries:
-        is_index = all(isinstance(number, Integral) for number in (layer, position, feature))
-        exists = is_index and layer in features and 0 <= feature < features[layer]
-        if not (exists and _is_finite(value)):
+    entries, places = list[tuple[float, ...]](), set[tuple[int, ...]]()
+    for row, *numbers, value in changes_at:
+        layer, position, feature = map(as_index, numbers)
+        if not 0 <= feature < features.get(layer, 0) or not _is_finite(value):
             raise UserError(
-                f"feature {feature} of layer {layer} cannot be set to {value} at position {position}: expected one of "
-                f"{max(features.values())} features of the layers {', '.join(map(str, features))}, a position and a "
-                "finite number"
+                f"feature {numbers[2]} of layer {numbers[0]} cannot be set to {value} at position {numbers[1]}: "
+                f"expected one of {max(features.values())} features of the layers {', '.join(map(str, features))}, and "
+                "a finite number"
             )
         if not 0 <= position < tokens:
-            raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
+            raise UserError(f"position {numbers[1]}: this prompt has the positions 0 to {tokens - 1}")
         if (row, layer, position, feature) in places:
             raise UserError(f"row {row} changes a feature twice at one position: give it one value")
         places.add((row, layer, position, feature))
+        entries.append((row, layer, position, feature, float(value)))
     return np.array(entries, np.float64).reshape(-1, 5)
 
 

@@ -13,7 +13,9 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from saejax.attribution.local.edits import (
     ChangeEdits,
     Circuit,
     CircuitEdits,
+    as_rows,
     has_begun,
     place_in_texts,
     plan_edits,
@@ -44,11 +47,13 @@ from saejax.models.generation import eos_ids
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
-from saejax.progress import OnProgress, silent
+from saejax.progress import OnProgress
+from saejax.short_reprs import has_short_repr
 
 AnySet = LayerTranscoders | Sequence[Dictionary] | str | Path
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Continuation:
     """A continuation: the new tokens, int32 [N], and the logits from which each was taken, fp32 [N, V].
@@ -86,6 +91,12 @@ class LocalModel(LocalState):
         lm = follow_bos(lm, opened.configs)
         super().__init__(lm, opened, prompt_ids(lm, prompt, chat))
 
+    def __repr__(self) -> str:
+        return (
+            f"<LocalModel of {self.model.source.name} and {self.dictionaries.name}: {len(self.ids_P)} tokens, "
+            f"{len(self.active):,} active features>"
+        )
+
     @functools.cached_property
     def sources(self) -> Sources:
         """The sources of the graph, biases among them."""
@@ -93,7 +104,7 @@ class LocalModel(LocalState):
 
     def run(
         self,
-        edits: Sequence[Sequence[Change]] | Sequence[Circuit],
+        edits: Change | Sequence[Sequence[Change]] | Sequence[Circuit],
         freeze: str = "none",
         *,
         readouts: Readouts | None = None,
@@ -106,7 +117,7 @@ class LocalModel(LocalState):
 
         Args:
           edits: rows of changes that are made together (an empty row is the prompt itself), or circuits that are run
-            alone.
+            alone; a change alone is a row of its own.
           freeze: what stays as in the prompt: "none"; "attention", the attention patterns; "all", norm scales and MLP
             outputs too, so that all is linear and a change has the effect that the graph's edges say; "constrained",
             circuit-tracer's mode, which freezes attention patterns and MLP outputs up to ``freeze_until``.
@@ -122,7 +133,7 @@ class LocalModel(LocalState):
             not finite.
         """
         n_layers, length, last = self.model.config.n_layers, self.stream_LxTxD.shape[1], len(self.ids_P) - 1
-        index_J = np.asarray(features, np.int64)
+        edits, index_J = as_rows(edits), self._check_indices(features)
         modes, plans = _freeze_by_layer(freeze, freeze_until, n_layers), plan_edits(self, edits, freeze)
         changed = {layer for _, plan in plans for layer in plan.layers}
         if freeze == "constrained" and any(modes[layer] not in FIXED for layer in changed):
@@ -166,6 +177,17 @@ class LocalModel(LocalState):
                     logits_RxV[rows] = to_host(read_logits(*end))[:count]
         return LocalRun(feature_RxJ, readout_RxK, logits_RxV).checked()
 
+    def _check_indices(self, features: Any) -> np.ndarray:
+        """Return indices into ``active``, int64 [J]; raise a ``UserError`` if some are none."""
+        indices = np.asarray(features)
+        is_index = not indices.size or indices.dtype.kind in "iu"
+        if indices.ndim != 1 or not is_index or ((indices < 0) | (indices >= len(self.active))).any():
+            raise UserError(
+                f"features is {features!r:.60}: expected a list of places in the active features, 0 to "
+                f"{len(self.active) - 1}"
+            )
+        return indices.astype(np.int64)
+
     def _run_layer(
         self, layer: int, mode: str, x_BxTxD: jax.Array, plan: ChangeEdits | CircuitEdits, frozen_until: int
     ) -> tuple[jax.Array, jax.Array]:
@@ -180,7 +202,7 @@ class LocalModel(LocalState):
 
     def generate(
         self,
-        changes: Sequence[Change],
+        changes: Change | Sequence[Change],
         max_new_tokens: int,
         freeze: str = "none",
         *,
@@ -188,17 +210,18 @@ class LocalModel(LocalState):
         seed: int = 0,
     ) -> Continuation:
         """Continue the prompt with changes; see ``generate_rows``."""
-        return self.generate_rows([changes], max_new_tokens, freeze, temperature=temperature, seed=seed)[0]
+        row = [changes] if isinstance(changes, Change) else changes
+        return self.generate_rows([row], max_new_tokens, freeze, temperature=temperature, seed=seed)[0]
 
     def generate_rows(
         self,
-        edits: Sequence[Sequence[Change]],
+        edits: Change | Sequence[Sequence[Change]],
         max_new_tokens: int,
         freeze: str = "none",
         *,
         temperature: float = 0.0,
         seed: int = 0,
-        on_progress: OnProgress = silent,
+        on_progress: OnProgress | None = None,
     ) -> list[Continuation]:
         """Continue the prompt with each row of changes, up to a token that ends a text.
 
@@ -213,18 +236,21 @@ class LocalModel(LocalState):
           max_new_tokens: 1 or more; fewer are made where the text or the model's context ends.
           freeze: "none" or "attention".
           temperature: of the distribution from which tokens are sampled, 0 or above; 0: the most probable one is taken.
-          seed: of the sample.
-          on_progress: called with the tokens done and of all; may raise to stop.
+          seed: of the sample, 0 or above.
+          on_progress: called with the tokens done and of all; may raise to stop. None: nothing is.
 
         Raises:
           UserError: a feature or position does not exist, there is no such mode, or a number is out of its range.
         """
-        if freeze not in ("none", "attention") or max_new_tokens < 1:
+        edits = as_rows(edits)
+        if freeze not in ("none", "attention") or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
             raise UserError(
                 f"freeze is {freeze!r} and max_new_tokens {max_new_tokens}: expected none or attention, and 1 or more"
             )
-        if not 0 <= temperature < math.inf:
-            raise UserError(f"temperature is {temperature}: expected a number, 0 or above")
+        if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+            raise UserError(f"temperature is {temperature!r}: expected a number, 0 or above")
+        if not isinstance(seed, Integral) or seed < 0:
+            raise UserError(f"seed is {seed!r}: expected a whole number, 0 or above")
         length, rng = len(self.ids_P), np.random.default_rng(seed)
         most = min(max_new_tokens, self.model.config.context - length)
         placed = [[place_in_texts(change, length) for change in changes] for changes in edits]
@@ -233,7 +259,8 @@ class LocalModel(LocalState):
         ids, logits = [self.ids_P.tolist() for _ in edits], [list[np.ndarray]() for _ in edits]
         open_rows = set(range(len(edits)))
         for step in range(most):
-            on_progress(step, most)
+            if on_progress:
+                on_progress(step, most)
             count = length + step
             plan = ChangeEdits(self, [[change for change in row if has_begun(change, count)] for row in placed], count)
             # Padded, so that a program serves several lengths. Rows that have ended go along.
@@ -246,8 +273,8 @@ class LocalModel(LocalState):
             last_BxD = x_BxTxD[:, count - 1]
             logits_RxV = check_finite(to_host(read_logits(self.frozen, "none", last_BxD[0], last_BxD[1:])))
             score_RxV = logits_RxV
-            if temperature:  # Gumbel-max sampling
-                score_RxV = logits_RxV / temperature + rng.gumbel(size=logits_RxV.shape[1])
+            if temperature:  # Gumbel-max sampling; a tiny temperature as a divisor would make all logits infinite
+                score_RxV = logits_RxV + temperature * rng.gumbel(size=logits_RxV.shape[1])
             for row in sorted(open_rows):
                 best = int(score_RxV[row].argmax())
                 if best in ends:
@@ -295,7 +322,7 @@ def open_set(transcoders: AnySet) -> LayerTranscoders:
     return transcoders if isinstance(transcoders, LayerTranscoders) else LayerTranscoders.of(transcoders)
 
 
-def intervene(local: LocalModel, edits: Sequence[Sequence[Change]], freeze: str = "none") -> np.ndarray:
+def intervene(local: LocalModel, edits: Change | Sequence[Sequence[Change]], freeze: str = "none") -> np.ndarray:
     """Return the logits at a prompt's last position with each row of changes, fp32 [R, V]; see ``LocalModel.run``."""
     logits_RxV = local.run(edits, freeze).logits_RxV
     assert logits_RxV is not None

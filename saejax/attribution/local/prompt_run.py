@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from saejax.models.config import RunRules
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens, encode
 from saejax.parallel.collectives import to_host
+from saejax.short_reprs import has_short_repr
 
 AT_ONCE = 1 << 26  # activations of a layer that are in memory at once
 
@@ -24,6 +27,7 @@ class NothingActive(UserError):
     """No feature is active in a prompt."""
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Active:
     """The features that are active in a prompt, in the order (layer, position, feature)."""
@@ -159,6 +163,7 @@ class PromptRun:
         return self.active.b_enc_A[chosen_F]
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class LocalRun:
     """Values read from R edited runs of a prompt, fp32."""
@@ -175,6 +180,14 @@ class LocalRun:
         return self
 
 
+def as_index(number: Any) -> int:
+    """Return a whole number of Python, NumPy or JAX as Python's; -1 for anything else."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        return -1
+
+
 def check_finite(read_x: np.ndarray) -> np.ndarray:
     """Return what was read after changes, or refuse it if it is not finite.
 
@@ -185,19 +198,27 @@ def check_finite(read_x: np.ndarray) -> np.ndarray:
     return read_x
 
 
-def prompt_ids(model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, chat: bool = False) -> np.ndarray:
+def prompt_ids(
+    model: LanguageModel, prompt: str | Sequence[int] | np.ndarray | Tokens, chat: bool = False
+) -> np.ndarray:
     """Return the token ids of a prompt, int32 [P].
 
     Args:
       model: whose tokenizer reads a text.
       prompt: the text, which begins as all texts of the model (``LanguageModel.bos``); or its token ids, which are
-        taken as they are.
+        taken as they are, also as the tokens of one text (``LanguageModel.tokenize``).
       chat: put a text into the tokenizer's chat template.
 
     Raises:
       UserError: the tokenizer has no chat template, or there are no ids, more than the model reads, or one that it
         does not know.
     """
+    if isinstance(prompt, Tokens):
+        if len(prompt.lengths_B) != 1:
+            raise UserError(f"the prompt is the tokens of {len(prompt.lengths_B)} texts: expected one")
+        prompt = prompt.ids_BxT[0, : prompt.lengths_B[0]]
+    if not hasattr(prompt, "__len__"):
+        raise UserError(f"the prompt is {prompt!r:.60}: expected a text, or the token ids of one, whole numbers")
     if not len(prompt):
         raise UserError("the prompt is empty: expected a text, or token ids")
     if chat and isinstance(prompt, str):

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 from scipy.special import softmax
 
 from saejax.attribution.local.layers import RELP, FrozenModel
-from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.local.prompt_run import PromptRun, as_index
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, RunRules
@@ -25,11 +26,13 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.layers import einsum, norm
 from saejax.models.tokens import continuation_ids, token_text
 from saejax.parallel.collectives import to_host
+from saejax.short_reprs import has_short_repr
 
 _READ = 128  # directions that are read at once, so that layers and prompts share a program
 _STEP = 16  # least size to which logits are filled up
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True, eq=False)
 class Direction:
     """A direction that a graph explains in place of a logit, such as a probe's."""
@@ -52,6 +55,7 @@ def padded(count: int, least: int = 4) -> int:
     return max(-(-count // step), 1) * step
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Readouts:
     """K logits, differences of two or directions, read from the stream leaving the last layer at the last position."""
@@ -67,6 +71,23 @@ class Readouts:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def as_targets(targets: Any) -> list[Target]:
+    """Return targets as a list: a single one, whose text is one token, not one for each of its letters, or several.
+
+    Raises:
+      UserError: they are neither.
+    """
+    if isinstance(targets, str | Integral | Direction) or getattr(targets, "ndim", 1) == 0:
+        return [targets]
+    try:
+        return list(targets)
+    except TypeError:
+        raise UserError(
+            f"targets is {targets!r:.60}: expected a token, as its id or a text, a Direction, or a list of such and of "
+            "pairs of tokens; () for the most probable tokens"
+        ) from None
 
 
 def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, logit_mass: float) -> Readouts:
@@ -127,9 +148,15 @@ def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[
     for target in targets:
         if isinstance(target, Direction):
             shape, width = np.shape(target.vector_D), model.config.d_model
-            if not target.name or shape != (width,) or not np.isfinite(target.vector_D).all():
+            if (
+                not isinstance(target.name, str)
+                or not target.name
+                or shape != (width,)
+                or not np.isfinite(target.vector_D).all()
+            ):
                 raise UserError(
-                    f"the direction {target.name!r} has the shape {shape}: expected a name, and {width} finite numbers"
+                    f"the direction {target.name!r} has the shape {shape}: expected a text as its name, and {width} "
+                    "finite numbers"
                 )
             if target.name in names:
                 raise UserError(f"two directions are called {target.name!r}: expected a name for each")
@@ -158,10 +185,11 @@ def token_of(model: LanguageModel, target: str | int) -> int:
             raise UserError(
                 f"the target {target!r} is {len(ids)} tokens: expected a text of one, such as ' Paris', or a pair"
             )
-        target = int(ids[0])
-    if not isinstance(target, Integral) or not 0 <= target < model.config.vocab:
-        raise UserError(f"the target token {target} does not exist: expected 0 to {model.config.vocab - 1}")
-    return int(target)
+        return int(ids[0])
+    token = as_index(target)
+    if not 0 <= token < model.config.vocab:
+        raise UserError(f"the target token {target!r:.60} does not exist: expected 0 to {model.config.vocab - 1}")
+    return token
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -31,8 +31,15 @@ class LayerTranscoders(LayerDictionaries):
 
     @classmethod
     def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "LayerTranscoders":
-        """Return the set of some transcoders in memory, in the order of layers."""
+        """Return the set of some transcoders in memory, in the order of layers; refuse what holds something else."""
+        if not isinstance(dictionaries, Sequence) or not all(isinstance(each, Dictionary) for each in dictionaries):
+            raise UserError(
+                f"transcoders is a {type(dictionaries).__name__}: expected a list with a dictionary for each layer, or "
+                "the name of a set for saejax.open_transcoders; SAEs go through saejax.open_saes"
+            )
         configs = [dictionary.config for dictionary in dictionaries]
+        if saes := [config.site for config in configs if not config.target]:
+            raise UserError(f"the dictionary of {saes[0]} is an SAE, not a transcoder: give saejax.open_saes(...)")
         reads = configs[0].site.partition(".")[0] if configs else "mlp_in"
         return cls(name, configs, dictionaries.__getitem__, reads=reads)
 

@@ -31,7 +31,7 @@ from jax import lax
 
 from saejax.attribution.graph.nodes import BIAS, ERROR, TOKEN, Nodes
 from saejax.attribution.local.dictionaries import FeatureOutputs, LayerSaes
-from saejax.attribution.local.edits import CHUNK, Change, placed_changes
+from saejax.attribution.local.edits import CHUNK, Change, as_rows, placed_changes
 from saejax.attribution.local.layers import FrozenModel, embed
 from saejax.attribution.local.prompt_run import Active, LocalRun, PromptRun, activations_of, active_features
 from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, scatter_directions
@@ -114,8 +114,11 @@ class SaeRun(PromptRun):
           UserError: ``freeze`` is another mode, a change is of no layer with an SAE, of no feature or position, or a
             row makes it twice.
         """
+        edits = as_rows(edits)
         if freeze != "none":
             raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
+        if not all(isinstance(row, list) for row in edits):
+            raise UserError("circuits are run with transcoders: expected changes, as this graph is of SAEs")
         model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
         pairs = zip(self.dictionaries.sites, self.dictionaries.configs, strict=True)
         change_Nx5 = placed_changes(edits, last + 1, {site.layer: config.n_features for site, config in pairs})

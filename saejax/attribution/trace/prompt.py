@@ -17,7 +17,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
 from saejax.attribution.local.prompt_run import PromptRun, prompt_ids
-from saejax.attribution.local.readouts import Direction, Readouts, Target, read_targets
+from saejax.attribution.local.readouts import Direction, Readouts, Target, as_targets, read_targets
 from saejax.attribution.local.rows import Put, RowTracer
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.gradient import GradientRows, SaeRun
@@ -122,12 +122,12 @@ def trace_prompt(
     """
     if max_features is not None and (not isinstance(max_features, Integral) or max_features < 1):
         raise UserError(f"max_features is {max_features}: expected 1 or more, or None for all")
-    if not isinstance(max_logits, Integral) or max_logits < 1 or not 0 <= logit_mass <= 1:
+    is_share = isinstance(logit_mass, Real) and 0 <= logit_mass <= 1
+    if not isinstance(max_logits, Integral) or max_logits < 1 or not is_share:
         raise UserError(
             f"max_logits is {max_logits} and logit_mass {logit_mass}: expected 1 or more, and a probability, 0 to 1"
         )
-    # A text is one token, not one for each of its letters.
-    targets = [targets] if isinstance(targets, str | int | Direction) else list(targets)
+    targets = as_targets(targets)
     settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     opened = dictionaries if isinstance(dictionaries, LayerSaes) else open_set(dictionaries)
     model = follow_bos(model, opened.configs)

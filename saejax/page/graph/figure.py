@@ -4,6 +4,7 @@ Edges into a node are as wide as the share that they have of its input, by size;
 """
 
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,8 @@ def save_figure(path: Path, graph: GraphData, labels: Mapping[tuple[int, int], s
     suffix = path.suffix[1:].lower()
     if suffix not in FORMATS:
         raise UserError(f"{path} is no figure's file: expected a name that ends in .svg, .pdf or .png")
-    if nodes < 0:
-        raise UserError(f"nodes is {nodes}: expected a number of features and errors, 0 or above")
+    if not isinstance(nodes, Integral) or nodes < 0:
+        raise UserError(f"nodes is {nodes!r}: expected a number of features and errors, 0 or above")
     _write(draw_graph(graph, labels or {}, nodes), path, suffix)
 
 

@@ -63,8 +63,7 @@ def write_outputs(run: Run, document: GraphDocument, tables: Sequence[PageTable]
     if tables:
         write_tables(run.folder / "tables" / f"{slug}.json", tables)
     config = run.configs[GraphConfig]
-    if config.lens:
-        note = f"Tokens that features raise and lower are read by the Jacobian lens {config.lens}. {note}".strip()
+    note = f"{lens_note(config.lens)} {note}".strip()
     details = details_of_features(config, kept_features(document), [run.folder])
     write_page(part_file(run, slug, ".html"), document, tables=tables, details=details, note=note)
 
@@ -98,6 +97,11 @@ def details_of_features(
                 details.get(feature, FeatureDetails()), top_logits=raised, bottom_logits=lowered
             )
     return details
+
+
+def lens_note(lens: str) -> str:
+    """Return the sentence on a page of a graph that names the lens which read its features' tokens; "": none did."""
+    return f"Tokens that features raise and lower are read by the Jacobian lens {lens}." if lens else ""
 
 
 def write_lens(folder: Path, read: Mapping[Feature, tuple[Sequence[str], Sequence[str]]]) -> None:

@@ -262,7 +262,7 @@ def test_attention_can_be_held_alone(traced):
         ([Change(0, 1, 0, float("nan"))], "none", "a finite number"),
         ([Change(0, 1, 0, 1e39)], "none", "a finite number"),  # in fp32 it is infinite
         ([Change(0, 1, 4.7, 1.0)], "none", "feature 4.7 of layer 0 cannot be set"),
-        ([Change(0, 2.5, 4, 1.0)], "none", "cannot be set to 1.0 at position 2.5"),
+        ([Change(0, 2.5, 4, 1.0)], "none", "position 2.5: this prompt has the positions 0 to 5"),
         (Change(0, 1, 0, 1.0), "none", "edits are rows of changes"),
         ([Change(0, 6, 0, 1.0)], "none", "position 6: this prompt has the positions 0 to 5"),
         ([Change(0, slice(2, 4), 0, 1.0), Change(0, 3, 0, 2.0)], "none", "twice"),

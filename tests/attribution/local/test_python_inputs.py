@@ -1,0 +1,125 @@
+"""What callers from Python write for edits, prompts and targets: what is meant is taken, all else is one clear line."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from made_transcoders import IDS, made_sae, made_set
+
+import saejax
+from saejax.attribution.local.edits import Change, Circuit
+from saejax.attribution.local.model import LocalModel
+from saejax.attribution.trace.gradient import SaeRun
+from saejax.errors import UserError
+from saejax.models.tokens import pad
+
+P = "The cat near the dogs runs."
+
+
+@pytest.fixture(scope="module")
+def transcoders(lm):
+    return made_set(lm)
+
+
+@pytest.fixture(scope="module")
+def local(lm, transcoders):
+    return LocalModel(lm, transcoders, IDS)
+
+
+@pytest.fixture(scope="module")
+def change(local):
+    active = local.active
+    return Change(*(int(array[5]) for array in (active.layer_A, active.position_A, active.feature_A)), 0.0)
+
+
+def test_edits_that_mean_one_change(local, change):
+    expected_RxV = local.run([[change]]).logits_RxV
+    layer, position, feature, value = change
+    numbers = Change(np.int64(layer), jnp.int32(position), np.int32(feature), np.float32(value))
+    for edits in (
+        change,
+        ((change,),),
+        iter([[change]]),
+        [[numbers]],
+        [[Change(layer, slice(position, position + 1), feature, "0")]],
+    ):
+        np.testing.assert_array_equal(local.run(edits).logits_RxV, expected_RxV)
+    np.testing.assert_array_equal(saejax.intervene(local, change), expected_RxV)
+    texts = [local.generate(changes, 2).ids_N.tolist() for changes in ([change], change, (change,))]
+    assert texts[0] == texts[1] == texts[2] == local.generate_rows(change, 2, on_progress=None)[0].ids_N.tolist()
+    assert len(repr(local)) < 200 and len(repr(local.run(change)).splitlines()) < 10
+
+
+def test_edits_that_are_none(local, change):
+    everything = Circuit(np.ones(len(local.active), bool), np.ones(local.error_LxTxD.shape[:2], bool))
+    for edits in (None, 3, "abc", [change], [None], [[change], everything], {"a": 1}, [[tuple(change)]]):
+        with pytest.raises(UserError, match="edits are rows of changes that are made together"):
+            local.run(edits)
+    for wrong, said in {
+        (0, 99.5, change.feature, 0.0): "position 99.5: this prompt has the positions 0 to 5",
+        (0, (1, 2), change.feature, 0.0): r"position \(1, 2\): this prompt has",
+        (0, -1, change.feature, 0.0): "position -1: this prompt has",
+        (1.5, 1, change.feature, 0.0): "feature .* of layer 1.5 cannot be set",
+        (0, 1, change.feature, None): "cannot be set to None",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            local.run([[Change(*wrong)]])
+    for features in (3, [-1], [10**6], [0.5]):
+        with pytest.raises(UserError, match="expected a list of places in the active features"):
+            local.run(change, features=features)
+
+
+def test_settings_of_generated_texts(local, change):
+    greedy = local.generate(change, 3).ids_N
+    np.testing.assert_array_equal(local.generate(change, np.int64(3), temperature=1e-300).ids_N, greedy)
+    for wrong, said in (
+        (dict(max_new_tokens=2.5), "max_new_tokens 2.5"),
+        (dict(max_new_tokens="3"), "max_new_tokens 3"),
+        (dict(temperature="1"), "temperature is '1'"),
+        (dict(temperature=None), "temperature is None"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(seed=None), "seed is None"),
+    ):
+        with pytest.raises(UserError, match=said):
+            local.generate(**dict(changes=change, max_new_tokens=3, temperature=1.0) | wrong)
+
+
+def test_prompts_and_targets(lm, transcoders):
+    def labels(prompt=P, dictionaries=transcoders, **options):
+        return saejax.trace(lm, dictionaries, prompt, **dict(max_features=4, max_logits=1) | options).labels
+
+    assert labels(lm.tokenize([P]), targets=[" cat"]) == labels(targets=" cat") == (" cat",)
+    assert labels(targets=np.int32(5)) == labels(targets=jnp.int32(5)) == labels(targets=[jnp.int32(5)])
+    for options, said in (
+        (dict(prompt=None), "the prompt is None: expected a text"),
+        (dict(prompt=pad([IDS, IDS])), "the prompt is the tokens of 2 texts"),
+        (dict(targets=None), "targets is None: expected a token"),
+        (dict(targets=1.5), "targets is 1.5: expected a token"),
+        (
+            dict(targets=saejax.Direction(3, np.ones(64))),
+            "the direction 3 has .* expected a text as its name",
+        ),
+        (dict(targets=[(saejax.Direction("d", np.ones(64)), 5)]), r"the target token Direction\(name='d'"),
+        (dict(logit_mass=None), "logit_mass None"),
+        (dict(dictionaries=transcoders[0]), "transcoders is a Dictionary: expected a list"),
+        (dict(dictionaries=dict(enumerate(transcoders))), "transcoders is a dict: expected a list"),
+        (dict(dictionaries=None), "transcoders is a NoneType"),
+        (dict(dictionaries=[made_sae(lm, "resid_post.1", IDS)]), r"resid_post.1 is an SAE, .* saejax.open_saes"),
+    ):
+        with pytest.raises(UserError, match=said):
+            labels(**options)
+
+
+def test_saes_that_are_none():
+    for saes in (None, 3):
+        with pytest.raises(UserError, match=f"saes is {saes}: expected dictionaries, or their folders"):
+            saejax.open_saes(saes)
+
+
+def test_a_run_with_saes_takes_the_same_edits(lm):
+    run = SaeRun.of(lm, saejax.open_saes(made_sae(lm, "resid_post.1", IDS)), np.array(IDS, np.int32))
+    feature = Change(1, int(run.active.position_A[0]), int(run.active.feature_A[0]), 0.0)
+    np.testing.assert_array_equal(run.run(feature).logits_RxV, run.run([[feature]]).logits_RxV)
+    with pytest.raises(UserError, match="edits are rows of changes"):
+        run.run([feature])
+    with pytest.raises(UserError, match="circuits are run with transcoders"):
+        run.run([Circuit(np.ones(3, bool), np.ones((1, 1), bool))])
