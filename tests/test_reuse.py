@@ -95,8 +95,19 @@ EXPLAINED = dict(interpret__dictionaries="topk", explain__dictionaries="topk", e
         ({}, dict(model__backend="jax"), ["capture", "baseline", "train/topk", "evaluate/topk", "ablate/topk"]),
         (SITES, GROWN, ["train/topk/resid_post.1", "train/topk/resid_post.2", "evaluate/topk/resid_post.1"]),
         (EXPLAINED | dict(explain__url="http://a:1/v1"), dict(explain__url="http://a:2/v1"), ["explain/topk"]),
+        (EXPLAINED | dict(explain__features="1,2"), dict(explain__features="2,1,2"), ["explain/topk"]),
+        (EXPLAINED | dict(explain__features="1,2"), dict(explain__sample=9), ["explain/topk"]),
+        (EXPLAINED, dict(explain__scores="fuzzing,detection"), ["explain/topk"]),
     ],
-    ids=["settings of stores in training from the model", "backend", "a layer in front", "another port"],
+    ids=[
+        "settings of stores in training from the model",
+        "backend",
+        "a layer in front",
+        "another port",
+        "the order of features",
+        "a sample that named features replace",
+        "the order of scores",
+    ],
 )
 def test_what_changes_no_result_makes_nothing_again(inputs, tmp_path, base, changes, units):
     before, after = (plan_of(inputs, tmp_path, **base | more) for more in ({}, changes))

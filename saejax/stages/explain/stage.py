@@ -1,6 +1,8 @@
 """The stage ``explain``."""
 
-from saejax.config import Configs
+from typing import Any
+
+from saejax.config import Configs, counted
 from saejax.interpret.results import ExplainResults
 from saejax.interpret.settings import ExplainConfig
 from saejax.runner.stage import Input, Stage, inputs_of
@@ -13,6 +15,13 @@ def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     return inputs_of(trained_sites(configs), "capture", f"train/{name}", f"interpret/{name}")
 
 
+def _settings(configs: Configs, name: str) -> dict[str, Any]:
+    """Return the settings that labels depend on; in another order the same features and scores ask no question anew."""
+    explain = configs[ExplainConfig]
+    values = counted(explain, but=["explain.sample"] if explain.features else [])
+    return values | {f"explain.{name}": sorted(set(getattr(explain, name))) for name in ("features", "scores")}
+
+
 EXPLAIN = Stage(
     name="explain",
     summary="has a language model write labels of features and judge them on held-out text, if --explain.dictionaries "
@@ -21,6 +30,7 @@ EXPLAIN = Stage(
     run=run_explain,
     results=ExplainResults,
     groups=(ExplainConfig,),
+    settings=_settings,
     reads=("capture", "train", "interpret"),
     inputs=_inputs,
     names=lambda configs: configs[ExplainConfig].dictionaries,
