@@ -7,7 +7,9 @@ seed and the hyperparameters are arrays with a leading axis over members (``Hype
 import dataclasses
 import functools
 import math
+import typing
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +102,7 @@ class TrainStack:
 
     def facts(self, member: Member) -> Facts:
         """Return the fields of ``DictionaryConfig`` that follow from a member's settings of the kind."""
-        return self.kind.facts(member.settings, self.config.of_kind(self.kind.name), self.dictionary.n_features)
+        return read_facts(self.kind, member.settings, self.config.of_kind(self.kind.name), self.dictionary.n_features)
 
     @property
     def platform(self) -> str:
@@ -137,10 +139,9 @@ class TrainStack:
         """Return the members' hyperparameters as numpy arrays."""
         dtype, members, scales = self.config.state_dtype, self.members, self.scales
 
-        # What the kind reads at inference: of a plugin it may follow from a setting of another name.
-        read = self.kind.numbers
+        # Also numbers that a plugin's kind derives from settings of other names, such as its k.
         settings = [
-            {**member.settings, **{name: value for name, value in self.facts(member).items() if name in read}}
+            {**member.settings, **{name: value for name, value in self.facts(member).items() if name != "groups"}}
             for member in members
         ]
 
@@ -256,7 +257,7 @@ def stack_shape(
             f"--train.kinds={kind} explains the one site that it reads: use --train.form=sae, and no joined site"
         )
     features = config.features_of(d_in)
-    each = [kind_object.facts(member.settings, config.of_kind(kind), features) for member in members]
+    each = [read_facts(kind_object, member.settings, config.of_kind(kind), features) for member in members]
     # One static k serves all members: the program selects the largest, each keeps its own.
     facts = max(each, key=lambda facts: facts.get("k", 0))
     _check_settings(config, kind_object, facts.get("k", 0), features)
@@ -274,6 +275,31 @@ def stack_shape(
     if not type(kind_object).__module__.startswith("saejax."):
         _check_inference(kind_object, dictionary)
     return dictionary
+
+
+def read_facts(kind: kinds.Kind, values: Mapping[str, Any], settings: Any, n_features: int) -> Facts:
+    """Return ``Kind.facts`` as Python's numbers, after a check: a user's kind may return anything.
+
+    Raises:
+      UserError: a fact is unknown, k is not from 1 to the number of features, or groups do not ascend to it.
+    """
+    facts: dict[str, Any] = {**kind.facts(values, settings, n_features)}
+    k, groups = facts.get("k", 0), facts.get("groups", ())
+    problem = ""
+    if unknown := sorted(facts.keys() - Facts.__annotations__):
+        problem = f"{', '.join(unknown)}: expected some of {', '.join(Facts.__annotations__)}"
+    elif not all(isinstance(number, int | np.integer) for number in (k, *groups)):
+        problem = f"k={k!r} and groups={groups!r}: expected whole numbers"
+    elif groups and not (groups[0] > 0 and groups[-1] == n_features and (np.diff(groups) > 0).all()):
+        problem = f"groups={groups}: expected numbers that ascend to the {n_features} features"
+    elif "k" in kind.reads and k == values["k"]:
+        pass  # compared with the number of features where its flag is named
+    elif ("k" in facts or "k" in kind.numbers) and not 1 <= k <= n_features:
+        problem = f"k={k}: expected a whole number from 1 to the {n_features} features"
+    if problem:
+        raise UserError(f"the kind {kind.name} returns as facts {problem}")
+    plain = Facts(k=int(k), groups=tuple(map(int, groups)), fires_above=float(facts.get("fires_above", 0.0)))
+    return typing.cast(Facts, {name: value for name, value in plain.items() if name in facts})
 
 
 def _check_inference(kind: kinds.Kind, config: DictionaryConfig) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 
 import jax
@@ -14,8 +15,11 @@ from small_stacks import STEPS, B, D, F, batches, make_config, make_stack, parts
 
 from saejax.config import Config, setting
 from saejax.dictionaries import Dictionary, kinds
+from saejax.dictionaries.kinds.batchtopk import BatchTopK
 from saejax.dictionaries.kinds.topk import TopK
+from saejax.errors import UserError
 from saejax.training import optimizer as updates
+from saejax.training.stack import read_facts
 from saejax.training.state import finish_dictionary, init_state
 from saejax.training.step import MemberBatch, compile_step, member_loss
 
@@ -223,6 +227,40 @@ class ActiveTopK(TopK):
 
     def facts(self, values, settings, n_features):
         return dict(k=values["active"])
+
+
+class ActiveBatchTopK(BatchTopK):
+    """The same of a kind that reads its k in training alone."""
+
+    name, Settings, reads, facts = "active", ActiveConfig, (), ActiveTopK.facts
+
+
+def test_a_batchtopk_whose_k_follows_from_its_own_setting_trains(one_device, monkeypatch):
+    monkeypatch.setitem(kinds.KINDS, "active", ActiveBatchTopK())
+    stack = make_stack("active", one_device)
+    _, metrics = run(stack, batches(2))
+    np.testing.assert_allclose(metrics["l0"], [3, 5])
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (dict(k=0), "k=0: expected a whole number from 1 to the 64"),
+        (dict(), "k=0: expected a whole number from 1 to the 64"),
+        (dict(k=F + 1), "k=65: expected a whole number from 1 to the 64"),
+        (dict(k=2.5), "k=2.5 and groups=\\(\\): expected whole numbers"),
+        (dict(k=3, other=1), "other: expected some of k, groups, fires_above"),
+        (dict(k=3, groups=(F, F // 2)), "expected numbers that ascend to the 64 features"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused_by_name(facts, message):
+    kind = ActiveTopK()
+    kind.facts = lambda values, settings, n_features: facts
+    with pytest.raises(UserError, match=f"the kind active returns as facts .*{message}"):
+        read_facts(kind, {}, None, F)
+    kind.facts = lambda values, settings, n_features: dict(k=np.int64(3), groups=(np.int64(2), np.int64(F)))
+    plain = read_facts(kind, {}, None, F)
+    assert json.dumps(plain) == f'{{"k": 3, "groups": [2, {F}]}}'
 
 
 def test_a_kind_whose_k_follows_from_its_own_setting_trains_and_encodes(one_device, monkeypatch):
