@@ -4,9 +4,13 @@ A ``UserError`` is one line: what was wrong, what was expected, what to do. Bina
 and exit with status 2. Everything else that is raised is a bug and keeps its traceback.
 """
 
+import contextlib
 import errno
 import os
+import re
+from collections.abc import Iterator
 
+_TOLD, _NAMED = 20, 100  # faults of a file that a message tells; further places that it names
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
@@ -15,6 +19,45 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class Faults:
+    """Faults of a file that a user wrote, all of which one message names: mended one at a time, each takes a run.
+
+    Args:
+      path: the file.
+      wrong: what is wrong with its lines, such as "are no prompts".
+      unit: what its faults are in, such as "lines".
+    """
+
+    def __init__(self, path: object, wrong: str, unit: str = "lines"):
+        self._path, self._wrong, self._unit = " ".join(str(path).split()), wrong, unit
+        self._errors: dict[str, UserError] = {}  # by place
+
+    @contextlib.contextmanager
+    def collect(self, place: int | str) -> Iterator[None]:
+        """Keep the ``UserError`` of one place, such as the number of a line, if one is raised."""
+        try:
+            yield
+        except UserError as error:
+            self._errors[str(place)] = error
+
+    def refuse(self) -> None:
+        """Raise a ``UserError`` with all faults; of places with the same fault the first is told, others are named."""
+        if len(self._errors) < 2:
+            for error in self._errors.values():
+                raise error
+            return
+        texts = {place: str(error).removeprefix(self._path).lstrip(",: ") for place, error in self._errors.items()}
+        first_with: dict[str, str] = {}
+        for place, text in texts.items():
+            first_with.setdefault(re.sub(r"\b(line|row) [0-9]+", "", text, count=1), place)
+        listed = list(first_with.values())[:_TOLD]
+        message = "; ".join(texts[place] for place in listed)
+        if others := [place for place in texts if place not in listed]:
+            more = f" and {len(others) - _NAMED:,} more" if len(others) > _NAMED else ""
+            message += f"; and so in the {self._unit} {', '.join(others[:_NAMED])}{more}"
+        raise UserError(f"{self._path}: {len(texts):,} {self._unit} {self._wrong}: {message}")
 
 
 class CheckFailed(Exception):

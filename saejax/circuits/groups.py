@@ -26,7 +26,7 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.graph.pruning import source_influence
 from saejax.errors import UserError
-from saejax.tasks.files import decode, read_bytes
+from saejax.tasks.files import decode, read_bytes, shown
 from saejax.unicode import has_surrogates
 
 ANSWER = "answer"  # what groups act on besides each other
@@ -198,19 +198,29 @@ def read_groups(file: str, behaviours: Iterable[str]) -> dict[str, list[Group]]:
     path = Path(file)
     try:
         content = json.loads(decode(read_bytes(path, "--circuits.groups", "name a file of groups"), path))
-        groups = {name: [_parse(*entry) for entry in entries] for name, entries in content.items()}
+        every = [(name, entry) for name, entries in content.items() for entry in entries]
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} holds no groups of features: expected {_FORMAT}") from None
+    groups, bad = {name: list[Group]() for name in content}, list[str]()
+    for name, entry in every:
+        try:
+            groups[name].append(_parse(*entry))
+        except (ValueError, TypeError):
+            bad.append(f"{shown(entry)} of {name}")
+    if bad:
+        raise UserError(f"{path} holds no groups of features in {', '.join(bad)}: expected {_FORMAT}")
+    faults = list[str]()
     for name, some in groups.items():
         for group, count in Counter(group.name for group in some).items():
             if count > 1 or group in ("", ANSWER):
-                raise UserError(
-                    f"{path}: {count} groups of {name} are named {group!r}: expected a different name for each, not "
-                    f"{ANSWER!r}"
+                faults.append(
+                    f"{count} groups of {name} are named {group!r}: expected a different name for each, not {ANSWER!r}"
                 )
-        for key, count in Counter(key for group in some for key in group.members).items():
-            if count > 1:
-                raise UserError(f"{path}: the feature {key} is in the groups of {name} twice: expected it in one, once")
+        counts = Counter(key for group in some for key in group.members)
+        if twice := [str(key) for key, count in counts.items() if count > 1]:
+            faults += [f"the feature {key} is in the groups of {name} twice: expected it in one, once" for key in twice]
+    if faults:
+        raise UserError(f"{path}: {'; '.join(faults)}")
     if not set(groups) & set(behaviours):
         raise UserError(f"{path} has groups for {', '.join(groups)}: expected some of {', '.join(behaviours)}")
     return groups

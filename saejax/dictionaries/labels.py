@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import logging
 
-from saejax.errors import UserError
+from saejax.errors import Faults, UserError
 from saejax.files import read_json
 from saejax.results import from_json
 
@@ -63,26 +63,28 @@ def labels_of_sheets(
     trained, unused = trained or {}, list[str]()
     layer_of = {name: layer for layer, (name, _) in trained.items()}
     for file in sheets_in(path, flag):
+        faults = Faults(file, "are no labels")
         for number, row in enumerate(read_sheet(file, (*COLUMNS, "dictionary"), flag), 2):
-            dictionary, feature = row["dictionary"].strip(), row["feature"].strip()
-            named = _LAYER.fullmatch(dictionary)
-            layer = layer_of.get(dictionary, int(named[1]) if named else None)
-            if layer is None or not INDEX.fullmatch(feature):
-                raise UserError(
-                    f"{file}, line {number}: {row['dictionary']!r} and {feature!r} name no layer and feature: expected "
-                    "such as layer 3 and 17"
-                )
-            key, label = (layer, int(feature)), row["label"].strip()
-            name, site = trained.get(layer, (dictionary, ""))
-            # Another site's, kind's or setting's: its feature of this number is another one.
-            if dictionary not in (name, name.partition("/")[2], site, f"layer {layer}"):
-                unused += [f"{file.name}, line {number} ({dictionary})"] if label else []
-                continue
-            if label and labels.setdefault(key, label) != label:
-                raise UserError(
-                    f"{file}, line {number}: feature {feature} of {row['dictionary']} is {label!r}, and "
-                    f"{labels[key]!r} in an earlier line: keep one of them"
-                )
+            with faults.collect(number):
+                dictionary, feature = row["dictionary"].strip(), row["feature"].strip()
+                named = _LAYER.fullmatch(dictionary)
+                layer = layer_of.get(dictionary, int(named[1]) if named else None)
+                if layer is None or not INDEX.fullmatch(feature):
+                    raise UserError(
+                        f"{file}, line {number}: {row['dictionary']!r} and {feature!r} name no layer and feature: "
+                        "expected such as layer 3 and 17"
+                    )
+                key, label = (layer, int(feature)), row["label"].strip()
+                name, site = trained.get(layer, (dictionary, ""))
+                # Another site's, kind's or setting's: its feature of this number is another one.
+                if dictionary not in (name, name.partition("/")[2], site, f"layer {layer}"):
+                    unused += [f"{file.name}, line {number} ({dictionary})"] if label else []
+                elif label and labels.setdefault(key, label) != label:
+                    raise UserError(
+                        f"{file}, line {number}: feature {feature} of {row['dictionary']} is {label!r}, and "
+                        f"{labels[key]!r} in an earlier line: keep one of them"
+                    )
+        faults.refuse()
     if unused:
         logging.warning("%s", unused_labels(f"{flag}={path}", unused, list(layer_of)))
     return labels
@@ -120,7 +122,10 @@ def read_sheet(path: Path, wanted: Sequence[str], flag: str) -> list[dict[str, s
     missing = [name for name in wanted if rows and name not in rows[0]]
     if missing:
         raise UserError(f"{flag}={path} has no column {', '.join(missing)}: expected {', '.join(wanted)}")
+    faults = Faults(path, "are no labels")
     for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise UserError(f"{path}, line {number} has not as many cells as there are columns: quote commas in it")
+        with faults.collect(number):
+            if None in row or None in row.values():
+                raise UserError(f"{path}, line {number} has not as many cells as there are columns: quote commas in it")
+    faults.refuse()
     return rows

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from saejax.dictionaries.labels import COLUMNS, INDEX, Label, read_sheet, sheets_in
-from saejax.errors import UserError
+from saejax.errors import Faults, UserError
 from saejax.files import locked, write_text
-from saejax.tasks.files import json_lines, opened, text_lines
+from saejax.tasks.files import opened, read_lines, text_lines
 
 _NEAR = 100  # random directions of the most similar firing rates, which a feature's label has to exceed
 _LEVEL = 0.95  # share of these that it exceeds
@@ -71,22 +71,24 @@ def read_labels(
     label_of: dict[int, Label] = {}
     columns = (*COLUMNS, "dictionary") if several else COLUMNS
     for file in sheets_in(path, flag):
+        faults = Faults(file, "are no labels")
         for number, row in enumerate(read_sheet(file, columns, flag), 2):
             text, label = row["feature"].strip(), row["label"].strip()
             if not _is_of(row, dictionary):
                 continue
-            if not INDEX.fullmatch(text) or int(text) >= features:
-                raise UserError(
-                    f"{file}, line {number}: there is no feature {text!r} in {dictionary}: expected 0 to {features - 1}"
-                )
-            if not label:
-                continue
-            entry = Label(label, row["reviewer"].strip() or "by hand", row["note"].strip())
-            if label_of.setdefault(int(text), entry).label != label:
-                raise UserError(
-                    f"{file}, line {number}: feature {text} is {label!r}, and {label_of[int(text)].label!r} in an "
-                    "earlier line: keep one of them"
-                )
+            with faults.collect(number):
+                if not INDEX.fullmatch(text) or int(text) >= features:
+                    raise UserError(
+                        f"{file}, line {number}: there is no feature {text!r} in {dictionary}: expected 0 to "
+                        f"{features - 1}"
+                    )
+                entry = Label(label, row["reviewer"].strip() or "by hand", row["note"].strip())
+                if label and label_of.setdefault(int(text), entry).label != label:
+                    raise UserError(
+                        f"{file}, line {number}: feature {text} is {label!r}, and {label_of[int(text)].label!r} in an "
+                        "earlier line: keep one of them"
+                    )
+        faults.refuse()
     return label_of
 
 
@@ -115,24 +117,26 @@ def read_explanations(files: Sequence[Path], features: int, flag: str = "--atlas
     label_of: dict[int, Label] = {}
     best: dict[int, float] = {}
     sources = set[str]()
+
+    def read(record: Any, where: str) -> None:
+        """Keep a line's explanation, if it is the best of its feature."""
+        fields = record if isinstance(record, dict) else {}
+        text, description = str(fields.get("index", "")), fields.get("description")
+        if not INDEX.fullmatch(text) or not isinstance(description, str):
+            raise UserError(f"{where} is no explanation: expected an object such as {_EXPLANATION}")
+        if int(text) >= features:
+            raise UserError(f"{where}: there is no feature {text}: expected 0 to {features - 1}")
+        sources.add(str(fields.get("layer", "")))
+        score = fields.get("scoreV2")
+        score = float(score) if isinstance(score, int | float) else -math.inf
+        if description.strip() and (int(text) not in label_of or score > best[int(text)]):
+            by = fields.get("explanationModelName") or fields.get("typeName")
+            label_of[int(text)] = Label(description.strip(), f"Neuronpedia, {by}" if by else "Neuronpedia")
+            best[int(text)] = score
+
     for file in files:
         with opened(file, flag, "name a file of explanations that Neuronpedia exported") as content:
-            for number, record in json_lines(text_lines(content, file), file, _EXPLANATION):
-                fields = record if isinstance(record, dict) else {}
-                text, description = str(fields.get("index", "")), fields.get("description")
-                if not INDEX.fullmatch(text) or not isinstance(description, str):
-                    raise UserError(
-                        f"{file}, line {number} is no explanation: expected an object such as {_EXPLANATION}"
-                    )
-                if int(text) >= features:
-                    raise UserError(f"{file}, line {number}: there is no feature {text}: expected 0 to {features - 1}")
-                sources.add(str(fields.get("layer", "")))
-                score = fields.get("scoreV2")
-                score = float(score) if isinstance(score, int | float) else -math.inf
-                if description.strip() and (int(text) not in label_of or score > best[int(text)]):
-                    by = fields.get("explanationModelName") or fields.get("typeName")
-                    label_of[int(text)] = Label(description.strip(), f"Neuronpedia, {by}" if by else "Neuronpedia")
-                    best[int(text)] = score
+            read_lines(text_lines(content, file), file, _EXPLANATION, read, "are no explanations")
     if len(sources) > 1:
         named = ", ".join(sorted(sources)[:4])
         raise UserError(f"{flag} has explanations of several dictionaries ({named}): name the files of one")

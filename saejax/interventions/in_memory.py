@@ -1,5 +1,6 @@
 """Causal tests of a dictionary's features on prompts with two answers: ablation, patching, steering, probes."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -304,12 +305,12 @@ def _readouts(
 def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     """Return the prompts of each behaviour; raise a ``UserError`` if there are none, or one appears twice."""
     by_behaviour: dict[str, list[Prompt]] = {}
-    texts = set()
+    counts = collections.Counter((prompt.behaviour, prompt.text) for prompt in prompts)
+    if twice := [f"{text!r} in {behaviour}" for (behaviour, text), count in counts.items() if count > 1]:
+        # They would count as two in intervals, or judge the features that they chose.
+        more = f" and {len(twice) - 20:,} more" if len(twice) > 20 else ""
+        raise UserError(f"prompts appear twice or more often: {', '.join(twice[:20])}{more}: keep one of each")
     for prompt in prompts:
-        if (prompt.behaviour, prompt.text) in texts:
-            # It would count as two in intervals, or judge the features that it chose.
-            raise UserError(f"the prompt {prompt.text!r} appears twice in {prompt.behaviour}: remove one of them")
-        texts.add((prompt.behaviour, prompt.text))
         by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
     if not by_behaviour:
         raise UserError("there are no prompts: give train and test prompts of a behaviour, as from make_prompts")

@@ -4,9 +4,9 @@ import zlib
 
 import numpy as np
 
-from saejax.errors import UserError
+from saejax.errors import Faults, UserError
 from saejax.files import fingerprint
-from saejax.tasks.benchmark_definitions import Item, definition
+from saejax.tasks.benchmark_definitions import Benchmark, Item, definition
 from saejax.tasks.benchmark_files import TRAIN, Origin, find, training_files
 from saejax.tasks.hub import hub_configurations
 from saejax.tasks.settings import TaskConfig
@@ -65,7 +65,7 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
       UserError: a file or the hub cannot be read, a row lacks a column or an answer, or there are too few items.
     """
     benchmark, source = definition(name), origin(name, task)
-    items = [benchmark.parse(row) for row in source.rows()]
+    items = _parse_rows(benchmark, source)
     wanted = task.examples or benchmark.examples
     if len(items) < wanted:
         reason = "were asked for" if task.examples else f"are asked by default of {name}"
@@ -74,6 +74,16 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
     # By the benchmark's name, so that its items do not depend on which others are asked; ``hash`` differs by process.
     rng = np.random.default_rng((task.seed, zlib.crc32(name.encode())))
     return [items[i] for i in rng.permutation(len(items))[:wanted]]
+
+
+def _parse_rows(benchmark: Benchmark, source: Origin) -> list[Item]:
+    """Return the items of all rows; one message names all rows that hold none."""
+    faults, items = Faults(source, "are no questions with answers", "rows"), list[Item]()
+    for row in source.rows():
+        with faults.collect(row.name):
+            items.append(benchmark.parse(row))
+    faults.refuse()
+    return items
 
 
 def training_items(name: str, task: TaskConfig) -> list[Item]:
@@ -85,7 +95,7 @@ def training_items(name: str, task: TaskConfig) -> list[Item]:
     benchmark, asked_questions = definition(name), {item.question for item in read_items(name, task)}
     source = _training_origin(name, task) or origin(name, task)
     # By text, since copies of a question would be asked about after training on them.
-    training = [item for item in map(benchmark.parse, source.rows()) if item.question not in asked_questions]
+    training = [item for item in _parse_rows(benchmark, source) if item.question not in asked_questions]
     if not training:
         raise UserError(
             f"--corpus.path={name}: all examples in {source} are asked, none is left as text: lower --task.examples, "

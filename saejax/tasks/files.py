@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from saejax.errors import UserError
+from saejax.errors import Faults, UserError
 from saejax.unicode import replace_surrogates
 
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _ROWS = 1024  # of a table, in memory at once
-_LISTED = 20  # bad lines whose problem a message tells; of others it has the numbers
 
 
 @contextlib.contextmanager
@@ -87,18 +86,19 @@ def _not_utf8(path: Path, byte: int) -> UserError:
     return UserError(f"{path} is not UTF-8 at byte {byte}: expected text in UTF-8; convert it")
 
 
-def json_lines(lines: str | Iterable[str], path: Path, example: str) -> Iterator[tuple[int, Any]]:
-    """Return the JSON values of lines that are not blank, each with the line's number, from 1.
+def json_lines(lines: str | Iterable[str], path: Path, example: str, first: int = 1) -> Iterator[tuple[int, Any]]:
+    """Return the JSON values of lines that are not blank, each with the line's number.
 
     Args:
       lines: one JSON value each; or a text of such lines.
       path: where it comes from, for messages.
       example: what a line should look like.
+      first: number of the first line.
 
     Raises:
       UserError: a line is not JSON.
     """
-    for number, line in enumerate(lines.split("\n") if isinstance(lines, str) else lines, start=1):
+    for number, line in enumerate(lines.split("\n") if isinstance(lines, str) else lines, first):
         if not line.strip():
             continue
         try:
@@ -107,33 +107,31 @@ def json_lines(lines: str | Iterable[str], path: Path, example: str) -> Iterator
             raise UserError(f"{path}, line {number} is not JSON: expected an object such as {example}") from None
 
 
-def read_lines(text: str, path: Path, example: str, read: Callable[[Any, str], None]) -> None:
-    """Read lines of prompts, all bad ones of which one message names.
+def read_lines(
+    lines: str | Iterable[str],
+    path: Path,
+    example: str,
+    read: Callable[[Any, str], None],
+    wrong: str = "are no prompts",
+) -> None:
+    """Read lines that are not blank, all bad ones of which one message names.
 
     Args:
-      text: a JSON value in each line that is not blank.
+      lines: one JSON value each; or a text of such lines.
       path: where it comes from, for messages.
       example: what a line should look like.
       read: takes a line's value and where it stands; raises a ``UserError`` that begins with the latter.
+      wrong: what is wrong with refused lines, for messages.
 
     Raises:
       UserError: lines are not JSON, or refused.
     """
-    faults = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        where = f"{path}, line {number}"
-        try:
-            if line.strip():
-                read(json.loads(line), where)
-        except UserError as error:
-            faults.append((number, str(error).removeprefix(" ".join(f"{path}, ".split()) + " ")))
-        except (ValueError, RecursionError):
-            faults.append((number, f"line {number} is not JSON: expected an object such as {example}"))
-    if faults:
-        first = "; ".join(fault for _, fault in faults[:_LISTED])
-        others = ", ".join(str(number) for number, _ in faults[_LISTED:])
-        between = f": {len(faults)} lines are no prompts:" if len(faults) > 1 else ","
-        raise UserError(f"{path}{between} {first}{f'; and so in the lines {others}' if others else ''}")
+    faults = Faults(path, wrong)
+    for number, line in enumerate(lines.split("\n") if isinstance(lines, str) else lines, start=1):
+        with faults.collect(number):
+            for _, value in json_lines([line], path, example, number):
+                read(value, f"{path}, line {number}")
+    faults.refuse()
 
 
 def table_rows(path: Path, file: IO[bytes], columns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.errors import UserError
+from saejax.errors import Faults, UserError
 from saejax.tasks.answer_tokens import fault
 from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.files import decode, read_bytes, read_lines, shown
@@ -33,18 +33,22 @@ _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": 
 _IOI_EXAMPLE = '{"names": ["Mary", "John", ...]}'
 
 
-def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]]:
+def read_own_prompts(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[Prompt]]:
     """Return the prompts of each behaviour of ``task.prompts``, train prompts first; none if no file is named.
 
     Args:
       task: names the file; its seed draws the splits of behaviours that have none.
-      tokenizer: the model's tokenizer.
+      tokenizer: the model's tokenizer; None: what takes one is not checked.
 
     Raises:
       UserError: as ``check_own_prompts``; or prompts' answers merge with their text or start with the same token.
     """
-    lines = _read_lines(task, tokenizer)
-    return {name: _prompts(name, of_behaviour, task) for name, of_behaviour in lines.items()}
+    prompts, faults = dict[str, list[Prompt]](), Faults(task.prompts, "cannot be tested", "behaviours")
+    for name, of_behaviour in _read_lines(task, tokenizer).items():
+        with faults.collect(name):
+            prompts[name] = _prompts(name, of_behaviour, task)
+    faults.refuse()
+    return prompts
 
 
 def check_own_prompts(task: TaskConfig) -> None:
@@ -54,8 +58,7 @@ def check_own_prompts(task: TaskConfig) -> None:
       UserError: the file cannot be read; lines are not prompts or repeat others, all of which are named; a behaviour
         has too few lines, a reserved name, or splits on some lines only.
     """
-    for name, of_behaviour in _read_lines(task, None).items():
-        _prompts(name, of_behaviour, task)
+    read_own_prompts(task, None)
 
 
 def _read_lines(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[dict[str, Any]]]:

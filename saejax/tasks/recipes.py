@@ -56,7 +56,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from saejax.errors import UserError, one_of
+from saejax.errors import Faults, UserError, one_of
 from saejax.tasks.files import shown
 
 _Item = TypeVar("_Item")
@@ -165,22 +165,27 @@ def ioi_recipe(words: Mapping[str, Sequence[str]]) -> Recipe:
     if missing := [name for name in IOI_WORDS if name not in words]:
         recipe = recipes()["ioi"]
         words |= {name: recipe.templates if name == "templates" else recipe.pools[name] for name in missing}
+    faults = Faults("the words of ioi", "do not fit", "lists or templates")
     for name, some in words.items():
-        least = 2 if one_of(name, IOI_WORDS, "list of words of ioi") == "templates" else 4
-        if not isinstance(some, list | tuple) or not all(isinstance(text, str) and text.strip() for text in some):
-            raise UserError(f"{name!r} of ioi is {shown(some)}: expected a list of strings that are not blank")
-        if len(set(some)) < least:
-            raise UserError(f"ioi has {len(set(some))} {name}: expected at least {least} that differ")
+        with faults.collect(name):
+            least = 2 if one_of(name, IOI_WORDS, "list of words of ioi") == "templates" else 4
+            if not isinstance(some, list | tuple) or not all(isinstance(text, str) and text.strip() for text in some):
+                raise UserError(f"{name!r} of ioi is {shown(some)}: expected a list of strings that are not blank")
+            if len(set(some)) < least:
+                raise UserError(f"ioi has {len(set(some))} {name}: expected at least {least} that differ")
+    faults.refuse()
     for template in words["templates"]:
-        try:
-            fields = [field for _, field, *_ in string.Formatter().parse(template) if field is not None]
-        except ValueError:  # a brace without its partner
-            fields = []
-        if sorted(fields) != sorted({*fields, "one", "two", "giver"}) or set(fields) - set(_IOI_FIELDS):
-            raise UserError(
-                f"the template {template!r} of ioi has {', '.join(fields) or 'no fields'} in braces: expected one, "
-                "two and giver, and perhaps place and object, once each"
-            )
+        with faults.collect(template):
+            try:
+                fields = [field for _, field, *_ in string.Formatter().parse(template) if field is not None]
+            except ValueError:  # a brace without its partner
+                fields = []
+            if sorted(fields) != sorted({*fields, "one", "two", "giver"}) or set(fields) - set(_IOI_FIELDS):
+                raise UserError(
+                    f"the template {template!r} of ioi has {', '.join(fields) or 'no fields'} in braces: expected "
+                    "one, two and giver, and perhaps place and object, once each"
+                )
+    faults.refuse()
     pools = {name: list(dict.fromkeys(words[name])) for name in IOI_WORDS[1:]}
     return Recipe(tuple(dict.fromkeys(words["templates"])), pools, 2, _ioi, one_token="names")
 

@@ -129,6 +129,14 @@ BAD_FILES = [
     ('{"two_hop": [["a", "3_17"]]}', "holds no groups"),
     ('{"two_hop": [["a", "3_17_middle"]]}', "holds no groups"),
     ('{"two_hop": [["a", "3_17_last"], ["b", "3_17_last"]]}', "3_17_last is in the groups of two_hop twice"),
+    (
+        '{"two_hop": [["a", "3_17"], ["b", "1_2_last", "1_3_last"], 7], "sums": [["a", "1_2_end"]]}',
+        r'in \["a", "3_17"\] of two_hop, 7 of two_hop, \["a", "1_2_end"\] of sums: expected',
+    ),
+    (
+        '{"two_hop": [["a", "3_17_last"], ["a", "3_17_last"]]}',
+        "2 groups of two_hop are named 'a'.*; the feature 3_17_last is in the groups of two_hop twice",
+    ),
     ('{"four_hop": [["a", "3_17_last"]]}', "has groups for four_hop: expected some of two_hop"),
     (
         '{"two_hop": [["a", "3_17_last"], ["a", "4_17_last"]]}',

@@ -82,6 +82,10 @@ def test_labels_of_other_dictionaries_are_not_used(tmp_path, caplog):
         ([("topk", "17", "a")], r"line 2: 'topk' and '17' name no layer and feature"),
         ([("layer 3", "x", "a")], r"line 2: 'layer 3' and 'x' name no layer and feature"),
         ([("layer 3", "1", "a"), ("mlp_in.3", "1", "b")], "line 3: feature 1 of mlp_in.3 is 'b', and 'a' in an"),
+        (
+            [("topk", "17", "a"), ("layer 3", "1", "a"), ("layer 3", "x", "a")],
+            "2 lines are no labels: line 2: 'topk' and .*; line 4: 'layer 3' and 'x'",
+        ),
     ],
 )
 def test_a_bad_sheet_is_one_line(tmp_path, rows, message):

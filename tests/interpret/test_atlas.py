@@ -138,6 +138,7 @@ HEAD = b"feature,label,note,reviewer\n"
         (HEAD + b"9" * 5000 + b",a,,\n", "there is no feature '999"),
         (HEAD + b"1,a,,\n1,b,,\n", "line 3: feature 1 is 'b', and 'a' in an earlier line"),
         (HEAD + b"1,a\n", "line 2 has not as many cells"),
+        (HEAD + b"9,a,,\n1,b,,\nx,c,,\n", "2 lines are no labels: line 2: there is no feature '9' .*; line 4: .*'x'"),
     ],
 )
 def test_labels_that_are_refused(tmp_path, content, message):
@@ -172,8 +173,14 @@ def test_explanations_from_neuronpedia(tmp_path):
         (first | dict(layer="7-res-jb"), r"several dictionaries .6-res-jb, 7-res-jb.: name the files of one"),
         (first | dict(index="9"), "line 1: there is no feature 9: expected 0 to 8"),
         (dict(index=1), "line 1 is no explanation"),
+        (
+            [dict(index=1), "no JSON", first | dict(index="9")],
+            "3 lines are no explanations: line 1 .*; line 2 .*; line 3",
+        ),
     ):
-        (folder / "batch-1.jsonl").write_text(json.dumps(line))
+        lines = line if isinstance(line, list) else [line]
+        text = "\n".join(each if isinstance(each, str) else json.dumps(each) for each in lines)
+        (folder / "batch-1.jsonl").write_text(text)
         with pytest.raises(UserError, match=message):
             read_explanations(label_files(folder)[1], 9)
 

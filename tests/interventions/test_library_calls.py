@@ -129,7 +129,7 @@ def test_results_are_not_empty(on_one_device):
 
 def test_prompts_that_stand_twice_and_documents_without_text_are_refused(tiny, dictionary, answered):
     for call in (saejax.ablate, saejax.steer):
-        with pytest.raises(UserError, match="appears twice in tiny"):
+        with pytest.raises(UserError, match="appear twice or more often: .* in tiny: keep one"):
             call(tiny, dictionary, [*answered, dataclasses.replace(answered[0], split="test")])
         with pytest.raises(UserError, match="none of the documents has two tokens"):
             call(tiny, dictionary, answered, documents=["", "a"])

@@ -230,6 +230,11 @@ def test_ioi_takes_words_of_ones_own_and_names_of_one_token(tmp_path):
         ('{"names": ["Ada", "Bob"]}', "ioi has 2 names: expected at least 4"),
         ('{"templates": ["{one} and {two}", "{one} {two} {giver}"]}', "has one, two in braces"),
         ('{"templates": ["{one", "{one} {two} {giver}"]}', "has no fields in braces"),
+        (
+            '{"templates": ["{one", "{two}"]}',
+            "2 lists or templates do not fit: .*'{one' .*; .*'{two}' of ioi has two in",
+        ),
+        ('{"names": ["Ada"], "words": []}', "ioi has 1 names.*; unknown list of words of ioi 'words'"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):

@@ -90,6 +90,17 @@ def test_bad_rows_are_refused_with_their_line(tmp_path, name, row, said):
     assert f"{path}, line 2" in str(caught.value)
 
 
+def test_all_bad_rows_are_refused_at_once(tmp_path):
+    bad = [dict(question="2 + 2?", answer="4"), dict(question="2 + 3?"), dict(question=" ", answer="#### 1")]
+    path = write_lines(tmp_path / "gsm8k.jsonl", [GSM8K[0], *bad, bad[0]])
+    said = (
+        "gsm8k.jsonl: 4 rows are no questions with answers: line 2: 'answer' does not end in .*; line 3 has no column "
+        "'answer', .*; line 4: 'question' is .*; and so in the rows gsm8k:5$"
+    )
+    with pytest.raises(UserError, match=said):
+        read_items("gsm8k", TaskConfig(path=str(path), examples=1))
+
+
 def test_an_answer_column_is_used_and_an_unknown_benchmark_refused(tmp_path):
     path = write_lines(tmp_path / "math.jsonl", [dict(problem="p", solution="Thus 1/2.", answer=r"\frac12")])
     assert read_items("math", TaskConfig(path=str(path), examples=1))[0].answer == r"\frac12"

@@ -118,8 +118,16 @@ def test_all_bad_lines_are_listed_at_once(read):
         read([*bad[:2], *LINES[2:], *bad[2:]])
     message = str(raised.value)
     assert "\n" not in message and all(f"line {number}" in message for number in (1, 2, 7, 8))
-    with pytest.raises(UserError, match="30 lines are no prompts: .*; and so in the lines 21, 22, .*, 30$"):
+    # A fault that many lines have is told once, and a message does not name thousands of lines.
+    with pytest.raises(UserError, match="30 lines are no prompts: line 1 lacks .*; and so in the lines 2, 3, .*, 30$"):
         read([["list"]] * 30)
+    with pytest.raises(UserError, match="25 lines are no prompts: line 1 has .*; and so in the lines 21, 22, .*, 25$"):
+        read([LINES[0] | {f"field {n}": "x"} for n in range(25)])
+    with pytest.raises(UserError, match="lines 2, 3, .*, 101 and 1,899 more$"):
+        read([["list"]] * 2000)
+    mixed = [LINES[0] | dict(split="train"), LINES[1], *([line | dict(behaviour="other") for line in LINES[:2]])]
+    with pytest.raises(UserError, match="2 behaviours cannot be tested: only some .*'plural'.*'other'"):
+        read(mixed)
 
 
 def test_messages_show_other_scripts_as_they_are_and_counting_names_every_bad_line(read, tmp_path):
