@@ -6,11 +6,13 @@ if its path does not begin with the token. Pages may load nothing from elsewhere
 another port and the proxies of notebooks ask by other names, which the user allows.
 """
 
+import re
 import secrets
 from collections.abc import Iterable
 from typing import Any
 
 MOST = 1 << 20  # bytes of a request
+_REDIRECT = 307
 _HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "frame-ancestors 'none'",
@@ -33,7 +35,8 @@ class Guard:
     """
 
     def __init__(self, app: Any, token: str, hosts: Iterable[str], proxies: Iterable[str] = ()):
-        self._app, self._token, self._hosts, self._proxies = app, token, frozenset(hosts), frozenset(proxies)
+        self._app, self._token = app, token
+        self._hosts, self._proxies = (frozenset(map(_plain, names)) for names in (hosts, proxies))
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Answer an ASGI request, or pass it on."""
@@ -51,27 +54,31 @@ class Guard:
         if refusal := self._refusal(scope):
             status, why = refusal
             headers = [(b"content-type", b"text/plain; charset=utf-8")]
+            if status == _REDIRECT:
+                headers.append((b"location", why.encode()))
             await guarded({"type": "http.response.start", "status": status, "headers": headers})
             return await guarded({"type": "http.response.body", "body": why.encode()})
         await self._app({**scope, "root_path": f"/{self._token}"}, receive, guarded)
 
     def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
-        """Return the status and the reason; None: the request may pass."""
+        """Return the status and the reason, or where to go instead; None: the request may pass."""
         headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-        hosts = headers.get("host", [])
+        hosts = list(map(_plain, headers.get("host", [])))
         if len(hosts) != 1 or hosts[0] not in self._hosts | self._proxies:
             return 403, "another host is asked for: start the server with --hosts=HOST to allow a tunnel or proxy"
         pages = {
             f"http://{hosts[0]}",
             *(f"{scheme}://{host}" for host in self._proxies for scheme in ("http", "https")),
         }
-        if not pages.issuperset(headers.get("origin", [])):
+        if not pages.issuperset(map(_plain, headers.get("origin", []))):
             return 403, "another page asks: start the server with --hosts=HOST to allow a tunnel or proxy"
-        token = scope["path"].split("/")[1] if scope["path"].count("/") > 1 else ""
+        token, *rest = scope["path"].removeprefix("/").split("/")
         if not secrets.compare_digest(token.encode("utf-8", "replace"), self._token.encode()):
             return 403, "the address lacks the server's token: open the one that the server printed"
+        if not rest and scope["method"] == "GET":  # copied without its end, from which other addresses are relative
+            return _REDIRECT, f"{token}/"
         if scope["method"] in ("GET", "HEAD"):
             return None
         if headers.get("content-type") != ["application/json"]:
@@ -79,3 +86,8 @@ class Guard:
         # Of a body in chunks the length is not known, whatever is said of it.
         (size,) = [""] if "transfer-encoding" in headers else headers.get("content-length", [""])[:1]
         return None if size.isdecimal() and int(size) <= MOST else (413, f"expected at most {MOST} bytes, and how many")
+
+
+def _plain(name: str) -> str:
+    """Return a host or a page's origin as browsers send it: in small letters, without the port of its scheme."""
+    return re.sub(r":(80|443)$", "", name.lower())

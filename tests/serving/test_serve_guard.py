@@ -42,7 +42,7 @@ def test_the_own_page_may_ask(host, origin):
     [
         ("/", [("host", HOST)]),
         ("/graph", [("host", HOST)]),
-        (f"/{TOKEN}", [("host", HOST)]),  # nothing is there, and no answer says so
+        (TOKEN[:-1], [("host", HOST)]),
         (f"/{TOKEN}x/", [("host", HOST)]),
         (f"/{TOKEN[:-1]}/", [("host", HOST)]),
         ("/ü/", [("host", HOST)]),
@@ -74,6 +74,10 @@ def test_others_may_not(path, headers, method):
         (HOST, "https://hub.example.org", 200),  # one that passes its own name on
         ("hub.example.org", None, 200),
         (HOST, f"http://{HOST}", 200),
+        ("HUB.example.org", "https://Hub.Example.org", 200),
+        ("hub.example.org:443", "https://hub.example.org", 200),  # the port of https, which browsers leave out
+        ("lab.example.org", "https://lab.example.org", 200),
+        ("hub.example.org:8443", None, 403),
         ("hub.example.org", "https://evil.example", 403),
         ("evil.example", "https://hub.example.org", 403),
         ("hub.example.org.evil.example", None, 403),
@@ -83,7 +87,7 @@ def test_others_may_not(path, headers, method):
 )
 def test_a_tunnel_and_a_proxy_that_are_named_may_ask_with_the_token(host, origin, status):
     headers = [("host", host), *([("origin", origin)] if origin else [])]
-    proxies = ["localhost:9000", "hub.example.org"]
+    proxies = ["localhost:9000", "hub.example.org", "Lab.example.org:443"]
     start, body = ask(f"/{TOKEN}/", headers, proxies=proxies)
     assert start["status"] == status and (status == 200 or "--hosts=HOST" in body["body"].decode())
     assert ask("/wrong/", headers, proxies=proxies)[0]["status"] == 403
@@ -103,6 +107,13 @@ def test_a_tunnel_and_a_proxy_that_are_named_may_ask_with_the_token(host, origin
 )
 def test_what_is_sent_is_json_and_small(headers, status):
     assert ask(f"/{TOKEN}/api/trace", [("host", HOST), *headers], "POST")[0]["status"] == status
+
+
+def test_an_address_without_its_end_leads_to_the_list():
+    """Relative, as a proxy may put a prefix before the token."""
+    start, _ = ask(f"/{TOKEN}")
+    assert start["status"] == 307 and dict(start["headers"])[b"location"] == f"{TOKEN}/".encode()
+    assert ask(f"/{TOKEN}", [("host", "evil.example")])[0]["status"] == 403
 
 
 def test_sockets_are_closed():
