@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from saejax.attribution.graph import circuit_tracer
 from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
-from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Nodes
+from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Nodes, name_difference
 from saejax.attribution.graph.pruning import prune_each, score_subgraph, scores
 from saejax.dictionaries.formats import tensors
 from saejax.errors import UserError
@@ -113,7 +113,7 @@ class Graph(GraphData):
             **rows,
             nodes=Nodes.joined(self.nodes[:start], node),
             logit_K=self.logit_K[pair[:1]] - self.logit_K[pair[1:]],
-            labels=(f"{first!r} - {second!r}",),
+            labels=(name_difference(first, second),),
             settings={**self.settings, "targets": [[targets[place][0] for place in pair]]},
         )
 

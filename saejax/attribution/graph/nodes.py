@@ -80,3 +80,9 @@ class Nodes:
             else:
                 ids.append(f"{kind}_{layer}")
         return ids
+
+
+def name_difference(first: str, second: str) -> str:
+    """Return the label of the difference of two logits: their texts as they are, in quotes, as pages show tokens."""
+    quoted = (f'"{text}"' if "'" in text else f"'{text}'" for text in (first, second))
+    return " - ".join(quoted)

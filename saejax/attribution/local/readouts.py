@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
+from saejax.attribution.graph.nodes import name_difference
 from saejax.attribution.local.layers import RELP, FrozenModel
 from saejax.attribution.local.prompt_run import PromptRun, as_index
 from saejax.errors import UserError
@@ -131,7 +132,7 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
         weight_K=np.where(single_K & ~given_K, probability_V[first_K], 1).astype(np.float32),
         logit_K=np.where(given_K, value_K, run.logits_V[first_K] - np.where(single_K, 0, run.logits_V[second_K])),
         labels=tuple(
-            name or (text(a) if b < 0 else f"{text(a)!r} - {text(b)!r}")
+            name or (text(a) if b < 0 else name_difference(text(a), text(b)))
             for name, (a, b) in zip(names, pair_Xx2[:count].tolist(), strict=True)
         ),
     )

@@ -8,6 +8,7 @@ from browser import needs_chromium
 from graph_pages import FEATURE, busy_feature, click_node, clicked, place_of, show, strongest, text
 from made_up_documents import made_up_document
 
+from saejax.attribution.graph.nodes import name_difference
 from saejax.page.graph.page import PageTable, write_page
 
 pytestmark = needs_chromium
@@ -29,7 +30,11 @@ def test_nothing_in_the_graph_becomes_html_and_white_space_is_visible(opened, do
 
 @pytest.mark.parametrize(
     ("name", "shown", "kind"),
-    [("' is' - ' are'", "␣is − ␣are", "difference of logits"), ("more French", "more␣French", "direction")],
+    [
+        ("' is' - ' are'", "␣is − ␣are", "difference of logits"),
+        (name_difference("\n", "\\xe0'"), "↵ − \\xe0'", "difference of logits"),
+        ("more French", "more␣French", "direction"),
+    ],
 )
 def test_an_output_that_is_no_token_has_its_name_and_no_probability(show_page, name, shown, kind):
     """Of a difference the names of both tokens; a direction has the name that it was given."""

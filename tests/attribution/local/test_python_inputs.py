@@ -89,6 +89,8 @@ def test_prompts_and_targets(lm, transcoders):
 
     assert labels(lm.tokenize([P]), targets=[" cat"]) == labels(targets=" cat") == (" cat",)
     assert labels(targets=np.int32(5)) == labels(targets=jnp.int32(5)) == labels(targets=[jnp.int32(5)])
+    # As they are: pages show the line break and the quotes as those of single tokens.
+    assert labels(targets=[("\n", "'"), (lm.tokenizer.encode("é")[0], 5)]) == ("'\n' - \"'\"", r"'\xc3' - '%'")
     for options, said in (
         (dict(prompt=None), "the prompt is None: expected a text"),
         (dict(prompt=pad([IDS, IDS])), "the prompt is the tokens of 2 texts"),
