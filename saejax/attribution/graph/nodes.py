@@ -83,6 +83,11 @@ class Nodes:
 
 
 def name_difference(first: str, second: str) -> str:
-    """Return the label of the difference of two logits: their texts as they are, in quotes, as pages show tokens."""
+    """Return the label of the difference of two logits: their texts as they are, in quotes, as pages show tokens.
+
+    Args:
+      first: the text of a token.
+      second: the text of the token that is subtracted.
+    """
     quoted = (f'"{text}"' if "'" in text else f"'{text}'" for text in (first, second))
     return " - ".join(quoted)
