@@ -44,6 +44,7 @@ class Losses:
     tokens: int  #: number of predicted tokens
     ce: dict[str, float]  #: next-token cross-entropy
     kl: dict[str, float]  #: KL(clean || variant)
+    groups: tuple["Losses", ...] = ()  #: of each group of predicted tokens, where these were told apart
 
     def figures(self) -> dict[str, Any]:
         """Return the fields that all results about losses have: both losses, and what is recovered against the mean."""
@@ -62,13 +63,25 @@ class LossSums:
 
     Args:
       stand_ins: number of stand-ins.
+      groups: number of groups of predicted tokens whose losses are summed apart, too.
     """
 
-    def __init__(self, stand_ins: int):
-        self.tokens, self._sums_2xE = 0, np.zeros((2, len(VARIANTS) - 1 + stand_ins))
+    def __init__(self, stand_ins: int, groups: int = 0):
+        self._tokens, self._sums = [0] * (1 + groups), np.zeros((1 + groups, 2, len(VARIANTS) - 1 + stand_ins))
+
+    @property
+    def tokens(self) -> int:
+        """Number of predicted tokens so far."""
+        return self._tokens[0]
 
     def add(
-        self, lm: LanguageModel, left: Sequence[jax.Array], ids_BxT: jax.Array, lengths_B: jax.Array, predicted: int
+        self,
+        lm: LanguageModel,
+        left: Sequence[jax.Array],
+        ids_BxT: jax.Array,
+        lengths_B: jax.Array,
+        predicted: int,
+        group_BxT: jax.Array | None = None,
     ) -> None:
         """Add the losses of a batch of ``document_batches``.
 
@@ -78,19 +91,33 @@ class LossSums:
           ids_BxT: the tokens.
           lengths_B: number of tokens of each text.
           predicted: number of predicted tokens.
+          group_BxT: the group of each token, from 1 on; 0: none.
         """
         # Together, so that the clean model's logits, which all variants are compared with, are computed once.
-        compared = programs.compare(lm.config, lm.params, jnp.stack(left), ids_BxT, lengths_B)
-        self._sums_2xE += [np.asarray(values_CxExB, np.float64).sum((0, 2)) for values_CxExB in compared]
-        self.tokens += predicted
+        streams = jnp.stack(left)
+        self._add(0, predicted, programs.compare(lm.config, lm.params, streams, ids_BxT, lengths_B))
+        for group in range(1, len(self._tokens)) if group_BxT is not None else ():
+            # Of the token that a position predicts.
+            counted_BxT = jnp.pad(group_BxT[:, 1:] == group, ((0, 0), (0, 1)))  # type: ignore[index]
+            compared = programs.compare(lm.config, lm.params, streams, ids_BxT, lengths_B, counted_BxT)
+            self._add(group, int(counted_BxT.sum()), compared)
+
+    def _add(self, group: int, predicted: int, compared: tuple[jax.Array, jax.Array]) -> None:
+        self._sums[group] += [np.asarray(values_CxExB, np.float64).sum((0, 2)) for values_CxExB in compared]
+        self._tokens[group] += predicted
 
     def losses(self) -> list[Losses]:
         """Return the losses of each stand-in."""
-        means_2xE, floors = self._sums_2xE / max(self.tokens, 1), range(len(VARIANTS) - 1)
+        whole, *groups = (self._means(*of_group) for of_group in zip(self._tokens, self._sums, strict=True))
+        return [dataclasses.replace(each, groups=tuple(of[i] for of in groups)) for i, each in enumerate(whole)]
+
+    def _means(self, tokens: int, sums_2xE: np.ndarray) -> list[Losses]:
+        """Return the losses of each stand-in on one group of tokens."""
+        means_2xE, floors = sums_2xE / max(tokens, 1), range(len(VARIANTS) - 1)
         losses = []
         for index in range(len(floors), means_2xE.shape[1]):
             ce, kl = (dict(zip(VARIANTS, mean_V, strict=True)) for mean_V in means_2xE[:, [*floors, index]].tolist())
-            losses.append(Losses(self.tokens, ce, kl))
+            losses.append(Losses(tokens, ce, kl))
         return losses
 
 
@@ -110,6 +137,7 @@ def stand_in_losses(
     mean_D: np.ndarray,
     batch_tokens: int = 4096,
     on_progress: OnProgress = silent,
+    groups: Sequence[np.ndarray] = (),
 ) -> list[Losses]:
     """Return the losses of dictionaries that read one site and have one target.
 
@@ -122,6 +150,7 @@ def stand_in_losses(
       mean_D: the target's mean over training tokens.
       batch_tokens: tokens per program, padding included.
       on_progress: called with the tokens that are scored and all.
+      groups: for each document the group of each token, see ``grouped_batches``.
     """
     total = sum(max(len(document) - 1, 0) for document in documents)
     dictionaries = [dictionary.with_sink_norms(lm.sink_norm) for dictionary in dictionaries]
@@ -136,14 +165,15 @@ def stand_in_losses(
         # Arrays of the programs, not constants: dictionaries with other limits use the same programs.
         sharding(lm.mesh),
     )
-    sums = LossSums(len(members))
-    for ids_BxT, lengths_B, predicted in document_batches(lm, documents, batch_tokens):
+    sums = LossSums(len(members), count_groups(groups))
+    for batch, group_BxT in grouped_batches(lm, documents, groups, batch_tokens):
+        ids_BxT, *_ = batch
         limits = site_limit, target_limit
         stream_BxTxX, x_BxTxD, y_BxTxD, inside_BxT = programs.head(point, lm.params, ids_BxT, *limits)
         values = [y_BxTxD, *(programs.constant(y_BxTxD, inside_BxT, value_D) for value_D in (floor_D, zero_D))]
         values += [programs.stand_in(member, x_BxTxD, y_BxTxD, inside_BxT) for member in members]
         left = [programs.tail(point, lm.params, stream_BxTxX, value_BxTxD) for value_BxTxD in values]
-        sums.add(lm, left, ids_BxT, lengths_B, predicted)
+        sums.add(lm, left, *batch, group_BxT)
         on_progress(sums.tokens, total)
     return sums.losses()
 
@@ -174,3 +204,28 @@ def document_batches(
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
         placed_BxT, lengths_B = by_row(lm.mesh, ids_BxT, padded.lengths_B)
         yield placed_BxT, lengths_B, sum(len(documents[index]) - 1 for index in chosen)
+
+
+def count_groups(groups: Sequence[np.ndarray]) -> int:
+    """Return the number of groups of tokens; they count from 1."""
+    return max((int(group_T.max(initial=0)) for group_T in groups), default=0)
+
+
+def grouped_batches(
+    lm: LanguageModel, documents: Sequence[np.ndarray], groups: Sequence[np.ndarray], batch_tokens: int
+) -> Iterator[tuple[tuple[jax.Array, jax.Array, int], jax.Array | None]]:
+    """Yield what ``document_batches`` yields, and the group of each token, [B, T].
+
+    Args:
+      lm: the language model.
+      documents: token ids.
+      groups: for each document the group of each token, from 1 on; 0: none. Empty: there are no groups.
+      batch_tokens: tokens per program, padding included.
+    """
+    batches = document_batches(lm, documents, batch_tokens)
+    if not groups:
+        yield from ((batch, None) for batch in batches)
+        return
+    # Documents of the same lengths, which make the same batches.
+    for batch, (group_BxT, *_) in zip(batches, document_batches(lm, groups, batch_tokens), strict=True):
+        yield batch, group_BxT

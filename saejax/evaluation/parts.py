@@ -14,7 +14,7 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import is_not_sink, join, split, unjoin
-from saejax.evaluation.loss_recovered import Losses, LossSums, document_batches, stand_in_losses
+from saejax.evaluation.loss_recovered import Losses, LossSums, count_groups, grouped_batches, stand_in_losses
 from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import LanguageModel, forward
 from saejax.models.sites import OtherSite, Site, decoder_site, site_parts
@@ -73,6 +73,7 @@ def part_losses(
     documents: Sequence[np.ndarray],
     mean_D: np.ndarray,
     batch_tokens: int = 4096,
+    groups: Sequence[np.ndarray] = (),
 ) -> list[dict[str, Losses]]:
     """Return each crosscoder's losses with each part replaced, and with all of a model's (their names joined by "+").
 
@@ -82,12 +83,14 @@ def part_losses(
       documents: token ids.
       mean_D: mean of the joined values over training tokens.
       batch_tokens: tokens per program, padding included.
+      groups: for each document the group of each token, see ``grouped_batches``.
     """
     config = dictionaries[0].config
-    groups = {"+".join(sites): (lm, sites) for lm, sites in models}
-    groups |= {name: (lm, {name: site}) for lm, sites in models for name, site in sites.items()}
-    sums = {name: LossSums(len(dictionaries)) for name in groups}
-    for ids_BxT, lengths_B, predicted in document_batches(models[0].lm, documents, batch_tokens):
+    replaced_at = {"+".join(sites): (lm, sites) for lm, sites in models}
+    replaced_at |= {name: (lm, {name: site}) for lm, sites in models for name, site in sites.items()}
+    sums = {name: LossSums(len(dictionaries), count_groups(groups)) for name in replaced_at}
+    for batch, group_BxT in grouped_batches(models[0].lm, documents, groups, batch_tokens):
+        ids_BxT, lengths_B, _ = batch
         clean = clean_values(models, ids_BxT, lengths_B)
         x_BxTxD = join(config, clean)
         # Kept at sinks, as in every edit: a value there changes the whole prompt.
@@ -95,14 +98,14 @@ def part_losses(
         stand_ins = [jnp.broadcast_to(mean_D.astype(np.float32), x_BxTxD.shape), jnp.zeros_like(x_BxTxD)]
         stand_ins += [dictionary(x_BxTxD) for dictionary in dictionaries]
         new = [unjoin(config, jnp.where(inside_BxTx1, each_BxTxD, x_BxTxD)) for each_BxTxD in stand_ins]
-        for name, (lm, sites) in groups.items():
+        for name, (lm, sites) in replaced_at.items():
             # Not the logits of whole documents: ``compare`` makes the logits of a few positions at a time.
             last = (Site("resid_post", lm.config.n_layers - 1),)
             edits = [(), *(replaced(sites, each) for each in new)]
             left = [forward(lm.config, last, False, lm.params, ids_BxT, lengths_B, each)[1][0] for each in edits]
-            sums[name].add(lm, left, ids_BxT, lengths_B, predicted)
-    by_group = [each.losses() for each in sums.values()]
-    return [dict(zip(groups, of_dictionary, strict=True)) for of_dictionary in zip(*by_group, strict=True)]
+            sums[name].add(lm, left, *batch, group_BxT)
+    by_place = [each.losses() for each in sums.values()]
+    return [dict(zip(replaced_at, of_dictionary, strict=True)) for of_dictionary in zip(*by_place, strict=True)]
 
 
 def target_losses(

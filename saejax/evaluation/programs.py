@@ -64,7 +64,12 @@ def tail(point: SplitPoint, params: decoder.Params, stream_BxTxX: jax.Array, val
 
 @functools.partial(jax.jit, static_argnums=0)
 def compare(
-    config: DecoderConfig, params: decoder.Params, stream_ExBxTxD: jax.Array, ids_BxT: jax.Array, lengths_B: jax.Array
+    config: DecoderConfig,
+    params: decoder.Params,
+    stream_ExBxTxD: jax.Array,
+    ids_BxT: jax.Array,
+    lengths_B: jax.Array,
+    counted_BxT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return cross-entropy and KL divergence of E variants, the first of which is the clean model.
 
@@ -77,6 +82,7 @@ def compare(
       stream_ExBxTxD: the streams leaving the last layer.
       ids_BxT: the tokens.
       lengths_B: number of real tokens of each text.
+      counted_BxT: bool, the positions whose predictions count; None: all.
 
     Returns:
       Next-token cross-entropy and KL(clean || variant), nats, each summed over the predicted tokens of a chunk of
@@ -89,6 +95,8 @@ def compare(
     next_BxT = jnp.pad(ids_BxT[:, 1:], ((0, 0), (0, 1)))
     # A text's last token predicts nothing, nor does padding.
     predicts_BxT = jnp.arange(length)[None] < lengths_B[:, None] - 1
+    if counted_BxT is not None:
+        predicts_BxT &= counted_BxT
 
     def chunk(start: jax.Array) -> tuple[jax.Array, jax.Array]:
         def cut(values: jax.Array, axis: int) -> jax.Array:

@@ -71,6 +71,11 @@ class RoleScores:
     l0: float  #: number of features that fire on a token, mean
     dead_fraction: float  #: share of the features that fire on none of these tokens
     dense_fraction: float  #: share of the features that fire on more than 10 % of these tokens
+    #: next-token cross-entropy of this role's tokens; None where none of them are in the documents with losses
+    ce: StandInMeans | None = None
+    kl: StandInMeans | None = None  #: KL divergence from the clean model, where such a token is predicted
+    ce_recovered_mean: float | None = None  #: share of cross-entropy recovered against the mean
+    kl_recovered_mean: float | None = None  #: share of KL recovered against the mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,14 +4,17 @@ A store holds token ids alone, so a message is recognised by the tokens with whi
 messages of its role, and lasts to the next such tokens. What stands before the first message has no role.
 """
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.activations.documents import Documents
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
+from saejax.evaluation.loss_recovered import Losses
 from saejax.evaluation.reconstruction import read_rows, reconstruct
 from saejax.evaluation.results import RoleScores
 from saejax.models.language_model import LanguageModel
@@ -102,37 +105,69 @@ def _openings(ids_T: np.ndarray, openers: Openers) -> Iterator[tuple[int, int]]:
     yield from sorted(role_of_place.items())
 
 
-def score_roles(
-    lm: LanguageModel, dictionaries: Sequence[Dictionary], store: Store, sites: Sequence[str], batch: int
-) -> list[dict[str, RoleScores] | None]:
-    """Return the scores on the messages of each role, by dictionary; None where the held-out text has no two roles.
+@dataclasses.dataclass(frozen=True)
+class TokenRoles:
+    """The roles of the tokens of held-out chats."""
+
+    rows: Mapping[str, np.ndarray]  #: the store's rows of each role that occurs
+    #: of each held-out document the role of every token, [T]: its place in ``rows`` from 1 on; 0: none.
+    groups: Sequence[np.ndarray]
+
+
+def find_roles(lm: LanguageModel, store: Store, sites: Sequence[str]) -> TokenRoles | None:
+    """Return the roles of held-out tokens; None where the held-out text has no two roles.
 
     Args:
       lm: the model whose chat template the text was written with.
-      dictionaries: dictionaries that ``reconstruct`` scores together.
       store: the store.
-      sites: what they read and predict.
-      batch: tokens per run of the program.
+      sites: the sites of which no row is an attention sink.
     """
-    nothing: list[dict[str, RoleScores] | None] = [None] * len(dictionaries)
     openers = message_openers(lm.tokenizer)
     if not openers:
-        return nothing
+        return None
     first = store.documents.train_count
     held_out = store.documents.select(np.arange(first, len(store.documents)))
     front = len(bos_tokens(lm.tokenizer, lm.bos)) if store.manifest.bos else 0
-    role_T = np.concatenate(roles_of_tokens(held_out, openers, front))
+    by_document = roles_of_tokens(held_out, openers, front)
     rows = store.rows("held_out", *dict.fromkeys(sites))
     document_N, position_N, _ = store.tokens(rows)
-    role_N = role_T[held_out.starts_N[document_N - first] + position_N]
+    role_N = np.concatenate(by_document)[held_out.starts_N[document_N - first] + position_N]
     present = [index for index in range(len(openers)) if np.any(role_N == index)]
     if len(present) < 2:
-        return nothing
-    by_role = {}
-    for index in present:
-        blocks = read_rows(store, rows[role_N == index], sites, batch)
-        by_role[[*openers][index]] = reconstruct(dictionaries, blocks, lm.mesh, batch)
-    return [
-        {role: RoleScores(scores[i].tokens, **scores[i].figures()) for role, scores in by_role.items()}
-        for i in range(len(dictionaries))
-    ]
+        return None
+    # The last place is that of tokens without a role, -1.
+    group_of_role = np.zeros(len(openers) + 1, np.int32)
+    group_of_role[present] = 1 + np.arange(len(present))
+    by_role = {[*openers][index]: rows[role_N == index] for index in present}
+    return TokenRoles(by_role, [group_of_role[roles_T] for roles_T in by_document])
+
+
+def score_roles(
+    roles: TokenRoles,
+    dictionaries: Sequence[Dictionary],
+    losses: Sequence[Losses],
+    store: Store,
+    sites: Sequence[str],
+    mesh: Mesh,
+    batch: int,
+) -> list[dict[str, RoleScores]]:
+    """Return the scores on the messages of each role, by dictionary.
+
+    Args:
+      roles: result of ``find_roles``.
+      dictionaries: dictionaries that ``reconstruct`` scores together.
+      losses: those of each, with the groups of ``roles``.
+      store: the store.
+      sites: what they read and predict.
+      mesh: the devices.
+      batch: tokens per run of the program.
+    """
+    scored: list[dict[str, RoleScores]] = [{} for _ in dictionaries]
+    for place, (role, rows) in enumerate(roles.rows.items()):
+        reconstructions = reconstruct(dictionaries, read_rows(store, rows, sites, batch), mesh, batch)
+        for by_role, score, loss in zip(scored, reconstructions, losses, strict=True):
+            # Losses are of some documents, in which the last roles may not occur.
+            of_role = loss.groups[place] if place < len(loss.groups) else None
+            figures = of_role.figures() if of_role and of_role.tokens else {}
+            by_role[role] = RoleScores(score.tokens, **score.figures(), **figures)
+    return scored

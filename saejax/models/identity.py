@@ -71,7 +71,8 @@ def content_sha256(path: Path) -> str:
 def keep_hash(path: Path, kind: str, compute: Callable[[], str]) -> str:
     """Return a hash of a file, which for a large file is computed once and then kept in the cache folder.
 
-    It is kept under path, size, time of change and inode: of a file that was changed or replaced, at least one differs.
+    It is kept under path, size, both times of change and inode: of a file that was changed or replaced, at least one
+    differs. Programs can set the time of the content back, as archives do when they are unpacked, not the inode's.
 
     Args:
       path: the file.
@@ -82,7 +83,8 @@ def keep_hash(path: Path, kind: str, compute: Callable[[], str]) -> str:
     stat = real.stat()
     if stat.st_size <= _HASHED_AT_ONCE:
         return compute()
-    key = " ".join([str(real), str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ino), *([kind] if kind else [])])
+    marks = (real, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    key = " ".join([*map(str, marks), *([kind] if kind else [])])
     kept = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         cached = kept.read_text(encoding="ascii").strip()

@@ -280,6 +280,12 @@ def stack_shape(
 def read_facts(kind: kinds.Kind, values: Mapping[str, Any], settings: Any, n_features: int) -> Facts:
     """Return ``Kind.facts`` as Python's numbers, after a check: a user's kind may return anything.
 
+    Args:
+      kind: the kind.
+      values: a member's settings, see ``Kind.facts``.
+      settings: the settings of the kind alone.
+      n_features: number of features F.
+
     Raises:
       UserError: a fact is unknown, k is not from 1 to the number of features, or groups do not ascend to it.
     """

@@ -1,5 +1,6 @@
 """Messages of held-out chats are told apart by role, with templates as they are published, and scored apart."""
 
+import dataclasses
 import re
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.in_memory import Activations
 from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.evaluation.roles import message_openers, roles_of_tokens, score_roles
+from saejax.evaluation.loss_recovered import Losses, stand_in_losses
+from saejax.evaluation.roles import find_roles, message_openers, roles_of_tokens, score_roles
+from saejax.models.tokens import pad
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 WITH_SYSTEM = (
@@ -116,6 +119,36 @@ def test_a_message_goes_on_in_the_next_piece_of_its_text():
     assert alone[1] == -1 and alone[-1] == 1
 
 
+def losses(tokens, mean_ablated):
+    ce = dict(clean=1.0, mean_ablated=mean_ablated, zero_ablated=9.0, reconstructed=2.5)
+    return Losses(tokens, ce, dict.fromkeys(ce, 0.0))
+
+
+def test_losses_of_a_role_are_of_the_tokens_that_it_writes(lm):
+    """Against logits of the whole model, with an edit in place of the split one."""
+    config = DictionaryConfig(kind="standard", site="resid_post.1", d_in=64, n_features=96)
+    dictionary = Dictionary.initial(config, jax.random.key(1)).with_sink_norms(lm.sink_norm)
+    texts = [lm.encode(f"The {word} near the dogs runs. The dogs near the cat run.") for word in ("cat", "war of 1732")]
+    rng = np.random.default_rng(2)
+    groups = [rng.integers(0, 3, len(text)) for text in texts]
+    documents = [np.array(text, np.int32) for text in texts]
+    (found,) = stand_in_losses(lm, [dictionary], documents, np.zeros(64, np.float32), 64, groups=groups)
+    ce_of_token, group_of_token = [], []
+    for text, group_T in zip(texts, groups, strict=True):
+        logp_TxV = jax.nn.log_softmax(lm(pad([text])).logits_BxTxV[0], axis=-1)
+        ce_of_token += [-float(logp_TxV[place, token]) for place, token in enumerate(text[1:])]
+        group_of_token += group_T[1:].tolist()
+    ce_N, group_N = np.array(ce_of_token), np.array(group_of_token)
+    for group, of_group in enumerate(found.groups, 1):
+        assert of_group.tokens == (group_N == group).sum() > 3
+        assert of_group.ce["clean"] == pytest.approx(ce_N[group_N == group].mean(), rel=1e-4)
+    (whole,) = stand_in_losses(lm, [dictionary], documents, np.zeros(64, np.float32), 64)
+    assert (found.ce, found.kl, found.tokens) == (whole.ce, whole.kl, whole.tokens) and not whole.groups
+    everything = [np.ones(len(text), np.int32) for text in texts]
+    (same,) = stand_in_losses(lm, [dictionary], documents, np.zeros(64, np.float32), 64, groups=everything)
+    assert same.groups[0].ce == pytest.approx(whole.ce) and same.groups[0].kl == pytest.approx(whole.kl, abs=1e-6)
+
+
 def test_scores_are_of_the_tokens_of_a_role(tmp_path, one_device):
     tokenizer, d = Tokenizer(CHATML), 8
     texts = [np.array(tokenizer.encode_chat(*CHAT[: 2 + 2 * (i % 2)]), np.int32) for i in range(6)]
@@ -127,7 +160,14 @@ def test_scores_are_of_the_tokens_of_a_role(tmp_path, one_device):
     config = DictionaryConfig(kind="standard", site="resid_post.0", d_in=d, n_features=16, max_norm=100.0)
     dictionary = Dictionary.initial(config, jax.random.key(0))
     lm = SimpleNamespace(tokenizer=tokenizer, bos="never", mesh=one_device)
-    (found,) = score_roles(lm, [dictionary], store, ("resid_post.0",), 16)
+    roles = find_roles(lm, store, ("resid_post.0",))
+    of_groups = (losses(30, 4.0), losses(0, 0.0))
+    given = [dataclasses.replace(losses(30, 4.0), groups=of_groups[:count]) for count in (2, 1)]
+    rest = store, ("resid_post.0",), one_device, 16
+    (found,), (of_one_group,) = (score_roles(roles, [dictionary], [each], *rest) for each in given)
+    # The answers are of documents without losses, and a group that is last may be missing.
+    assert found["user"].ce.clean == 1.0 and found["user"].ce_recovered_mean == 0.5 and found["user"].ce.tokens == 30
+    assert found["assistant"].ce is None and found == of_one_group
     openers, first = message_openers(tokenizer), sum(map(len, texts[:2]))
     roles_N = np.concatenate(roles_of_tokens(documents(*enumerate(texts)), openers, 0))
     assert [*found] == ["user", "assistant"]
@@ -139,5 +179,7 @@ def test_scores_are_of_the_tokens_of_a_role(tmp_path, one_device):
         assert scores.l0 == pytest.approx((f_NxF > 0).sum(1).mean())
         expected = 1 - error / np.square(x_NxD - x_NxD.mean(0)).sum()
         assert scores.explained_variance == pytest.approx(expected, rel=1e-4)
+    counted = [np.bincount(group_T, minlength=3) for group_T in roles.groups]
+    assert sum(counted)[1:].tolist() == [scores.tokens for scores in found.values()]
     plain = SimpleNamespace(tokenizer=SimpleNamespace(), bos="never", mesh=one_device)
-    assert score_roles(plain, [dictionary] * 2, store, ("resid_post.0",), 16) == [None, None]
+    assert find_roles(plain, store, ("resid_post.0",)) is None

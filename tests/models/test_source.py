@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,6 +93,17 @@ def test_a_large_file_is_read_once(copy, cache, monkeypatch, caplog):
     for kept in (cache / "hashes").iterdir():
         kept.write_text("damaged")
     assert identity.fingerprint(copy) != first and "model.safetensors" in read
+
+
+def test_a_large_file_that_is_edited_in_place_has_another_hash_whatever_its_date(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "text.jsonl"
+    file.write_bytes(b"a" * (1 << 21))
+    before, stat = identity.content_sha256(file), file.stat()
+    with open(file, "r+b") as opened:
+        opened.write(b"b")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_mtime_ns == stat.st_mtime_ns and identity.content_sha256(file) != before
 
 
 def test_large_files_of_the_hub_are_known_by_their_names(tmp_path):

@@ -31,7 +31,7 @@ from saejax.evaluation.parts import (
 )
 from saejax.evaluation.reconstruction import Reconstruction, read_blocks, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores
-from saejax.evaluation.roles import score_roles
+from saejax.evaluation.roles import RoleScores, find_roles, score_roles
 from saejax.evaluation.settings import EvaluateConfig
 from saejax.files import read_json, write_array, write_json
 from saejax.links import member_folder
@@ -180,12 +180,14 @@ def _score_site(
         dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens
     )
     documents = scored_documents(store, config)
+    roles = find_roles(models[0], store, sites)
+    groups = roles.groups[: len(documents)] if roles else ()
     mean_D = store.mean(target, site)
     parts: Sequence[dict[str, PartScores] | None] = [None] * len(dictionaries)
     shared: Sequence[int | None] = [None] * len(dictionaries)
     if is_joined(site):
         of_models = parts_by_model(site, *models)
-        all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens)
+        all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens, groups)
         variances = part_variances(dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens))
         losses = [losses_by_part["+".join(of_models[0].sites)] for losses_by_part in all_losses]
         relative = [
@@ -198,13 +200,15 @@ def _score_site(
         shared = [int(is_shared(relative_PxF).sum()) for relative_PxF in relative]
         parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, relative, strict=True)]
     else:
-        losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens)
-    roles = score_roles(models[0], dictionaries, store, sites, config.batch_tokens)
+        losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens, groups=groups)
+    by_role: Sequence[dict[str, RoleScores] | None] = [None] * len(dictionaries)
+    if roles:
+        by_role = score_roles(roles, dictionaries, losses, store, sites, mesh, config.batch_tokens)
     sinks, target_sinks = (
         LeftOutSinks(**vars(store.sinks(name)), max_norm=store.max_norm(name)) for name in (site, target)
     )
     for name, dictionary, score, loss, of_parts, of_shared, of_roles in zip(
-        folders, dictionaries, scores, losses, parts, shared, roles, strict=True
+        folders, dictionaries, scores, losses, parts, shared, by_role, strict=True
     ):
         folder = run.member_folder(name)
         folder.mkdir(exist_ok=True)

@@ -171,6 +171,7 @@ def _roles_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Tabl
         "Explained variance": lambda name, role, scored: number(scored.explained_variance, 3),
         "Dead": lambda name, role, scored: percent(scored.dead_fraction, 1),
         "Dense": lambda name, role, scored: percent(scored.dense_fraction, 1),
+        "Cross-entropy recovered (mean)": lambda name, role, scored: number(scored.ce_recovered_mean, 3),
     }
     caption = "The messages of held-out chats, by role"
     return [Table.of(caption, rows, columns, words=("Role",), stack=False)] if rows else []
