@@ -496,6 +496,34 @@ def expected_rows(
     return test * edits + chosen + documents * trainings
 
 
+def begin_ablation(
+    lm: LanguageModel,
+    basis: Dictionary,
+    behaviour: str,
+    prompts: Mapping[str, Sequence[Prompt]],
+    config: AblateConfig,
+    on_progress: OnProgress,
+    documents: int = 0,
+    **options: Any,
+) -> BehaviourAblation:
+    """Return the ablation of a dictionary on one behaviour, its progress told in rows of about as many as it takes.
+
+    Args:
+      lm: the model.
+      basis: the dictionary.
+      behaviour: its name.
+      prompts: prompts of all behaviours, by name.
+      config: settings of the ablation.
+      on_progress: called with the rows done and expected; may raise to stop.
+      documents: number of held-out documents.
+      **options: further fields of ``BehaviourAblation``.
+    """
+    rows = expected_rows(config, prompts, behaviour, basis.config.n_features, documents)
+    return BehaviourAblation(
+        lm, basis, behaviour, prompts[behaviour], config, RowProgress(on_progress, rows), **options
+    )
+
+
 def _measure_dictionary(
     ablation: BehaviourAblation, name: str, prompts: Mapping[str, Sequence[Prompt]], text: HeldOutText | None
 ) -> tuple[list[EffectsTable], float]:

@@ -38,6 +38,10 @@ NO_SHARES = (
     "zero without the edit, or too few other tokens were ranked."
 )
 NO_PLACEBO_READOUTS = "Not asked: no placebo readouts were given, whose features the top ones could be compared with."
+NO_PLACEBO_ANSWERS = (
+    "Not tested: there are no placebo sets. None were asked for, or no train item has two wrong answers of the form of "
+    "its final answer, of which a target is made; an item of two choices has one."
+)
 NO_DOSE = (
     "Not testable: no list of directions, of the tested or of an untrained dictionary, changes the site as much as the "
     "top features do."
@@ -195,7 +199,7 @@ class ImportanceSummary:
     """The effects of all live features, each ablated alone; details are in the ranking file."""
 
     features: int  #: number of live features
-    significant: int  #: with a family-wise p-value of at most 0.05
+    significant: int | None  #: with a family-wise p-value of at most 0.05; None: too few prompts to tell
     attribution_correlation: float | None  #: rank correlation of attribution and effect
     activation_correlation: float | None  #: rank correlation of correlation with the logit difference and effect
 

@@ -6,7 +6,8 @@ its mean drop of the logit difference there are
 - a bootstrap interval, over prompts within templates;
 - a p-value of the sign-flip test over prompts, adjusted for all features by step-down maxT (Westfall and Young, 1993).
   It speaks of prompts of the same templates; three templates are too few to speak of others. A drop is *significant* if
-  the adjusted p is at most 0.05 and the mean drop has the same sign in every template;
+  the adjusted p is at most 0.05 and the mean drop has the same sign in every template. With fewer than 6 prompts no p
+  is that small, and nothing is said;
 - its *attribution* on the same prompts, activation x gradient;
 - its *activation correlation*: of its largest activation on a prompt with the clean logit difference. It says
   nothing of causes.
@@ -18,7 +19,7 @@ import numpy as np
 
 from saejax.interventions import activity
 from saejax.interventions.ablation import BehaviourAblation
-from saejax.interventions.answers import ImportanceSummary
+from saejax.interventions.answers import ImportanceSummary, VerdictConfig
 from saejax.interventions.columns import Columns
 from saejax.interventions.table import EffectsTable
 from saejax.statistics.bootstrap import resampling_weights
@@ -42,7 +43,7 @@ class Importance(Columns):
     drop_low: np.ndarray
     drop_high: np.ndarray
     accuracy_drop: np.ndarray  #: of two-way accuracy, a share
-    p_fwer: np.ndarray  #: p-value of the drop, adjusted for all features
+    p_fwer: np.ndarray  #: p-value of the drop, adjusted for all features; NaN with too few prompts to tell
     same_sign: np.ndarray  #: 1 where the mean drop has the same sign in every template
     attribution: np.ndarray  #: estimate of the drop, logits
     activation_correlation: np.ndarray  #: Pearson; NaN where one of both is constant
@@ -53,7 +54,7 @@ class Importance(Columns):
         significant_N = (self.p_fwer <= LEVEL) & (self.same_sign > 0)
         return ImportanceSummary(
             features=len(self.feature),
-            significant=int(significant_N.sum()),
+            significant=None if np.isnan(self.p_fwer).all() else int(significant_N.sum()),
             attribution_correlation=_rank_correlation(self.attribution, self.drop),
             # A feature that falls as the logit difference rises is as good a guess as one that rises.
             activation_correlation=_rank_correlation(np.abs(self.activation_correlation), self.drop),
@@ -81,6 +82,7 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
     sign_GxN = np.sign([drop_NxP[:, template_P == name].mean(axis=1) for name in dict.fromkeys(templates)])
     statistics = ablation.statistics
     largest_NxP = activity.maxima(ablation.split, ablation.runs)[:, feature_N].T.astype(np.float64)
+    p_fwer = max_t_p(drop_NxP, PERMUTATIONS, ablation.config.seed)
     return Importance(
         feature=feature_N,
         firing_rate=statistics.firing_rate_F[feature_N],
@@ -89,7 +91,7 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
         drop_low=low_N,
         drop_high=high_N,
         accuracy_drop=(clean_P > 0).mean() - (ablated_NxP > 0).mean(axis=1),
-        p_fwer=max_t_p(drop_NxP, PERMUTATIONS, ablation.config.seed),
+        p_fwer=p_fwer if len(prompts) >= VerdictConfig.least_prompts else np.full(len(p_fwer), np.nan),
         same_sign=(np.abs(sign_GxN.sum(axis=0)) == len(sign_GxN)).astype(np.float64),
         attribution=ablation.mean_attribution(ablation.runs)[feature_N],
         activation_correlation=correlations(largest_NxP, clean_P[None]),

@@ -14,10 +14,8 @@ from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError, one_of
 from saejax.interventions.ablation import (
     TEXT_LENGTH,
-    BehaviourAblation,
-    RowProgress,
+    begin_ablation,
     describe_top,
-    expected_rows,
     measure_behaviour,
     verdict_config,
 )
@@ -161,10 +159,8 @@ def ablate(
     tables, top, importance = [], {}, {}
     for name in by_behaviour:
         with show_progress(f"ablate {name}") as on_progress:
-            rows = expected_rows(config, by_behaviour, name, tested.config.n_features, len(documents))
-            progress = RowProgress(on_progress, rows)
-            ablation = BehaviourAblation(
-                lm, tested, name, by_behaviour[name], config, progress, features, None, *readouts
+            ablation = begin_ablation(
+                lm, tested, name, by_behaviour, config, on_progress, len(documents), features=features, **readouts
             )
             table = measure_behaviour(ablation, by_behaviour, text, repeats)
         tables.append(table)
@@ -288,18 +284,19 @@ def _readouts(
     readout: Callable[[jax.Array], jax.Array] | None,
     positions: int,
     placebos: Sequence[Callable[[jax.Array], jax.Array]],
-) -> tuple[Readout | None, Readout | None]:
-    """Return the user's readout and placebo readouts; raise a ``UserError`` if they cannot be used."""
+) -> dict[str, Readout | None]:
+    """Return the user's readouts as fields of an ablation; raise a ``UserError`` if they cannot be used."""
     if readout is None:
         if placebos or positions != 1:
             raise UserError("placebo_readouts and readout_positions go with a readout: give one")
-        return None, None
+        return {}
     for function in (readout, *placebos):
         if not callable(function):
             raise UserError(f"a readout is {function!r:.60}: expected a function of the logits")
     if positions < 1:
         raise UserError(f"readout_positions is {positions}: expected 1 or more")
-    return Readout((readout,), positions), Readout(tuple(placebos), positions) if placebos else None
+    placebo_readout = Readout(tuple(placebos), positions) if placebos else None
+    return dict(readout=Readout((readout,), positions), placebo_readout=placebo_readout)
 
 
 def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:

@@ -358,6 +358,8 @@ def _without_controls(measured: MeasuredBehaviour, group: str) -> _Test:
         return _Test(None, lambda _: CausalAnswer("not testable", wording.NO_DOSE))
     if group == "placebo" and measured.objective == "readout":
         return _Test(None, lambda _: CausalAnswer("not tested", wording.NO_PLACEBO_READOUTS))
+    if group == "placebo" and measured.objective == "answer_margin":
+        return _Test(None, lambda _: CausalAnswer("not tested", wording.NO_PLACEBO_ANSWERS))
     if group != "random" or not pool:
         return _not_tested(f"no {wording.CONTROLS[group]} were measured")
     sentence = (

@@ -159,8 +159,8 @@ def overview(figures: StudyFigures) -> tuple[tuple[str, str], ...]:
         elif gate.gate != "cannot tell":
             lines["Not beyond all"].append(f"{where}: {gate.gate} ({answers})")
         else:
-            # The reason names the items that are needed where there were too few.
-            lines["Could not be tested"].append(f"{where}: {gate.reason.rstrip('.')} ({answers})")
+            # The reason names the controls, and the items that are needed where there were too few.
+            lines["Could not be tested"].append(f"{where}: {gate.reason.rstrip('.')}")
     summary = [(name, "; ".join(some) + "." if some else "None.") for name, some in lines.items()]
     if control_answers := [answer for answer in figures.learned if answer.expected]:
         summary.append(("Known answers", _compare_known(control_answers)))

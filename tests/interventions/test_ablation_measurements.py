@@ -259,7 +259,15 @@ def test_every_live_feature_is_ranked_beside_estimates(ablation, tmp_path):
     effect = ablation.top["first"][0]
     assert importance.drop[importance.feature == effect.feature] == pytest.approx(effect.drop.mean, abs=1e-4)
     assert (importance.drop_low <= importance.drop + 1e-9).all() and (importance.p_fwer > 0).all()
-    assert importance.summary.attribution_correlation > 0.5
+    assert importance.summary.attribution_correlation > 0.5 and importance.summary.significant is not None
+
+
+def test_no_feature_is_without_a_significant_effect_on_five_prompts(tiny, dictionary, make_prompt):
+    """The smallest p-value of so few prompts is a sixteenth, so that "0 features" would say too much."""
+    options = dict(random_sets=1, placebo_targets=0, untrained_dictionaries=0, baselines=(), bootstrap=100)
+    prompts = make_prompts(make_prompt, "only")[:15]
+    few = saejax.ablate(tiny, dictionary, prompts, top=TOP, effects="all", **options).importance["only"]
+    assert np.isnan(few.p_fwer).all() and few.summary.significant is None and few.summary.features > 0
 
 
 def test_effects_of_top_features_have_intervals_within_templates(ablation):

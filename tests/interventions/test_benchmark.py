@@ -217,15 +217,15 @@ def test_placebo_targets_are_distinct_pairs_of_corrupted_answers():
     assert answer_pairs([], 9, seed=1) == []
 
 
-def benchmark_table(seed, answer, answers=20):
+def benchmark_table(seed, answer, answers=20, placebos=19):
     """T costs the text 3 nats, controls 1; T costs the margin of the final answer ``answer``, placebo sets 0 to 2."""
     rng = np.random.default_rng(seed)
     prompts = [PromptDefinition(f"b/{p:02d}", "b") for p in range(answers)]
-    groups = [("clean", 1), ("top", 1), ("random", 19), ("placebo", 19)]
+    groups = [("clean", 1), ("top", 1), ("random", 19), ("placebo", placebos)]
     edits = [EditDefinition("b", group, i, (i + 100 * (group == "random"),)) for group, n in groups for i in range(n)]
     text = dict(clean=0.0, top=3.0)
     text_E = np.array([text.get(edit.group, 1.0) for edit in edits])
-    margin_E = np.array([0.0, answer if answer is not None else rng.uniform(0, 2), *rng.uniform(0, 2, 38)])
+    margin_E = np.array([0.0, answer if answer is not None else rng.uniform(0, 2), *rng.uniform(0, 2, 19 + placebos)])
     noise_2xExP = rng.normal(size=(2, len(edits), answers)) * (np.arange(len(edits)) > 0)[:, None]
     margin_ExP = 4 - margin_E[:, None] - noise_2xExP[1]
     margin_ExP[2:21] = np.nan  # not measured under random lists
@@ -246,6 +246,9 @@ def test_specific_is_asked_of_the_final_answer_and_not_of_the_text():
     assert "nats of the final answer's margin" in found[0].placebo.sentence
     (few,) = verdict(benchmark_table(0, 4.0, answers=5)).dictionaries[TESTED].values()
     assert few.placebo.answer == "not testable" and "5 prompts" in few.placebo.sentence
+    # Items of two choices have one wrong answer each, and a placebo target takes two.
+    (lacking,) = verdict(benchmark_table(0, 4.0, placebos=0)).dictionaries[TESTED].values()
+    assert lacking.placebo.answer == "not tested" and "two wrong answers" in lacking.placebo.sentence
     # The page never compares the two quantities: the text's log-likelihood, and the final answer's margin.
     table = benchmark_table(0, 4.0)
     top, placebo = (

@@ -149,10 +149,16 @@ def features(findings: Findings, shown: int) -> list[Section]:
         blocks: list[Block] = [_feature_table(top, labels), *strips]
         importance = (ablate.importance or {}).get(name)
         if importance:
+            count = importance.significant
+            significant = (
+                "none can have a significant effect with so few prompts"
+                if count is None
+                else f"{count:,} have a significant effect (family-wise p at most 0.05)"
+            )
             text = (
-                f"Of all {importance.features:,} live features, each ablated alone, {importance.significant:,} have a "
-                "significant effect (family-wise p at most 0.05). The rank correlation of attribution with the effect "
-                f"is {number(importance.attribution_correlation)}, that of the correlation of activation and logit "
+                f"Of all {importance.features:,} live features, each ablated alone, {significant}. The rank "
+                "correlation of attribution with the effect is "
+                f"{number(importance.attribution_correlation)}, that of the correlation of activation and logit "
                 f"difference {number(importance.activation_correlation)}."
             )
             blocks.insert(1, Text(text))

@@ -11,10 +11,8 @@ from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.interventions.ablation import (
     TEXT_LENGTH,
-    BehaviourAblation,
-    RowProgress,
+    begin_ablation,
     describe_top,
-    expected_rows,
     measure_behaviour,
     verdict_config,
 )
@@ -91,8 +89,7 @@ def run_ablate(run: Run) -> AblateResults:
 
         def measure(name: str, on_progress: OnProgress) -> parts.Measured:
             documents = len(text.documents) if text else 0
-            rows = expected_rows(config, prompts, name, tested.config.n_features, documents)
-            ablation = BehaviourAblation(lm, tested, name, prompts[name], config, RowProgress(on_progress, rows))
+            ablation = begin_ablation(lm, tested, name, prompts, config, on_progress, documents)
             table = measure_behaviour(ablation, prompts, text, repeats)
             importance = measure_importance(table, ablation) if config.effects == "all" else None
             if is_first_process():

@@ -14,7 +14,7 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import published_heads
-from saejax.interventions.ablation import BehaviourAblation, RowProgress, expected_rows, measure_behaviour
+from saejax.interventions.ablation import begin_ablation, measure_behaviour
 from saejax.interventions.answers import VerdictConfig, mean_interval
 from saejax.interventions.edits import swap
 from saejax.interventions.engine import run_edits
@@ -182,8 +182,7 @@ def _measure_features(
         bootstrap=config.bootstrap,
         batch_rows=config.batch_rows,
     )
-    progress = RowProgress(on_progress, expected_rows(settings, prompts, name, dictionary.config.n_features))
-    ablation = BehaviourAblation(lm, dictionary, name, prompts[name], settings, progress)
+    ablation = begin_ablation(lm, dictionary, name, prompts, settings, on_progress)
     table = measure_behaviour(ablation, prompts)
     save_effects(run.folder / f"{name}-effects", table)
     definitions = table.select_prompts(name)
