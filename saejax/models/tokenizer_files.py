@@ -55,6 +55,8 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = _tokenizer_class(folder).from_pretrained(folder, **LOCAL)
     except Exception:  # of any type: a class for another kind of vocabulary cannot be built from this one
+        if "auto_map" in _read_settings(folder):  # the model's own code may do more than the file says
+            raise
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **LOCAL)
     file.no_truncation()
     file.no_padding()
@@ -98,8 +100,7 @@ def _differing_text(tokenizer: Any, expected: dict[str, list[int] | None]) -> st
 
 def _tokenizer_class(folder: Path) -> Any:
     """Return ``AutoTokenizer``, whose import loads torch for seconds, or the class that it would choose."""
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = _read_settings(folder)
     plain = settings.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in settings
     if plain and read_object(folder / "config.json").get("model_type") in _PLAIN:
         from transformers import PreTrainedTokenizerFast
@@ -108,3 +109,9 @@ def _tokenizer_class(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return the content of ``tokenizer_config.json``; empty without the file."""
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
