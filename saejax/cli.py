@@ -52,7 +52,7 @@ def main(program: str = "") -> None:
     except (UserError, flags.Error) as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
-    sys.exit(run(name, [sys.argv[0] if program else f"saejax {name}", *arguments]))
+    command.leave(run(name, [sys.argv[0] if program else f"saejax {name}", *arguments]))
 
 
 def run(program: str, argv: Sequence[str]) -> int:

@@ -7,13 +7,10 @@ import io
 import json
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-
-import psutil
 
 from saejax.errors import UserError
 
@@ -21,7 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-WRITING = "writing-"  # in names of what is being written, before the writer's mark
+WRITING = "writing-"  # in names of what is being written, before a random mark
+_LOCK = ".lock"  # ending of the lock file of a folder that is being written
 
 
 def file_sha256(path: Path) -> str:
@@ -32,7 +30,7 @@ def file_sha256(path: Path) -> str:
 
 def unfinished_path(path: Path) -> Path:
     """Return a new path next to a file, for its content until it is whole; ``remove_unfinished`` finds it."""
-    return path.with_name(f".{path.name}.{WRITING}{_writer_mark()}")
+    return path.with_name(f".{path.name}.{WRITING}{uuid.uuid4().hex}")
 
 
 @contextlib.contextmanager
@@ -53,39 +51,23 @@ def whole_file(path: Path) -> Iterator[Path]:
 def unfinished_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder to write in, inside of ``folder``, which is made if missing; it is removed afterwards.
 
-    What processes of this host that are gone have left there is removed before: a cross-layer transcoder has gigabytes.
+    What killed processes have left there is removed before: a cross-layer transcoder has gigabytes. Each has a lock
+    file beside its folder, which counts wherever it ran: in containers, numbers of processes say nothing.
     """
-    for left in folder.glob(f".{WRITING}*") if folder.is_dir() else ():
-        if _is_of_gone_process(left.name.removeprefix(f".{WRITING}")):
-            shutil.rmtree(left, ignore_errors=True)
-    unfinished = folder / f".{WRITING}{_writer_mark()}"
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _writer_mark() -> str:
-    """Return a mark of this process and moment: in containers, numbers of processes come again."""
-    return f"{os.getpid()}-{uuid.uuid4().hex[:8]}@{socket.gethostname()}"
-
-
-def _is_of_gone_process(mark: str) -> bool:
-    """Return whether a ``_writer_mark`` is of a process of this host that is gone, or had this one's number."""
-    process, _, rest = mark.partition("-")
-    here = rest.partition("@")[2] == socket.gethostname()
-    return here and process.isdigit() and (int(process) == os.getpid() or not is_running(int(process)))
-
-
-def is_running(process: int) -> bool:
-    """Return whether the process of this number runs on this machine.
-
-    A killed process whose parent does not ask for its status keeps its number, as in many containers.
-    """
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
-    return False
+    for lock in folder.glob(f".{WRITING}*{_LOCK}") if folder.is_dir() else ():
+        if not is_locked(lock):
+            shutil.rmtree(lock.with_name(lock.name.removesuffix(_LOCK)), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{WRITING}{uuid.uuid4().hex}"
+    lock = unfinished.with_name(unfinished.name + _LOCK)
+    with locked_text(lock, ""):
+        try:
+            unfinished.mkdir()
+            yield unfinished
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -110,6 +92,32 @@ def locked(path: Path) -> Iterator[IO[str]]:
     with open(path, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+@contextlib.contextmanager
+def locked_text(path: Path, text: str) -> Iterator[None]:
+    """Create a text file, which must not exist, and hold a lock on it until the block or the process ends.
+
+    Where the file system has no locks, nothing is held, and ``is_locked`` says that it is.
+    """
+    with open(path, "x", encoding="utf-8") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.write(text)
+        file.flush()
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds a file by ``locked_text``, or may hold it; False if the file is gone."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except FileNotFoundError:
+        return False
+    except OSError:  # it is held, or there are no locks here
+        return True
 
 
 def write_text(path: Path, text: str) -> None:

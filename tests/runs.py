@@ -128,7 +128,7 @@ def start_pair(
 def finish(process: subprocess.Popen, status: int = 0) -> str:
     """Waits (a process that never ends fails by the test's time limit), checks the exit status, gives the output."""
     output, _ = process.communicate()
-    assert process.returncode == status, output
+    assert process.returncode == status, (process.returncode, output)
     return output
 
 

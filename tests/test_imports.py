@@ -18,7 +18,7 @@ SHELL = ["cli", "costs", "page", "preflight", "runner", "serving", "stages", "st
 # The same inside a package.
 INSIDE = dict(
     attribution="stage programs requests forms checks heads trace local results graph settings",
-    parallel="mesh collectives cluster stopping processes settings",
+    parallel="mesh collectives cluster stopping processes gpus settings",
 )
 WITH_TORCH = "torch_devices torch_hooks torch_model source checkpoint model_cache"
 TORCH_MAY_BE_IN = {"saejax.activations.torch_capture", "saejax.interpret.jacobian_lens"} | {

@@ -1,5 +1,6 @@
 """Units are addressed by their content, appear whole, and are never overwritten; one process makes each."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,9 +10,9 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
-import psutil
 import pytest
 
+import saejax.files
 from saejax.errors import UserError
 from saejax.runner import workspace
 from saejax.runner.workspace import Workspace, current_units
@@ -121,23 +122,49 @@ def claim_elsewhere(root, then: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_unit_that_another_process_makes_is_refused_until_that_is_gone(tmp_path, monkeypatch):
+def test_a_unit_that_another_process_makes_is_refused_until_that_is_gone(tmp_path):
     holder, space = claim_elsewhere(tmp_path, "sys.stdin.read()"), Workspace(tmp_path)
     assert holder.stdout.readline().strip() == "held"
     assert space.is_claimed("train/topk", "m") and not space.is_claimed("train/topk", "other")
     with pytest.raises(UserError, match=f"is being made by process {holder.pid} on .*--take_over"):
         claim(space)
     claim(space, mark="other")
-    boot = psutil.boot_time()
-    monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: boot + 3600)  # the clock was set
-    assert space.is_claimed("train/topk", "m")
-    monkeypatch.undo()
     holder.kill()
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked for its status yet
     assert not space.is_claimed("train/topk", "m")
     holder.wait()
     assert not space.is_claimed("train/topk", "m")
     claim(space)
+
+
+def test_containers_of_one_host_name_do_not_take_each_others_claims(tmp_path):
+    """They do not see each other's processes; after a restart of one, its number may be that of a living process."""
+    space = Workspace(tmp_path)
+    with space.claim("train/topk", "m") as folder:
+        about = json.loads((folder / "claim.json").read_text())
+        (folder / "claim.json").write_text(json.dumps(about | dict(process=2**22 + 1)))  # of no process that is seen
+        assert space.is_claimed("train/topk", "m")
+        with pytest.raises(UserError, match="is being made by process 4194305"):
+            claim(space)
+        assert json.loads((folder / "claim.json").read_text())["process"] == 2**22 + 1
+    (folder / "claim.json").write_text(json.dumps(about))  # as a kill leaves it; this process lives
+    assert not space.is_claimed("train/topk", "m")
+    claim(space)
+
+
+def test_where_files_cannot_be_locked_a_claim_counts_as_held(tmp_path, monkeypatch):
+    space = Workspace(tmp_path)
+
+    def refuse(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(saejax.files.fcntl, "flock", refuse)
+    with space.claim("train/topk", "m") as folder:
+        kept = (folder / "claim.json").read_text()
+    (folder / "claim.json").write_text(kept)  # as a kill leaves it
+    with pytest.raises(UserError, match="--take_over"):
+        claim(space)
+    claim(space, take_over=True)
 
 
 def test_what_a_process_leaves_that_is_killed_as_it_claims_is_removed(tmp_path, monkeypatch):
@@ -182,7 +209,7 @@ def test_of_two_that_find_a_claim_gone_one_gets_it(tmp_path):
     folder = claim(Workspace(tmp_path))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    about = dict(host=workspace.socket.gethostname(), process=gone.pid, began=0.0, uptime=0.0, job="", time="")
+    about = dict(host=workspace.socket.gethostname(), process=gone.pid, key="", job="", time="")
     (folder / "claim.json").write_text(json.dumps(about))
     both = [claim_elsewhere(tmp_path, "time.sleep(2)") for _ in range(2)]
     started = time.monotonic()

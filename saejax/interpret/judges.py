@@ -10,11 +10,11 @@ import json
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from saejax.errors import UserError
+from saejax.errors import Interrupted, UserError
 from saejax.files import fingerprint
 from saejax.interpret.questions import Question
 from saejax.interpret.settings import ExplainConfig
@@ -27,7 +27,8 @@ MAX_TOKENS = 4096  # of an answer of an endpoint, whose model may reason first; 
 _RETRIES = 5  # with the client's waits: as the server asks (Retry-After), or 0.5 to 8 s, doubling
 _LETTERS = 4  # characters per token, where the endpoint reports no usage
 ANSWERS = "answers.jsonl"
-_LOT = 64  # questions handed over together; a run can stop, and looks at its limit of tokens, between two such lots
+_LOT = 64  # questions handed over together; a run looks at its limit of tokens between two such lots
+_LOOK_EVERY, _LAST = 0.2, 10.0  # seconds between looks whether to stop; for which a run that stops waits for answers
 _NO_THINKING = dict(enable_thinking=False)  # Qwen3 and others; templates without the variable ignore it
 
 
@@ -186,15 +187,24 @@ class Answers:
                     f"--explain.most_tokens={self._limit}: {self.tokens:,} tokens are spent and {len(left):,} "
                     "questions are left; answers so far are kept: raise the limit and run again"
                 )
-            self._ask(left[:_LOT])
+            self._ask(left[:_LOT], on_progress, len(missing) - len(left), len(missing))
             left = left[_LOT:]
         return [self._answers[key].text for key in keys]
 
-    def _ask(self, lot: Sequence[tuple[str, Question]]) -> None:
-        """Ask questions concurrently, and keep each answer as it arrives."""
+    def _ask(self, lot: Sequence[tuple[str, Question]], on_progress: OnProgress, before: int, total: int) -> None:
+        """Ask questions concurrently, and keep each answer as it arrives.
+
+        Args:
+          lot: the questions with their keys.
+          on_progress: called several times a second with the numbers of answers and questions; may raise
+            ``Interrupted``.
+          before: answers to earlier questions.
+          total: questions in all.
+        """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         complete = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
-        with self._path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(self._concurrency) as threads:
+        threads = ThreadPoolExecutor(self._concurrency)
+        with self._path.open("a", encoding="utf-8") as file:
             file.write("" if complete else "\n")  # end the line that a killed run left incomplete
 
             def ask(key: str, question: Question) -> None:
@@ -206,12 +216,20 @@ class Answers:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
 
-            waiting = [threads.submit(ask, *item) for item in lot]
+            waiting, patience = {threads.submit(ask, *item) for item in lot}, TIMEOUT
             try:
-                for future in as_completed(waiting):
-                    future.result()
+                while waiting:
+                    done, waiting = wait(waiting, _LOOK_EVERY, FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                    on_progress(before + len(lot) - len(waiting), total)
+            except Interrupted:
+                patience = _LAST
+                raise
             finally:
-                threads.shutdown(cancel_futures=True)  # answers under way are still kept
+                threads.shutdown(wait=False, cancel_futures=True)
+                # Answers under way are still kept.
+                wait([future for future in waiting if not future.cancelled()], patience)
 
     def _key(self, question: Question) -> str:
         return fingerprint(dict(model=self._model) | dataclasses.asdict(question))

@@ -5,17 +5,20 @@ processes there are. Elsewhere ``--mesh.processes``, ``process_id`` and ``coordi
 """
 
 import collections
+import concurrent.futures
 import dataclasses
-import glob
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from orbax.checkpoint import multihost
 
-from saejax.errors import UserError
+from saejax.errors import Interrupted, UserError
+from saejax.parallel.gpus import count_gpus, count_visible
 from saejax.parallel.processes import Processes
 from saejax.parallel.settings import MeshConfig
 from saejax.parallel.stopping import StopAgreement
@@ -23,42 +26,45 @@ from saejax.parallel.stopping import StopAgreement
 HEARTBEAT = 30  # seconds without a sign of life after which JAX gives a process up and ends the others
 _COME = 300  # seconds that processes wait for one another at the start
 _SHUTDOWN = 50  # seconds that a process which is done waits for the others
+_LOOK_EVERY = 0.1  # seconds
 _joined: list[Processes] = []  # the processes of this one's run, once it has joined them
 _agreement: list[StopAgreement] = []  # of these processes, where there are several
 
 
-def join(config: MeshConfig, say: Callable[[str], None]) -> MeshConfig:
+def join(config: MeshConfig, say: Callable[[str], None], stopping: Callable[[], bool] = lambda: False) -> MeshConfig:
     """Join this process to the others of its run, before JAX looks for devices.
 
     Args:
       config: number of processes, number of this one and address of the first, unless the cluster gives them.
       say: prints a line.
+      stopping: whether this process was asked to stop; it then no longer waits for the others.
 
     Returns:
       The settings with the number of processes and the number of this one.
 
     Raises:
       UserError: no cluster or no first process can be found, or the processes of a node cannot share its GPUs.
+      Interrupted: asked to stop.
     """
     # Its handler of SIGTERM would replace Python's, so that a run of one process would not hear of the signal.
     jax.config.update("jax_enable_preemption_service", False)
-    gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+    gpus = count_gpus()
     ids: list[int] | None
-    common = dict(initialization_timeout=_COME, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=_SHUTDOWN)
     if config.distributed == "flags":
-        named = dict(num_processes=config.processes, process_id=config.process_id)
         try:
-            jax.distributed.initialize(config.coordinator or None, **named, **common)
+            _initialize(config, stopping, num_processes=config.processes, process_id=config.process_id)
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"process {config.process_id} of {config.processes} finds no others by "
                 f"--mesh.coordinator={config.coordinator} ({error}): name HOST:PORT of process 0 in every process"
             ) from error
-        ids = list(range(visible_gpus(os.environ, gpus)))
+        ids = list(range(count_visible(os.environ, gpus)))
+        if (named := os.environ.get("JAX_CUDA_VISIBLE_DEVICES", "all")) != "all":  # for JAX alone
+            ids = [int(number) for number in named.split(",")]
     else:
         ids = gpus_of_process(os.environ, gpus)
         try:
-            jax.distributed.initialize(config.coordinator or None, local_device_ids=ids, **common)
+            _initialize(config, stopping, local_device_ids=ids)
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 "--mesh.distributed=auto found neither SLURM, Open MPI nor a TPU slice of several hosts "
@@ -69,6 +75,24 @@ def join(config: MeshConfig, say: Callable[[str], None]) -> MeshConfig:
     _agreement[:] = [StopAgreement(processes) for processes in _joined if count > 1]
     check_devices(jax.devices(), rank, None if jax.config.jax_platforms == "cpu" else ids)
     return dataclasses.replace(config, processes=count, process_id=rank)
+
+
+def _initialize(config: MeshConfig, stopping: Callable[[], bool], **which: Any) -> None:
+    """Call ``jax.distributed.initialize``, which waits for the other processes, in a thread, and wait with it."""
+    limits = dict(initialization_timeout=_COME, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=_SHUTDOWN)
+    joining: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def initialize() -> None:
+        try:
+            joining.set_result(jax.distributed.initialize(config.coordinator or None, **which, **limits))
+        except BaseException as error:
+            joining.set_exception(error)
+
+    threading.Thread(target=initialize, name="saejax-join", daemon=True).start()
+    while concurrent.futures.wait([joining], _LOOK_EVERY).not_done:
+        if stopping():
+            raise Interrupted("stopped while waiting for other processes to start")
+    joining.result()
 
 
 def joined_processes() -> Processes | None:
@@ -151,7 +175,7 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
     else:
         # SLURM writes "2(x3),1" for two processes on each of three nodes, then one; nodes have to be equal.
         tasks, local = environment.get("SLURM_STEP_TASKS_PER_NODE", ""), environment.get("SLURM_LOCALID", "0")
-    processes, visible = re.match(r"\d+", tasks), visible_gpus(environment, gpus)
+    processes, visible = re.match(r"\d+", tasks), count_visible(environment, gpus)
     if processes is None or not visible:
         return None
     # SLURM may have assigned them already.
@@ -162,21 +186,3 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
             f"{processes[0]} processes cannot share the {visible} GPUs of their node: start one a node, or one a GPU"
         )
     return [int(local)]
-
-
-def visible_gpus(environment: Mapping[str, str], gpus: int) -> int:
-    """Return how many of a node's GPUs its environment lets a process see.
-
-    CUDA_VISIBLE_DEVICES lists numbers or names, such as "GPU-8932f937". CUDA ignores what stands behind the first entry
-    that names no GPU, such as -1 or the number of one that is not there, and sees none where one is named twice.
-    """
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return gpus
-    named: list[str] = []
-    for entry in map(str.strip, visible.split(",")):
-        number = re.match(r"\d+", entry)  # CUDA reads "1st" as 1
-        if not (int(number[0]) < gpus if number else entry.startswith(("GPU-", "MIG-"))):
-            break
-        named.append(str(int(number[0])) if number else entry)
-    return len(named) if len(set(named)) == len(named) else 0

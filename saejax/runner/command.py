@@ -10,10 +10,12 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 
@@ -23,6 +25,11 @@ from saejax.parallel.cluster import joined_processes, process_label
 from saejax.runner import command_line, environment, pipeline
 
 _signals: list[int] = []  # that came since the handlers were installed
+_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+_asked = threading.Event()  # set when the main thread has learned of a signal, or the work is over
+_pipe: list[int] = []  # into which the system writes the numbers of signals
+_PATIENCE = 20.0  # seconds for which a signal waits to be asked for
+_STOPPED = "stopped; finished units are kept: run the same command to go on"
 _DISK = {
     **{number: f"{reason}: free space, then run again" for number, reason in NO_ROOM.items()},
     errno.EROFS: "the disk is read-only",
@@ -38,7 +45,14 @@ def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -
       about: its purpose, for ``--help``.
       argv: program name and arguments; default ``sys.argv``.
     """
-    sys.exit(run(stages, about, sys.argv if argv is None else argv))
+    leave(run(stages, about, sys.argv if argv is None else argv))
+
+
+def leave(status: int) -> NoReturn:
+    """End the process; after a signal without an orderly end, which would wait for threads, such as a download's."""
+    if _signals and status:
+        _exit_now(status)
+    sys.exit(status)
 
 
 def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
@@ -71,16 +85,23 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
     try:
         status = run_and_report(work, flag_values)
     except Exception:
-        if not joined_processes():
+        if not (processes := joined_processes()):
             raise
         traceback.print_exc()
+        with contextlib.suppress(Exception):  # the service may be gone
+            # What was computed together with a process that has ended fails, too.
+            status = (processes.failure() or (0, status))[1]
     if (processes := joined_processes()) and status:
         # An orderly end would wait for the other processes, which may wait for this one.
         processes.tell_failure(status)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _exit_now(status)
     return status
+
+
+def _exit_now(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run_and_report(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
@@ -94,9 +115,9 @@ def run_and_report(work: Callable[[], None], flag_values: flags.FlagValues) -> i
     except Interrupted as stop:
         print(f"{process_label()}{stop}", file=sys.stderr)
         return 128 + (_signals[0] if _signals else signal.SIGTERM)
-    except KeyboardInterrupt:  # a second Ctrl-C, or one before the handlers are there
-        print(f"{process_label()}stopped; finished units are kept: run the same command to go on", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt:  # a second Ctrl-C, one before the handlers are there, or nobody has asked for long
+        print(f"{process_label()}{_STOPPED}", file=sys.stderr)
+        return 128 + (_signals[0] if _signals else signal.SIGINT)
     except OtherFailed as failure:
         print(f"{process_label()}{failure}", file=sys.stderr)
         return failure.status
@@ -119,6 +140,8 @@ def run_and_report(work: Callable[[], None], flag_values: flags.FlagValues) -> i
             "how to make it smaller; --debug shows where it was",
             flag_values,
         )
+    finally:
+        _asked.set()
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -154,15 +177,50 @@ def make_logger() -> Callable[[str], None]:
 
 
 def install_signal_handlers() -> Callable[[], bool]:
-    """Catch SIGTERM and the first Ctrl-C; return a function that tells whether one of them came."""
+    """Catch SIGTERM and the first Ctrl-C; return a function that tells whether one of them came.
+
+    A main thread that does not ask for a while, such as one that downloads or writes a large export, is interrupted as
+    by a second Ctrl-C. If even that does not reach it, because it compiles or waits outside of Python, the process ends
+    a while later. Files appear whole or not at all, so no moment is a wrong one.
+    """
     _signals.clear()
+    _asked.clear()
+    overdue = threading.Event()
 
     def on_signal(number: int, frame: object) -> None:
-        if number == signal.SIGINT and _signals:
+        if _signals and (number == signal.SIGINT or overdue.is_set()):
             raise KeyboardInterrupt
         _signals.append(number)
 
+    def insist(pipe: int) -> None:
+        with open(pipe, "rb", buffering=0) as stream:
+            number = next((byte[0] for byte in iter(lambda: stream.read(1), b"") if byte[0] in _CAUGHT), None)
+        if number is None or _asked.wait(_PATIENCE):  # None: the handlers were installed anew
+            return
+        overdue.set()
+        signal.pthread_kill(main_thread, number)
+        if not _asked.wait(_PATIENCE):
+            print(f"{process_label()}{_STOPPED}", file=sys.stderr)
+            if processes := joined_processes():
+                processes.tell_failure(128 + number)
+            _exit_now(128 + number)
+
+    def stopping() -> bool:
+        # Other threads ask as well, whose answers may not reach the main thread.
+        if _signals and threading.get_ident() == main_thread:
+            _asked.set()
+        return bool(_signals)
+
+    main_thread = threading.main_thread().ident or 0
     with contextlib.suppress(ValueError):  # not the main thread (a test or a notebook): nobody signals it
-        signal.signal(signal.SIGTERM, on_signal)
-        signal.signal(signal.SIGINT, on_signal)
-    return lambda: bool(_signals)
+        for number in _CAUGHT:
+            signal.signal(number, on_signal)
+        # A thread hears of signals by this pipe while the main thread is outside of Python, and no handler runs.
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for earlier in _pipe:
+            os.close(earlier)
+        _pipe[:] = [write]
+        threading.Thread(target=insist, args=(read,), name="saejax-signal", daemon=True).start()
+    return stopping

@@ -128,7 +128,7 @@ def run_stages(
     processes = None
     if configs[MeshConfig].together:
         _check_keep_going(options, configs)
-        configs |= join(configs[MeshConfig], say)
+        configs |= join(configs[MeshConfig], say, stopping)
         _check_keep_going(options, configs)  # only now is their number known where the cluster gives it
         processes = joined_processes()
     if processes:

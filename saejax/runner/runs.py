@@ -199,7 +199,10 @@ def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str
                 if what == "store":
                     workspace.remove_files(unit.name, unit.fingerprint)
                 else:
-                    shutil.rmtree(path)
+                    shutil.rmtree(path, ignore_errors=True)
+            # NFS keeps the claim, which is open, under another name until it is closed.
+            if what != "store" and path.exists():
+                shutil.rmtree(path)
         lines.append(
             f"{'would remove' if dry_run else 'removed'} {what}: {unit.name}-{unit.fingerprint}, {_words(size)}"
         )

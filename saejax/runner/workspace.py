@@ -30,11 +30,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
-
 from saejax.config import Configs
 from saejax.errors import UserError
-from saejax.files import is_running, read_object, remove_unfinished, unfinished_path, write_json
+from saejax.files import is_locked, locked_text, read_object, remove_unfinished, unfinished_path, write_json
 from saejax.links import STAND_IN, linked_folder, write_link
 from saejax.loaded_units import STACK
 from saejax.parallel.processes import ProcessShare
@@ -123,8 +121,8 @@ class Workspace:
     def claim(self, unit: str, mark: str, take_over: bool = False) -> Iterator[Path]:
         """Hold the unit's folder, which is made if need be, while this process works on it.
 
-        A claim whose process is gone from this machine, or that an earlier start of the same batch job left on another
-        one, is replaced.
+        A claim whose process on this machine has ended, or that an earlier start of the same batch job left on any, is
+        replaced.
 
         Args:
           unit: such as "train/topk".
@@ -143,10 +141,17 @@ class Workspace:
         with hold_claim(folder, unit, take_over):
             yield folder
 
-    def is_claimed(self, unit: str, mark: str) -> bool:
-        """Return whether another process, not known to be gone, is working on the unit."""
-        holder = _Claimant.read(self.folder(unit, mark) / CLAIM)
-        return holder is not None and not holder.is_gone(_Claimant.this())
+    def is_claimed(self, unit: str, mark: str, take_over: bool = False) -> bool:
+        """Return whether another process works on the unit.
+
+        Args:
+          unit: such as "train/topk".
+          mark: its fingerprint.
+          take_over: do not count a process of another host, which may be gone.
+        """
+        path, this = self.folder(unit, mark) / CLAIM, _Claimant.this()
+        holder = _Claimant.read(path)
+        return holder is not None and not holder.is_gone(this, path) and not (take_over and holder.host != this.host)
 
     def _check_place(self, unit: str) -> None:
         place = self.root / unit
@@ -265,27 +270,28 @@ def hold_claim(folder: Path, what: str, take_over: bool = False) -> Iterator[Non
       UserError: another process holds it.
     """
     path, claimant = folder / CLAIM, _Claimant.this()
-    while not _create(path, json.dumps(dataclasses.asdict(claimant))):
-        holder = _Claimant.read(path)
-        if holder is None:
-            continue  # it went meanwhile
-        if not take_over and not holder.is_gone(claimant):
-            raise UserError(
-                f"{what} is being made by process {holder.process} on {holder.host} since {holder.time}: wait for it, "
-                "or, if you know that it is gone, add --take_over"
-            )
-        with contextlib.suppress(FileNotFoundError):  # of several that find it gone, one moves it away
-            aside = unfinished_path(path)
-            os.rename(path, aside)
-            if _Claimant.read(aside) != holder:  # another process has replaced it meanwhile: restore that claim
-                os.rename(aside, path)
-            else:
-                aside.unlink()
-    try:
-        yield
-    finally:
-        if _Claimant.read(path) == claimant:  # otherwise another process has taken it over
-            path.unlink(missing_ok=True)
+    with contextlib.ExitStack() as lock:
+        while not _create(path, json.dumps(dataclasses.asdict(claimant)), lock):
+            holder = _Claimant.read(path)
+            if holder is None:
+                continue  # it went meanwhile
+            if not take_over and not holder.is_gone(claimant, path):
+                raise UserError(
+                    f"{what} is being made by process {holder.process} on {holder.host} since {holder.time}: wait for "
+                    "it, or, if you know that it is gone, add --take_over"
+                )
+            with contextlib.suppress(FileNotFoundError):  # of several that find it gone, one moves it away
+                aside = unfinished_path(path)
+                os.rename(path, aside)
+                if _Claimant.read(aside) != holder:  # another process has replaced it meanwhile: restore that claim
+                    os.rename(aside, path)
+                else:
+                    aside.unlink()
+        try:
+            yield
+        finally:
+            if _Claimant.read(path) == claimant:  # otherwise another process has taken it over
+                path.unlink(missing_ok=True)
 
 
 def current_units(root: Path) -> dict[str, Path]:
@@ -311,18 +317,15 @@ class _Claimant:
 
     host: str
     process: int
-    began: float  #: when the process started, in seconds since 1970: numbers of processes come again
-    uptime: float  #: the same in seconds since the machine started, which a clock that is set does not change
+    key: str  #: drawn at random: containers may have the same host, process number and time
     job: str  #: of the batch system, with the number of its restarts; "" outside of one
     time: str  #: when it claimed the unit, ISO 8601
 
     @classmethod
     def this(cls) -> "_Claimant":
-        began = psutil.Process().create_time()
-        uptime = began - psutil.boot_time()
         job = os.environ.get("SLURM_JOB_ID", "")
         job = f"{job} restart {os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
-        return cls(socket.gethostname(), os.getpid(), began, uptime, job, now())
+        return cls(socket.gethostname(), os.getpid(), uuid.uuid4().hex, job, now())
 
     @classmethod
     def read(cls, path: Path) -> "_Claimant | None":
@@ -332,34 +335,30 @@ class _Claimant:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):  # cut off by a full disk, or being written where there are no hard links
-            return cls("an unknown host", 0, 0.0, 0.0, "", "an unknown time")
+            return cls("an unknown host", 0, "", "", "an unknown time")
 
-    def is_gone(self, observer: "_Claimant") -> bool:
-        """Return whether this process has ended, as far as another one can tell."""
-        if self.host == observer.host:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                began = psutil.Process(self.process).create_time()
-                is_other = abs(began - self.began) > 1 and abs(began - psutil.boot_time() - self.uptime) > 1
-                return is_other or not is_running(self.process)
-            return True
+    def is_gone(self, observer: "_Claimant", path: Path) -> bool:
+        """Return whether this process, whose claim is the file ``path``, has ended, as far as another one can tell."""
         # A job that was requeued has ended before. One allocation may hold several runs, on hosts of its own each.
         (job, _, before), (job_now, _, restarts) = self.job.partition(" restart "), observer.job.partition(" restart ")
-        return bool(job) and job == job_now and int(before or 0) < int(restarts or 0)
+        if job and job == job_now and int(before or 0) < int(restarts or 0):
+            return True
+        # Its number says nothing: containers of one host do not see each other's processes, and numbers come again.
+        return self.host == observer.host and not is_locked(path)
 
 
-def _create(path: Path, text: str) -> bool:
-    """Create a file with its content unless it exists; return whether it did not."""
+def _create(path: Path, text: str, lock: contextlib.ExitStack) -> bool:
+    """Create a file with its content, locked until ``lock`` ends, unless it exists; return whether it did not."""
     temporary = unfinished_path(path)
     try:
-        temporary.write_text(text, "utf-8")
+        lock.enter_context(locked_text(temporary, text))
         try:
             os.link(temporary, path)  # whole at once
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
             try:
-                with open(path, "x", encoding="utf-8") as file:
-                    file.write(text)
+                lock.enter_context(locked_text(path, text))
             except FileExistsError:
                 return False
         return True

@@ -1,16 +1,13 @@
 """Shares of the host for units that run at once: some of its GPUs, or else of its cores."""
 
 import dataclasses
-import itertools
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 from saejax.errors import UserError
+from saejax.parallel.gpus import count_gpus, visible_gpus
 
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _TPU_CHIPS = ("accel[0-9]*", "vfio/[0-9]*")
 
 
@@ -34,24 +31,12 @@ def shares(count: int) -> list[Share]:
     """
     if count == 1:
         return [Share()]
-    if gpus := _gpus():
-        return [Share({_VISIBLE: ",".join(gpus[part])}) for part in _parts(len(gpus), count, "GPUs")]
+    if gpus := visible_gpus(os.environ, count_gpus()):
+        return [Share({"CUDA_VISIBLE_DEVICES": ",".join(gpus[part])}) for part in _parts(len(gpus), count, "GPUs")]
     if any(True for pattern in _TPU_CHIPS for _ in Path("/dev").glob(pattern)):
         raise UserError(f"--at_once={count}: a TPU host's chips belong to one process, leave it at 1")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     return [Share(cores=frozenset(cores[part])) for part in _parts(len(cores), count, "cores")]
-
-
-def _gpus() -> list[str]:
-    """Return the GPUs that this process may use."""
-    if _VISIBLE in os.environ:
-        names = [name.strip() for name in os.environ[_VISIBLE].split(",")]
-        return [*itertools.takewhile(lambda name: name not in ("", "-1"), names)]  # as CUDA reads it
-    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if not count and shutil.which("nvidia-smi"):  # Linux on Windows has no such files
-        listed = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    return list(map(str, range(count)))
 
 
 def _parts(total: int, count: int, name: str) -> list[slice]:

@@ -33,7 +33,7 @@ def run_study_rows(
       say: writes a line of progress.
       stopping: whether the process was asked to stop.
       at_once: rows that run side by side, each on its share of the host's GPUs, or else of its cores.
-      take_over: replace the claims of processes that are not known to be gone.
+      take_over: replace the claims of processes that are not known to be gone, also in the workdirs of the rows.
 
     Raises:
       UserError: the folder cannot be written to, or another study works in it; the host cannot be shared so.
@@ -42,7 +42,7 @@ def run_study_rows(
     """
     parts, root = shares(at_once), Workspace(workdir).root
     with hold_claim(root, f"the study in {root}", take_over):
-        states = run_rows(root, rows, say, stopping, parts)
+        states = run_rows(root, rows, say, stopping, parts, take_over)
         mark = fingerprint([[vars(state) for state in states], [_settings(row) for row in rows], _code()])
         path = root / report.FILE
         if path.exists() and read_json(path).get("fingerprint") == mark:

@@ -37,9 +37,11 @@ class RowUnits:
     Args:
       root: the study's folder.
       row: the row.
+      take_over: replace claims of processes on other hosts; those of this host are waited for.
     """
 
-    def __init__(self, root: Path, row: StudyRow):
+    def __init__(self, root: Path, row: StudyRow, take_over: bool = False):
+        self._take_over = take_over
         self.name, self.workspace = row.name, Workspace(root / ROWS / row.name)
         self._root, self._row, self._plan = root, row, Workplan(row.configs)
         self._asked: Sequence[str] = ()  # units that the process at work may make
@@ -67,6 +69,7 @@ class RowUnits:
         self._asked = self.left(first)[:1] if is_single else self._units
         only = [f"--unit={unit}" for unit in self._asked] if is_single else []
         options = [f"--workdir={self.workspace.root}", "--keep_going", *only]
+        options += ["--take_over"] if self._take_over else []
         command = [sys.executable, "-c", _CHILD, *options, *self._row.argv]
         return RowProcess(command, self._root / LOGS / f"{self.name}.log", share)
 
@@ -84,7 +87,7 @@ class RowUnits:
         """Return whether a process makes a unit: a child of a study that was killed saves before it ends."""
         for unit in self._units:
             with contextlib.suppress(UserError):  # ``states`` says what cannot be read
-                if self.workspace.is_claimed(unit, self._plan.fingerprint(unit)):
+                if self.workspace.is_claimed(unit, self._plan.fingerprint(unit), self._take_over):
                     return True
         return False
 
@@ -125,6 +128,7 @@ def run_rows(
     say: Callable[[str], None],
     stopping: Callable[[], bool],
     shares: Sequence[Share] = (Share(),),
+    take_over: bool = False,
 ) -> list[UnitState]:
     """Run what is not finished.
 
@@ -134,6 +138,7 @@ def run_rows(
       say: writes a line of progress.
       stopping: whether the process was asked to stop.
       shares: parts of the host; as many rows run at once.
+      take_over: replace claims of processes on other hosts, which would be waited for.
 
     Returns:
       How all units ended, row by row.
@@ -141,7 +146,7 @@ def run_rows(
     Raises:
       Interrupted: asked to stop; the rows at work have saved what they had.
     """
-    every = [RowUnits(root, row) for row in rows]
+    every = [RowUnits(root, row, take_over) for row in rows]
     for state in (state for row in every for state in row.states()):
         if state.state == "failed" and state.reason:  # now, not in hours: no process will say it
             say(f"{state.row}  {state.unit}: failed: {state.reason}")

@@ -1,6 +1,7 @@
 """The endpoint against a real server, parsing of replies, and answers that are kept."""
 
 import json
+import threading
 import time
 from types import SimpleNamespace
 
@@ -197,6 +198,28 @@ def test_line_separators_and_unpaired_surrogates_are_kept_in_answers(tmp_path):
     with protocol.Server(lambda prompt: "a \ud83d") as server:
         answers = answers_of(tmp_path / "other", Endpoint(server.url, "judge"))
         assert answers.all(ASK[:1], "labels") == ["a \N{REPLACEMENT CHARACTER}"]
+
+
+def test_a_run_that_is_told_to_stop_does_not_wait_long_for_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(judges, "_LAST", 0.5)
+    told, never = threading.Event(), threading.Event()
+
+    def answer(question):
+        if question.text.endswith("5"):
+            told.set()
+            time.sleep(0.3)  # it comes soon, and is kept
+        elif question.text.endswith("4"):
+            never.wait(60)
+        return Answer(question.text[-1], 1)
+
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        judge = SimpleNamespace(ask=answer)
+        answers_of(tmp_path, judge, stopping=told.is_set, concurrency=2).all(ASK, "labels")
+    assert time.monotonic() - start < 30
+    kept = [json.loads(line)["answer"] for line in (tmp_path / ANSWERS).read_text().splitlines()]
+    assert sorted(kept) == list("01235")
+    never.set()
 
 
 def test_the_limit_of_tokens_holds_and_can_be_raised(tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from saejax.errors import UserError
-from saejax.parallel.cluster import check_devices, gpus_of_process, visible_gpus
+from saejax.parallel.cluster import check_devices, gpus_of_process
+from saejax.parallel.gpus import count_visible
 
 
 def step(local: int, tasks: str, **more: str) -> dict[str, str]:
@@ -38,10 +39,11 @@ def test_processes_of_a_node_share_all_of_its_gpus(environment, gpus, numbers):
     [
         *[(None, 8), ("", 0), ("-1", 0), ("0,-1,1", 1), ("5,2", 2), ("GPU-8932f937,GPU-46f2", 2), ("9", 0)],
         *[("0,9,1", 1), ("0, 1", 2), ("none", 0), ("NoDevFiles", 0), ("3,1,3", 0), ("GPU-46f2,GPU-46f2", 0)],
+        *[("MIG-1", 1), ("MIG-1,MIG-2", 1), ("GPU-46f2, ,1", 1)],
     ],
 )
 def test_gpus_are_counted_as_cuda_does(visible, count):
-    assert visible_gpus({} if visible is None else dict(CUDA_VISIBLE_DEVICES=visible), 8) == count
+    assert count_visible({} if visible is None else dict(CUDA_VISIBLE_DEVICES=visible), 8) == count
 
 
 def test_gpus_that_are_not_as_many_as_processes_are_refused():

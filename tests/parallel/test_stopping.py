@@ -196,6 +196,51 @@ def test_a_run_of_one_process_under_a_launcher_hears_of_the_signal(inputs, captu
     assert "run the same command to go on" in output and "Traceback" not in output, [*before, output]
 
 
+DEAF = {
+    "in Python": "while True: time.sleep(0.01)",
+    "outside of Python": "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
+    "in a thread that is waited for": "futures.ThreadPoolExecutor(1).submit(time.sleep, 600).result()",
+}
+
+
+@pytest.mark.parametrize("where", DEAF)
+def test_who_does_not_ask_is_interrupted(tmp_path, where):
+    """Such as a stage that downloads, compiles or writes; a process of a run ends with the same status."""
+    program = (
+        "import hashlib, time\nfrom concurrent import futures\nfrom saejax.runner import command, pipeline\n"
+        "def run_stages(*args):\n    print('deaf', flush=True)\n"
+        f"    {DEAF[where]}\n"
+        "pipeline.run_stages, command._PATIENCE = run_stages, 0.5\ncommand.main(['report'], '')\n"
+    )
+    process = runs.start(program, [f"--workdir={tmp_path}"])
+    list(itertools.takewhile(lambda line: "deaf" not in line, process.stdout))
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output = runs.finish(process, 143)
+    assert output.splitlines()[-1] == "stopped; finished units are kept: run the same command to go on"
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("launcher", ["flags", "auto"])
+def test_a_process_that_waits_for_others_to_start_hears_of_the_signal(inputs, tmp_path, launcher):
+    step = slurm(tmp_path)
+    flags = [*runs.small_flags(*inputs, tmp_path / "run"), f"--mesh.coordinator={step['coordinator']}"]
+    environment = {}
+    if launcher == "auto":
+        flags += ["--mesh.distributed=auto"]
+        environment = step["environment"] | dict(SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2")
+    else:
+        flags += ["--mesh.processes=2", "--mesh.process_id=0"]
+    process = runs.start("baseline", flags, **environment)
+    list(itertools.takewhile(lambda line: "the workdir is" not in line, process.stdout))
+    time.sleep(8)  # the imports of what joins processes
+    assert process.poll() is None
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert "stopped while waiting for other processes to start" in runs.finish(process, 143)
+    assert time.monotonic() - start < 10
+
+
 def test_a_signal_to_one_of_two_processes_that_train_together_stops_both(inputs, captured, tmp_path):
     workdir = tmp_path / "run"
     runs.copy_units(captured, workdir, "capture")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import fake_child
@@ -16,7 +17,8 @@ import fake_study
 import pytest
 
 from saejax.errors import Interrupted, UserError
-from saejax.runner import pipeline, workplan
+from saejax.runner import pipeline, workplan, workspace
+from saejax.runner.registry import default_configs
 from saejax.runner.workspace import hold_claim
 from saejax.studies import run, shares, study, units
 
@@ -133,14 +135,19 @@ def test_shares_of_a_host(monkeypatch, tmp_path):
     assert [part.cores for part in shares.shares(2)] == [{0, 1}, {2, 3, 4}]
     with pytest.raises(UserError, match="this host has 5 cores, too few for 6 units at once"):
         shares.shares(6)
-    for none in ("-1", "-1,0"):  # no GPU, as CUDA reads it: cores are shared
+    monkeypatch.setattr(shares, "count_gpus", lambda: 8)
+    for none in ("-1", "-1,0", "2,2", "NoDevFiles"):  # no GPU, as CUDA reads it: cores are shared
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
-        assert shares._gpus() == []
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,GPU-5,7")
+        assert [part.cores for part in shares.shares(2)] == [{0, 1}, {2, 3, 4}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,GPU-5,7,9")
     assert [part.environment["CUDA_VISIBLE_DEVICES"] for part in shares.shares(2)] == ["1,3", "GPU-5,7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")  # a process sees one of them
+    assert [part.environment["CUDA_VISIBLE_DEVICES"] for part in shares.shares(2)] == ["MIG-1", "MIG-2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,GPU-5,7")
     with pytest.raises(UserError, match="this host has 4 GPUs"):
         shares.shares(5)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.undo()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: a (UUID: b)'\necho 'GPU 1: a (UUID: c)'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))  # and no files of GPUs, as in Linux on Windows
@@ -202,6 +209,21 @@ def test_two_rows_of_one_name_and_two_studies_in_one_folder(fake, tmp_path, caps
     with hold_claim(tmp_path / "study", "it"):
         assert run.run(["study_run", f"--workdir={tmp_path / 'study'}", f"--rows={rows[0]}"]) == 2
     assert "is being made by process" in capsys.readouterr().err
+
+
+def test_claims_of_a_host_that_is_gone_are_taken_over_in_the_rows_too(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace.socket, "gethostname", lambda: "elsewhere")
+    with hold_claim(tmp_path, "it"):
+        claimed = (tmp_path / "claim.json").read_text()
+    monkeypatch.undo()
+    plain = SimpleNamespace(name="a", configs=default_configs(), argv=[])
+    row = units.RowUnits(tmp_path / "study", plain, take_over=True)
+    row.workspace.folder("train/topk", "m").mkdir(parents=True)
+    (row.workspace.folder("train/topk", "m") / "claim.json").write_text(claimed)
+    row._units, row._plan = ["train/topk"], mock.Mock(fingerprint=lambda unit: "m")
+    assert not row.is_claimed()
+    row._take_over = False
+    assert row.is_claimed()
 
 
 @pytest.mark.slow
