@@ -11,9 +11,12 @@ For each dictionary (the tested one and dictionaries of other seeds):
 4. T on other answers: the logits of each prompt's 20 likeliest tokens that are no answers.
 5. T on the prompts of the other behaviours and on held-out text.
 
-For the tested dictionary alone: each feature of T, on request every live feature alone; of the tested dictionary, of
-each untrained one and of each simpler basis the list by the same attribution to T's dose; what is left where its top
-features alone are kept (``saejax.interventions.sufficiency``), beside three placebo sets and untrained dictionaries.
+6. What is left where the top features alone are kept (``saejax.interventions.sufficiency``).
+7. The list by the same attribution to the dose of the tested dictionary's T, for comparison with untrained ones.
+
+For the tested dictionary alone: each feature of T, on request every live feature alone; of each untrained dictionary
+and of each simpler basis the list by the same attribution to T's dose; what is left where features of three placebo
+sets and of three untrained dictionaries are kept.
 """
 
 import collections
@@ -176,7 +179,7 @@ class BehaviourAblation:
         config = self.config
         self.split = SplitModel(self.lm, self.basis, config.positions, config.error, self.readout)
         self.train: list[Any] = spread_over_templates(train, config.attribution_prompts)
-        shared = self.like if self.like and self._reads_like(self.like) else None
+        shared = self.like if self.like and self.split.reads_like(self.like.split) else None
         # One length for both splits, so that they share programs.
         self._length: int = shared._length if shared else self.split.common_length([*self.train, *self.test])
         # Counterparts double the clean runs, so they are run where they are needed only.
@@ -190,12 +193,6 @@ class BehaviourAblation:
         self.slopes: Any = shared.slopes if shared and not self.steps else self.answer_slopes()
         self.attribution_F = self.mean_attribution(self.train_runs, self.slopes)
         self.like = None
-
-    def _reads_like(self, other: "BehaviourAblation") -> bool:
-        """Return whether another dictionary has the same clean runs on the same prompts."""
-        mine, theirs = self.basis.config, other.basis.config
-        sinks = [(config.max_norm, config.target_max_norm) for config in (mine, theirs)]
-        return self.split.point == other.split.point and sinks[0] == sinks[1] and self.config.error == "keep"
 
     def with_basis(self, basis: Dictionary, like: "BehaviourAblation | None" = None) -> Self:
         """Return the ablation of another basis on the behaviour, with the clean runs and slopes of ``like``."""
@@ -454,10 +451,15 @@ def measure_behaviour(
     tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
     for name, other in others.items():
         tables += _measure_dictionary(other, name, prompts, text)[0]
-    tables += _measure_kept(tested, "top", [_by_attribution(tested)])
+    for name, each in {TESTED: tested, **others}.items():
+        tables += _measure_kept(each, "top", [_by_attribution(each)], dictionary=name)
     tables += _measure_kept(tested, "placebo", [members for _, members in tested.placebo_orders() if members])
     if keeps_error and config.untrained_dictionaries:
         tables += _measure_untrained(tested, dose)
+        for name, other in others.items():
+            # At another site a dose is another change: there the tested one's untrained dictionaries are no controls.
+            if other.split.point == tested.split.point:
+                tables += _measure_list(other, "trained", 0, dose, dictionary=name)
     for name in config.baselines if keeps_error else ():
         on_basis = _on_basis(tested, name)
         if on_basis:
@@ -485,9 +487,10 @@ def expected_rows(
     train = sum(prompt.split == "train" for prompt in prompts[behaviour])
     trainings = 1 + len(config.repeats)
     edits = trainings * (len(FRACTIONS) + config.random_sets + config.placebo_targets + len(prompts) - 1)
-    edits += config.top + len(config.baselines) + config.untrained_dictionaries + bool(config.untrained_dictionaries)
+    edits += config.top + len(config.baselines) + config.untrained_dictionaries
+    edits += trainings * bool(config.untrained_dictionaries)
     edits += features // 4 * (config.effects == "all")  # about a quarter of the features fire
-    kept = 1 + sufficiency.CONTROLS * (bool(config.placebo_targets) + bool(config.untrained_dictionaries))
+    kept = trainings + sufficiency.CONTROLS * (bool(config.placebo_targets) + bool(config.untrained_dictionaries))
     edits += 2 * len(sufficiency.SIZES) * kept
     tokens = max(TOKENS, config.placebo_targets) if config.placebo_targets else 0
     chosen = tokens * min(train, config.attribution_prompts or train)  # for all dictionaries at once
@@ -603,7 +606,11 @@ def _by_attribution(ablation: BehaviourAblation) -> list[int]:
 
 
 def _measure_kept(
-    ablation: BehaviourAblation, group: str, orders: Sequence[Sequence[int]], first: int = 0
+    ablation: BehaviourAblation,
+    group: str,
+    orders: Sequence[Sequence[int]],
+    first: int = 0,
+    dictionary: str = TESTED,
 ) -> list[EffectsTable]:
     """Measure what is left where the beginnings of some lists alone are kept, with and without the error term.
 
@@ -612,6 +619,7 @@ def _measure_kept(
       group: what the lists are of: top, placebo or untrained.
       orders: features of each list; ``sufficiency.CONTROLS`` of them are used.
       first: number of the first list in the group.
+      dictionary: what the dictionary is called in the table.
     """
     sizes = [ablation.config.top * times for times in sufficiency.SIZES]
     sets: dict[tuple[int, int], tuple[int, ...]] = {}  # a short list has fewer sizes
@@ -627,7 +635,13 @@ def _measure_kept(
     return [
         EffectsTable.block(
             [
-                EditDefinition(ablation.behaviour, f"{KEPT}{group}{ending}", number * len(sizes) + step, members)
+                EditDefinition(
+                    ablation.behaviour,
+                    f"{KEPT}{group}{ending}",
+                    number * len(sizes) + step,
+                    members,
+                    dictionary=dictionary,
+                )
                 for (number, step), members in sets.items()
             ],
             ablation.tests,
@@ -638,14 +652,14 @@ def _measure_kept(
 
 
 def _measure_list(
-    ablation: BehaviourAblation, group: str, index: int, dose: float, site: str = ""
+    ablation: BehaviourAblation, group: str, index: int, dose: float, site: str = "", dictionary: str = TESTED
 ) -> list[EffectsTable]:
     """Measure the list of a basis to a dose: its directions in the order of their attribution on train prompts."""
     order = leaders(ablation.attribution_F, LONGEST)
     if not order or not dose:
         return []
     members, fraction = list_to_dose(ablation.changes, order, dose)
-    edit = EditDefinition(ablation.behaviour, group, index, members, fraction, site=site)
+    edit = EditDefinition(ablation.behaviour, group, index, members, fraction, dictionary, site=site)
     return [ablation.table([edit], ablation.norms([edit]))]
 
 

@@ -417,36 +417,61 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: s
     return f"Not shown to spare: {listed}."
 
 
-def replication(behaviour: str, seeds: Sequence[Mapping[str, BehaviourVerdict]]) -> CausalAnswer:
-    """Count the dictionaries of other seeds in which the first three questions are answered yes, too.
+def first_five(result: BehaviourVerdict) -> dict[str, CausalAnswer]:
+    """Return the answers to the questions that have a yes or no, by their names."""
+    return {
+        "effect": next(iter(result.ablation.values())),
+        "more than random": result.random,
+        "specific": result.placebo,
+        "training mattered": result.trained,
+        "selective": result.selective,
+    }
+
+
+def replication(
+    behaviour: str, tested: BehaviourVerdict, seeds: Sequence[Mapping[str, BehaviourVerdict]]
+) -> CausalAnswer:
+    """Compare the answers of dictionaries of other seeds with the tested dictionary's, question by question.
 
     Args:
       behaviour: its name.
-      seeds: the answers of each of these dictionaries, by behaviour.
+      tested: the answers of the tested dictionary.
+      seeds: the answers of each of the others, by behaviour.
+
+    Returns:
+      yes where every answer that is a yes or no is the same in all seeds, no where a yes meets a no, not testable where
+      neither can be said. Its numbers are, by question, in how many of the other ``dictionaries`` the answer is yes.
     """
     verdicts = [answers[behaviour] for answers in seeds if behaviour in answers]
     if not verdicts:
         return CausalAnswer("not tested", "Not tested: dictionaries of other seeds have no top features here.")
-    answered = [dict(ablation=next(iter(v.ablation.values())), random=v.random, placebo=v.placebo) for v in verdicts]
-    counts = {key: sum(each[key].answer == "yes" for each in answered) for key in ("ablation", "random", "placebo")}
+    of_seeds, differing, unknown = [first_five(each) for each in verdicts], [], False
+    opposites = dict(yes="no", no="yes")
+    for question, of_tested in first_five(tested).items():
+        in_seeds = {each[question].answer for each in of_seeds}
+        if of_tested.answer in opposites:
+            if opposites[of_tested.answer] in in_seeds:
+                differing.append(question)
+            # What cannot be told of another seed does not contradict the tested dictionary.
+            unknown = unknown or not in_seeds <= {*opposites}
+    counts = {name: sum(each[name].answer == "yes" for each in of_seeds) for name in of_seeds[0]}
+    answer = "no" if differing else "not testable" if unknown else "yes"
+    sentence = replication_sentence(counts, len(verdicts), differing)
     numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(verdicts)))
-    distinct = {answer.answer for each in answered for answer in each.values()}
-    # What cannot be told of another seed does not contradict the tested dictionary.
-    answer = "no" if "no" in distinct else "yes" if distinct == {"yes"} else "not testable"
-    return CausalAnswer(answer, replication_sentence(counts, len(verdicts)), numbers=numbers)
+    return CausalAnswer(answer, sentence, numbers=numbers)
 
 
-def replication_sentence(counts: Mapping[str, int], dictionaries: int) -> str:
-    """Return how many dictionaries of other seeds give the same answers.
+def replication_sentence(counts: Mapping[str, int], dictionaries: int, differing: Sequence[str]) -> str:
+    """Return how many dictionaries of other seeds answer yes to each question, and where answers differ.
 
     Args:
-      counts: dictionaries that answer yes, by question (ablation, random, placebo).
+      counts: dictionaries that answer yes, by question.
       dictionaries: dictionaries of other seeds.
+      differing: the questions to which some answer no where the tested dictionary answers yes, or the reverse.
     """
-    return (
-        f"Of {dictionaries} dictionaries of other seeds, {counts['ablation']} have top features with an effect, "
-        f"{counts['random']} with more than random lists, {counts['placebo']} with one specific to the answer."
-    )
+    listed = ", ".join(f"{count} ({question})" for question, count in counts.items())
+    ending = f"another answer than the tested one's: {', '.join(differing)}" if differing else "no answer contradicts"
+    return f"Of {dictionaries} dictionaries of other seeds so many answer yes: {listed}; {ending}."
 
 
 def features(k: int) -> str:

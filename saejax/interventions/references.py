@@ -13,6 +13,7 @@ site are run, on the references that the edit changes. Long contexts are the rul
 the layers below the site are run once more for each call, not kept.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -87,6 +88,22 @@ class References:
     ):
         self._split, self._references = split, references
         self._batch_tokens, self._check_stop = batch_tokens, check_stop
+        self._kept: list[tuple[np.ndarray, ReferenceBatch]] | None = None
+
+    @property
+    def split(self) -> SplitModel:
+        """The model, split at a dictionary's site."""
+        return self._split
+
+    def keep_batches(self) -> None:
+        """Run the layers below the site now, and keep their values for later calls."""
+        self._kept = list(self.batches())
+
+    def with_split(self, split: SplitModel) -> "References":
+        """Return the references, and the kept batches, for another dictionary that ``reads_like`` this one."""
+        other = copy.copy(self)
+        other._split = split
+        return other
 
     def statistics(self) -> FeatureStatistics:
         """Return firing statistics of every feature; references are its prompts.
@@ -154,36 +171,41 @@ class References:
             source = ZERO
         return gather(self._split.point, self._split.dictionary, source, arrays, features_K, len(batch.domain_BxT))
 
-    def log_likelihoods(self, edits: FeatureEdits, on_progress: OnProgress = silent) -> np.ndarray:
+    def log_likelihoods(
+        self, edits: FeatureEdits, on_progress: OnProgress = silent, clean_N: np.ndarray | None = None
+    ) -> np.ndarray:
         """Return the log-likelihood of each reference without an edit, then with each edit, in nats, [1 + E, N].
 
         Args:
           edits: edits of features, at all positions.
           on_progress: called with the rows done and in total; may raise to stop.
+          clean_N: the log-likelihoods without an edit, if an earlier call returned them.
 
         Raises:
           UserError: a log-likelihood is not finite.
         """
-        edits = edits.with_clean_rows(1)  # the last edit changes nothing
-        value_ExN, done = np.full((len(edits), len(self._references)), np.nan), 0
+        if clean_N is None:
+            edits = edits.with_clean_rows(1)  # the last edit changes nothing
+        value_MxN, done = np.full((len(edits), len(self._references)), np.nan), 0
         for number, (places_Q, batch) in enumerate(self.batches()):
             of_batch = dataclasses.replace(edits, replacement=edits.replacement.of_run(number))
             for chosen, features_K in edits.chunks():
                 size = len(chosen) * len(places_Q)
 
                 def on_share(share: float, done: int = done, size: int = size) -> None:
-                    on_progress(done + int(share * size), value_ExN.size)
+                    on_progress(done + int(share * size), value_MxN.size)
 
-                value_MxQ = self._run(batch, len(places_Q), of_batch, chosen, features_K, on_share)
-                value_ExN[np.array(chosen)[:, None], places_Q] = value_MxQ
+                value_LxQ = self._run(batch, len(places_Q), of_batch, chosen, features_K, on_share)
+                value_MxN[np.array(chosen)[:, None], places_Q] = value_LxQ
                 done += size
-        if not np.isfinite(value_ExN).all():
+        if not np.isfinite(value_MxN).all():
             raise UserError(
                 "log-likelihoods under edits are not finite: the model or the dictionary holds NaN or overflows; try "
                 "--model.dtype=float32, or train the dictionary again"
             )
-        clean_N = value_ExN[-1]
-        return np.vstack([clean_N, np.where(value_ExN[:-1] == _NOT_RUN, clean_N, value_ExN[:-1])])
+        edited_ExN = value_MxN if clean_N is not None else value_MxN[:-1]
+        clean_N = value_MxN[-1] if clean_N is None else clean_N
+        return np.vstack([clean_N, np.where(edited_ExN == _NOT_RUN, clean_N, edited_ExN)])
 
     def _run(
         self,
@@ -225,6 +247,9 @@ class References:
         Raises:
           UserError: the site's value is not finite.
         """
+        if self._kept is not None:
+            yield from self._kept
+            return
         lengths_N = np.array([len(reference) for reference in self._references])
         row_multiple = document_devices(self._split.point.mesh)
         for places_Q, rows, length in even_batches(lengths_N, self._batch_tokens, row_multiple, _PROGRAM):

@@ -79,8 +79,8 @@ class AblateConfig(Config):
     )
     repeats: tuple[str, ...] = setting(
         (),
-        "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way; each "
-        "takes about as long as the first",
+        "dictionaries of other seeds, such as topk/seed43, whose own top features are asked the same six questions; "
+        "each takes half as long as the first, whose untrained dictionaries it is compared with",
     )
     joined: tuple[str, ...] = setting(
         (),

@@ -125,6 +125,13 @@ class SplitModel:
         """The readout whose drop is an effect: ``logit_diff``, or ``readout`` if it is the user's."""
         return "readout" if self.point.readout else "logit_diff"
 
+    def reads_like(self, other: "SplitModel") -> bool:
+        """Return whether clean runs of the same prompts are the same, whatever the features of the dictionaries."""
+        sinks = [(each.max_norm, each.target_max_norm) for each in (self.dictionary.config, other.dictionary.config)]
+        # Without the error term a clean run goes through the dictionary.
+        errors_kept = self.error == other.error == "keep"
+        return errors_kept and sinks[0] == sinks[1] and (self.point, self._positions) == (other.point, other._positions)
+
     def with_readout(self, readout: Readout) -> Self:
         """Return the model with another readout and the same clean runs."""
         split = copy.copy(self)

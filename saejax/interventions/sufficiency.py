@@ -19,13 +19,21 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
-from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel, active_features, in_order
+from saejax.interventions.split_model import (
+    PROGRAM_TOKENS,
+    CleanRun,
+    SiteRows,
+    SplitModel,
+    active_features,
+    in_order,
+)
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import sharding
 
 SIZES = (1, 2, 4, 8)  # kept features, as multiples of T's
+SETS = 4  # sets that a program runs: those of one list
 CONTROLS = 3  # placebo sets, and untrained dictionaries: each takes as many rows as T
 
 
@@ -43,18 +51,22 @@ def keep_features(
     Returns:
       Float64 array ``[2, E, P]``: with the error term, and without it.
     """
-    most = max(map(len, sets))
-    # Sets of equal width, so that one program runs all: the first feature fills them up, with a weight of 0.
-    members_ExK = np.stack([np.pad(np.asarray(members), (0, most - len(members)), mode="edge") for members in sets])
-    weight_ExK = np.stack([np.arange(most) < len(members) for members in sets]).astype(np.float32)
-    parts = []
-    for run in runs:
-        some = [
-            to_host(_run_kept(split.point, split.params, split.dictionary, mean_F, rows, members_ExK, weight_ExK))
-            for _, rows in split.slices(run)
-        ]
-        parts.append(np.moveaxis(np.concatenate(some, axis=-1), -1, 0))
-    return np.moveaxis(in_order(parts, runs), 0, -1).astype(np.float64)
+    most, calls = max(map(len, sets)), []
+    for first in range(0, len(sets), SETS):
+        # Sets of one width, the last ones repeated: one program runs all. The first feature fills a set up, with a
+        # weight of 0.
+        some = [sets[min(place, len(sets) - 1)] for place in range(first, first + SETS)]
+        members_ExK = np.stack([np.pad(np.asarray(members), (0, most - len(members)), mode="edge") for members in some])
+        weight_ExK = np.stack([np.arange(most) < len(members) for members in some]).astype(np.float32)
+        parts = []
+        for run in runs:
+            kept = [
+                to_host(_run_kept(split.point, split.params, split.dictionary, mean_F, rows, members_ExK, weight_ExK))
+                for _, rows in split.slices(run)
+            ]
+            parts.append(np.moveaxis(np.concatenate(kept, axis=-1), -1, 0))
+        calls.append(np.moveaxis(in_order(parts, runs), 0, -1))
+    return np.concatenate(calls, axis=1)[:, : len(sets)].astype(np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -85,7 +97,9 @@ def _run_kept(
         members_K, weight_K = chosen
         weighted_BxTxK = fall_BxTxF[:, :, members_K] * weight_K[None, None, :]
         kept_BxTxD = means_BxTxD + matmul(weighted_BxTxK, W_dec_FxD[members_K])
-        return jnp.stack([measure(kept_BxTxD), measure(kept_BxTxD - error_BxTxD)])
+        return jax.vmap(measure)(jnp.stack([kept_BxTxD, kept_BxTxD - error_BxTxD]))
 
-    values_ExRxB = jax.lax.map(keep, (members_ExK, weight_ExK))
+    # Short prompts with all sets at once: the weights of a large model are read once, not once a set.
+    together = SETS if 2 * SETS * rows.domain_BxT.size <= PROGRAM_TOKENS else 1
+    values_ExRxB = jax.lax.map(keep, (members_ExK, weight_ExK), batch_size=together)
     return jax.lax.with_sharding_constraint(jnp.moveaxis(values_ExRxB, 1, 0), sharding(point.mesh))

@@ -14,7 +14,7 @@ takes the logit difference's place (``EffectsTable.objective``). The questions a
    larger than its shares of the differences of other likely tokens. A yes needs both. On a benchmark T must lower
    the margin of the final answer, its log-probability minus a corrupted answer's; the other side is not asked.
 4. Did training matter? Against untrained dictionaries, from whose directions a list is made by the same attribution.
-   Beside it simpler bases, one by one.
+   Dictionaries of other seeds are compared with the same lists. Beside it simpler bases, one by one.
 5. Selective? Other behaviours and held-out text change by less than a margin, in either direction.
 6. Enough? The share of the logit difference that is left where the top features alone are kept; no yes or no.
 
@@ -71,7 +71,7 @@ def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalV
     seeds = [answers for name, answers in judged.items() if name != TESTED]
     if seeds and TESTED in judged:
         judged[TESTED] = {
-            behaviour: dataclasses.replace(result, replication=wording.replication(behaviour, seeds))
+            behaviour: dataclasses.replace(result, replication=wording.replication(behaviour, result, seeds))
             for behaviour, result in judged[TESTED].items()
         }
     return CausalVerdict(config.rule, judged)
@@ -146,13 +146,15 @@ class MeasuredBehaviour:
         return [prompt.template for prompt in self.prompts]
 
     def edits(self, group: str) -> list[EditDefinition]:
-        """Return the edits of a group of this dictionary."""
-        return self.table.select_edits(self.behaviour, group, self.dictionary)
+        """Return the edits of a group of this dictionary; untrained dictionaries are the same for all seeds."""
+        return self.table.select_edits(self.behaviour, group, TESTED if group == "untrained" else self.dictionary)
 
     def reaching(self, edits: list[EditDefinition]) -> list[EditDefinition]:
-        """Return those edits that change the site as much as T does, within one percent."""
+        """Return those edits that change the site as much as the tested dictionary's T does, within one percent."""
         doses = self.table.doses(edits, self.prompts) if edits else ()
-        return [edit for edit, dose in zip(edits, doses, strict=True) if dose >= 0.99 * self.dose]
+        tested = self.table.select_edits(self.behaviour, "top")
+        wanted = self.table.doses(tested[-1:], self.prompts)[0] if tested else self.dose
+        return [edit for edit, dose in zip(edits, doses, strict=True) if dose >= 0.99 * wanted]
 
     def drops(self, edits: list[EditDefinition]) -> np.ndarray:
         """Return by how much each of E edits lowers the objective of each prompt, ``[E, P]``.
@@ -354,7 +356,7 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
 def _without_controls(measured: MeasuredBehaviour, group: str) -> _Test:
     """Return the answer where there are no controls of a group."""
     pool = measured.edits("pool")
-    if group == "untrained" and measured.edits(group):
+    if group == "untrained" and measured.edits(group) and measured.edits("trained"):
         return _Test(None, lambda _: CausalAnswer("not testable", wording.NO_DOSE))
     if group == "placebo" and measured.objective == "readout":
         return _Test(None, lambda _: CausalAnswer("not tested", wording.NO_PLACEBO_READOUTS))
@@ -538,8 +540,8 @@ def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
     clean_P = table.clean_values(prompts, measured.objective)
     clean_R = measured.weight_RxP @ clean_P
     is_above_R = clean_R > 0
-    # Controls belong to the tested dictionary. A difference that may be zero has no share.
-    if measured.dictionary != TESTED or not clean_P.mean() > 0 or is_above_R.mean() < 0.975:
+    # A difference that may be zero has no share.
+    if not clean_P.mean() > 0 or is_above_R.mean() < 0.975:
         return ()
 
     def values(group: str) -> dict[int, list[np.ndarray]]:
@@ -575,15 +577,19 @@ def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
     )
 
 
-def summarise(answers: CausalVerdict, behaviour: str) -> str:
-    """Return the answers on a behaviour in one line."""
-    result = answers.dictionaries[TESTED][behaviour]
-    answer_of = dict(
-        effect=next(iter(result.ablation.values())).answer,
-        more_than_random=result.random.answer,
-        specific=result.placebo.answer,
-        training_mattered=result.trained.answer,
-        selective=result.selective.answer,
-        **{f"more_than_{name}": answer.answer for name, answer in result.bases.items()},
-    )
-    return "; ".join(f"{question.replace('_', ' ')}: {answer}" for question, answer in answer_of.items())
+def summarise(answers: CausalVerdict, behaviour: str, dictionary: str = TESTED) -> str:
+    """Return the answers on a behaviour in one line.
+
+    Args:
+      answers: the verdict on the run.
+      behaviour: name of the behaviour.
+      dictionary: name of the dictionary, ``TESTED`` or another seed's.
+    """
+    result = answers.dictionaries[dictionary][behaviour]
+    answer_of = {question: answer.answer for question, answer in wording.first_five(result).items()}
+    answer_of |= {f"more than {name}": answer.answer for name, answer in result.bases.items()}
+    line = "; ".join(f"{question.replace('_', ' ')}: {answer}" for question, answer in answer_of.items())
+    if result.enough:
+        first = result.enough[0]
+        line += f"; left with {first.features} alone: {100 * first.left.mean:z.0f} %"
+    return line

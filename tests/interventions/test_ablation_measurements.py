@@ -212,6 +212,8 @@ def test_what_kept_features_leave_is_what_ablating_all_others_to_their_means_lea
         whole_2xP, [table.clean_values(table.select_prompts("first"), "logit_diff"), dropped_P], atol=2e-5
     )
     assert np.abs(whole_2xP[0] - whole_2xP[1]).max() > 1e-3
+    six_2xExP = keep_features(split, runs, mean_F, [*(edit.features for edit in kept), every, kept[0].features])
+    np.testing.assert_allclose(six_2xExP[0], [*expected, *whole_2xP[:1], expected[0]], atol=2e-5)
     counts = {group: len(table.select_edits("first", f"kept:{group}")) for group in ("placebo", "untrained")}
     assert counts == dict(placebo=12, untrained=12), "three of each, with four sizes"
 

@@ -361,7 +361,35 @@ def test_replication_counts_dictionaries_of_other_seeds():
     replication = judged[TESTED]["b"].replication
     assert replication.answer == "no"
     # Ranks of other dictionaries are not in this table, so their question 3 is not testable.
-    assert replication.numbers == dict(ablation=1, random=1, placebo=0, dictionaries=2)
+    asked = {"effect": 1, "more than random": 1, "specific": 0, "training mattered": 0, "selective": 0}
+    assert replication.numbers == asked | dict(dictionaries=2)
+    assert "more than random" in replication.sentence.split("than the tested one's: ")[1]
+
+
+def test_what_cannot_be_told_of_another_seed_does_not_replicate():
+    rows = make_rows()
+    for edit in [edit for edit in rows.edits if edit.group == "top"]:
+        rows.add_set(dataclasses.replace(edit, dictionary="seed43"), varied(3.0 * edit.fraction), 2 * edit.fraction)
+    tested = rows.judge()[TESTED]["b"]
+    assert tested.random.answer == "yes"
+    assert tested.replication.answer == "not testable", "the other seed was compared with no sets"
+
+
+def test_dictionaries_of_other_seeds_are_compared_with_the_same_untrained_ones():
+    rows = make_rows()
+    top = [edit for edit in rows.edits if edit.group == "top"]
+    for name, drop in dict(seed43=3.0, seed44=0.5).items():
+        for edit in top:
+            rows.add_set(dataclasses.replace(edit, dictionary=name), varied(drop * edit.fraction), 2.2 * edit.fraction)
+        # At the dose of the tested dictionary's top features, not at its own.
+        rows.add_set(EditDefinition("b", "trained", 0, (1,), 1.0, name), varied(drop), 2.0)
+    rows.add_set(EditDefinition("b", "trained", 0, (1,)), varied(3.0), 2.0)
+    for index in range(19):
+        rows.add_set(EditDefinition("b", "untrained", index, (index,)), varied(1.0 + 0.01 * index), 2.0)
+    judged = rows.judge()
+    answers = {name: judged[name]["b"].trained for name in judged}
+    assert {name: each.answer for name, each in answers.items()} == {TESTED: "yes", "seed43": "yes", "seed44": "no"}
+    assert answers["seed44"].p_value == 1.0 and answers["seed43"].numbers["sets"] == 19
 
 
 def test_replication_needs_dictionaries_with_answers():
@@ -371,7 +399,7 @@ def test_replication_needs_dictionaries_with_answers():
     for edit in tested:
         rows.add_set(dataclasses.replace(edit, dictionary="seed43"), varied(3.0 * edit.fraction), 2 * edit.fraction)
     judged = rows.judge()[TESTED]
-    assert judged["b"].replication.answer == "not testable", "the other seed was compared with no sets"
+    assert judged["b"].random.answer == "not testable" and judged["b"].replication.answer == "yes", "effects agree"
     assert judged["c"].replication.answer == "not tested", "the other seed was tested on b alone"
 
 

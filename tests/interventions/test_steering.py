@@ -10,8 +10,9 @@ from scipy.special import log_softmax
 from transformers import AutoTokenizer
 
 from saejax.errors import UserError
-from saejax.interventions import steering
+from saejax.interventions import references, steering
 from saejax.interventions.answers import CausalAnswer
+from saejax.interventions.bases import untrained
 from saejax.interventions.edits import FeatureEdits, mask
 from saejax.interventions.settings import SteerConfig
 from saejax.interventions.split_model import SplitModel
@@ -65,6 +66,27 @@ def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
                 assert ce_ExN[1 + s, n] - ce_ExN[0, n] == pytest.approx(wanted, abs=2e-5)
     # The clean run and edited ones are rows of one program.
     np.testing.assert_allclose(ce_ExN[2], ce_ExN[0], rtol=1e-6)
+
+
+def test_text_is_read_once_for_all_behaviours_and_dictionaries_of_a_site(tiny, dictionary, monkeypatch):
+    reads = []
+    run_head = references.run_head
+    monkeypatch.setattr(references, "run_head", lambda *args: reads.append(args) or run_head(*args))
+    documents = [np.random.default_rng(2).integers(5, 200, size=n).tolist() for n in (7, 12, 2)]
+    text, other = HeldOutText(documents), untrained(dictionary, 4, seed=1)
+    fresh = [HeldOutText(documents), HeldOutText(documents)]
+    for number, basis in enumerate((dictionary, other)):
+        edits, split = mask(basis, [[3, 50], [7]]), SplitModel(tiny, basis)
+        before = len(reads)
+        shared_ExN = text.effects(split, edits)
+        assert len(reads) - before == (1 if number == 0 else 0)
+        np.testing.assert_array_equal(shared_ExN, fresh[number].effects(split, edits))
+    # Where sinks end elsewhere, or the error is dropped, other positions or values are edited.
+    config = dataclasses.replace(dictionary.config, max_norm=1e-3)
+    for split in (SplitModel(tiny, dictionary.with_config(config)), SplitModel(tiny, dictionary, error="drop")):
+        before = len(reads)
+        text.effects(split, mask(split.dictionary, [[3]]))
+        assert len(reads) - before == 1
 
 
 def test_clean_text_without_the_error_goes_through_the_dictionary(tiny, dictionary):

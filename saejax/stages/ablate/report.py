@@ -69,6 +69,7 @@ def answer(findings: Findings, draw: Draw) -> Section:
         note += " Weak: the model itself is unsure of the behaviour, so that the answers of its row prove little."
     rows = {f"{behaviour(name)}{' (weak)' if name in weak else ''}": result for name, result in tested.items()}
     blocks.append(table_of_answers(caption, "Behaviour", rows, note))
+    blocks += seed_table("Behaviour", ablate.verdict.dictionaries, ablate.dictionary)
     if not any(result.placebo.answer == "yes" for result in tested.values()):
         blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))
     blocks += [summary(tested), rule_in_full(ablate.verdict.rule)]
@@ -347,9 +348,45 @@ def table_of_answers(caption: str, what: str, verdicts: Mapping[str, BehaviourVe
     }
     if any(result.enough for result in verdicts.values()):
         columns["6. Left"] = _enough_cell
-    if any(result.replication for result in verdicts.values()):
-        columns["In other seeds"] = _replication_cell
     return Table.of(caption, verdicts.items(), columns, words=set(columns), note=note)
+
+
+def seed_table(
+    what: str, dictionaries: Mapping[str, Mapping[str, BehaviourVerdict]], tested: str
+) -> tuple[()] | tuple[Table]:
+    """Return the table of the six answers by dictionary; nothing where one dictionary was tested.
+
+    Args:
+      what: what the dictionaries were tested on.
+      dictionaries: a verdict's answers, by dictionary and by what was tested.
+      tested: name of the tested dictionary.
+    """
+    if len(dictionaries) < 2:
+        return ()
+    rows = [
+        (behaviour(name), tested if dictionary == TESTED else dictionary, results[name])
+        for name in dictionaries[TESTED]
+        for dictionary, results in dictionaries.items()
+        if name in results
+    ]
+    objective, _ = _main_readouts(rows[0][-1])
+    columns: dict[str, Callable[[str, str, BehaviourVerdict], str]] = {
+        what: lambda name, _, result: name,
+        "Dictionary": lambda _, dictionary, result: dictionary,
+        f"1. Effect, {ABLATION_READOUTS[objective][2]}": lambda *row: _effect_cell(row[-1].ablation[objective]),
+        "2. More than random": lambda *row: _set_cell(row[-1].random),
+        "3. Specific": lambda *row: _set_cell(row[-1].placebo),
+        "4. Training mattered": lambda *row: _set_cell(row[-1].trained),
+        "5. Selective": lambda *row: row[-1].selective.answer,
+    }
+    if any(result.enough for *_, result in rows):
+        columns["6. Left"] = lambda *row: _enough_cell("", row[-1])
+    note = (
+        "Dictionaries that were trained alike but for their seed, each with top features and controls of its own. "
+        "Question 4 compares each of them with the same untrained dictionaries, at the dose of the tested one. An "
+        "answer that differs between seeds is about a dictionary, not about the model."
+    )
+    return (Table.of("The questions in dictionaries of other seeds", rows, columns, words=set(columns), note=note),)
 
 
 def _effect_cell(answer: CausalAnswer, digits: int = 2, scale: float = 1) -> str:
@@ -384,14 +421,6 @@ def _enough_cell(_: str, result: BehaviourVerdict) -> str:
         f"with {kept.features}"
         for kept in (first, last)
     )
-
-
-def _replication_cell(_: str, result: BehaviourVerdict) -> str:
-    if result.replication is None or result.replication.numbers is None:
-        return MISSING
-    counts = result.replication.numbers
-    questions = {"1.": "ablation", "2.": "random", "3.": "placebo"}
-    return "; ".join(f"{of} {counts[key]:.0f} of {counts['dictionaries']:.0f}" for of, key in questions.items())
 
 
 def _detail_items(result: BehaviourVerdict) -> tuple[tuple[str, str], ...]:

@@ -116,6 +116,8 @@ def run_ablate(run: Run) -> AblateResults:
     tested = read_tested(run.inputs["baseline"])
     for name in prompts:
         run.say(f"{name}{tested.mark(name)}: {summarise(answers, name)}")
+        for repeat in (each for each in repeats if name in answers.dictionaries.get(each, ())):
+            run.say(f"{name}, {repeat}: {summarise(answers, name, repeat)}")
     if is_first_process():
         save_effects(run.folder, table)
     importance = {name: results.importance for name, results in measured.items() if results.importance}

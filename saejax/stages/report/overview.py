@@ -72,11 +72,7 @@ def limits(findings: Findings) -> Section:
             f"{number(100 / fewest, 1)} percentage points. Intervals are over prompts of the same form; other wordings "
             "were not tried.",
         ),
-        (
-            "One site",
-            f"only {place(ablate.site)} was tested, with one dictionary ({ablate.dictionary}) from "
-            "one training seed. Another seed gives other features.",
-        ),
+        ("One site", f"only {place(ablate.site)} was tested, with {_tested_dictionaries(ablate)}"),
         (
             "Ablation is crude",
             f"when a feature is ablated, {WORDS[ablate.replacement]}. That can leave the model in a state "
@@ -162,3 +158,12 @@ def _flag(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _tested_dictionaries(ablate: AblateResults) -> str:
+    """Return which dictionaries were tested, in words that end a sentence."""
+    seeds = len(ablate.verdict.dictionaries) - 1
+    if seeds < 1:
+        return f"one dictionary ({ablate.dictionary}) from one training seed. Another seed gives other features."
+    others = "one dictionary of another seed" if seeds == 1 else f"{seeds} dictionaries of other seeds"
+    return f"{ablate.dictionary} and {others}. Answers in which they differ are about one dictionary, not the model."

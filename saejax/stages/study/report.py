@@ -9,7 +9,14 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import place
-from saejax.stages.ablate.report import control_picture, headline, rule_in_full, summary, table_of_answers
+from saejax.stages.ablate.report import (
+    control_picture,
+    headline,
+    rule_in_full,
+    seed_table,
+    summary,
+    table_of_answers,
+)
 from saejax.stages.study.results import AnswerScores, StudyResults
 
 _GROUPS = dict(
@@ -55,6 +62,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "all random lists."
     )
     blocks.append(table_of_answers("The questions, for benchmarks", "Benchmark", rows, note))
+    blocks += seed_table("Benchmark", judged, first.dictionary)
     blocks += [_score_table(name, results) for name, results in studies.items() if results.scores]
     for name, results in studies.items():
         if results.falsification:
