@@ -28,9 +28,10 @@ from saejax.interventions.slopes import attribution
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.sufficiency import keep_features
 from saejax.interventions.table import RANKS, TESTED
-from saejax.interventions.verdict import verdict
+from saejax.interventions.verdict import summarise, verdict
 from saejax.results import from_json, to_json
 from saejax.stages.ablate import run as stage
+from saejax.stages.ablate.report import seed_table
 from saejax.statistics.bootstrap import has_same_sign, resampling_weights, stratum_means
 from saejax.tasks.behaviours import Prompt, read_prompts, write_prompts
 from saejax.tasks.settings import CorpusConfig, TaskConfig
@@ -245,6 +246,33 @@ def test_no_untrained_dictionary_where_none_is_wanted(tiny, dictionary, make_pro
     groups = {edit.group for edit in ablation.table.edits}
     assert not any("trained" in group for group in groups)
     assert ablation.verdict.dictionaries[TESTED]["only"].trained.answer == "not tested"
+
+
+def test_dictionaries_of_other_seeds_answer_all_questions(tiny, dictionary, make_dictionary, make_prompt):
+    config = AblateConfig(
+        top=TOP, bootstrap=200, random_sets=3, placebo_targets=3, untrained_dictionaries=4, baselines=()
+    )
+    prompts, done = make_prompts(make_prompt, "only"), []
+    progress = RowProgress(lambda done_rows, rows: done.append((done_rows, rows)))
+    tested = BehaviourAblation(tiny, dictionary, "only", prompts, config, progress)
+    # The tested dictionary itself, under another name, and one that reads another site.
+    repeats = {"same": dictionary, "elsewhere": make_dictionary("resid_post.0")}
+    table = measure_behaviour(tested, {"only": prompts}, repeats=repeats)
+    answers = verdict(table, VerdictConfig(resamples=200)).dictionaries
+    first, same, elsewhere = (answers[name]["only"] for name in (TESTED, "same", "elsewhere"))
+    assert same.trained == first.trained and same.trained.numbers["sets"] == 4
+    assert elsewhere.trained.answer == "not tested", "a dose there is another change"
+    kept = [table.select_edits("only", "kept:top", name) for name in (TESTED, "same", "elsewhere")]
+    assert [len(each) for each in kept] == [4, 4, 4]
+    values = [table.values(each, table.select_prompts("only"), "logit_diff") for each in kept]
+    np.testing.assert_array_equal(values[0], values[1])
+    assert np.abs(values[0] - values[2]).max() > 1e-3
+    (seeds,) = seed_table("Behaviour", answers, "topk/seed1")
+    shown = [dict(zip(seeds.columns, row, strict=True)) for row in seeds.rows]
+    assert [row["Dictionary"] for row in shown] == ["topk/seed1", "same", "elsewhere"]
+    assert shown[0]["4. Training mattered"] == shown[1]["4. Training mattered"]
+    assert shown[2]["4. Training mattered"] == "not tested"
+    assert summarise(verdict(table), "only", "same") == summarise(verdict(table), "only")
 
 
 def test_every_live_feature_is_ranked_beside_estimates(ablation, tmp_path):
