@@ -534,8 +534,8 @@ def _measure_dictionary(
     top = ablation.top()
     if not top:
         raise UserError(
-            f"no feature of the dictionary has an attribution above zero on the train prompts of {ablation.behaviour}: "
-            "does the dictionary belong to this model and site?"
+            f"no feature of {'the dictionary' if name == TESTED else name} has an attribution above zero on the train "
+            f"prompts of {ablation.behaviour}: does it belong to this model and site, and does it fire?"
         )
 
     def define(group: str, members: Sequence[int], index: int = 0, fraction: float = 1.0, target=None):

@@ -42,6 +42,10 @@ NO_PLACEBO_ANSWERS = (
     "Not tested: there are no placebo sets. None were asked for, or no train item has two wrong answers of the form of "
     "its final answer, of which a target is made; an item of two choices has one."
 )
+NO_CHANGE = (
+    "Not testable: the top features are silent on the test prompts, so that ablating them changes nothing that "
+    "controls could change as much."
+)
 NO_DOSE = (
     "Not testable: no list of directions, of the tested or of an untrained dictionary, changes the site as much as the "
     "top features do."
@@ -91,8 +95,8 @@ class VerdictConfig:
             "6. Enough, without a yes or no: the share of the logit difference that is left where the first k, 2 k, "
             "4 k and 8 k features by attribution are kept and all others set to their means over the train prompts "
             "that rank features. "
-            f"Questions 1, 4 and 5 need {self.least_prompts} prompts and enough bootstrap resamples; 2 to 4 need "
-            "20 controls a behaviour, less one. "
+            f"Questions 1, 3 and 5 and simpler bases need {self.least_prompts} prompts and enough bootstrap resamples; "
+            "2 to 4 need 20 controls a behaviour, less one. "
             "p-values are corrected by Holm's method over the behaviours within each question."
         )
 

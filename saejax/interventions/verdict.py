@@ -306,11 +306,16 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
     if group == "untrained":
         # A list of all directions may change the site less than T does: then it is no control of the same dose.
         controls = measured.reaching(controls) if measured.reaching(measured.edits("trained")) else []
+    if not measured.dose:
+        return _Test(None, lambda _: CausalAnswer("not testable", wording.NO_CHANGE))
     if not controls:
         return _without_controls(measured, group)
-    if measured.objective == "answer_margin" and len(measured.prompts) < config.least_prompts:
-        too_few = wording.too_few_prompts(len(measured.prompts), config.least_prompts)
-        sentence = f"Whether the effect is on the final answer is {too_few} whose answer can be corrupted."
+    too_few = wording.too_few_prompts(len(measured.prompts), config.least_prompts)
+    # Ranks among sets need no prompts, but shares of other answers are compared by a bootstrap over prompts.
+    if too_few and group == "placebo" and measured.objective != "readout":
+        sentence = f"{too_few[:1].upper()}{too_few[1:]}."
+        if measured.objective == "answer_margin":
+            sentence = f"Whether the effect is on the final answer is {too_few} whose answer can be corrupted."
         return _Test(None, lambda _: CausalAnswer("not testable", sentence))
     # Question 4 compares dictionaries: of the tested one, too, the list to the dose, by the same function.
     tested_P = measured.drops(measured.edits("trained"))[0] if group == "untrained" else measured.drop_P

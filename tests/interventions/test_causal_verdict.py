@@ -103,6 +103,26 @@ def judge(rows: Rows, config: VerdictConfig = CONFIG) -> BehaviourVerdict:
     return rows.judge(config)[TESTED]["b"]
 
 
+def test_what_features_take_from_other_answers_is_not_told_on_five_prompts():
+    """Every bootstrap sample of so few prompts agrees, so that features were called specific."""
+    rows = make_rows()
+    rows.add_ranks(0.2)
+    assert judge(rows).placebo.answer == "yes"
+    few = without_prompts(merge_tables(rows.blocks), [f"b/{p:02d}" for p in range(5, PROMPTS)])
+    result = verdict(few, CONFIG).dictionaries[TESTED]["b"]
+    assert (result.random.answer, result.placebo.answer) == ("yes", "not testable")
+    assert result.placebo.sentence == "Not testable with 5 prompts, 6 are needed."
+
+
+def test_silent_features_are_not_testable():
+    rows = Rows()
+    rows.add_prompts("b")
+    rows.add(EditDefinition("b", "top", 0, (1, 2)), logit_diff=5.0, change_norm=0.0, log_prob=-0.5, two_way=1, top1=1)
+    result = judge(rows)
+    assert {result.random.answer, result.placebo.answer, result.trained.answer} == {"not testable"}
+    assert "silent on the test prompts" in result.random.sentence
+
+
 def test_effects_by_hand():
     rows = make_rows()
     rows.add_ranks(0.2)
