@@ -36,7 +36,7 @@ from saejax.errors import UserError, one_of
 from saejax.models.edits import Positions, Span, Values
 from saejax.models.sinks import position_norms
 from saejax.models.sites import ALL_KINDS, Site, edit_site, site_parts
-from saejax.parallel.mesh import fitting_sharding, place_on
+from saejax.parallel.mesh import check_mesh, fitting_sharding, place_on
 
 
 def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
@@ -163,7 +163,17 @@ class Dictionary(nnx.Module):
         return joined.row_lengths(self.W_dec_FxD[...], self.config.widths)
 
     def with_config(self, config: DictionaryConfig) -> Self:
-        """Return a dictionary of the same arrays with another config, which must give them the same shapes."""
+        """Return a dictionary of the same arrays with another config.
+
+        Raises:
+          UserError: with this config the arrays would have other names or shapes, or its k is not a number of features.
+        """
+        table, before = parameter_table(config), parameter_table(self.config)
+        if table != before:
+            changed = sorted({name.rpartition("_")[0] for name, _ in table.items() ^ before.items()})
+            raise UserError(f"another config would take other arrays ({', '.join(changed)}): its kind and sizes stay")
+        if "k" in kinds.by_name(config.kind).numbers and not 1 <= config.k <= config.n_features:
+            raise UserError(f"k is {config.k}: expected a whole number from 1 to the {config.n_features} features")
         copied = nnx.merge(*nnx.split(self))
         copied.config = nnx.static(config)
         return copied
@@ -179,6 +189,7 @@ class Dictionary(nnx.Module):
 
         Arrays that are elsewhere go there by way of the host, so that no device holds more of them than its part.
         """
+        check_mesh(mesh)
         axes = self.mesh_axes()
 
         def place(path: Any, array: jax.Array | np.ndarray) -> jax.Array:
@@ -203,7 +214,9 @@ class Dictionary(nnx.Module):
         return kinds.EncoderInputs(x_xD, projected_xF, projected_xF + row(self.b_enc_F[...], x_xD.ndim))
 
     def _check_width(self, values: jax.Array, width: int) -> None:
-        """Raise a ``UserError`` if values are of another width."""
+        """Raise a ``UserError`` if values are no array, or of another width."""
+        if not hasattr(values, "dtype"):
+            raise UserError(f"values are a {type(values).__name__}: expected an array [..., {width}]")
         if values.shape[-1:] != (width,):
             raise UserError(
                 f"values of the shape {list(values.shape)}: expected [..., {width}], as this {self.config.kind} "

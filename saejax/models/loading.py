@@ -9,7 +9,7 @@ from saejax.models import parity, source, weights
 from saejax.models.families import has_family, read_config
 from saejax.models.language_model import LanguageModel
 from saejax.models.settings import ModelConfig
-from saejax.parallel.mesh import make_mesh
+from saejax.parallel.mesh import check_mesh, make_mesh
 
 
 def load_model(
@@ -38,6 +38,8 @@ def load_model(
         other logits than transformers.
     """
     one_of(backend, ("auto", "jax", "torch"), "backend")
+    if mesh is not None:
+        check_mesh(mesh)
     settings = ModelConfig(path=path, revision=revision, dtype=dtype)
     model_source = source.resolve(settings, decoder=backend == "jax")
     if backend == "torch" or not has_family(source.read_model_config(model_source.folder)):

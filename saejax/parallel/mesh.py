@@ -64,6 +64,15 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def check_mesh(mesh: Any) -> None:
+    """Raise a ``UserError`` unless this is a mesh with the axes of this module."""
+    if getattr(mesh, "axis_names", None) != AXES:
+        raise UserError(
+            f"mesh is {mesh!r:.120}: expected one with the axes {', '.join(AXES)}, such as lm.mesh or "
+            "saejax.parallel.mesh.make_mesh()"
+        )
+
+
 def arrange_devices(devices: Sequence[jax.Device], shape: Sequence[int]) -> np.ndarray:
     """Return devices as an array of this shape, in which neighbours along its last axes have the fastest links.
 

@@ -27,7 +27,7 @@ from saejax.evaluation.temporal import evaluate_texts
 from saejax.files import fingerprint, read_object, write_json
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import OtherSite, site_parts
-from saejax.parallel.mesh import AXES, make_mesh
+from saejax.parallel.mesh import check_mesh, make_mesh
 from saejax.progress import show_progress
 from saejax.settings_from_keywords import make_config
 from saejax.short_reprs import has_short_repr
@@ -122,8 +122,7 @@ def _train(
 ) -> dict[str, Dictionary]:
     """Return the dictionaries that settings make, by their names; see ``train`` and ``train_all``."""
     mesh, on_progress = mesh or make_mesh(), on_progress or (lambda line: None)
-    if getattr(mesh, "axis_names", None) != AXES:
-        raise UserError(f"mesh is {mesh}: expected one with the axes {', '.join(AXES)}, such as lm.mesh")
+    check_mesh(mesh)
     settings |= dict(pretrained=kind) if kind == PRETRAINED else {}
     for name in _NOT_HERE.keys() & settings.keys():
         if settings[name] != "store":  # the one source that there is here

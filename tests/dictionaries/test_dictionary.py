@@ -1,5 +1,6 @@
 """Dictionaries: parts of them, rounded products, files, and what programs take."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -165,6 +166,35 @@ def test_a_description_with_a_value_that_cannot_be_is_refused(tmp_path, name, va
     description.write_text(json.dumps(saved | dict(config=saved["config"] | {name: value})))
     with pytest.raises(UserError, match=message):
         formats.read_config(tmp_path / "topk")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(k=0), "k is 0: expected a whole number from 1 to the 40 features"),
+        (dict(k=41), "k is 41: expected"),
+        (dict(kind="jumprelu"), r"would take other arrays \(threshold\)"),
+        (dict(skip=True), r"would take other arrays \(W_skip\)"),
+        (dict(n_features=3), r"would take other arrays \(W_dec, W_enc, b_enc\)"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_arrays_is_refused(changes, message):
+    dictionary = make("topk")
+    with pytest.raises(UserError, match=message):
+        dictionary.with_config(dataclasses.replace(dictionary.config, **changes))
+    assert dictionary.with_config(dataclasses.replace(dictionary.config, k=7)).config.k == 7
+
+
+def test_values_that_are_no_array_and_other_meshes_are_refused(tmp_path):
+    dictionary = make("topk")
+    save_dictionary(tmp_path / "topk", dictionary)
+    for values in ([0.0] * 12, None, "x"):  # not by ``encode``, whose argument the tests' own check takes for an array
+        with pytest.raises(UserError, match=r"expected an array \[..., 12\]"):
+            dictionary._check_width(values, 12)
+    for mesh in (3, MeshConfig(), jax.sharding.Mesh(np.array(jax.devices()), ("x",))):
+        for call in (dictionary.on_mesh, lambda mesh: load_dictionary(tmp_path / "topk", mesh=mesh)):
+            with pytest.raises(UserError, match="expected one with the axes member, data, model"):
+                call(mesh)
 
 
 @pytest.mark.parametrize("format", ["saejax", "saelens"])

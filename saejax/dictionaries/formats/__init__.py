@@ -35,6 +35,7 @@ from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
 from saejax.loaded_units import compare_dictionary
 from saejax.models.sites import parse_site, site_parts
+from saejax.parallel.mesh import check_mesh
 
 WRITERS = {"saejax": own.save, "saelens": saelens.save}
 
@@ -115,6 +116,8 @@ def load_dictionary(
       UserError: no dictionary is there, its files are damaged, or they ask for what no dictionary here does.
     """
     one_of(matmul_dtype, DTYPES[:2], "matmul_dtype"), one_of(dtype, DTYPES, "dtype")
+    if mesh is not None:
+        check_mesh(mesh)
     located = _locate(path, site, target)
     logging.info("%s", describe(located.config, located.format))
     if not os.fspath(path).startswith(("hf:", REGISTRY)) and (warning := compare_dictionary(path)):
