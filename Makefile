@@ -132,7 +132,7 @@ PARITY_PATH := . tests tests/models tests/dictionaries tests/training tests/attr
 parity: $(INSTALLED)
 	PYTHONPATH=$(subst $() ,:,$(PARITY_PATH)) $(BIN)/python scripts/measure_parity.py $(NEW)
 
-# The outputs in docs/tour.ipynb.
+# The outputs in docs/tour.ipynb and docs/graphs.ipynb.
 notebooks: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[notebook]'
 	$(BIN)/python scripts/run_notebooks.py

@@ -1,8 +1,7 @@
 """Run the notebooks of docs/ and keep what their cells print.
 
-``python scripts/run_notebooks.py [NAME ...]``, or ``make notebooks``, which installs JupyterLab. The tour takes three
-minutes. The notebook of graphs is run where it is named: its model and transcoders are on the hub. Progress bars are
-left out.
+``python scripts/run_notebooks.py [NAME ...]``, or ``make notebooks``, which installs JupyterLab. Each takes some
+minutes. Progress bars are left out.
 """
 
 import sys
@@ -13,7 +12,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("tour",)
+NAMES = ("tour", "graphs")
 
 
 def run(name: str) -> None:

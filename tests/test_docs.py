@@ -28,7 +28,6 @@ ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 NOTEBOOKS = {name: json.loads((ROOT / f"docs/{name}.ipynb").read_text("utf-8")) for name in ("tour", "graphs")}
-WITHOUT_OUTPUTS = {"graphs"}  # it needs a model and transcoders of the hub
 PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "CITATION.cff") for path in ROOT.glob(pattern))
 # docs/extending.md names files that a reader makes; tests/test_extending.py and tests/test_stages.py run what it says.
 GUIDES = [path for path in PAGES if path.name not in ("CHANGELOG.md", "CITATION.cff", "extending.md")]
@@ -81,12 +80,9 @@ def test_notebooks_have_their_outputs_and_nothing_of_the_machine_that_ran_them(n
     ids = [cell["id"] for cell in notebook["cells"]]
     assert len(set(ids)) == len(ids)
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    is_run = name not in WITHOUT_OUTPUTS
-    assert [cell["execution_count"] for cell in cells] == (
-        [*range(1, len(cells) + 1)] if is_run else [None] * len(cells)
-    )
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
     for cell, code in zip(cells, code_of(name), strict=True):
-        assert bool(cell["outputs"]) == (is_run and "print(" in code), code
+        assert bool(cell["outputs"]) == ("print(" in code), code
         assert {(output["output_type"], output.get("name")) for output in cell["outputs"]} <= {("stream", "stdout")}
         ast.parse(code)
         assert set(re.findall(r"saejax\.(\w+)\(", code)) <= set(saejax.__all__)

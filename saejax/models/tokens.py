@@ -245,6 +245,11 @@ def single_token_id(tokenizer: Any, answer: str) -> int:
     )
 
 
+def text_of(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
+    """Return the text of token ids as it is, special tokens and spaces before punctuation included."""
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
 def token_text(tokenizer: Any) -> Callable[[int], str]:
     r"""Return a function from a token id to its text, its leading space included; half a character is ``\xe0\xb8``."""
     as_piece = token_piece(tokenizer)

@@ -22,7 +22,7 @@ from saejax.attribution.local.readouts import Target, read_targets
 from saejax.attribution.trace.gradient import SaeRun
 from saejax.circuits.measure import squared_doses
 from saejax.errors import UserError
-from saejax.models.tokens import token_text
+from saejax.models.tokens import text_of, token_text
 from saejax.progress import OnProgress, silent
 
 MODES = FREEZE_MODES[:3]  # not the one that takes a layer; with SAEs the first alone
@@ -129,8 +129,9 @@ def continuations(
     if onward:
         rows = [_onward(row) for row in rows]
     texts = run.generate_rows(rows, tokens, freeze, temperature=temperature, seed=seed, on_progress=on_progress)
-    kinds, decode = ["clean", "changed", *["random"] * (len(changed) - 1)], run.model.tokenizer.decode
-    return dict(texts=[[kind, decode(text.ids_N)] for kind, text in zip(kinds, texts, strict=True)], no_draws=why)
+    kinds = ["clean", "changed", *["random"] * (len(changed) - 1)]
+    written = [text_of(run.model.tokenizer, text.ids_N) for text in texts]
+    return dict(texts=list(map(list, zip(kinds, written, strict=True))), no_draws=why)
 
 
 def _onward(row: Sequence[Change]) -> list[Change]:

@@ -1,11 +1,12 @@
 """Special tokens, and answers that continue a text."""
 
 import pytest
+from tiny_models import save_tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from saejax.errors import UserError
-from saejax.models.tokens import bos_tokens, continuation_ids, encode, token_text, tokenize
+from saejax.models.tokens import bos_tokens, continuation_ids, encode, text_of, token_text, tokenize
 
 WORDS = ["the", "city", "of", "Paris", "is", "large", "river"]
 
@@ -82,3 +83,11 @@ def test_ids_that_the_tokenizer_lacks_are_told_apart(lm):
     assert [token_text(lm.tokenizer)(token) for token in (lacking, lacking + 1)] == [
         f"<token {lacking}>", f"<token {lacking + 1}>",
     ]  # fmt: skip
+
+
+def test_texts_keep_their_spaces(tmp_path):
+    """Some tokenizers are told to write no space before punctuation."""
+    save_tiny_tokenizer(tmp_path, 300)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path, clean_up_tokenization_spaces=True)
+    text = "It is , I say , not 's ."
+    assert text_of(tokenizer, encode(tokenizer, text, "never")) == text

@@ -20,6 +20,7 @@ from saejax.models.tokens import Tokens, encode
 from saejax.parallel.collectives import to_host
 from saejax.short_reprs import has_short_repr
 
+_INT32 = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 AT_ONCE = 1 << 26  # activations of a layer that are in memory at once
 
 
@@ -227,7 +228,8 @@ def prompt_ids(
         ids = np.asarray(prompt)
         if ids.dtype.kind not in "iu" or ids.size != ids.shape[-1]:
             raise UserError(f"the prompt is {prompt!r:.60}: expected a text, or the token ids of one, whole numbers")
-        ids = np.clip(ids.reshape(-1), -1, np.iinfo(np.int32).max).astype(np.int32)  # the check below names them
+        # Unsigned ones have no numbers below 0 to be cut at; the check below names what does not exist.
+        ids = np.clip(ids.reshape(-1).astype(np.int64), *_INT32).astype(np.int32)
     else:
         ids = model.tokenize([prompt]).ids_BxT[0]
     Tokens(ids[None], np.array([len(ids)], np.int32)).check(model.config.vocab, model.config.context)

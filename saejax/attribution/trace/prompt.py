@@ -37,7 +37,7 @@ from saejax.attribution.trace.row_store import ROUND_ROWS, ROUNDS, RowStore, ran
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import token_text
+from saejax.models.tokens import text_of, token_text
 from saejax.progress import OnProgress, show_progress, silent
 
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
@@ -290,7 +290,7 @@ def make_graph(
         tokens=tuple(text(int(token)) for token in run.ids_P),
         logit_K=readouts.logit_K,
         labels=readouts.labels,
-        prompt=prompt if isinstance(prompt, str) else str(model.tokenizer.decode(run.ids_P)),
+        prompt=prompt if isinstance(prompt, str) else text_of(model.tokenizer, run.ids_P),
         n_layers=model.config.n_layers,
         model=dict(
             name=source.name, revision=source.revision, fingerprint=source.fingerprint, family=model.config.family

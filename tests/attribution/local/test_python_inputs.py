@@ -88,10 +88,12 @@ def test_prompts_and_targets(lm, transcoders):
         return saejax.trace(lm, dictionaries, prompt, **dict(max_features=4, max_logits=1) | options).labels
 
     assert labels(lm.tokenize([P]), targets=[" cat"]) == labels(targets=" cat") == (" cat",)
+    assert labels(np.array(IDS, np.uint32)) == labels(IDS)
     assert labels(targets=np.int32(5)) == labels(targets=jnp.int32(5)) == labels(targets=[jnp.int32(5)])
     # As they are: pages show the line break and the quotes as those of single tokens.
     assert labels(targets=[("\n", "'"), (lm.tokenizer.encode("é")[0], 5)]) == ("'\n' - \"'\"", r"'\xc3' - '%'")
     for options, said in (
+        (dict(prompt=[-5, 7]), "token ids are -5 to 7"),
         (dict(prompt=None), "the prompt is None: expected a text"),
         (dict(prompt=pad([IDS, IDS])), "the prompt is the tokens of 2 texts"),
         (dict(targets=None), "targets is None: expected a token"),
