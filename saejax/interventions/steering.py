@@ -516,8 +516,13 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int, prompts:
     """Return the answer of a method on a behaviour, given the corrected p-value over some tests."""
     effect, point, p_value = result.answer.effect, result.points[result.chosen], result.answer.p_value
     if p_holm is None or effect is None:
-        reason = f"Not tested: there are no {result.control} to compare with."
-        return CausalAnswer("not tested", reason, effect)
+        reason = (
+            f"Not testable: fewer than {MIN_PROMPTS} of {prompts} prompts have answers for which {result.control} reach "
+            f"the dose of {point.dose:.3g}."
+            if point.dose
+            else "Not testable: the method changes nothing in the test prompts."
+        )
+        return CausalAnswer("not testable", reason, effect)
     level = VerdictConfig().level
     answer, needed = "yes" if p_holm <= level and effect.low > 0 else "no", min_controls(tests, level)
     sentence = (

@@ -204,7 +204,8 @@ def test_answers_follow_the_rule():
     assert few.answer == "not testable" and few.sentence.endswith(
         " Not testable: 19 controls (random features) of 39 needed."
     )
-    assert judged([None], controls=0)[0].answer == "not tested"
+    (alone,) = judged([None], controls=0, compared=0)
+    assert alone.answer == "not testable" and "fewer than 5 of 9 prompts have answers for which" in alone.sentence
     assert "compared on 4 of 9 prompts" in judged([0.01], compared=4)[0].sentence
     assert "compared on" not in judged([0.01])[0].sentence
 

@@ -40,7 +40,7 @@ STEER = Stage(
     follows=("ablate",),
     inputs=_inputs,
     names=_names,
-    revision=5,  # each swap has controls of its own dose
+    revision=6,  # without controls of its dose it is not testable
     processes="items",
     section=sections,
 )
