@@ -517,8 +517,8 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int, prompts:
     effect, point, p_value = result.answer.effect, result.points[result.chosen], result.answer.p_value
     if p_holm is None or effect is None:
         reason = (
-            f"Not testable: fewer than {MIN_PROMPTS} of {prompts} prompts have answers for which {result.control} reach "
-            f"the dose of {point.dose:.3g}."
+            f"Not testable: fewer than {MIN_PROMPTS} of {prompts} prompts have answers for which {result.control} "
+            f"reach the dose of {point.dose:.3g}."
             if point.dose
             else "Not testable: the method changes nothing in the test prompts."
         )
