@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import runs
+from absl import flags
 
 from saejax import cli
 from saejax.activations.settings import CaptureConfig
@@ -103,6 +104,21 @@ def test_the_command_line_wins_over_a_flag_file(tmp_path, capsys):
             assert (train.k, train.zero_optimizer, train.kinds) == ((5,), False, ("standard",))
     assert command.run(["capture"], "", ["program", given[0], f"--flagfile={file}", "--dry_run"]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith(f"the workdir is {tmp_path / 'run'}")
+
+
+def test_what_is_wrong_with_a_flag_is_said_in_a_line(tmp_path):
+    for number, value in enumerate(("'The city'", '"The city"')):  # a shell would take the quotes away
+        path = tmp_path / f"{number}.flags"
+        path.write_text(f"--train.k=8\n--graph.prompt={value}\n")
+        with pytest.raises(UserError, match=f"{number}.flags, line 2: no shell reads .* the quotes around {value}"):
+            read(None, f"--flagfile={path}")
+    assert read(None, '--graph.prompt="The city"').named("graph").prompt == '"The city"'
+    for argument, said in (
+        ("--train.K=3", r"Did you mean: train\.k(, train\.\w+){2} \?$"),
+        ("--dry_run=maybe", "'maybe' is neither"),
+    ):
+        with pytest.raises(flags.Error, match=said):
+            read(None, argument)
 
 
 def test_stages_take_the_only_kind_that_is_trained():

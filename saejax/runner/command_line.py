@@ -1,6 +1,7 @@
 """Command lines of the binaries: flags, the groups of settings that they fill, and the text of --help."""
 
 import dataclasses
+import difflib
 import os
 import re
 import shutil
@@ -244,5 +245,11 @@ def _wrap(line: str, width: int) -> str:
 
 
 def flag_error(error: flags.Error) -> str:
-    """Return absl's description of a flag error."""
-    return str(error).removeprefix("ERROR:: ")
+    """Return absl's description of a flag error, with at most the three nearest of the names that it suggests."""
+    message = str(error).removeprefix("ERROR:: ")
+    message = re.sub(r"\('Non-boolean argument to boolean flag', (.*)\)", r"\1 is neither true nor false", message)
+    if parts := re.fullmatch(r"(.* flag '(.*)'\. Did you mean: )(.*) \?", message, re.DOTALL):
+        start, name, suggested = parts.groups()
+        nearest = difflib.get_close_matches(name.lower(), suggested.split(", "), 3, 0.0)
+        message = f"{start}{', '.join(nearest)} ?"
+    return message

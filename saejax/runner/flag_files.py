@@ -26,7 +26,8 @@ def read_flag_files(arguments: Sequence[str]) -> list[str]:
         unchanged.
 
     Raises:
-      UserError: a file cannot be read, is not UTF-8 text, or is read from itself.
+      UserError: a file cannot be read, is not UTF-8 text, or is read from itself; or a value stands in quotes, which
+        would be a part of it.
     """
     lines: list[str] = []
     others: list[str] = []
@@ -63,4 +64,6 @@ def _read_lines(name: str, around: tuple[str, ...]) -> Iterator[FileLine]:
         if flag in _NAMES:
             yield from _read_lines(value.strip(), (*around, name))
         elif line and not line.startswith(("#", "//")):
+            if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+                raise UserError(f"{line.place}: no shell reads a flag file: leave out the quotes around {value}")
             yield line
