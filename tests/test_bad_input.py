@@ -92,6 +92,8 @@ STACK = dict(train__k="4,8")
         (dict(train__kinds="topk,topk"), "--train.kinds=topk,topk: name each one once"),
         (dict(train__expansion="4,8", train__features=16), "error: --train.expansion=4,8: give one value, or a list"),
         (dict(train__b1=1), "--train.b1 is 1.0"),
+        (dict(train__warmup=10**20), "--train.warmup is 100000000000000000000: expected at most 1000000000"),
+        (dict(train__features=10**20), "--train.features is 100000000000000000000: expected at most"),
         (dict(train__init_from="/none"), "--train.init_from=/none does not exist"),
         (dict(interpret__dictionaries="topk", atlas__labels="/none"), "--atlas.labels=/none is no file"),
         (EXPLAINED, "--explain.model is missing"),

@@ -154,7 +154,11 @@ class Metrics:
         terms = {name: abs(values[name][index]) for name in coefficients.keys() & values.keys()}
         largest = max(terms, key=lambda name: np.nan_to_num(terms[name], nan=np.inf), default="")
         # With an error that is no number itself, all terms are none: nothing tells them apart.
-        return coefficients[largest] if terms and not terms[largest] <= limit and limit < np.inf else "learning_rate"
+        if terms and not terms[largest] <= limit and limit < np.inf:
+            return coefficients[largest]
+        # Decay that takes away more than twice a weight makes it grow.
+        grows = self._stack.config.weight_decay * values["learning_rate"][index] > 2
+        return "weight_decay" if grows else "learning_rate"
 
     def _record(self, step: int, seconds: float, values: dict[str, np.ndarray]) -> None:
         batch = self._stack.config.batch

@@ -11,6 +11,7 @@ from saejax.errors import UserError
 from saejax.models.site_ranges import expand_ranges
 
 MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
+MOST_STEPS, MOST_FEATURES = 10**9, 10**9  # more would overflow where they are counted
 DEAD_TOKENS = 10_000_000  # of ``dead_tokens``, see its source
 
 
@@ -57,10 +58,16 @@ class TrainConfig(Config):
         choices=("sae", "transcoder", "skip_transcoder", *FORMS),
     )
     expansion: tuple[int, ...] = setting(
-        (8,), "features per dimension of the site (or a list: a stack is trained for each, one after the other)", low=1
+        (8,),
+        "features per dimension of the site (or a list: a stack is trained for each, one after the other)",
+        low=1,
+        high=MOST_FEATURES,
     )
     features: tuple[int, ...] = setting(
-        (), "number of features, such as 16384 (or a list); empty: --train.expansion times the site's width", low=1
+        (),
+        "number of features, such as 16384 (or a list); empty: --train.expansion times the site's width",
+        low=1,
+        high=MOST_FEATURES,
     )
     k: tuple[int, ...] = setting((32,), "active features per token (or a list)", low=1, swept=True)
     l1: tuple[float, ...] = setting(
@@ -169,7 +176,9 @@ class TrainConfig(Config):
         "dictionaries than clipping outliers only",
         low=0.0,
     )
-    warmup: int = setting(100, "number of steps over which learning rate and penalty rise from 0", low=0)
+    warmup: int = setting(
+        100, "number of steps over which learning rate and penalty rise from 0", low=0, high=MOST_STEPS
+    )
     penalty_warmup: float = setting(
         0.0,
         "share of the steps over which the penalty rises from 0; 0: as long as --train.warmup. Published cross-layer "
@@ -185,8 +194,8 @@ class TrainConfig(Config):
         "decay of the encoder's weights per step, times the learning rate; on little text about 1 helps",
         low=0.0,
     )
-    batch: int = setting(1024, "tokens per step, over all devices", low=1)
-    epochs: int = setting(6, "passes over the training tokens", low=1)
+    batch: int = setting(1024, "tokens per step, over all devices", low=1, high=MOST_TOKENS)
+    epochs: int = setting(6, "passes over the training tokens", low=1, high=MOST_STEPS)
     seed: tuple[int, ...] = setting(
         (123,),
         "seed of initialisation (or a list); the first is also that of the order of tokens",

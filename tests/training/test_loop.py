@@ -138,6 +138,7 @@ def test_nan_names_the_member_and_keeps_the_others_apart(tmp_path):
         ("jumprelu", "l0_coefficient", "jumprelu.l0_coefficient"),
         ("topk", "decorrelation", "decorrelation"),
         ("topk", "alignment", "alignment"),
+        ("topk", "weight_decay", "weight_decay"),
     ],
 )
 def test_an_infinite_gradient_names_the_coefficient_that_made_it(tmp_path, kind, setting, flag):

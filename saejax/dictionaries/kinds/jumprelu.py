@@ -31,8 +31,8 @@ class JumpReLUConfig(Config):
     target_l0: tuple[float, ...] = setting(
         (64.0,), "L0 aimed at by the penalty 'target' (or a list)", low=1.0, swept=True
     )
-    bandwidth: float = setting(0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6)
-    initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0)
+    bandwidth: float = setting(0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6, high=1e6)
+    initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0, high=1e6)
     pre_activation: float = setting(
         0.0,
         "coefficient of the pre-activation loss, the mean over tokens of sum max(threshold - pre, 0) |W_dec| over dead "
