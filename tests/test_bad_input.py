@@ -14,6 +14,7 @@ import pytest
 import runs
 from safetensors.numpy import load_file, save_file
 
+from saejax.dictionaries.formats import tensors
 from saejax.runner import command, command_line
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import Workspace
@@ -205,6 +206,13 @@ def test_a_disk_that_fills_during_capture_and_during_a_checkpoint(refuse, captur
     assert "disk is full" in refuse(["train"], workdir=runs.copy_run(captured, small_disk(size) / "run"))
 
 
+def test_a_full_disk_is_an_error_also_where_files_are_written_through_memory(small_disk):
+    """Of a file without its space on disk the write would end the process by SIGBUS, without a word."""
+    file = small_disk(64) / "arrays.safetensors"
+    with pytest.raises(OSError, match="No space left on device"):
+        tensors.write(file, dict(a=np.zeros(2**16, np.float32)))
+
+
 def status_of(error: Exception) -> int:
     """Return the exit status of a run in which an error is raised."""
 
@@ -216,7 +224,13 @@ def status_of(error: Exception) -> int:
     return command.run_and_report(work, flag_values)
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EDQUOT, "", "x"), ValueError("ABORTED: Disk quota exceeded")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *[OSError(errno.EDQUOT, "", "x"), OSError(errno.EDQUOT, ""), ValueError("ABORTED: Disk quota exceeded")],
+        shutil.Error([("a", "b", "[Errno 122] Disk quota exceeded")]),
+    ],
+)
 def test_a_quota_that_ends(error, capsys):
     assert status_of(error) == 2
     assert capsys.readouterr().err == "error: x: the disk quota is used up: free space, then run again\n"

@@ -147,7 +147,7 @@ def _write(
             firings = np.empty(len(feature_A), _RECORD)
             firings["feature"], firings["place"] = feature_A, place_N[row_A]
             firings["value"] = np.asarray(taken)[: len(feature_A)]
-            firings.tofile(file)
+            file.write(firings.view(np.uint8).data)  # numpy's tofile loses the error of a full disk
 
 
 def _unpack(words_FxX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

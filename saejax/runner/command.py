@@ -126,9 +126,10 @@ def run_and_report(work: Callable[[], None], flag_values: flags.FlagValues) -> i
     except UserError as error:
         return _refuse(str(error), flag_values)
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK and not out_of_room(error):  # copies of folders say it in words
             raise
-        return _refuse(f"{error.filename or 'writing'}: {_DISK[error.errno]}", flag_values)
+        reason = _DISK.get(error.errno or 0) or f"{out_of_room(error)}: free space, then run again"
+        return _refuse(f"{error.filename or flag_values['workdir'].value}: {reason}", flag_values)
     except Exception as error:
         if reason := out_of_room(error):
             return _refuse(f"{flag_values['workdir'].value}: {reason}: free space, then run again", flag_values)

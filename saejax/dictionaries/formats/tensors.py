@@ -334,13 +334,22 @@ def write(file: Path | None, arrays: Mapping[str, np.ndarray | jax.Array], stamp
     if file is not None:
         with open(file, "wb") as opened:
             opened.write(len(text).to_bytes(8, "little") + text)
-            opened.truncate(8 + len(text) + ends[-1])
+            opened.flush()
+            _reserve(opened.fileno(), 8 + len(text) + ends[-1])
     for (_, array), start in zip(ordered, ends, strict=False):
         where = 8 + len(text) + start
         target = np.memmap(file, array.dtype, "r+", where, array.shape) if file is not None and array.nbytes else None
         for index, piece in host_pieces(array):
             if target is not None:
                 target[index] = piece
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file its size on disk: written to through memory, a full disk would end the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
 
 
 def stamp_of(file: Path) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.activations.checksums import npy_header
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.formats import hooks
@@ -111,7 +112,9 @@ def read_shared_text(
                 value_NxD = values[entry.config.site]
                 encode(dictionary, value_NxD, batch_tokens).save(shared.folder / f"activity-{index:04d}.npz")
                 if keep_values:
-                    np.save(shared.folder / _value_file(entry), value_NxD)
+                    with open(shared.folder / _value_file(entry), "wb") as file:  # np.save loses a full disk's error
+                        file.write(npy_header(value_NxD.shape, value_NxD.dtype))
+                        file.write(np.ascontiguousarray(value_NxD).data)
         for _, entry in members:
             for site in {entry.config.site, entry.target}:
                 shared.sink_norms[model, site] = float(lm.sink_norm(site))
