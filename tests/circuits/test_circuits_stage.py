@@ -79,6 +79,8 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     index = (unit / "index.html").read_text()
     assert 'href="sides.html"' in index and all(row.claim.id in index for row in compare_claims(results))
     circuits, claims = sections(read_findings({"circuits": unit}, tmp_path / "run" / "report", {}), None)
+    # On four prompts nothing is denied that is not drawn.
+    assert circuits.blocks[0].rows[0][4:] == ("not testable",) * 3 and "others could not be tested" in circuits.lead
     assert claims.blocks[0].rows and circuits.blocks[1].items == (("Sides", "../circuits/sides.html"),)
 
     # A person labels two features of a position; they become a group, and name it.

@@ -31,7 +31,7 @@ from saejax.page.tables import Table, answer, interval, number, percent
 from saejax.page.words import behaviour as title
 from saejax.runner.labels import names_of_layers
 from saejax.stages.circuits import figure
-from saejax.stages.circuits.claims import CONFIRMED, compare_claims
+from saejax.stages.circuits.claims import CONFIRMED, NOT_TESTABLE, compare_claims
 from saejax.tasks.behaviours import Prompt
 from saejax.unicode import visible
 
@@ -58,10 +58,16 @@ _COLUMNS: dict[str, Callable[[str, CircuitResults], str]] = {
     "Logit difference": lambda name, circuit: number(circuit.logit_diff),
     "Features that return": lambda name, circuit: str(len(circuit.returning)),
     "Groups": lambda name, circuit: str(len(circuit.groups)),
-    "Edges drawn": lambda name, circuit: str(len(circuit.drawn())),
-    "Needed": lambda name, circuit: str(len(circuit.drawn("total"))),
-    "Carry": lambda name, circuit: str(len(circuit.drawn("swap"))),
+    "Edges drawn": lambda name, circuit: _drawn_of_tested(circuit, "direct"),
+    "Needed": lambda name, circuit: _drawn_of_tested(circuit, "total"),
+    "Carry": lambda name, circuit: _drawn_of_tested(circuit, "swap"),
 }
+
+
+def _drawn_of_tested(circuit: CircuitResults, edit: str) -> str:
+    """Return how many effects of an edit are drawn, of those that could be tested."""
+    tested = sum(edge.is_testable for edge in circuit.edges if edge.edit == edit)
+    return f"{len(circuit.drawn(edit))} of {tested}" if tested else "not testable"
 
 
 def write_behaviour(
@@ -97,8 +103,8 @@ def write_behaviour(
     if not circuit.drawn():
         direct = [edge.is_testable for edge in circuit.edges if edge.edit == "direct"]
         lead.append(
-            f"With all other groups held, none of {direct.count(True)} effects exceeds its controls, so no arrow is "
-            f"drawn; {direct.count(False)} others could not be tested."
+            "No arrow is drawn: with all other groups held, no effect exceeds its controls "
+            f"({direct.count(True)} tested, {direct.count(False)} not testable)."
         )
     contexts = Text("Contexts are from files of the set, or else from the embedded corpus and the traced prompts.")
     parts = [
@@ -211,8 +217,9 @@ def write_index(folder: Path, results: CircuitsResults) -> None:
 def circuit_sections(results: CircuitsResults, address: Callable[[str], str]) -> list[Section]:
     """Return the sections on circuits; ``address`` gives the address of a file of the unit on the page."""
     note = (
-        "Needed: groups without which the logit difference falls more than without control sets of the same dose. "
-        "Carry: groups that move the answer to the counterpart's when they take its activations."
+        "Counts are of those that could be tested. Needed: groups without which the logit difference falls more than "
+        "without control sets of the same dose. Carry: groups that move the answer to the counterpart's when they take "
+        "its activations."
     )
     blocks: list[Block] = [
         Table.of("Circuits", results.behaviours.items(), _COLUMNS, note=note),
@@ -231,10 +238,12 @@ def circuit_sections(results: CircuitsResults, address: Callable[[str], str]) ->
         "Effects on the answer are logits, those on a group a share of its activation. The published studies are of "
         "other, larger models.",
     )
+    outcomes, count = [row.outcome for row in comparisons], len(results.behaviours)
+    untested = outcomes.count(NOT_TESTABLE)
     lead = (
-        f"Features that return over prompts were grouped in {len(results.behaviours)} behaviours and each group's "
-        f"effect was measured: {sum(row.outcome == CONFIRMED for row in comparisons)} of {len(comparisons)} "
-        "published claims about such circuits are confirmed on this model."
+        f"Features that return over prompts were grouped in {count} behaviour{'s' * (count != 1)} and each group's "
+        f"effect was measured. Of {len(outcomes) - untested} published claims about such circuits that could be "
+        f"tested, {outcomes.count(CONFIRMED)} are confirmed on this model; {untested} others could not be tested."
     )
     return [
         Section("Circuits", tuple(blocks), lead=lead),
