@@ -128,8 +128,8 @@ def sampling_params(temperature: float, top_p: float, seed: int) -> SamplingPara
         raise UserError(f"temperature is {temperature!r}: expected a number of at least 0")
     if not isinstance(top_p, Real) or not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p!r}: expected a number above 0 and at most 1")
-    if not isinstance(seed, Integral):
-        raise UserError(f"seed is {seed!r}: expected a whole number")
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+        raise UserError(f"seed is {seed!r}: expected a whole number of at most 64 bits")
     sampled = temperature > 0
     key = jax.random.key(int(seed))
     # Divided by less, logits are infinite; this close to 0 the most probable token is taken anyway.

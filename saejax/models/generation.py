@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 def check_limit(lengths_B: np.ndarray, max_new_tokens: int, context: int) -> None:
     """Raise a ``UserError`` unless prompts of the lengths and ``max_new_tokens``, at least 1, fit into the context."""
     longest = int(lengths_B.max())
+    if not isinstance(max_new_tokens, Integral):
+        raise UserError(f"max_new_tokens is {max_new_tokens!r}: expected a whole number")
     if max_new_tokens < 1 or longest + max_new_tokens > context:
         raise UserError(
             f"{max_new_tokens} new tokens after a prompt of {longest}: expected at least 1, and together at most the "
@@ -51,7 +54,8 @@ class StopCondition:
     """
 
     def __init__(self, tokenizer: Any, eos: Sequence[int], stop: Sequence[str]):
-        if isinstance(stop, str) or not all(stop):
+        are_texts = isinstance(stop, Sequence) and all(isinstance(text, str) and text for text in stop)
+        if isinstance(stop, str) or not are_texts:
             raise UserError(f"stop is {stop!r}: expected a list of strings, none of them empty")
         if stop and tokenizer is None:
             raise UserError("this model has no tokenizer: expected no stop strings")

@@ -7,6 +7,7 @@ returns the same ``Output`` and ``Generated`` under the same edits.
 import copy
 import dataclasses
 import functools
+import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -61,9 +62,13 @@ class Output:
         if isinstance(answer, str):
             answer = single_token_id(self._tokenizer, answer)
         vocab = self.logits_BxTxV.shape[-1]
-        if not 0 <= answer < vocab:
-            raise UserError(f"there is no token id {answer}: expected 0 to {vocab - 1}, or a word")
-        last_B = np.asarray(self.logits_BxTxV[np.arange(len(self.tokens.last_B)), self.tokens.last_B, answer])
+        try:
+            token = operator.index(answer)  # of Python, NumPy or JAX
+        except TypeError:
+            raise UserError(f"the answer is {answer!r:.60}: expected a token's id, or a word") from None
+        if not 0 <= token < vocab:
+            raise UserError(f"there is no token id {token}: expected 0 to {vocab - 1}, or a word")
+        last_B = np.asarray(self.logits_BxTxV[np.arange(len(self.tokens.last_B)), self.tokens.last_B, token])
         return last_B if len(last_B) > 1 else last_B[0]
 
 
@@ -201,7 +206,7 @@ class LanguageModel:
         sampling = decoding.sampling_params(temperature, top_p, seed)
         eos = generation.eos_ids(self.source.folder, self.tokenizer)
         condition = generation.StopCondition(self.tokenizer, eos, stop)
-        chunks = self._decode(tokens, max_new_tokens, sampling, condition, edits)
+        chunks = self._decode(tokens, int(max_new_tokens), sampling, condition, edits)
         return generation.collect(chunks, len(tokens.lengths_B), condition)
 
     def _length_with_cache(self, tokens: Tokens) -> int:
@@ -275,6 +280,8 @@ class LanguageModel:
         """
         wanted = [capture] if isinstance(capture, str) or not isinstance(capture, Sequence) else capture
         sites = tuple(parse_site(site) if isinstance(site, str) else site for site in wanted)
+        if none := [site for site in sites if not hasattr(site, "check")]:
+            raise UserError(f"capture has {none[0]!r:.60}: expected sites such as resid_post.15, or ()")
         edits = edits if isinstance(edits, Sequence) else [edits]
         wrong = [type(edit).__name__ for edit in edits if isinstance(getattr(edit, "site", ""), str)]
         if wrong:

@@ -80,6 +80,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "aut
     Raises:
       UserError: there is no tokenizer, or a text is empty or longer than the context, in tokens.
     """
+    texts = _as_list(texts)
     sequences = _encode_all(tokenizer, texts, bos)
     for number, sequence in enumerate(sequences):
         if len(sequence) > context:
@@ -98,7 +99,7 @@ def tokenize_in_pieces(tokenizer: Any, texts: Sequence[str], context: int, bos: 
     Raises:
       UserError: there is no tokenizer, a text is empty, or the context has no room for text.
     """
-    sequences, front = _encode_all(tokenizer, texts, bos), bos_tokens(tokenizer, bos)
+    sequences, front = _encode_all(tokenizer, _as_list(texts), bos), bos_tokens(tokenizer, bos)
     size = context - len(front)
     if size < 1:
         raise UserError(f"context is {context}: expected at least {len(front) + 1} tokens")
@@ -109,10 +110,18 @@ def tokenize_in_pieces(tokenizer: Any, texts: Sequence[str], context: int, bos: 
     return pad(pieces)
 
 
-def _encode_all(tokenizer: Any, texts: Sequence[str], bos: str) -> list[list[int]]:
-    """Return the token ids of each text; raise a ``UserError`` if there is none, or one of them is empty."""
+def _as_list(texts: Any) -> list[Any]:
+    """Return texts as a list, whatever holds them; raise a ``UserError`` if they are one string, or nothing does."""
     if isinstance(texts, str):
         raise UserError("texts is one string: expected a list of them")
+    try:
+        return list(texts)
+    except TypeError:
+        raise UserError(f"texts is {texts!r:.60}: expected a list of texts") from None
+
+
+def _encode_all(tokenizer: Any, texts: list[str], bos: str) -> list[list[int]]:
+    """Return the token ids of each text; raise a ``UserError`` if there is none, or one of them is empty."""
     if not texts:
         raise UserError("there are no texts to tokenize: expected at least one")
     for number, text in enumerate(texts):

@@ -127,3 +127,25 @@ def test_a_run_with_saes_takes_the_same_edits(lm):
         run.run([feature])
     with pytest.raises(UserError, match="circuits are run with transcoders"):
         run.run([Circuit(np.ones(3, bool), np.ones((1, 1), bool))])
+
+
+def test_calls_of_a_model(lm):
+    tokens, alone = lm.tokenize([P, "3 + 4 ="]), lm.tokenize([P])
+    for texts in (iter([P]), (P,), np.array([P])):
+        np.testing.assert_array_equal(lm.tokenize(texts).ids_BxT, alone.ids_BxT)
+    assert lm.generate(alone, np.int64(2)) == lm.generate(alone, 2)
+    assert lm(alone).logit(jnp.int32(5)) == lm(alone).logit(np.int64(5)) == lm(alone).logit(5)
+    for call, said in (
+        (lambda: lm.tokenize(None), "texts is None: expected a list of texts"),
+        (lambda: lm.tokenize(iter([])), "there are no texts"),
+        (lambda: lm(tokens, capture=None), "capture has None: expected sites such as"),
+        (lambda: lm(tokens).logit(1.5), "the answer is 1.5: expected a token's id"),
+        (lambda: lm(tokens).logit([5]), r"the answer is \[5\]"),
+        (lambda: lm.generate(tokens, 2.5), "max_new_tokens is 2.5: expected a whole number"),
+        (lambda: lm.generate(tokens, "3"), "max_new_tokens is '3'"),
+        (lambda: lm.generate(tokens, 2, stop=None), "stop is None: expected a list of strings"),
+        (lambda: lm.generate(tokens, 2, stop=[3]), r"stop is \[3\]"),
+        (lambda: lm.generate(tokens, 2, temperature=1.0, seed=2**70), "of at most 64 bits"),
+    ):
+        with pytest.raises(UserError, match=said):
+            call()
