@@ -87,7 +87,7 @@ STACK = dict(train__k="4,8")
         (dict(train__sites="all", train__form="skip_transcoder"), "has no mlp_in sites"),
         (STACK, "--ablate.dictionary=topk: topk is a stack of 2.* of k4, k8"),
         (STACK | dict(ablate__dictionary="topk/k9"), "there is no member k9"),
-        (dict(ablate__dictionary="gated"), "unknown dictionary"),
+        (dict(ablate__dictionary="gated"), "is no dictionary that is trained here"),
         (dict(ablate__baselines="foo"), r"unknown basis \(--ablate.baselines\), and no folder of a dictionary: 'foo'"),
         (dict(train__k=""), "--train.k is empty: name a value, or several"),
         (dict(train__kinds="topk,topk"), "--train.kinds=topk,topk: name each one once"),

@@ -160,6 +160,6 @@ def test_a_dry_run_says_what_would_be_done_and_why_and_writes_nothing(tmp_path, 
         go(workdir, stopped=["train/topk"], train__k=(3,))
     assert planned(train__k=(3,))["train/topk"] == "to resume"
     # Only the cluster knows the number of processes: a dry run takes that of the last preflight.
-    monkeypatch.setattr(pipeline, "join", lambda mesh, say: dataclasses.replace(mesh, processes=2))
+    monkeypatch.setattr(pipeline, "join", lambda mesh, say, stopping: dataclasses.replace(mesh, processes=2))
     assert go(workdir, ["preflight"], mesh__distributed="auto") == ["preflight"]
     assert planned(mesh__distributed="auto")["preflight"] == "done, reused"

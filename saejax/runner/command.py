@@ -194,9 +194,12 @@ def install_signal_handlers() -> Callable[[], bool]:
         _signals.append(number)
 
     def insist(pipe: int) -> None:
-        with open(pipe, "rb", buffering=0) as stream:
-            number = next((byte[0] for byte in iter(lambda: stream.read(1), b"") if byte[0] in _CAUGHT), None)
-        if number is None or _asked.wait(_PATIENCE):  # None: the handlers were installed anew
+        number = next((byte[0] for byte in iter(lambda: os.read(pipe, 1), b"") if byte[0] in _CAUGHT), None)
+        if number is None:  # the handlers were installed anew
+            os.close(pipe)
+            return
+        # The pipe stays open: a server raises the signal again when it has ended, which is written there, too.
+        if _asked.wait(_PATIENCE):
             return
         overdue.set()
         signal.pthread_kill(main_thread, number)

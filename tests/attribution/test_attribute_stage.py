@@ -22,6 +22,7 @@ from saejax.errors import UserError
 from saejax.interpret.jacobian_lens import JacobianLens
 from saejax.interpret.neighbours import tokens_through_lens
 from saejax.models.tokens import encode, pad
+from saejax.page.scripts import embedded
 from saejax.results import from_json, to_json
 from saejax.runner import command, command_line
 from saejax.serving.app import GraphServer
@@ -135,7 +136,7 @@ def assert_a_lens_tells_of_features(base, lm, tmp_path):
     served = GraphServer(store, session, Jobs())._graph(dict(id="attribute/one/graphs/one"))
     said = f"Tokens that features raise and lower are read by the Jacobian lens {tmp_path / 'lens.pt'}."
     assert said in page and said in served
-    assert json.dumps(list(read[feature][0]), separators=(",", ":"), ensure_ascii=False)[1:-1] in page
+    assert embedded(list(read[feature][0]))[1:-1] in page
     assert attribute(tmp_path / "run", *base, "--graph.node_threshold=0.98") == 0
     assert not read_lens(tmp_path / "run" / "attribute" / "one")
 
