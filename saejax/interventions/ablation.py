@@ -449,6 +449,8 @@ def measure_behaviour(
     # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
     tested.choose_placebos(list(others.values()))
     tables, dose = _measure_dictionary(tested, TESTED, prompts, text)
+    # One without a feature that could lower the answer has no answers on this behaviour, which the verdict says.
+    others = {name: other for name, other in others.items() if other.top()}
     for name, other in others.items():
         tables += _measure_dictionary(other, name, prompts, text)[0]
     for name, each in {TESTED: tested, **others}.items():

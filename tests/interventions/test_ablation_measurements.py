@@ -9,7 +9,7 @@ import pytest
 from runs import write_members
 
 import saejax
-from saejax.dictionaries import save_dictionary
+from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import ablation as ablation_module
 from saejax.interventions import activity, edits, engine
@@ -255,10 +255,12 @@ def test_dictionaries_of_other_seeds_answer_all_questions(tiny, dictionary, make
     prompts, done = make_prompts(make_prompt, "only"), []
     progress = RowProgress(lambda done_rows, rows: done.append((done_rows, rows)))
     tested = BehaviourAblation(tiny, dictionary, "only", prompts, config, progress)
-    # The tested dictionary itself, under another name, and one that reads another site.
-    repeats = {"same": dictionary, "elsewhere": make_dictionary("resid_post.0")}
+    # The tested dictionary itself, under another name, one that reads another site, and one that writes nothing.
+    silent = Dictionary(dictionary.config, **dictionary.arrays | dict(W_dec_FxD=0 * dictionary.W_dec_FxD[...]))
+    repeats = {"same": dictionary, "elsewhere": make_dictionary("resid_post.0"), "silent": silent}
     table = measure_behaviour(tested, {"only": prompts}, repeats=repeats)
     answers = verdict(table, VerdictConfig(resamples=200)).dictionaries
+    assert list(answers) == [TESTED, "same", "elsewhere"]
     first, same, elsewhere = (answers[name]["only"] for name in (TESTED, "same", "elsewhere"))
     assert same.trained == first.trained and same.trained.numbers["sets"] == 4
     assert elsewhere.trained.answer == "not tested", "a dose there is another change"
