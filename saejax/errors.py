@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class Faults:
-    """Faults of a file that a user wrote, all of which one message names: mended one at a time, each takes a run.
+    """Faults of a file that a user wrote, collected so that one message names them all.
 
     Args:
       path: the file.

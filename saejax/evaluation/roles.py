@@ -135,7 +135,7 @@ def find_roles(lm: LanguageModel, store: Store, sites: Sequence[str]) -> TokenRo
     present = [index for index in range(len(openers)) if np.any(role_N == index)]
     if len(present) < 2:
         return None
-    # The last place is that of tokens without a role, -1.
+    # The last place holds tokens without a role, -1.
     group_of_role = np.zeros(len(openers) + 1, np.int32)
     group_of_role[present] = 1 + np.arange(len(present))
     by_role = {[*openers][index]: rows[role_N == index] for index in present}
@@ -156,9 +156,9 @@ def score_roles(
     Args:
       roles: result of ``find_roles``.
       dictionaries: dictionaries that ``reconstruct`` scores together.
-      losses: those of each, with the groups of ``roles``.
+      losses: the losses of each dictionary, with the groups of ``roles``.
       store: the store.
-      sites: what they read and predict.
+      sites: the sites that the dictionaries read and predict.
       mesh: the devices.
       batch: tokens per run of the program.
     """

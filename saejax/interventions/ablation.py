@@ -511,7 +511,7 @@ def begin_ablation(
     documents: int = 0,
     **options: Any,
 ) -> BehaviourAblation:
-    """Return the ablation of a dictionary on one behaviour, its progress told in rows of about as many as it takes.
+    """Return the ablation of a dictionary on one behaviour, which reports its progress in rows.
 
     Args:
       lm: the model.

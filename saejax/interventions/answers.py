@@ -421,7 +421,7 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: s
     return f"Not shown to spare: {listed}."
 
 
-def first_five(result: BehaviourVerdict) -> dict[str, CausalAnswer]:
+def answers_by_question(result: BehaviourVerdict) -> dict[str, CausalAnswer]:
     """Return the answers to the questions that have a yes or no, by their names."""
     return {
         "effect": next(iter(result.ablation.values())),
@@ -449,9 +449,9 @@ def replication(
     verdicts = [answers[behaviour] for answers in seeds if behaviour in answers]
     if not verdicts:
         return CausalAnswer("not tested", "Not tested: dictionaries of other seeds have no top features here.")
-    of_seeds, differing, unknown = [first_five(each) for each in verdicts], [], False
+    of_seeds, differing, unknown = [answers_by_question(each) for each in verdicts], [], False
     opposites = dict(yes="no", no="yes")
-    for question, of_tested in first_five(tested).items():
+    for question, of_tested in answers_by_question(tested).items():
         in_seeds = {each[question].answer for each in of_seeds}
         if of_tested.answer in opposites:
             if opposites[of_tested.answer] in in_seeds:

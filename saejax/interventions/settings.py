@@ -80,7 +80,7 @@ class AblateConfig(Config):
     repeats: tuple[str, ...] = setting(
         (),
         "dictionaries of other seeds, such as topk/seed43, whose own top features are asked the same six questions; "
-        "each takes half as long as the first, whose untrained dictionaries it is compared with",
+        "each takes about half as long as the first, whose untrained dictionaries it is compared with",
     )
     joined: tuple[str, ...] = setting(
         (),

@@ -33,7 +33,7 @@ from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import sharding
 
 SIZES = (1, 2, 4, 8)  # kept features, as multiples of T's
-SETS = 4  # sets that a program runs: those of one list
+SETS = 4  # sets that a program runs together: a list has as many sizes
 CONTROLS = 3  # placebo sets, and untrained dictionaries: each takes as many rows as T
 
 

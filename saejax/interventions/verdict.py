@@ -591,7 +591,7 @@ def summarise(answers: CausalVerdict, behaviour: str, dictionary: str = TESTED) 
       dictionary: name of the dictionary, ``TESTED`` or another seed's.
     """
     result = answers.dictionaries[dictionary][behaviour]
-    answer_of = {question: answer.answer for question, answer in wording.first_five(result).items()}
+    answer_of = {question: answer.answer for question, answer in wording.answers_by_question(result).items()}
     answer_of |= {f"more than {name}": answer.answer for name, answer in result.bases.items()}
     line = "; ".join(f"{question.replace('_', ' ')}: {answer}" for question, answer in answer_of.items())
     if result.enough:

@@ -111,7 +111,7 @@ def tokenize_in_pieces(tokenizer: Any, texts: Sequence[str], context: int, bos: 
 
 
 def _as_list(texts: Any) -> list[Any]:
-    """Return texts as a list, whatever holds them; raise a ``UserError`` if they are one string, or nothing does."""
+    """Return texts as a list; raise a ``UserError`` for a single string, or for what is no collection of texts."""
     if isinstance(texts, str):
         raise UserError("texts is one string: expected a list of them")
     try:

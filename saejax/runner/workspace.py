@@ -348,7 +348,7 @@ class _Claimant:
 
 
 def _create(path: Path, text: str, lock: contextlib.ExitStack) -> bool:
-    """Create a file with its content, locked until ``lock`` ends, unless it exists; return whether it did not."""
+    """Create a file, locked until ``lock`` ends; return False if it exists already."""
     temporary = unfinished_path(path)
     try:
         lock.enter_context(locked_text(temporary, text))

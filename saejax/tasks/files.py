@@ -114,7 +114,7 @@ def read_lines(
     read: Callable[[Any, str], None],
     wrong: str = "are no prompts",
 ) -> None:
-    """Read lines that are not blank, all bad ones of which one message names.
+    """Read lines that are not blank; one message names all bad ones.
 
     Args:
       lines: one JSON value each; or a text of such lines.

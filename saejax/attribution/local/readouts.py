@@ -75,7 +75,7 @@ class Readouts:
 
 
 def as_targets(targets: Any) -> list[Target]:
-    """Return targets as a list: a single one, whose text is one token, not one for each of its letters, or several.
+    """Return targets as a list; a single target is a list of one, not of its letters.
 
     Raises:
       UserError: they are neither.

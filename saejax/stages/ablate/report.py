@@ -157,10 +157,9 @@ def features(findings: Findings, shown: int) -> list[Section]:
                 else f"{count:,} have a significant effect (family-wise p at most 0.05)"
             )
             text = (
-                f"Of all {importance.features:,} live features, each ablated alone, {significant}. The rank "
-                "correlation of attribution with the effect is "
-                f"{number(importance.attribution_correlation)}, that of the correlation of activation and logit "
-                f"difference {number(importance.activation_correlation)}."
+                f"Of all {importance.features:,} live features, each ablated alone, {significant}. The effect "
+                f"has a rank correlation of {number(importance.attribution_correlation)} with attribution, and of "
+                f"{number(importance.activation_correlation)} with the correlation of activation and logit difference."
             )
             blocks.insert(1, Text(text))
         sections.append(Section(detail_title(name), tuple(blocks), level=3))
