@@ -47,7 +47,7 @@ def test_both_say_the_answers_figures_scores_and_settings(report):
             "−0.10 [−∞, 1.20]",
             "p-values are corrected by Holm's method over the behaviours within each question.",  # the rule
             "Of all 900 live features, each ablated alone, 40 have a significant effect",
-            "The rank correlation of attribution with the effect is 0.91",
+            "The effect has a rank correlation of 0.91 with attribution",
             *("0.860", "0.991", "58.7", "0.931", "0.988", "0.31"),  # at the end: cosine, KL recovered, neighbours
             "1,017 captured tokens at position 0 and 41 beyond it, which is 0.16 %",
             "here 1,778,",

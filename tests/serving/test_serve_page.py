@@ -223,6 +223,7 @@ def test_labels_and_groups_are_saved(opened, site, features, place):
     fill(opened, ".label-form input", EVIL)
     opened.click_on(".label-form button")
     opened.wait("document.getElementById('saved').textContent.includes('labels.csv')")
+    opened.settle()  # names are written with the page's next painting
     assert text(opened, "#panel h2") == EVIL
     for node in features[1:3]:
         click_node(opened, node, modifiers=8)
