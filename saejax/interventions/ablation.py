@@ -257,7 +257,7 @@ class BehaviourAblation:
           norm_ExP: the norms of their changes.
           full: as for ``measure``.
         """
-        values = self.measure(edits, full) | dict(change_norm=np.vstack([0 * norm_ExP[:1], norm_ExP]))
+        values = self.measure(edits, full) | dict(change_norm=np.pad(norm_ExP, ((1, 0), (0, 0))))
         return EffectsTable.block([self.clean, *edits], self.tests, values, self.definitions())
 
     @property
@@ -437,14 +437,18 @@ def measure_behaviour(
       text: held-out documents, if there are any.
       repeats: dictionaries of other seeds, by name.
 
+    Returns:
+      The table. Where T is empty it holds the unedited model alone.
+
     Raises:
-      UserError: a dictionary does not fit the model, no feature has an attribution above zero, or repeats do not go
-        with the settings.
+      UserError: a dictionary does not fit the model, or repeats do not go with the settings.
     """
     config = tested.config
     keeps_error = config.error == "keep"  # otherwise the clean run belongs to the tested dictionary alone
     if repeats and not keeps_error:
         raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
+    if not tested.top():  # question 5 of other behaviours looks at this one, too
+        return tested.table([], np.zeros((0, len(tested.test))), full=True)
     others = {name: tested.with_basis(repeat) for name, repeat in (repeats or {}).items()}
     # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
     tested.choose_placebos(list(others.values()))
@@ -534,11 +538,6 @@ def _measure_dictionary(
 ) -> tuple[list[EffectsTable], float]:
     """Measure one dictionary; return its tables and the dose of T."""
     top = ablation.top()
-    if not top:
-        raise UserError(
-            f"no feature of {'the dictionary' if name == TESTED else name} has an attribution above zero on the train "
-            f"prompts of {ablation.behaviour}: does it belong to this model and site, and does it fire?"
-        )
 
     def define(group: str, members: Sequence[int], index: int = 0, fraction: float = 1.0, target=None):
         features = tuple(int(feature) for feature in members)

@@ -159,6 +159,7 @@ class CausalVerdict:
 
     rule: str  #: the rule, in words
     dictionaries: Mapping[str, Mapping[str, BehaviourVerdict]]  #: answers by dictionary and behaviour
+    untested: Mapping[str, str] | None = None  #: behaviours without top features, and why they have no answers
 
     def __repr__(self) -> str:
         lines = []
@@ -169,11 +170,12 @@ class CausalVerdict:
                 answers |= dict(selective=verdict.selective)
                 words = ", ".join(f"{question}: {answer.answer}" for question, answer in answers.items())
                 lines.append(f"  {name}, {behaviour}: {words}")
+        lines += [f"  {behaviour}: not testable" for behaviour in self.untested or ()]
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
         return "\n".join(["CausalVerdict(", *lines[:20], *more, ")"])
 
     def summary(self) -> str:
-        """Return the sentences of questions 1 to 5 for each behaviour, and what is left in question 6."""
+        """Return the sentences of questions 1 to 5 for each behaviour, what question 6 leaves, or why it has none."""
         lines = []
         for name, behaviours in self.dictionaries.items():
             for behaviour, verdict in behaviours.items():
@@ -183,6 +185,7 @@ class CausalVerdict:
                 lines += [f"  {answer.answer}: {answer.sentence}" for answer in answers]
                 kept = (f"{100 * each.left.mean:.0f} % with {each.features}" for each in verdict.enough)
                 lines += [f"  left of the answer: {', '.join(kept)} features alone"] if verdict.enough else []
+        lines += [f"{behaviour}\n  not testable: {reason}" for behaviour, reason in (self.untested or {}).items()]
         return "\n".join(lines)
 
 
@@ -231,6 +234,14 @@ class AblateResults:
 def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray) -> Interval:
     """Return the mean of some values and its 95 % bootstrap interval, given the weight of each in bootstrap samples."""
     return Interval(float(values_P.mean()), *percentile_interval(weight_RxP @ values_P))
+
+
+def no_top_features(behaviours: Sequence[str]) -> str:
+    """Return why some behaviours have no top features, in words."""
+    return (
+        "no feature of the dictionary has an attribution above zero on the train prompts of "
+        f"{', '.join(behaviours)}: check that it belongs to this model and site, and that it fires"
+    )
 
 
 def ablation_sentence(

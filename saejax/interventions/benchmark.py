@@ -27,6 +27,7 @@ from saejax.interventions.ablation import (
     root_mean_square,
 )
 from saejax.interventions.activity import FeatureStatistics
+from saejax.interventions.answers import no_top_features
 from saejax.interventions.controls import MIN_FIRING, Changes, choose_pool, control_edits
 from saejax.interventions.edits import ZERO
 from saejax.interventions.references import Reference, References, answer_pairs, attributions
@@ -349,6 +350,8 @@ def measure_benchmark(
         items=items,
         batch_tokens=config.batch_tokens,
     )
+    if not tested.top():
+        raise UserError(no_top_features([items.name]))
     return measure_behaviour(tested, {items.name: []}, repeats=repeats), tested
 
 

@@ -126,11 +126,12 @@ def ablate(
         replacement="mean".
 
     Returns:
-      The table of effects, and the verdict on it.
+      The table of effects, and the verdict on it. Behaviours on which no feature has an attribution above zero are
+      named in ``verdict.untested``.
 
     Raises:
-      UserError: a setting is unknown or out of range, a split has no prompts, or a readout does not return a number for
-        each prompt.
+      UserError: a setting is unknown or out of range, a split has no prompts, a readout does not return a number for
+        each prompt, or no behaviour has a feature with an attribution above zero.
     """
     by_behaviour = _group(prompts)
     readouts = _readouts(readout, readout_positions, placebo_readouts)
@@ -164,6 +165,8 @@ def ablate(
             )
             table = measure_behaviour(ablation, by_behaviour, text, repeats)
         tables.append(table)
+        if not table.behaviours:  # without top features, as the verdict says
+            continue
         top[name] = describe_top(table, ablation)
         if config.effects == "all":
             importance[name] = measure_importance(table, ablation)

@@ -225,6 +225,12 @@ class EffectsTable:
         return tuple(dict.fromkeys(edit.behaviour for edit in self.edits if edit.group == "top"))
 
     @functools.cached_property
+    def untested(self) -> tuple[str, ...]:
+        """The behaviours without tested features: of these the unedited model alone was measured."""
+        measured = dict.fromkeys(edit.behaviour for edit in self.edits if edit.group == "clean")
+        return tuple(name for name in measured if name not in (TEXT, *self.behaviours))
+
+    @functools.cached_property
     def dictionaries(self) -> tuple[str, ...]:
         """The dictionaries with tested features: ``TESTED`` first, in the order of their edits."""
         return tuple(dict.fromkeys(edit.dictionary for edit in self.edits if edit.group == "top"))

@@ -63,10 +63,12 @@ def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalV
       The verdict: a pure function of the table's rows, in whatever order they stand.
 
     Raises:
-      UserError: a behaviour has fewer than 2 test prompts, an edit was not measured on some of them, or the controls
-        are none (``saejax.interventions.controls.check_controls``).
+      UserError: no behaviour has tested features, one has fewer than 2 test prompts, an edit was not measured on some
+        of them, or the controls are none (``saejax.interventions.controls.check_controls``).
     """
     config = config or VerdictConfig()
+    if table.untested and not table.behaviours:
+        raise UserError(wording.no_top_features(table.untested))
     judged = {dictionary: _judge_dictionary(table, dictionary, config) for dictionary in table.dictionaries}
     seeds = [answers for name, answers in judged.items() if name != TESTED]
     if seeds and TESTED in judged:
@@ -74,7 +76,8 @@ def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalV
             behaviour: dataclasses.replace(result, replication=wording.replication(behaviour, result, seeds))
             for behaviour, result in judged[TESTED].items()
         }
-    return CausalVerdict(config.rule, judged)
+    untested = {behaviour: wording.no_top_features([behaviour]) for behaviour in table.untested}
+    return CausalVerdict(config.rule, judged, untested or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -490,7 +493,7 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
     top = [measured.top]
     changes: dict[str, tuple[np.ndarray, list[str], float]] = {}
     at_chance = []
-    for behaviour in (name for name in table.behaviours if name != measured.behaviour):
+    for behaviour in (name for name in (*table.behaviours, *table.untested) if name != measured.behaviour):
         prompts = table.select_prompts(behaviour)
         clean_P = table.clean_values(prompts, measured.objective)
         # What the model does not do cannot be spared: its logit differences are noise.
@@ -583,13 +586,15 @@ def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:
 
 
 def summarise(answers: CausalVerdict, behaviour: str, dictionary: str = TESTED) -> str:
-    """Return the answers on a behaviour in one line.
+    """Return the answers on a behaviour, or why it has none, in one line.
 
     Args:
       answers: the verdict on the run.
       behaviour: name of the behaviour.
       dictionary: name of the dictionary, ``TESTED`` or another seed's.
     """
+    if reason := (answers.untested or {}).get(behaviour):
+        return f"not testable: {reason}"
     result = answers.dictionaries[dictionary][behaviour]
     answer_of = {question: answer.answer for question, answer in wording.answers_by_question(result).items()}
     answer_of |= {f"more than {name}": answer.answer for name, answer in result.bases.items()}

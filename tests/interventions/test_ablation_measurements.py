@@ -277,6 +277,42 @@ def test_dictionaries_of_other_seeds_answer_all_questions(tiny, dictionary, make
     assert summarise(verdict(table), "only", "same") == summarise(verdict(table), "only")
 
 
+def exchange_answers(prompts, behaviour):
+    """Return the prompts as a behaviour with right and wrong exchanged: every attribution has the other sign."""
+    return [dataclasses.replace(p, behaviour=behaviour, correct=p.wrong, wrong=p.correct) for p in prompts]
+
+
+def keep_leaders(lm, dictionary, prompts):
+    """Return the dictionary without features that raise the difference: with exchanged answers none lowers it."""
+    tested = BehaviourAblation(lm, dictionary, "first", prompts, AblateConfig(top=TOP), RowProgress())
+    is_leader_F = tested.attribution_F > 0
+    assert is_leader_F.sum() > 20
+    arrays = dictionary.arrays | dict(W_dec_FxD=dictionary.W_dec_FxD[...] * is_leader_F[:, None])
+    return Dictionary(dictionary.config, **arrays)
+
+
+SMALL = dict(random_sets=3, placebo_targets=3, untrained_dictionaries=0, baselines=(), bootstrap=200)
+
+
+def test_a_behaviour_without_top_features_is_named_and_the_others_go_on(tiny, dictionary, make_prompt):
+    first = make_prompts(make_prompt, "first")
+    second, dictionary = exchange_answers(first, "second"), keep_leaders(tiny, dictionary, first)
+    ablation = saejax.ablate(tiny, dictionary, [*second, *first], top=TOP, effects="all", **SMALL)
+    assert list(ablation.verdict.dictionaries[TESTED]) == list(ablation.top) == list(ablation.importance) == ["first"]
+    assert list(ablation.verdict.untested) == ["second"]
+    reason = "no feature of the dictionary has an attribution above zero on the train prompts of second: check that"
+    assert ablation.verdict.untested["second"].startswith(reason)
+    assert f"second\n  not testable: {reason}" in ablation.summary()
+    assert "second: not testable" in repr(ablation.verdict)
+    assert summarise(ablation.verdict, "second").startswith(f"not testable: {reason}")
+    # The features of the other behaviour must still spare it.
+    table = ablation.table
+    drop_1xP = table.drops(table.select_edits("first", "top")[-1:], table.select_prompts("second"), "logit_diff")
+    assert np.isfinite(drop_1xP).all() and np.abs(drop_1xP).max() > 0
+    with pytest.raises(UserError, match="on the train prompts of second, third: check that it belongs to this model"):
+        saejax.ablate(tiny, dictionary, [*second, *exchange_answers(first, "third")], top=TOP, **SMALL)
+
+
 def test_every_live_feature_is_ranked_beside_estimates(ablation, tmp_path):
     table = ablation.table
     ablation.importance["first"].save(tmp_path / "importance.parquet")
@@ -386,6 +422,27 @@ def test_the_stage_end_to_end_stopped_and_resumed(make_run, tiny, make_dictionar
         edits, prompts_P = again.select_edits("second", group), again.select_prompts("second")
         resumed_ExP, whole_ExP = (each.values(edits, prompts_P, "logit_diff") for each in (again, table))
         np.testing.assert_array_equal(resumed_ExP, whole_ExP)
+
+
+def test_the_stage_names_a_behaviour_without_top_features(make_run, tiny, make_dictionary, tmp_path):
+    run, lines = make_run("some")
+    path = run.inputs["baseline"] / "prompts.jsonl"
+    first = [prompt for prompt in read_prompts(path) if prompt.behaviour == "first"]
+    leaders = keep_leaders(tiny, make_dictionary("resid_post.1"), first)
+    save_dictionary(tmp_path / "train" / "leaders", leaders)
+    write_members(tmp_path / "train" / "leaders", "")
+    run = dataclasses.replace(run, inputs={**run.inputs, "train/topk": tmp_path / "train" / "leaders"})
+    write_prompts(path, [*exchange_answers(first, "second"), *first])
+    results = stage.run_ablate(run)
+    assert list(results.verdict.dictionaries[TESTED]) == list(results.top) == ["first"]
+    said = [line for line in lines if "not testable: no feature of the dictionary has an attribution above" in line]
+    assert len(said) == 2 and all("second" in line for line in said), "when it is measured, and at the end"
+    assert from_json(AblateResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    # All behaviours are so: one line.
+    run = dataclasses.replace(run, folder=tmp_path / "none")
+    write_prompts(path, exchange_answers(first, "second"))
+    with pytest.raises(UserError, match="attribution above zero on the train prompts of second: check that"):
+        stage.run_ablate(run)
 
 
 def test_the_stage_tests_one_set_of_several_sites(make_run, tiny, make_dictionary, tmp_path):

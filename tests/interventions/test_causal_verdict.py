@@ -442,6 +442,18 @@ def test_selective_does_not_speak_for_behaviours_on_which_nothing_was_measured()
     assert selective.sentence == "Not tested: the top features were not ablated on all of d."
 
 
+def test_a_behaviour_without_top_features_is_spared_or_not():
+    """It has no answers of its own; the features of others are still ablated on it."""
+    rows = with_basis(1.0)
+    rows.add_prompts("d")
+    rows.add(EditDefinition("b", "top", 0, (1, 2)), on="d", logit_diff=2.0)
+    answers = verdict(merge_tables(rows.blocks), CONFIG)
+    selective = answers.dictionaries[TESTED]["b"].selective
+    assert selective.answer == "no" and selective.parts["d"].mean == pytest.approx(3.0)
+    assert list(answers.dictionaries[TESTED]) == ["b"] and list(answers.untested) == ["d"]
+    assert verdict(merge_tables(make_rows().blocks), CONFIG).untested is None
+
+
 def test_means_of_few_prompts_are_not_testable():
     """Of four prompts all have one sign by chance in an eighth of cases."""
     rows = with_basis(1.0)

@@ -11,6 +11,7 @@ import pytest
 import saejax
 from saejax.errors import UserError
 from saejax.interventions import patching, published_heads
+from saejax.interventions.ablation import BehaviourAblation
 from saejax.interventions.edits import ActivationReplacement, swap
 from saejax.interventions.engine import effects
 from saejax.interventions.patching import PatchGrid, fitting_pairs
@@ -282,6 +283,14 @@ def test_features(make_run, tiny, make_dictionary):
         assert numbers["needed"] == 39, "two behaviours"
         assert (verdict.random.answer == "not testable") == (numbers["sets"] < 39)
         assert verdict.selective.answer == "not tested"
+
+
+def test_a_behaviour_without_features_to_patch_is_named_and_the_others_go_on(make_run, monkeypatch):
+    top = BehaviourAblation.top
+    monkeypatch.setattr(BehaviourAblation, "top", lambda self: [] if self.behaviour == "first" else top(self))
+    results = run_patch(make_run("topk", "some"))
+    assert list(results.behaviours) == list(results.verdict.dictionaries[TESTED]) == ["second"]
+    assert results.unpatched["first"].startswith("no feature of the dictionary has an attribution above zero")
 
 
 def test_a_behaviour_that_cannot_be_patched_is_named_and_the_others_go_on(make_run):

@@ -72,6 +72,15 @@ def test_without_a_specific_behaviour_this_is_said_first(report, tmp_path):
     assert place < text.index("Does ablating the top features have an effect?")
 
 
+def test_a_behaviour_without_top_features_is_named(report, tmp_path):
+    inputs = copy_inputs(report.root, tmp_path)
+    summary = read_json(inputs["ablate/topk"] / SUMMARY)
+    summary["results"]["verdict"]["untested"] = {"two_hop": "no feature of the dictionary fires"}
+    write_json(inputs["ablate/topk"] / SUMMARY, summary)
+    for text in Report(tmp_path, inputs).texts:
+        assert "Capital of a city's state or country is not testable: no feature of the dictionary fires." in text
+
+
 def test_the_settings_can_be_used_as_a_flag_file(report, tmp_path):
     def read(*arguments):
         values = flags.FlagValues()

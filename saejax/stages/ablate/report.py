@@ -57,6 +57,8 @@ def answer(findings: Findings, draw: Draw) -> Section:
         if name in weak:
             blocks.append(Text(f"Weak, so that the answers prove little: {signed(weak[name])}.", alarm=True))
         blocks.append(control_picture(f"ablation_{name}", behaviour(name), table, name, result, draw))
+    for name, reason in (ablate.verdict.untested or {}).items():
+        blocks.append(Text(f"{behaviour(name)} is not testable: {reason}.", alarm=True))
     note = (
         "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Controls change the "
         "site as much as the top features: their median effect, the 95th percentile, and the corrected p-value. "

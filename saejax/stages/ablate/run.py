@@ -16,7 +16,7 @@ from saejax.interventions.ablation import (
     measure_behaviour,
     verdict_config,
 )
-from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary
+from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary, no_top_features
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.settings import BASES, AblateConfig
 from saejax.interventions.several_sites import JointSAEs, join_saes, open_crosscoder
@@ -91,7 +91,7 @@ def run_ablate(run: Run) -> AblateResults:
             documents = len(text.documents) if text else 0
             ablation = begin_ablation(lm, tested, name, prompts, config, on_progress, documents)
             table = measure_behaviour(ablation, prompts, text, repeats)
-            importance = measure_importance(table, ablation) if config.effects == "all" else None
+            importance = measure_importance(table, ablation) if config.effects == "all" and table.behaviours else None
             if is_first_process():
                 # Before the part's results, whose file says that the part is done.
                 save_effects(parts.part_file(run, name, "-effects"), table)
@@ -105,7 +105,8 @@ def run_ablate(run: Run) -> AblateResults:
                     for effect, (site, feature) in zip(top, places, strict=True)
                 )
             results = BehaviourResults(top, importance.summary if importance else None)
-            return parts.Measured(results, f"{len(table.edits):,} edits on {len(ablation.test)} test prompts")
+            line = f"{len(table.edits):,} edits on {len(ablation.test)} test prompts"
+            return parts.Measured(results, line if top else f"not testable: {no_top_features([name])}")
 
         return measure
 
@@ -128,7 +129,7 @@ def run_ablate(run: Run) -> AblateResults:
         replacement=config.replacement,
         positions=config.positions,
         error=config.error,
-        top={name: results.top for name, results in measured.items()},
+        top={name: results.top for name, results in measured.items() if results.top},
         verdict=answers,
         importance=importance or None,
     )

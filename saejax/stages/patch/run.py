@@ -15,7 +15,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import published_heads
 from saejax.interventions.ablation import begin_ablation, measure_behaviour
-from saejax.interventions.answers import VerdictConfig, mean_interval
+from saejax.interventions.answers import VerdictConfig, mean_interval, no_top_features
 from saejax.interventions.edits import swap
 from saejax.interventions.engine import run_edits
 from saejax.interventions.patching import (
@@ -183,6 +183,9 @@ def _measure_features(
         batch_rows=config.batch_rows,
     )
     ablation = begin_ablation(lm, dictionary, name, prompts, settings, on_progress)
+    if not ablation.top():
+        reason = no_top_features([name])
+        return parts.Measured(reason, f"not patched: {reason}")
     table = measure_behaviour(ablation, prompts)
     save_effects(run.folder / f"{name}-effects", table)
     definitions = table.select_prompts(name)
