@@ -55,10 +55,10 @@ class Output:
             one token.
 
         Raises:
-          UserError: the word has several tokens, or the model has no such id.
+          UserError: the pass has no logits, the word has several tokens, or the model has no such id.
         """
         if self.logits_BxTxV is None:
-            raise ValueError("this pass was run with logits=False")
+            raise UserError("this pass has no logits: it was run with logits=False")
         if isinstance(answer, str):
             answer = single_token_id(self._tokenizer, answer)
         vocab = self.logits_BxTxV.shape[-1]

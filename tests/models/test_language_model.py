@@ -141,7 +141,7 @@ def test_many_layers_are_captured_as_few_are(lm, tokens, monkeypatch):
     assert few.logits_BxTxV is many.logits_BxTxV is None
     for name in names:
         np.testing.assert_allclose(few.sites[name], many.sites[name], atol=1e-4, err_msg=name)
-    with pytest.raises(ValueError, match="logits=False"):
+    with pytest.raises(UserError, match="logits=False"):
         few.logit("water")
 
 
