@@ -196,9 +196,7 @@ class Picture {
     const context = canvas.getContext("2d");
     context.fillStyle = this.ink.paper;
     context.fillRect(0, 0, canvas.width, canvas.height);
-    context.globalAlpha = 1;
     context.drawImage(this.lower, 0, 0);
-    context.globalAlpha = 1;
     context.drawImage(this.upper, 0, 0);
     return canvas;
   }

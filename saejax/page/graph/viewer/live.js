@@ -72,31 +72,32 @@ function makeLive(graph, { live, labels, details }, app) {
     clearEffects();
     app.change({ freeze: event.target.value }, true);
   };
-  here("run-changes").onclick = async () => {
+  /** Runs the model with the changes, and shows what comes of it in a table; gives null if nothing does. */
+  const runChanges = async (path, settings, tableOfResult) => {
     const { changes, freeze } = app.state;
     const names = changes.map(words).join("; ");
-    const found = await job.run("api/change", { graph: live.graph, changes: plainChanges(graph, changes), freeze });
-    if (!found) return;
-    here("effects").replaceChildren(...effectsTable({ ...found, freeze }, names));
+    const found = await job.run(path, { graph: live.graph, changes: plainChanges(graph, changes), freeze, ...settings });
+    if (!found) return null;
+    here("effects").replaceChildren(...tableOfResult({ ...found, freeze }, names));
     here("effects").focus({ preventScroll: true });
-    say(`The next token is now ${found.tokens[0].text}.`);
+    return found;
+  };
+  here("run-changes").onclick = async () => {
+    const found = await runChanges("api/change", {}, effectsTable);
+    if (found) say(`The next token is now ${found.tokens[0].text}.`);
   };
   here("generate-form").hidden = live.freeze_modes.length < 2; // of SAEs
-  here("generate-form").onsubmit = async (event) => {
+  here("generate-form").onsubmit = (event) => {
     event.preventDefault();
-    const { changes, freeze } = app.state;
-    const names = changes.map(words).join("; ");
     const [tokens, temperature, seed] = ["tokens", "temperature", "seed"].map((id) => Number(here(`generate-${id}`).value));
-    const settings = { tokens, temperature, seed, freeze, onward: here("generate-onward").checked };
-    const found = await job.run("api/generate", { graph: live.graph, changes: plainChanges(graph, changes), ...settings });
-    if (!found) return;
-    here("effects").replaceChildren(...textsTable(found, names));
-    here("effects").focus({ preventScroll: true });
+    runChanges("api/generate", { tokens, temperature, seed, onward: here("generate-onward").checked }, textsTable);
   };
+  /** Opens the page of this graph with other settings. */
+  const openWith = (query) => location.assign(`graph?${new URLSearchParams({ id: live.graph, ...query })}${location.hash}`);
   here("prune-form").onsubmit = (event) => {
     event.preventDefault();
     const [nodes, edges] = ["prune-nodes", "prune-edges"].map((id) => here(id).value);
-    location.assign(`graph?${new URLSearchParams({ id: live.graph, nodes, edges })}${location.hash}`);
+    openWith({ nodes, edges });
   };
   const outputs = [...graph.kind.keys()].filter((i) => graph.kind[i] === LOGIT && chanceOf(graph.doc.nodes[i]));
   const ends = ["difference-first", "difference-second"].map(here);
@@ -108,8 +109,7 @@ function makeLive(graph, { live, labels, details }, app) {
   here("difference-form").onsubmit = (event) => {
     event.preventDefault();
     const [first, second] = ends.map((end) => end.value);
-    const query = { id: live.graph, nodes: live.nodes, edges: live.edges, first, second };
-    location.assign(`graph?${new URLSearchParams(query)}${location.hash}`);
+    openWith({ nodes: live.nodes, edges: live.edges, first, second });
   };
   here("all-outputs").hidden = !live.difference;
   here("all-outputs").querySelector("a").href = `graph?${new URLSearchParams({ id: live.graph })}`;

@@ -1,14 +1,5 @@
 // The panel beside the picture: what a node is, what feeds it and what it feeds. Every row is a button that goes on.
 
-const KEYS = [
-  ["↑ ↓", "strongest output, strongest input"],
-  ["← →", "the next node in the same layer"],
-  ["P", "pin or unpin"],
-  ["/", "search"],
-  ["+ −", "zoom"],
-  ["Backspace", "back"],
-  ["Esc", "clear"],
-];
 const START =
   "Point at a node to see its edges; click it to see what feeds it and what it feeds, and go on from there.";
 
@@ -29,6 +20,7 @@ function describe(graph, i) {
 
 function makePanel(graph, { details: known, source }, app) {
   const panel = document.getElementById("panel");
+  const keys = panel.querySelector(".keys");
 
   const row = (i, more = "") => withHover(nodeRow(graph, i, app.select, more), i);
   const edgeRow = (e, into) => {
@@ -144,15 +136,10 @@ function makePanel(graph, { details: known, source }, app) {
       element("div", { class: "lists" }, directions.map((into) => edgeList(i, into))),
     ].flat();
   };
-  const keys = () => {
-    const rows = KEYS.map(([key, text]) => [element("dt", {}, element("kbd", {}, key)), element("dd", {}, text)]);
-    const list = element("dl", {}, rows.map((pair) => element("div", {}, pair)));
-    return element("details", { class: "keys" }, element("summary", {}, "Keys"), list);
-  };
   return {
     show() {
       const focused = panel.contains(document.activeElement);
-      panel.replaceChildren(...(app.state.clicked < 0 ? overview() : details(app.state.clicked)), keys());
+      panel.replaceChildren(...(app.state.clicked < 0 ? overview() : details(app.state.clicked)), keys);
       panel.scrollTop = 0;
       // The button that was pressed is gone; Tab goes on from the top.
       if (focused) panel.focus({ preventScroll: true });

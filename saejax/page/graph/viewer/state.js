@@ -10,25 +10,16 @@ function firstState(graph) {
   const last = Math.min(EDGES_AT_FIRST, graph.m) - 1;
   const share = last < graph.m - 1 ? Math.floor(graph.before[last + 1] * 100) / 100 : 1;
   const q = graph.doc.qParams || {};
-  const state = {
-    clicked: -1,
-    pinned: [],
-    groups: [],
-    missing: 0, // pins and members of groups that this graph does not have
-    linkType: "both",
-    nodes: firstNodes(graph, q),
-    edges: Math.max(share, 0.01),
-    query: "",
-    places: {}, // of boxes of pins that were dragged, by their members
-    changes: [], // what a run of the model changes: {how, amount, members}
-    freeze: "none", // what stays in it as it was
-  };
   return {
-    ...state,
     clicked: graph.index.get(q.clickedId) ?? -1,
     ...checkedPins(graph, q.pinnedIds, q.supernodes),
     linkType: LINK_TYPES.includes(q.linkType) ? q.linkType : "both",
-    places: placesIn(q.sg_pos),
+    nodes: firstNodes(graph, q),
+    edges: Math.max(share, 0.01),
+    query: "",
+    places: placesIn(q.sg_pos), // of boxes of pins that were dragged, by their members
+    changes: [], // what a run of the model changes: {how, amount, members}
+    freeze: "none", // what stays in it as it was
   };
 }
 
@@ -48,7 +39,8 @@ function firstNodes(graph, { supernodes }) {
   return Math.min(1, Math.ceil((1000 * shares[NODES_AT_FIRST - 1]) / graph.mostShare) / 1000);
 }
 
-/** Pins and groups of a document or address, which may be wrong: unknown nodes are counted, no node is in two groups. */
+/** Pins and groups of a document or address, which may be wrong: `missing` counts the nodes that this graph does not
+ * have, and no node is in two groups. */
 function checkedPins(graph, ids, supernodes) {
   const list = (value) => (Array.isArray(value) ? value : []);
   const known = (named) => list(named).map((id) => graph.index.get(id)).filter((i) => i !== undefined);
