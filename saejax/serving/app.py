@@ -20,6 +20,7 @@ from starlette.routing import Route
 from saejax.attribution.forms.document import describe_sources, feature_nodes, feature_of
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.local.layers import TEXT_MODES
 from saejax.attribution.settings import GraphConfig
 from saejax.config import Configs
 from saejax.errors import UserError
@@ -201,8 +202,10 @@ class GraphServer:
             raise UserError(f"temperature is {temperature!r:.40}: expected a number, 0 to 10")
         if type(seed) is not int or not 0 <= seed < 2**32:
             raise UserError(f"seed is {seed!r:.40}: expected a whole number, 0 to {2**32 - 1}")
-        if freeze not in MODES[:2]:
-            raise UserError(f"freeze is {freeze!r:.40}: expected one of {', '.join(MODES[:2])} where text is generated")
+        if freeze not in TEXT_MODES:
+            raise UserError(
+                f"freeze is {freeze!r:.40}: expected one of {', '.join(TEXT_MODES)} where text is generated"
+            )
         run, onward = self._session.run(graph, self._store.document(graph), job), fields.get("onward") is True
         job.say("Generating")
         return continuations(run, changes, freeze, tokens, float(temperature), seed, onward, job.progress)

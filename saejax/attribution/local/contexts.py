@@ -5,7 +5,6 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local import layers
@@ -139,7 +138,7 @@ class _TextRun:
             ids_RxT[row, : len(ids)] = ids
             self.is_used_RxT[row, first_used(model.config, ids_RxT[row]) : len(ids)] = True
         self._frozen = FrozenModel(model.config, model.params, reads)
-        self._x_RxTxD = jnp.stack([layers.embed(self._frozen, ids_T) for ids_T in ids_RxT])
+        self._x_RxTxD = layers.embed(self._frozen, ids_RxT)
         self._read = list[jax.Array]()
 
     def read(self, layer: int) -> jax.Array:
@@ -160,10 +159,9 @@ def _activations(
         # Filled up with copies.
         filled_X = np.pad(feature_U, (0, width - len(feature_U)), mode="edge")
         encoder, column_U = encoder.restrict(filled_X), np.arange(len(feature_U))
-    read_NxD, is_used_N = read_RxTxD.reshape(-1, read_RxTxD.shape[-1]), is_used_RxT.reshape(-1)
-    size = max(AT_ONCE // encoder.config.n_features, 1)
-    chunks = (slice(start, start + size) for start in range(0, len(is_used_N), size))
-    value_NxU = np.concatenate(
-        [to_host(encode_used(encoder, read_NxD[part], is_used_N[part]))[:, column_U] for part in chunks]
+    texts, length = is_used_RxT.shape
+    size = max(AT_ONCE // (length * encoder.config.n_features), 1)
+    chunks = (slice(start, start + size) for start in range(0, texts, size))
+    return np.concatenate(
+        [to_host(encode_used(encoder, read_RxTxD[part], is_used_RxT[part]))[..., column_U] for part in chunks]
     )
-    return value_NxU.reshape(*is_used_RxT.shape, -1)

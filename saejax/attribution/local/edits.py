@@ -286,7 +286,8 @@ class CircuitEdits:
         """Return what leaving out all but the circuits adds to the stream leaving a layer, [R, T, D]."""
         state, (rows, length) = self._state, read_RxTxD.shape[:2]
         used_T = (np.arange(length) >= state.first) & (np.arange(length) < len(state.ids_P))
-        acts_RxTxF = to_host(encode_used(state.encoder(layer), read_RxTxD, used_T))
+        used_RxT = np.broadcast_to(used_T, read_RxTxD.shape[:2])
+        acts_RxTxF = to_host(encode_used(state.encoder(layer), read_RxTxD, used_RxT))
         # Which features of the prompt are kept in each row; one that is not active in the prompt is in no circuit.
         kept_RxTxF, error_RxT = np.zeros(acts_RxTxF.shape, bool), np.zeros((rows, length), bool)
         here = state.active.of_layer(layer)

@@ -34,6 +34,7 @@ from saejax.models.parameters import LAYERS
 
 RELP = RunRules(backward="relp")  # attention weights and factors of norms are constant to differentiation
 FREEZE_MODES = ("none", "attention", "all", "constrained")
+TEXT_MODES = FREEZE_MODES[:2]  # in which new tokens can follow the prompt
 # Modes in which an MLP gives its output in the prompt, so that activations stay as in the prompt.
 FIXED = ("all", "constrained")
 
@@ -138,10 +139,10 @@ _weighted.defvjp(lambda weights, v: (_weighted(weights, v), weights), _weighted_
 
 
 @jax.jit
-def embed(frozen: FrozenModel, ids_T: jax.Array) -> jax.Array:
-    """Return the stream entering layer 0, fp32 [T, D]: it stays fp32 in all layers, whatever the weights are."""
-    x_TxD = decoder.embed(frozen.config, frozen.params, ids_T)
-    return x_TxD.astype(jnp.promote_types(x_TxD.dtype, jnp.float32))
+def embed(frozen: FrozenModel, ids_xT: jax.Array) -> jax.Array:
+    """Return the stream entering layer 0, fp32 [..., T, D]: it stays fp32 in all layers, whatever the weights are."""
+    x_xTxD = decoder.embed(frozen.config, frozen.params, ids_xT)
+    return x_xTxD.astype(jnp.promote_types(x_xTxD.dtype, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=1)

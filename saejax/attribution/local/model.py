@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +32,9 @@ from saejax.attribution.local.edits import (
     place_in_texts,
     plan_edits,
 )
-from saejax.attribution.local.layers import FIXED, FREEZE_MODES
+from saejax.attribution.local.layers import FIXED, FREEZE_MODES, TEXT_MODES
 from saejax.attribution.local.prompt_run import LocalRun, check_finite, prompt_ids
-from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, read_logits
+from saejax.attribution.local.readouts import Readings, Readouts, padded, read_logits
 from saejax.attribution.local.rows import RowTracer
 from saejax.attribution.local.sources import Sources
 from saejax.attribution.local.state import LocalState
@@ -133,18 +132,14 @@ class LocalModel(LocalState):
             not finite.
         """
         n_layers, length, last = self.model.config.n_layers, self.stream_LxTxD.shape[1], len(self.ids_P) - 1
-        edits, index_J = as_rows(edits), self._check_indices(features)
+        edits = as_rows(edits)
         modes, plans = _freeze_by_layer(freeze, freeze_until, n_layers), plan_edits(self, edits, freeze)
         changed = {layer for _, plan in plans for layer in plan.layers}
         if freeze == "constrained" and any(modes[layer] not in FIXED for layer in changed):
             raise UserError(
                 f"a feature of layer {max(changed)} is changed, and layers below {freeze_until} are constrained"
             )
-        wanted, encoder_JxD = self.active[index_J], self.encoder_rows(index_J)
-        # The prompt's own values, to which changes are added: a small effect keeps its digits.
-        feature_RxJ = np.tile(wanted.value_A, (len(edits), 1))
-        readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (len(edits), 1))
-        logits_RxV = np.tile(self.logits_V, (len(edits), 1)) if logits else None
+        readings = Readings(self, len(edits), readouts, features, logits)
         # Of cross-layer transcoders, what features wrote waits for all later layers, too.
         waiting = 1 + self.dictionaries.cross_layer * n_layers
         most_numbers = max((plan.rows for _, plan in plans), default=1) * math.prod(self.stream_LxTxD.shape[1:])
@@ -162,31 +157,16 @@ class LocalModel(LocalState):
                 streams = jnp.concatenate([self.stream_LxTxD[layer][None], states[number]])
                 leaving, read = self._run_layer(layer, modes[layer], streams, plan, length)
                 states[number] = leaving[1:]
-                here = np.flatnonzero(wanted.layer_A == layer)
-                if len(here):
-                    changes = read_changes(read[0], read[1:], wanted.position_A[here], encoder_JxD[here])
-                    feature_RxJ[rows, here] += changes[: rows.stop - rows.start]
+                readings.read_layer(rows, layer, read)
                 if on_progress:
                     on_progress(start * n_layers + layer * len(group) + number + 1, len(plans) * n_layers)
             for number, state in states.items():
                 rows = group[number][0]
-                end, count = (self.frozen, modes[-1], self.last_D, state[:, last]), rows.stop - rows.start
-                if readouts:
-                    readout_RxK[rows] += read_last(*end, readouts)[:count]
-                if logits_RxV is not None:
-                    logits_RxV[rows] = to_host(read_logits(*end))[:count]
-        return LocalRun(feature_RxJ, readout_RxK, logits_RxV).checked()
-
-    def _check_indices(self, features: Any) -> np.ndarray:
-        """Return indices into ``active``, int64 [J]; raise a ``UserError`` if some are none."""
-        indices = np.asarray(features)
-        is_index = not indices.size or indices.dtype.kind in "iu"
-        if indices.ndim != 1 or not is_index or ((indices < 0) | (indices >= len(self.active))).any():
-            raise UserError(
-                f"features is {features!r:.60}: expected a list of places in the active features, 0 to "
-                f"{len(self.active) - 1}"
-            )
-        return indices.astype(np.int64)
+                end = self.frozen, modes[-1], self.last_D, state[:, last]
+                readings.read_last(rows, *end)
+                if readings.logits_RxV is not None:
+                    readings.logits_RxV[rows] = to_host(read_logits(*end))[: rows.stop - rows.start]
+        return readings.checked()
 
     def _run_layer(
         self, layer: int, mode: str, x_BxTxD: jax.Array, plan: ChangeEdits | CircuitEdits, frozen_until: int
@@ -243,7 +223,7 @@ class LocalModel(LocalState):
           UserError: a feature or position does not exist, there is no such mode, or a number is out of its range.
         """
         edits = as_rows(edits)
-        if freeze not in ("none", "attention") or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        if freeze not in TEXT_MODES or not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
             raise UserError(
                 f"freeze is {freeze!r} and max_new_tokens {max_new_tokens}: expected none or attention, and 1 or more"
             )
@@ -267,7 +247,7 @@ class LocalModel(LocalState):
             ids_BxT = np.zeros((1 + len(edits), padded(count)), np.int32)
             for row, row_ids in enumerate([self.ids_P, *ids]):  # the first row is the prompt
                 ids_BxT[row, : len(row_ids)] = row_ids
-            x_BxTxD = jnp.stack([layers.embed(self.frozen, ids_T) for ids_T in ids_BxT])
+            x_BxTxD = layers.embed(self.frozen, ids_BxT)
             for layer in range(self.model.config.n_layers):
                 x_BxTxD, _ = self._run_layer(layer, freeze, x_BxTxD, plan, length)
             last_BxD = x_BxTxD[:, count - 1]

@@ -131,11 +131,10 @@ def activations_of(encoder: Dictionary, read_MxD: jax.Array, feature_M: jax.Arra
 
 
 @jax.jit
-def encode_used(encoder: Dictionary, read_xTxD: jax.Array, used_T: jax.Array) -> jax.Array:
-    """Return activations [..., T, F] of what is read [..., T, D], 0 at sinks and where ``used_T`` is False."""
+def encode_used(encoder: Dictionary, read_xTxD: jax.Array, used_xT: jax.Array) -> jax.Array:
+    """Return activations [..., T, F] of what is read [..., T, D], 0 at sinks and where ``used_xT`` is False."""
     acts_xTxF = activations(encoder, read_xTxD)
-    used = used_T.reshape((1,) * (acts_xTxF.ndim - 2) + (-1, 1))
-    return jnp.where(used, acts_xTxF, jnp.zeros_like(acts_xTxF))
+    return jnp.where(used_xT[..., None], acts_xTxF, jnp.zeros_like(acts_xTxF))
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -19,7 +19,7 @@ from scipy.special import softmax
 
 from saejax.attribution.graph.nodes import name_difference
 from saejax.attribution.local.layers import RELP, FrozenModel
-from saejax.attribution.local.prompt_run import PromptRun, as_index
+from saejax.attribution.local.prompt_run import LocalRun, PromptRun, as_index
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, RunRules
@@ -301,6 +301,87 @@ def read_last(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Ar
 @jax.jit
 def _final_norm(frozen: FrozenModel, x_BxD: jax.Array) -> jax.Array:
     return norm(frozen.config, RELP, frozen.params, "final_norm", x_BxD)
+
+
+class Readings:
+    """Values read from edited runs of a prompt, kept as the prompt's own values plus what changes.
+
+    So a small effect keeps its digits: it is no difference of numbers that came from two programs.
+
+    Args:
+      run: of the prompt.
+      rows: number of edited runs.
+      readouts: what is read at the end; None: nothing.
+      features: active features, as indices into ``run.active``, whose pre-activations are read.
+      logits: whether ``logits_RxV`` is there.
+
+    Attributes:
+      layers: in which features are read, ascending.
+      logits_RxV: fp32 logits at the last position, at first the prompt's; None: not requested.
+
+    Raises:
+      UserError: an index is none of an active feature.
+    """
+
+    def __init__(
+        self,
+        run: PromptRun,
+        rows: int,
+        readouts: Readouts | None,
+        features: Sequence[int] | np.ndarray,
+        logits: bool,
+    ):
+        self._readouts, self._wanted = readouts, run.active[_checked_indices(run, features)]
+        wanted = self._wanted
+        self._encoder_JxD = run.dictionaries.rows_of("W_enc", wanted.layer_A, wanted.feature_A)
+        self._feature_RxJ = np.tile(wanted.value_A, (rows, 1))
+        self._readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (rows, 1))
+        self.logits_RxV = np.tile(run.logits_V, (rows, 1)) if logits else None
+        self.layers: list[int] = np.unique(wanted.layer_A).tolist()
+
+    def read_layer(self, rows: slice, layer: int, read_BxTxD: jax.Array) -> None:
+        """Read features of a layer.
+
+        Args:
+          rows: which edited runs these are.
+          layer: its number.
+          read_BxTxD: what its dictionary reads in the prompt, which comes first, and in the rows; padding may follow.
+        """
+        here = np.flatnonzero(self._wanted.layer_A == layer)
+        if len(here):
+            places = self._wanted.position_A[here], self._encoder_JxD[here]
+            changes_RxJ = read_changes(read_BxTxD[0], read_BxTxD[1:], *places)
+            self._feature_RxJ[rows, here] += changes_RxJ[: rows.stop - rows.start]
+
+    def read_last(self, rows: slice, frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array) -> None:
+        """Read the readouts.
+
+        Args:
+          rows: which edited runs these are.
+          frozen: the model.
+          freeze: what the final norm keeps, one of ``layers.FREEZE_MODES``.
+          last_D: the stream of the prompt at the last position, leaving the last layer.
+          x_RxD: the same stream in the rows; padding may follow.
+        """
+        if self._readouts:
+            changes_RxK = read_last(frozen, freeze, last_D, x_RxD, self._readouts)
+            self._readout_RxK[rows] += changes_RxK[: rows.stop - rows.start]
+
+    def checked(self) -> LocalRun:
+        """Return what was read, or refuse it if a value is not finite."""
+        return LocalRun(self._feature_RxJ, self._readout_RxK, self.logits_RxV).checked()
+
+
+def _checked_indices(run: PromptRun, features: Any) -> np.ndarray:
+    """Return indices into ``run.active``, int64 [J]; raise a ``UserError`` if some are none."""
+    indices = np.asarray(features)
+    is_index = not indices.size or indices.dtype.kind in "iu"
+    if indices.ndim != 1 or not is_index or ((indices < 0) | (indices >= len(run.active))).any():
+        raise UserError(
+            f"features is {features!r:.60}: expected a list of places in the active features, 0 to "
+            f"{len(run.active) - 1}"
+        )
+    return indices.astype(np.int64)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -34,7 +34,7 @@ from saejax.attribution.local.dictionaries import FeatureOutputs, LayerSaes
 from saejax.attribution.local.edits import CHUNK, Change, as_rows, placed_changes
 from saejax.attribution.local.layers import FrozenModel, embed
 from saejax.attribution.local.prompt_run import Active, LocalRun, PromptRun, activations_of, active_features
-from saejax.attribution.local.readouts import Readouts, padded, read_changes, read_last, scatter_directions
+from saejax.attribution.local.readouts import Readings, Readouts, padded, scatter_directions
 from saejax.attribution.local.rows import TOKENS, Put
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
@@ -123,15 +123,10 @@ class SaeRun(PromptRun):
         pairs = zip(self.dictionaries.sites, self.dictionaries.configs, strict=True)
         change_Nx5 = placed_changes(edits, last + 1, {site.layer: config.n_features for site, config in pairs})
         self.dictionaries.resolve_sinks(model)  # another model may have used the SAEs meanwhile
-        index_J = np.asarray(features, np.int64)
-        wanted = self.active[index_J]
-        encoder_JxD = self.dictionaries.rows_of("W_enc", wanted.layer_A, wanted.feature_A)
+        readings = Readings(self, len(edits), readouts, features, logits)
         site_of = {site.layer: site for site in self.dictionaries.sites}
         leaving = Site("resid_post", n_layers - 1)
-        capture = list(dict.fromkeys([*(site_of[layer] for layer in np.unique(wanted.layer_A).tolist()), leaving]))
-        feature_RxJ = np.tile(wanted.value_A, (len(edits), 1))
-        readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (len(edits), 1))
-        logits_RxV = np.tile(self.logits_V, (len(edits), 1))
+        capture = list(dict.fromkeys([*(site_of[layer] for layer in readings.layers), leaving]))
         size = max(CHUNK // (len(self.ids_P) * model.config.d_model), 1)
         for start in range(0, len(edits), size):
             on_progress(start, len(edits))
@@ -141,17 +136,15 @@ class SaeRun(PromptRun):
             edits_here = self._edits(change_Nx5[here_N] - [start - 1, 0, 0, 0, 0])
             tokens = Tokens(np.tile(self.ids_P, (count, 1)), np.full(count, last + 1, np.int32))
             sites = model(tokens, capture=capture, edits=edits_here, logits=False).sites
-            for layer in np.unique(wanted.layer_A).tolist():
-                value, here = sites[str(site_of[layer])].astype(jnp.float32), np.flatnonzero(wanted.layer_A == layer)
-                places = wanted.position_A[here], encoder_JxD[here]
-                feature_RxJ[rows, here] += read_changes(value[0], value[1:], *places)
+            for layer in readings.layers:
+                readings.read_layer(rows, layer, sites[str(site_of[layer])].astype(jnp.float32))
             last_BxD = sites[str(leaving)][:, last]
-            if readouts:
-                frozen, x_BxD = FrozenModel(model.config, model.params), last_BxD.astype(jnp.float32)
-                readout_RxK[rows] += read_last(frozen, freeze, x_BxD[0], x_BxD[1:], readouts)
-            if logits:
-                logits_RxV[rows] = to_host(decoder.unembed(model.config, model.params, last_BxD[1:], self.rules))
-        return LocalRun(feature_RxJ, readout_RxK, logits_RxV if logits else None).checked()
+            x_BxD = last_BxD.astype(jnp.float32)
+            readings.read_last(rows, FrozenModel(model.config, model.params), freeze, x_BxD[0], x_BxD[1:])
+            if readings.logits_RxV is not None:
+                logits_RxV = decoder.unembed(model.config, model.params, last_BxD[1:], self.rules)
+                readings.logits_RxV[rows] = to_host(logits_RxV)
+        return readings.checked()
 
     def _edits(self, change_Nx5: np.ndarray) -> list["PlacedEdit"]:
         edits = list[PlacedEdit]()

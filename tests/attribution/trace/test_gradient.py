@@ -285,6 +285,14 @@ def test_changes_that_no_run_with_saes_can_make_are_refused(llama, row, said):
         run.run([row])
 
 
+@pytest.mark.parametrize("features", [[-1], [10**6], [0.5], 3])
+def test_features_that_a_run_with_saes_does_not_have_are_refused(llama, features):
+    lm, saes = llama
+    run = SaeRun.of(lm, open_saes(saes), np.array(IDS, np.int32))
+    with pytest.raises(UserError, match="expected a list of places in the active features"):
+        run.run([[]], features=features)
+
+
 def test_a_slice_of_positions_is_each_of_them(llama):
     lm, saes = llama
     run = SaeRun.of(lm, open_saes(saes), np.array(IDS, np.int32))
