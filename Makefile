@@ -167,7 +167,7 @@ bench-attribute: $(INSTALLED)
 bench-capture: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_capture
 
-# The share of each of eight simulated devices in FLOPs and bytes, on four meshes; five minutes of one core.
+# The share of each of eight simulated devices in FLOPs and bytes, on four meshes; two minutes.
 bench-devices: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_devices
 
