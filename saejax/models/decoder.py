@@ -25,6 +25,7 @@ from saejax.models.attention import (
     TablesByLayer,
     attend,
     attention,
+    attention_weights,
     whole_prompt_tables,
 )
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
@@ -32,11 +33,11 @@ from saejax.models.experts import mix_experts
 from saejax.models.fused_attention import attend_fused, find_kernel
 from saejax.models.layers import NO_TAPS, SiteHook, Taps, align_rank, einsum, layer_of, mlp, norm, soft_cap
 from saejax.models.parameters import LAYERS
-from saejax.models.sites import INNER_KINDS
+from saejax.models.sites import INNER_KINDS, PATTERN
 from saejax.parallel.mesh import mesh_of
 
 Params = Mapping[str, Any]
-KEYS, VALUES = "keys", "values"  # what ``run_layers`` can collect besides kinds of site
+KEYS, VALUES = "keys", "values"  # what ``run_layers`` can collect besides kinds of site and ``PATTERN``
 
 
 def embed(config: DecoderConfig, params: Params, ids_xT: jax.Array, positions_xT: jax.Array | None = None) -> jax.Array:
@@ -134,7 +135,7 @@ class LayersOutput(NamedTuple):
 
     x: jax.Array  #: the stream leaving the last of them, [B, T, D]
     #: by kind, the values in the layers of the run that are collected, [L, B, T, D]; keys (after the rotary embedding)
-    #: and values are [L, B, T, N, K].
+    #: and values are [L, B, T, N, K], attention patterns [L, B, H, T, T].
     collected: dict[str, jax.Array]
     carried: Any  #: what the attention carried out of the last layer
 
@@ -188,9 +189,13 @@ def run_layers(
             return new
 
         def attend_here(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
-            """Attend, and collect keys and values."""
+            """Attend, and collect keys, values and the attention pattern."""
             nonlocal carried
             collected.update({name: array for name, array in ((KEYS, k), (VALUES, v)) if name in collect})
+            if PATTERN in collect:  # computed by itself: a fused kernel and blocks of queries never hold all of it
+                pattern_xNxGxTxT = attention_weights(config, rules, q, k, tables)
+                shape = *q.shape[:-3], config.n_heads, *pattern_xNxGxTxT.shape[-2:]
+                collected[PATTERN] = pattern_xNxGxTxT.reshape(shape)
             if kernel is not None:
                 return attend_fused(kernel, config, mesh, (q, k, v), spec.tables, layer)
             plain = functools.partial(attend, config, rules, tables=tables)

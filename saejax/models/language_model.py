@@ -28,7 +28,7 @@ from saejax.models.generation import Generated
 from saejax.models.layers import Taps
 from saejax.models.lengths import round_length
 from saejax.models.lens import LensOutput
-from saejax.models.sites import AnySite, Site, parse_site
+from saejax.models.sites import PATTERN, AnySite, Site, readable_site
 from saejax.models.source import ModelSource
 from saejax.models.tokens import Tokens, as_tokens, continuation_ids, encode, single_token_id, tokenize
 from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding, sharding
@@ -43,7 +43,9 @@ class Output:
     """Result of a forward pass."""
 
     logits_BxTxV: jax.Array | None  #: fp32 logits at every position; None if they were not asked for
-    sites: dict[str, jax.Array]  #: value [B, T, D] of every captured site by its name, after the edits there
+    #: value [B, T, D] of every captured site by its name, after the edits there; of an attention pattern the share of
+    #: each head's attention from each token to each, fp32 [B, H, T, T].
+    sites: dict[str, jax.Array]
     tokens: Tokens  #: the prompts; values beyond a prompt's end are meaningless
     _tokenizer: Any = dataclasses.field(repr=False)
 
@@ -152,7 +154,9 @@ class LanguageModel:
 
         Args:
           tokens: the prompts, as ``tokenize`` returns them.
-          capture: sites whose values are returned, or a single one, such as "resid_post.15".
+          capture: sites whose values are returned, or a single one, such as "resid_post.15". With "attn_pattern.15" the
+            attention of that layer's heads is returned, [B, H, T, T]: entry [b, h, t, s] is how much token t attends to
+            token s. Rows sum to 1, or to less where heads have sinks of their own (gpt-oss).
           edits: applied in the given order where several act at one site; see ``Dictionary`` and ``SiteEdit``.
           logits: False stops after the last captured site.
 
@@ -169,8 +173,12 @@ class LanguageModel:
         decoder_sites = cast(tuple[Site, ...], sites)  # it has no others: they were checked
         output = forward(self.config, decoder_sites, logits, self.params, ids_BxT, lengths_B, edits)
         # Programs are compiled for few lengths; the caller sees the length that was asked for.
-        all_logits, values = jax.tree.map(lambda value: value[:, :length], (output[0], list(output[1])))
-        return Output(all_logits, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
+        all_logits = None if output[0] is None else output[0][:, :length]
+        values = {
+            str(site): value[..., :length, :length] if site.kind == PATTERN else value[:, :length]
+            for site, value in zip(decoder_sites, output[1], strict=True)
+        }
+        return Output(all_logits, values, tokens, self.tokenizer)
 
     def generate(
         self,
@@ -279,7 +287,7 @@ class LanguageModel:
           length: length of the padded prompts, to which the edits' values are padded.
         """
         wanted = [capture] if isinstance(capture, str) or not isinstance(capture, Sequence) else capture
-        sites = tuple(parse_site(site) if isinstance(site, str) else site for site in wanted)
+        sites = tuple(readable_site(site) if isinstance(site, str) else site for site in wanted)
         if none := [site for site in sites if not hasattr(site, "check")]:
             raise UserError(f"capture has {none[0]!r:.60}: expected sites such as resid_post.15, or ()")
         edits = edits if isinstance(edits, Sequence) else [edits]
@@ -292,6 +300,9 @@ class LanguageModel:
         edits = [each for edit in edits for each in self._at_single_sites(edit, tokens)]
         for site in (*sites, *(edit.site for edit in edits)):
             self._check_site(site)
+        for edit in edits:
+            if edit.site.kind == PATTERN:
+                Site.parse(str(edit.site))  # which says why nothing can be edited there
         return sites, self._place_edits(fit_values(edits, tokens.ids_BxT.shape, length))
 
     def _at_single_sites(self, edit: Any, tokens: Tokens) -> Sequence[Edit]:
@@ -321,12 +332,12 @@ class LanguageModel:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("places",))
 @dataclasses.dataclass(frozen=True)
 class SiteValues(Sequence[jax.Array]):
-    """The values at captured sites, [B, T, D] each, in the order of the sites.
+    """The values at captured sites, [B, T, D] or [B, H, T, T] each, in the order of the sites.
 
     The values of a kind may be one array. A value is cut out of it when it is read, so that it is not in memory twice.
     """
 
-    arrays: Mapping[str, Any]  #: values by site or, [L, B, T, D], by kind
+    arrays: Mapping[str, Any]  #: values by site or, those of L layers in one array, by kind
     places: tuple[tuple[str, int | None], ...]  #: for each site its key in ``arrays`` and its index, None: all
 
     def __len__(self) -> int:
@@ -368,7 +379,8 @@ def forward(
       rules: rules of differentiation (static).
 
     Returns:
-      Logits [B, T, V] or None, and the values [B, T, D] at the sites of ``capture``, in their order.
+      Logits [B, T, V] or None, and the values [B, T, D] at the sites of ``capture``, in their order; attention patterns
+      are [B, H, T, T].
     """
     mask_BxT = jnp.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
     run = ForwardPass.over(mask_BxT)
@@ -381,9 +393,12 @@ def forward(
         x_BxTxD, stacked, _ = run_layers(config, params, x_BxTxD, 0, stop, Taps(collect=layers), rules=rules)
         values = SiteValues(stacked, tuple((site.kind, layers[site.kind].index(site.layer)) for site in capture))
     else:
+        patterns = sorted({site.layer for site in capture if site.kind == PATTERN})
         hook_layers = {site.layer for site in capture} | edited_layers(edits)
-        taps = Taps(run.hook(edits), hook_layers, inner_sites=True)
-        x_BxTxD = run_layers(config, params, x_BxTxD, 0, stop, taps, rules=rules).x
+        taps = Taps(run.hook(edits), hook_layers, inner_sites=True, collect={PATTERN: patterns} if patterns else ())
+        x_BxTxD, collected, _ = run_layers(config, params, x_BxTxD, 0, stop, taps, rules=rules)
+        for layer, pattern_BxHxTxT in zip(patterns, collected.get(PATTERN, ()), strict=True):
+            run.values[Site(PATTERN, layer)] = pattern_BxHxTxT
         at_sites = {str(site): run.values[site] for site in capture}
         values = SiteValues(at_sites, tuple((str(site), None) for site in capture))
     logits_BxTxV = decoder.unembed(config, params, x_BxTxD, rules) if logits else None

@@ -23,6 +23,9 @@ that, and an edit of ``attn_out.L`` or ``resid_mid.L`` reaches ``resid_post.L`` 
 module of the transformers model gives their ``resid_mid.L``; it is defined by the sum above. In Phi, attention and the
 MLP read the same normed stream; an edit of ``mlp_in.L`` changes what the MLP reads only.
 
+``attn_pattern.L`` is read and not changed: the attention of each head from each token to each, [B, H, T, T], as
+``lm(tokens, capture="attn_pattern.5")`` returns it. It has no place for a dictionary, a store or an edit.
+
 A *joined site*, ``resid_post.5+resid_post.15``, is what a crosscoder reads: its parts side by side, which may be of two
 models, ``resid_post.5+other:resid_post.5`` (``--model.other``).
 """
@@ -36,6 +39,7 @@ from saejax.models.config import DecoderConfig
 HEAD_KINDS = ("attn_q", "attn_k", "attn_v", "attn_z")
 NEURONS = "mlp_act"  # kind of the MLP's hidden activations
 INNER_KINDS = (*HEAD_KINDS, NEURONS)  # within attention and the MLP; not of the width of the stream
+PATTERN = "attn_pattern"  # kind of the attention of each head, which a run returns and nothing edits
 # In the order in which a layer computes them.
 ALL_KINDS = ("resid_pre", *HEAD_KINDS, "attn_out", "resid_mid", "mlp_in", NEURONS, "mlp_out", "resid_post")
 KINDS = tuple(kind for kind in ALL_KINDS if kind not in INNER_KINDS)
@@ -50,7 +54,7 @@ _ELSEWHERE = {
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A kind, one of ``ALL_KINDS``, and a layer, counted from 0."""
+    """A kind, one of ``ALL_KINDS`` or ``PATTERN``, and a layer, counted from 0."""
 
     kind: str
     layer: int
@@ -72,6 +76,11 @@ class Site:
         kind, _, layer = text.partition(".")
         if kind in _ELSEWHERE:
             raise UserError(f"{text} {_ELSEWHERE[kind]}")
+        if kind == PATTERN:
+            raise UserError(
+                f"{text} is the attention of each head, [B, H, T, T], which lm(tokens, capture={text!r}) returns and "
+                "nothing edits, stores or trains on: to change it, edit attn_q or attn_k of the layer"
+            )
         # ``isdigit`` alone accepts digits of other scripts, which ``int`` reads too: one site would have two names.
         if kind not in ALL_KINDS or not (layer.isascii() and layer.isdigit()):
             raise UserError(
@@ -150,6 +159,17 @@ class OtherSite:
 
 AnySite = Site | ModuleSite | OtherSite
 _OTHER = "other:"
+
+
+def readable_site(text: str) -> AnySite:
+    """Return what a run can return by a name: a site, or the attention pattern of a layer, "attn_pattern.15".
+
+    Raises:
+      UserError: the text names none.
+    """
+    kind, _, layer = text.partition(".")
+    is_pattern = kind == PATTERN and layer.isascii() and layer.isdigit()
+    return Site(PATTERN, int(layer)) if is_pattern else parse_site(text)
 
 
 def edit_site(site: str | Site) -> Site:

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from saejax.errors import UserError
-from saejax.models.sites import HEAD_KINDS, NEURONS, AnySite, ModuleSite, Site
+from saejax.models.sites import HEAD_KINDS, NEURONS, PATTERN, AnySite, ModuleSite, Site
 from saejax.models.torch_devices import own_device, place_model
 
 Visit = Callable[[AnySite, torch.Tensor], torch.Tensor]  # from a site's value to the one that the model goes on with
@@ -237,6 +237,11 @@ class HookedModel:
             raise UserError(
                 f"there is no site {site}: {self._name} has {self.n_layers} layers"
                 + (f", 0 to {self.n_layers - 1}" if self.n_layers else " that are in one list; use module:<path>")
+            )
+        if site.kind == PATTERN:
+            raise UserError(
+                f"{site} cannot be read in {self._name}, which runs in PyTorch: attention patterns need a "
+                "model of a JAX family (backend='jax')"
             )
         part = _BRANCHES.get(site.kind)
         if site.kind in HEAD_KINDS or (part and getattr(self._resolved[site.layer], part) is None):
