@@ -64,7 +64,7 @@ class Site:
         """Return the site that a text such as "resid_post.15" names; a ``UserError`` if the text names none."""
         if is_joined(text) or OtherSite.names(text):
             raise UserError(
-                f"{text} is a site of a crosscoder, which only train and evaluate use: expected one site of "
+                f"{text} is a site of a crosscoder, which train, evaluate and ablate use: expected one site of "
                 "one model, such as resid_post.15"
             )
         if ModuleSite.names(text):

@@ -233,7 +233,9 @@ def test_features_of_a_crosscoder_are_ablated_at_all_of_its_sites(tiny, make_dic
     assert [part.site for part in joint.parts] == list(SITES)
     sets, some = [[3, 50, 8], [7], list(range(0, 96, 9))], prompts[:5]
     split = SplitModel(tiny, joint)
-    diff_ExP = engine.run_edits(split, split.run(some), mask(split.dictionary, sets))["logit_diff"]
+    runs = split.run(some)
+    diff_ExP = engine.run_edits(split, runs, mask(split.dictionary, sets))["logit_diff"]
+    slope_PxF = attribution(split, runs)
     saes = [make_dictionary(site) for site in SITES]  # of which the sites alone are read
     rows = joined.unjoin(crosscoder.config, np.asarray(crosscoder.W_dec_FxD, np.float64))
     for p, prompt in enumerate(some):
@@ -244,7 +246,13 @@ def test_features_of_a_crosscoder_are_ablated_at_all_of_its_sites(tiny, make_dic
         for e, features in enumerate([[], *sets]):
             falls = [f_TxF[:, features] @ rows[site][features] for site in SITES]
             assert diff_ExP[e, p] == pytest.approx(whole_run(plains, falls), abs=2e-5)
-    assert np.abs(np.diff(diff_ExP, axis=0)).max() > 1e-3
+        # The attribution is the slope of the effect of a small share of the feature, at all of its sites.
+        for feature in (3, int(np.argmax(np.abs(slope_PxF[p])))):
+            fall = [f_TxF[:, [feature]] @ rows[site][[feature]] for site in SITES]
+            less, more = ([share * each for each in fall] for share in (0.01, -0.01))
+            slope = (whole_run(plains, more) - whole_run(plains, less)) / 0.02
+            assert slope_PxF[p, feature] == pytest.approx(slope, abs=1e-3)
+    assert np.abs(np.diff(diff_ExP, axis=0)).max() > 1e-3 and np.abs(slope_PxF).max() > 1e-2
 
 
 def test_a_crosscoder_is_judged_as_other_dictionaries_are(tiny, asked, crosscoder):
