@@ -7,6 +7,8 @@ take a quarter more or less. Arrays are fp32.
 """
 
 import bisect
+import contextlib
+import ctypes
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
@@ -133,6 +135,15 @@ def bank_sizes(size: GraphSize, tokens: int) -> tuple[int, int]:
     # A block holds sources of one layer and position, and the last one of each is half empty.
     slots = entries + WIDTH // 2 * (layers + 1) * tokens
     return int(of_features + (2 * layers + 1) * padded(tokens)), int(-(-slots // WIDTH))
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system: the C library keeps it, and a program's compiler has freed much of it.
+
+    Only GNU's library can do this.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # TypeError: Windows has no such handle
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_memory(mesh: Mesh) -> Memory:

@@ -32,7 +32,13 @@ from saejax.attribution.local.readouts import Direction, Readouts, Target, as_ta
 from saejax.attribution.local.rows import Put, RowTracer
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.gradient import GradientRows, SaeRun
-from saejax.attribution.trace.memory import GraphSize, certain_active, check_gradient_memory, check_memory
+from saejax.attribution.trace.memory import (
+    GraphSize,
+    certain_active,
+    check_gradient_memory,
+    check_memory,
+    return_freed,
+)
 from saejax.attribution.trace.row_store import ROUND_ROWS, ROUNDS, RowStore, rank
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
@@ -158,9 +164,10 @@ def trace_prompt(
 
 @contextlib.contextmanager
 def _phase(number: int, what: str) -> Iterator[None]:
-    """Log that a phase of a trace begins, and how long it took."""
+    """Log that a phase of a trace begins, and how long it took; it begins with all freed memory given back."""
     logging.info("trace, phase %d of %d: %s", number, PHASES, what)
     start = time.monotonic()
+    return_freed()
     yield
     logging.info("trace, phase %d of %d took %.2f s", number, PHASES, time.monotonic() - start)
 
@@ -232,7 +239,11 @@ def attribute_in_rounds(
 
         return write
 
-    fill(None, counted(store.put(None)))
+    def fill_rows(new_F: np.ndarray | None, start: int | None) -> None:
+        fill(new_F, counted(store.put(start)))
+        return_freed()  # what compiling took would else stay beside the rows, which become more
+
+    fill_rows(None, None)
     chosen = np.empty(0, np.int64)
     while len(chosen) < count:
         # Where all get rows, their order does not matter.
@@ -244,7 +255,7 @@ def attribute_in_rounds(
                 store.narrow(np.concatenate([chosen, ranked]), len(chosen))
             new = ranked[: min(-(-count // ROUNDS), ROUND_ROWS, store.room(len(chosen)))]
         logging.info("trace: %d of %d features have rows, the next %d are pulled back", len(chosen), count, len(new))
-        fill(new, counted(store.put(len(chosen))))
+        fill_rows(new, len(chosen))
         chosen = np.concatenate([chosen, new])
     # In the order of the active features, which the nodes have, too.
     order = np.argsort(chosen)

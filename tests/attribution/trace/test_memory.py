@@ -1,6 +1,9 @@
 """How much memory graphs take: by formulas written out here, how many tokens fit, and what is refused."""
 
 import dataclasses
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -30,6 +33,28 @@ def large(tiny) -> GraphSize:
     model = dataclasses.replace(tiny.config, n_layers=24, d_model=2048, n_heads=16, d_head=128, context=32_768)
     transcoder = DictionaryConfig(kind="standard", d_in=2048, n_features=160_000)
     return GraphSize(model, transcoder, active=50, max_features=4096)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system():
+    def taken() -> int:
+        """Pages of this process that are in memory."""
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    pieces = [bytes(4000) for _ in range(40_000)]
+    left = pieces[::200]  # between which the C library keeps what is free
+    pieces.clear()
+    before = taken()
+    memory.return_freed()
+    assert before - taken() > 0.8 * 40_000 * 4000 / os.sysconf("SC_PAGE_SIZE") and left
+
+
+def test_a_trace_gives_memory_back_before_each_phase_and_after_each_round(tiny, monkeypatch):
+    calls = list[int]()
+    monkeypatch.setattr(prompt, "return_freed", lambda: calls.append(1))
+    trace(tiny, make_transcoders(tiny.config, "standard"), IDS, max_features=8)
+    # Of eight features two get rows in each of four rounds.
+    assert len(calls) == prompt.PHASES + 1 + 4
 
 
 def test_the_largest_arrays_are_counted(large, one_device):
