@@ -1,7 +1,7 @@
 """The record of a feature: its JSON as types, which the page reads, and how records are read back."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -11,6 +11,7 @@ from saejax.links import resolve_links
 from saejax.unicode import visible
 
 FEATURES = "features"  # folder of the records, in files of consecutive features
+_WORDS = 3  # that name a feature without a label
 
 
 class FeatureContext(TypedDict):
@@ -122,9 +123,35 @@ def read_records(folder: Path, wanted: set[int]) -> dict[int, FeatureRecord]:
     return {record["feature"]: record for record in iterate_records(folder) if record["feature"] in wanted}
 
 
+def feature_words(tokens: Iterable[str], acts: Iterable[float]) -> tuple[str, ...]:
+    """Return the words that name a feature without a label: the tokens on which it is most active in sum.
+
+    Spaces around a token do not count, so that " two" and "two" are one word; a token of spaces alone stays as it is.
+
+    Args:
+      tokens: texts of the tokens on which it fires, each also several times.
+      acts: its activation on each of them, or a sum of activations; of those below 0 the size counts.
+
+    Returns:
+      At most three words, that of the largest sum first; of equal sums the earlier one first.
+    """
+    sums: dict[str, float] = {}
+    for token, act in zip(tokens, acts, strict=True):
+        word = token.strip() or token
+        sums[word] = sums.get(word, 0.0) + abs(act)
+    ordered = sorted(sums, key=lambda word: -sums[word])
+    return tuple([word for word in ordered if word and sums[word] > 0][:_WORDS])
+
+
+def quote_words(words: Iterable[str]) -> str:
+    """Return words as the name of a feature: each in quotes."""
+    return " ".join(f"“{word}”" for word in words)
+
+
 def top_tokens(record: FeatureRecord) -> str:
-    """Return a name for a feature without a label: the three tokens on which it is most active, in quotes."""
-    return " ".join(f"“{token['text'].strip() or token['text']}”" for token in record.get("tokens", ())[:3])
+    """Return a name for a feature without a label: its ``feature_words``, in quotes; "" if it never fires."""
+    tokens = record.get("tokens", ())
+    return quote_words(feature_words([token["text"] for token in tokens], [token["sum"] for token in tokens]))
 
 
 @dataclasses.dataclass(frozen=True)

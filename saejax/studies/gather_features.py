@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from scipy import sparse
 
+from saejax.interpret.feature_record import feature_words
 from saejax.interventions.table import EffectsTable, PromptDefinition, load_effects
 from saejax.matching.importance import FeatureMatch, ItemFeatures, match_features
 from saejax.page.findings import Findings
@@ -16,7 +17,7 @@ from saejax.studies.primitives import recurring
 from saejax.studies.results import AssociationFigures, LabelFigures, PrimitiveFigures, ProblemFigures
 from saejax.studies.sheet import quoted
 
-PROBLEMS, FEATURES, WORDS = 6, 6, 3  # problems of a benchmark that are shown; features of each; words of a feature
+PROBLEMS, FEATURES = 6, 6  # problems of a benchmark that are shown; features of each
 
 
 def associations(row: str, findings: Findings) -> Iterator[AssociationFigures]:
@@ -101,8 +102,8 @@ def read_benchmarks(rows: Mapping[str, Findings], benchmark: str) -> dict[str, R
     return read
 
 
-def exciting_words(read: ReadBenchmark, benchmark: str, features: Sequence[int]) -> tuple[str, ...]:
-    """Return the tokens of the items on which some features are most active together, the strongest first.
+def words_on_items(read: ReadBenchmark, benchmark: str, features: Sequence[int]) -> tuple[str, ...]:
+    """Return the words of some features together, by their activations at the tokens of the items.
 
     Args:
       read: the row's features.
@@ -110,18 +111,14 @@ def exciting_words(read: ReadBenchmark, benchmark: str, features: Sequence[int])
       features: their indices.
     """
     texts = {prompt.id: f"{prompt.text}\n{prompt.correct}" for prompt in read.prompts}
-    items, activation_by_word = read.features, dict[str, float]()
-    act_N = np.asarray(items.activity.f_NxF[:, np.asarray(features, np.int64)].sum(axis=1)).reshape(-1)
-    for n in np.argsort(-act_N, kind="stable")[:40]:
-        if act_N[n] <= 0:
-            break
+    items, tokens = read.features, list[str]()
+    act_N = abs(items.activity.f_NxF[:, np.asarray(features, np.int64)]).sum(axis=1)
+    fires_A = np.flatnonzero(act_N)
+    for n in fires_A.tolist():
         starts_text = n == 0 or items.text_N[n - 1] != items.text_N[n]
         text = texts[f"{benchmark}/{items.ids[items.text_N[n]]}"]
-        word = text[0 if starts_text else items.end_N[n - 1] : items.end_N[n]].strip()
-        activation_by_word[word] = activation_by_word.get(word, 0.0) + float(act_N[n])
-    return tuple(word for word in sorted(activation_by_word, key=lambda word: -activation_by_word[word]) if word)[
-        :WORDS
-    ]
+        tokens.append(text[0 if starts_text else items.end_N[n - 1] : items.end_N[n]])
+    return feature_words(tokens, act_N[fires_A].tolist())
 
 
 def primitives(
@@ -151,7 +148,7 @@ def primitives(
                 benchmark=benchmark,
                 name=primitive.name,
                 features=primitive.features,
-                words=exciting_words(here, benchmark, primitive.features) if here else (),
+                words=words_on_items(here, benchmark, primitive.features) if here else (),
                 overlap=primitive.overlap,
                 p_value=primitive.p_value,
                 seeds=len(some.seeds),
@@ -235,7 +232,7 @@ def _important(here: ReadBenchmark, benchmark: str, place: int) -> list[tuple[st
     rows = []
     for feature in np.argsort(-row_F, kind="stable")[:FEATURES].tolist():
         if row_F[feature] > 0:
-            words = exciting_words(here, benchmark, [feature])
+            words = words_on_items(here, benchmark, [feature])
             text = f"{feature} ({quoted(words)}; {row_F[feature]:.2f})"
             rows.append((text, sum(feature in match.partner for match in here.matches.values())))
     return rows

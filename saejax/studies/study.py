@@ -61,7 +61,7 @@ def _settings(row: StudyRow) -> list[Any]:
 def _code() -> list[str]:
     """Return hashes of the files that make the page, and its comparisons of rows."""
     package = Path(__file__).parents[1]
-    rooms = ("studies", "page", "matching", "statistics")
+    rooms = ("studies", "page", "interpret", "matching", "statistics")
     files = sorted(file for room in rooms for file in (package / room).rglob("*") if file.is_file())
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.suffix != ".pyc"]
 

@@ -113,7 +113,7 @@ def test_labels_of_a_dictionary_that_was_here_before_are_not_used(tmp_path):
         folder = tmp_path / stage / f"topk-{mark}"
         (folder / "features").mkdir(parents=True)
         write_json(folder / "started.json", dict(depends_on=dict(needs=needs)))
-        record = dict(feature=7, tokens=[dict(text=f"token of {mark[:1]}")], examples=[])
+        record = dict(feature=7, tokens=[dict(text=f"token of {mark[:1]}", sum=1.0)], examples=[])
         write_json(folder / "features" / "00000.json", [record])
         write_json(folder / "labels.json", {"5": to_json(Label(f"{stage} {mark[:1]}", "Ada"))})
         write_members(folder, ("", "resid_post.3", "resid_post.3"))

@@ -75,7 +75,7 @@ def test_a_feature_the_overview_and_heatmaps_are_shown(browser, page, dark, widt
     assert sum(bars) == 69 and browser.js("document.querySelector('#list a').dataset.feature") == "1"
     assert browser.js(fits) and browser.errors == []
     wide = "Array.from({length: 200000}, (_, i) => 1 / (i + 1))"  # no list of features is too long for it
-    columns = f"(rate => ({{rate, label: rate.map(() => ''), by: [], token: [], effect: [], f1: []}}))({wide})"
+    columns = f"(rate => ({{rate, label: rate.map(() => ''), by: [], words: [], effect: [], f1: []}}))({wide})"
     counted = f"overviewPage({{dictionary: 'wide', columns: {columns}}}, () => '').querySelectorAll('.bars i')"
     titles = browser.js(f"[...{counted}].map(bar => bar.title)")  # of three digits
     assert sum(int(title.replace(",", "")) for title in titles) == pytest.approx(200_000, rel=0.01)

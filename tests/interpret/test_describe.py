@@ -13,6 +13,7 @@ from tiny_models import save_tiny
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret import firings, neighbours
+from saejax.interpret.feature_record import feature_words, top_tokens
 from saejax.interpret.records import BINS, GROUPS, LOWEST
 from saejax.models.loading import load_model
 
@@ -62,6 +63,15 @@ def test_priorities_are_uniform_and_do_not_depend_on_their_company():
     every = firings.priority(np.arange(100_000)) / 2.0**64
     assert abs(every.mean() - 0.5) < 0.005 and abs(np.corrcoef(every[:-1], every[1:])[0, 1]) < 0.02
     assert firings.priority(np.array([77]))[0] / 2.0**64 == every[77]
+
+
+def test_a_feature_without_a_label_is_named_by_the_tokens_of_the_largest_sums():
+    tokens = [" two", "one", "two", "\n", "three", "", "four", " one"]
+    acts = [1.0, 1.9, 1.0, -1.5, 0.2, 9.0, 0.0, 0.3]
+    assert feature_words(tokens, acts) == ("one", "two", "\n"), "the sum counts, and spaces around a token do not"
+    assert feature_words(tokens[-2:], [0.0, 2.0]) == ("one",) and feature_words([], []) == ()
+    rows = [dict(text=text, sum=act) for text, act in zip(tokens, acts, strict=True)]
+    assert top_tokens(dict(feature=0, tokens=rows)) == "“one” “two” “\n”" and top_tokens(dict(feature=0)) == ""
 
 
 def test_tokens_of_the_largest_sums(made):

@@ -14,7 +14,7 @@ from saejax.matching.importance import FeatureMatch, ItemFeatures
 from saejax.matching.transfer.activity import Activity
 from saejax.page.blocks import Text
 from saejax.studies import gather_features
-from saejax.studies.gather_features import ReadBenchmark, choose_problems, exciting_words, problems
+from saejax.studies.gather_features import ReadBenchmark, choose_problems, problems, words_on_items
 from saejax.studies.report import _associations
 from saejax.studies.results import StudyFigures
 
@@ -42,11 +42,11 @@ def read(splits=("test", "test")):
     return ReadBenchmark("generated", table, features, sparse.csr_array(acts_NxF[:2]))
 
 
-def test_words_are_those_on_which_features_fire_the_strongest_first():
-    assert exciting_words(read(), "sums", [0]) == ("two",)
-    assert exciting_words(read(), "sums", [1]) == ()
-    assert exciting_words(read(), "sums", [2]) == ("six", "and")
-    assert exciting_words(read(), "sums", [0, 2]) == ("six", "two", "and")
+def test_words_are_those_on_which_features_are_most_active_in_sum():
+    assert words_on_items(read(), "sums", [0]) == ("two",)
+    assert words_on_items(read(), "sums", [1]) == ()
+    assert words_on_items(read(), "sums", [2]) == ("six", "and")
+    assert words_on_items(read(), "sums", [0, 2]) == ("six", "two", "and")
 
 
 def test_two_rows_are_matched_once(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels, un
 from saejax.dictionaries.names import full_name
 from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, write_json, write_text
-from saejax.interpret.feature_record import FeatureRecord, TokenMap, iterate_records, read_records
+from saejax.interpret.feature_record import FeatureRecord, TokenMap, iterate_records, read_records, top_tokens
 from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.labels import label_files, read_explanations, read_labels, unused_lines
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
@@ -113,7 +113,7 @@ def write_atlas(
     """
     shutil.rmtree(folder / "data", ignore_errors=True)
     (folder / "data").mkdir(parents=True)
-    columns: dict[str, list] = {name: [] for name in ("label", "by", "token", "rate", "f1", "effect")}
+    columns: dict[str, list] = {name: [] for name in ("label", "by", "words", "rate", "f1", "effect")}
     stream = iter(records)
     while records_of_file := list(itertools.islice(stream, CHUNK)):
         number, chunk = records_of_file[0]["feature"] // CHUNK, list[dict[str, Any]]()
@@ -122,7 +122,7 @@ def write_atlas(
             row = dict(
                 label=label.label if label else "",
                 by=label.by if label else "",
-                token=record["tokens"][0]["text"] if record.get("tokens") else "",
+                words=top_tokens(record),
                 rate=record["rate"],
                 f1=record["detector"]["f1"]["mean"] if "detector" in record else 0,
                 effect=max(effect.values(), key=abs, default=0),

@@ -57,7 +57,7 @@ def _inputs(configs: Configs, name: str) -> dict[str, Input]:
 ATLAS = Stage(
     name="atlas",
     summary="writes pages of all features that were interpreted, with labels by people (--atlas.labels)",
-    revision=5,  # pieces of characters are shown as bytes
+    revision=6,  # features without a label are named by three words
     run=run_atlas,
     results=AtlasResults,
     groups=(AtlasConfig,),

@@ -11,6 +11,7 @@ import numpy as np
 
 from saejax.dictionaries.labels import Label
 from saejax.files import write_text
+from saejax.interpret.feature_record import feature_words, quote_words
 from saejax.matching.track.firings import LayerFirings, StepFeature
 from saejax.matching.track.links import Link
 from saejax.matching.track.results import TrackedText, TrackResults
@@ -25,7 +26,6 @@ from saejax.unicode import visible
 _VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = ("grid", "panel", "main")
 _TOP = 4  # features of a layer
-_NAMING = 3  # tokens that name a feature without a label
 
 ShownText = dict[str, Any]  # as JSON; docs/artifacts.md explains it
 
@@ -86,13 +86,8 @@ def _names(
     peaks: dict[str, float] = {}
     for feature in sorted(features):
         feature_firings = firings[np.flatnonzero(firings.feature_A == feature)]
-        order = np.argsort(-np.abs(feature_firings.value_A), kind="stable")
-        # A token of spaces alone is shown as it is: without them it would have no name.
-        distinct = dict.fromkeys(
-            tokens[position].strip() or tokens[position] for position in feature_firings.position_A[order]
-        )
-        quoted = " ".join(f"“{token}”" for token in list(distinct)[:_NAMING])
-        names[str(feature)] = labels[feature].label if feature in labels else quoted
+        words = feature_words([tokens[t] for t in feature_firings.position_A], feature_firings.value_A.tolist())
+        names[str(feature)] = labels[feature].label if feature in labels else quote_words(words)
         peaks[str(feature)] = float(f"{np.abs(feature_firings.value_A).max():.4g}")
     return dict(labels=names, peaks=peaks)
 

@@ -17,7 +17,7 @@ const atlas = (() => {
     at('maps').href = `#${data.dictionary}/maps`;
     at('overview').href = `#${data.dictionary}/overview`;
     if (!data.columns.effect.some(Boolean)) at('sort').value = 'f1';  // what matters first, as far as it was measured
-    data.searched = data.columns.label.map((label, i) => `${i} ${label} ${data.columns.token[i]}`.toLowerCase());
+    data.searched = data.columns.label.map((label, i) => `${i} ${label} ${data.columns.words[i]}`.toLowerCase());
     sort();
     route();
     atlas.ready = performance.now();
@@ -108,9 +108,9 @@ const atlas = (() => {
   }
 
   function more() {
-    const {label, token: tokens, rate, effect} = about.columns;
+    const {label, words, rate, effect} = about.columns;
     for (const i of matches.slice(shown, shown + ROWS)) {
-      const what = label[i] ? visible(label[i]) : tokens[i] ? `on ${visible(tokens[i])}` : rate[i] ? '' : 'never fires';
+      const what = label[i] ? visible(label[i]) : words[i] ? `on ${visible(words[i])}` : rate[i] ? '' : 'never fires';
       const facts = [percent(rate[i]), ...(effect[i] ? [`effect ${number(effect[i])}`] : [])].join(', ');
       const link = make('a', {href: `#${about.dictionary}/${i}`, 'data-feature': i}, `${i} `, what, ' ', make('small', {}, facts));
       at('list').append(make('li', {}, link));

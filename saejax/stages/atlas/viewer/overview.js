@@ -4,12 +4,12 @@
 const MOST = 20;  // features of a table
 
 function overviewPage(about, labelOf) {
-  const {rate, label, by, effect, f1, token: tokens} = about.columns;
+  const {rate, label, by, effect, f1, words} = about.columns;
   const page = document.createDocumentFragment();
   const every = rate.map((_, i) => i), live = every.filter((i) => rate[i] > 0), named = every.filter((i) => label[i]);
   const count = (some, all) => `${some.toLocaleString('en')} of ${all.toLocaleString('en')}${all ? ` (${percent(some / all)})` : ''}`;
   const link = (i) => make('a', {href: `#${about.dictionary}/${i}`},
-    `${i} ${labelOf(i) ? visible(labelOf(i)) : tokens[i] ? `on ${visible(tokens[i])}` : ''}`);
+    `${i} ${labelOf(i) ? visible(labelOf(i)) : words[i] ? `on ${visible(words[i])}` : ''}`);
   const largest = (values, among) => among.filter((i) => values[i]).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a])).slice(0, MOST);
   const facts = [['Fire on this text', count(live.length, every.length)], ['Labelled', count(named.length, every.length)]];
   for (const who of [...new Set(by.filter(Boolean))]) facts.push([`… by ${who}`, `${by.filter((one) => one === who).length.toLocaleString('en')}`]);
