@@ -29,6 +29,7 @@ def setting(
     choices: Sequence[Any] | Callable[[], Sequence[Any]] | None = None,
     changes_results: bool = True,
     swept: bool = False,
+    order: Sequence[str] | None = None,
     shared: str = "",
 ) -> Any:
     """Declare a dataclass field that becomes a flag.
@@ -42,11 +43,13 @@ def setting(
       changes_results: False for what only affects speed, logging or which units there are; such a field does not
         make a finished unit run again.
       swept: whether several values make as many members of a stack.
+      order: of a tuple of names that are a set: the names are kept once each, in this order, others after these by the
+        alphabet, so that another order on the command line makes nothing again. None: the order counts.
       shared: prefix of the flag that sets this field in every group that shares it, with one default and help; empty:
         the group's name, for a flag of the group alone.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results)
-    return dataclasses.field(default=default, metadata=metadata | dict(swept=swept, shared=shared))
+    return dataclasses.field(default=default, metadata=metadata | dict(swept=swept, order=order, shared=shared))
 
 
 def nested(groups: Callable[[], Mapping[str, type["Config"]]]) -> Any:
@@ -69,6 +72,9 @@ class Config:
                 raise UserError(f"{field.name} is empty: name a value, or several")
             for item in value if isinstance(value, tuple) else (value,):
                 _check(field, item)
+            if (order := field.metadata["order"]) is not None:
+                listed = [name for name in order if name in value]
+                object.__setattr__(self, field.name, (*listed, *sorted({*value} - {*listed})))
 
 
 C = TypeVar("C", bound=Config)

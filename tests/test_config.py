@@ -90,6 +90,19 @@ def test_json_round_trip_and_settings_that_count():
         config.from_json(Example, dict(data, speed="9"), "a.json", "config")
 
 
+def test_names_that_are_a_set_have_one_order():
+    @dataclasses.dataclass(frozen=True)
+    class Chosen(Config):
+        """A group."""
+
+        names: tuple[str, ...] = setting((), "names", order=("b", "a"))
+        listed: tuple[str, ...] = setting((), "names whose order counts")
+
+    for names in (("z", "a", "c", "b"), ("b", "c", "a", "z", "a")):
+        assert Chosen(names=names, listed=names) == Chosen(names=("b", "a", "c", "z"), listed=names)
+    assert Chosen(listed=("a", "b")) != Chosen(listed=("b", "a"))
+
+
 def test_groups_are_found_by_their_class_and_every_setting_is_explained():
     for group, cls in all_groups().items():
         cls()  # every default is valid

@@ -98,6 +98,13 @@ EXPLAINED = dict(interpret__dictionaries="topk", explain__dictionaries="topk", e
         (EXPLAINED | dict(explain__features="1,2"), dict(explain__features="2,1,2"), ["explain/topk"]),
         (EXPLAINED | dict(explain__features="1,2"), dict(explain__sample=9), ["explain/topk"]),
         (EXPLAINED, dict(explain__scores="fuzzing,detection"), ["explain/topk"]),
+        (
+            dict(task__behaviours="agreement,capital"),
+            dict(task__behaviours="capital,agreement,capital"),
+            ["baseline", "ablate/topk", "probe/topk"],
+        ),
+        (dict(probe__labels="answer,number,a"), dict(probe__labels="a,number,answer"), ["probe/topk"]),
+        (dict(ablate__baselines="neurons,pca"), dict(ablate__baselines="pca,neurons"), ["ablate/topk"]),
     ],
     ids=[
         "settings of stores in training from the model",
@@ -107,6 +114,9 @@ EXPLAINED = dict(interpret__dictionaries="topk", explain__dictionaries="topk", e
         "the order of features",
         "a sample that named features replace",
         "the order of scores",
+        "the order of behaviours",
+        "the order of probed labels",
+        "the order of bases",
     ],
 )
 def test_what_changes_no_result_makes_nothing_again(inputs, tmp_path, base, changes, units):

@@ -403,8 +403,9 @@ def basis_sentence(answer: CausalAnswer, name: str, objective: str, reason: str 
 
 
 def at_chance_words(behaviours: Sequence[str]) -> str:
-    """Return which behaviours the model does not do, in words; "" if there are none."""
-    return f"left out, at chance: {', '.join(name.replace('_', ' ') for name in behaviours)}" if behaviours else ""
+    """Return which behaviours the model is not shown to do, in words; "" if there are none."""
+    listed = ", ".join(name.replace("_", " ") for name in behaviours)
+    return f"left out, not shown to be above chance: {listed}" if behaviours else ""
 
 
 def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: str = "") -> str:

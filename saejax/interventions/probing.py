@@ -438,7 +438,7 @@ def label_all(
         raise UserError("--probe.strengths is empty: name at least one inverse strength, such as 0.01")
     of_benchmarks = {name for prompts, _ in benchmarks for prompt in prompts for name, _ in prompt.labels}
     wanted: dict[str, Labelled] = {}
-    for label in dict.fromkeys(config.labels):
+    for label in config.labels:
         of_prompts = label in LABELS or any(label in dict(prompt.labels) for prompt in behaviours[0])
         # A label that benchmarks alone have is no mistake for behaviours.
         if behaviours[0] and (of_prompts or label not in of_benchmarks):

@@ -4,7 +4,7 @@ import dataclasses
 
 from saejax import shared_settings as shared
 from saejax.config import Config, setting
-from saejax.tasks.settings import BENCHMARKS
+from saejax.tasks.settings import BENCHMARKS, PROBE_LABELS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
 BASES = ("neurons", "pca", "diff_means")  # bases that need no folder
@@ -70,6 +70,7 @@ class AblateConfig(Config):
         "simpler bases to compare with at equal dose: neurons (of the layer's MLP), pca (principal components of the "
         "site on the train prompts), diff_means (differences of the site's means by answer), or the folder of a "
         "dictionary; empty: none",
+        order=BASES,
     )
     text_documents: int = setting(
         64,
@@ -104,6 +105,7 @@ class ProbeConfig(Config):
         "(answer), whether that is even (parity), whether the model is right (correct), the number of the subject "
         "(number, of agreement), and 'labels' of --task.prompts; of benchmarks correct, steps, operation and task; "
         "empty: no probes",
+        order=PROBE_LABELS,
     )
     benchmarks: bool = setting(
         False, "also probe the questions of --task.benchmarks; half of them train the probes, half judge them"
@@ -219,6 +221,7 @@ class StudyConfig(Config):
         ("neurons", "pca"),
         "simpler bases to compare with at equal dose: neurons, pca, or the folder of a dictionary; see "
         "--ablate.baselines; empty: none",
+        order=BASES,
     )
     repeats: tuple[str, ...] = setting(
         (), "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way"

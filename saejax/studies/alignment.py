@@ -122,7 +122,20 @@ def _pair(
     correlation, p, placebo = None, None, None
     if agreement:
         correlation, p, placebo = agreement.correlation, agreement.p_value, agreement.placebo
-    yield AlignmentFigures(*pair, benchmark, "items", len(shared), correlation, p, None, placebo, None, None, None)
+    yield AlignmentFigures(
+        first=pair[0],
+        second=pair[1],
+        benchmark=benchmark,
+        by="items",
+        n=len(shared),
+        rank_correlation=correlation,
+        p_value=p,
+        p_holm=None,
+        control=placebo,
+        aligned=None,
+        shared=None,
+        shared_null=None,
+    )
     if pair[0] in read and (match := read[pair[0]].matches.get(pair[1])):
         first, second = (read[name].features for name in pair)
         rotated = ItemFeatures.load(folders[1] / ROTATED_ON_ITEMS)
@@ -131,16 +144,18 @@ def _pair(
         controls = [value for value in (importance.rotated, importance.placebo) if value is not None]
         has_placebo = importance.placebo is not None
         yield AlignmentFigures(
-            *pair,
-            benchmark,
-            "features",
-            len(match.first_M),
-            importance.correlation,
-            importance.p_value,
-            None,
-            max(controls) if has_placebo else None,
-            None,
-            *((match.shared, match.shared_null) if min(match.live) else (None, None)),
+            first=pair[0],
+            second=pair[1],
+            benchmark=benchmark,
+            by="features",
+            n=len(match.first_M),
+            rank_correlation=importance.correlation,
+            p_value=importance.p_value,
+            p_holm=None,
+            control=max(controls) if has_placebo else None,
+            aligned=None,
+            shared=match.shared if min(match.live) else None,
+            shared_null=match.shared_null if min(match.live) else None,
         )
 
 

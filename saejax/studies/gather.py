@@ -340,5 +340,6 @@ def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
                 tests=sum(test.hurt != "not testable" for test in tests),
                 measured=sum(chain.holds is not None for chain in text.chains),
                 holding=sum(chain.holds is True for chain in text.chains),
+                left_out=text.chains_left_out,
                 hurt=sum(test.hurt == "yes" for test in tests),
             )

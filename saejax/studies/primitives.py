@@ -24,12 +24,12 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from saejax.interventions.answers import VerdictConfig
+from saejax.interventions.answers import VerdictConfig, mean_interval
 from saejax.interventions.benchmark import control_group
 from saejax.interventions.table import EffectsTable, PromptDefinition
 from saejax.matching.clusters.groups import DISSOLVED, overlaps
 from saejax.results import Interval
-from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.statistics.bootstrap import resampling_weights
 from saejax.statistics.permutation import label_correlations
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 
@@ -330,8 +330,7 @@ def _control_drops(
 def _interval(drop_P: np.ndarray, resamples: int, seed: int) -> Interval | None:
     if len(drop_P) < 2:
         return None
-    weight_RxP = resampling_weights(np.zeros(len(drop_P)), resamples, seed)
-    return Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P))
+    return mean_interval(drop_P, resampling_weights(np.zeros(len(drop_P)), resamples, seed))
 
 
 def _corrected(rows: Sequence[PrimitiveEffect]) -> tuple[PrimitiveEffect, ...]:
@@ -376,7 +375,7 @@ def judge_domains(table: EffectsTable, name: str, resamples: int, seed: int) -> 
         drop_P = table.drops(edits, prompts, "answer_log_prob")[0]
         random_N = _control_drops(table, name, group, "random", prompts)
         effects[group.removeprefix(CHOSEN_ON)] = DomainEffect(
-            effect=Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P)),
+            effect=mean_interval(drop_P, weight_RxP),
             random=float(random_N.mean()) if len(random_N) else None,
             p_value=rank_p(float(drop_P.mean()), random_N) if len(random_N) else None,
             random_sets=len(random_N),

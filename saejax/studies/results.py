@@ -164,10 +164,11 @@ class EffectFigures(RowFigures):
     top: int  #: features that are ablated
     items: int  #: that judge them
     categories: int  #: distinct categories of all items
-    at_chance: bool | None  #: whether accuracy before any edit is guessing's; None where it was not measured
+    at_chance: bool | None  #: whether accuracy before any edit is not shown to be above guessing's; None: not measured
     #: before any edit
     accuracy: float | None = joined(
-        "Accuracy before, %", lambda row: percent(row.accuracy, 1) + (" (at chance)" if row.at_chance else "")
+        "Accuracy before, %",
+        lambda row: percent(row.accuracy, 1) + (" (not shown to be above chance)" if row.at_chance else ""),
     )
     #: with features set to zero; None, as in the next, where it was not measured
     accuracy_drop: Interval | None = joined(
@@ -443,6 +444,11 @@ class TransferFigures(RowFigures):
     shared_null: Interval = column("Shared by chance", lambda null: percent(null.mean, 1))  #: the same by chance
 
 
+def _show_chains(row: "TrackingFigures") -> str:
+    text = f"{row.measured}; {row.holding}"
+    return f"{text} ({row.left_out} without controls)" if row.left_out else text
+
+
 class TrackingFigures(RowFigures):
     """Texts followed through the layers.
 
@@ -459,8 +465,9 @@ class TrackingFigures(RowFigures):
     #: what the model writes after the prompt; empty: it was not asked to
     output: str = column("Output", lambda text: quoted([text] if text else ()))
     #: chains of features whose links and effect on the answer were measured
-    measured: int = joined("Chains; hold", lambda row: f"{row.measured}; {row.holding}")
+    measured: int = joined("Chains; hold", _show_chains)
     holding: int  #: of them: chains that hold, each link above 19 random features at equal dose
+    left_out: int  #: others of the strongest, where no other feature is active to compare with
     tests: int = column("Steps tested")  #: steps tested, at each site, with enough random sets
     hurt: int = column("Hurt")  #: of them: those whose features have a larger effect than random sets at equal dose
 

@@ -94,7 +94,7 @@ class RowUnits:
     def states(self) -> list[UnitState]:
         """Return the state of every unit; one that is left to do counts as failed without a reason."""
         if self._bad_settings:
-            return [UnitState(self.name, "settings", "failed", self._bad_settings, "", "")]
+            return [_failed(self.name, "settings", self._bad_settings)]
         states: dict[str, UnitState] = {}
         for unit in self._units:
             states[unit] = self._state(unit, states)
@@ -103,7 +103,7 @@ class RowUnits:
     def _state(self, unit: str, earlier: Mapping[str, UnitState]) -> UnitState:
         log = self.workspace.root / LOGS / f"{unit.replace('/', '-')}.log"
         path = str(log.relative_to(self._root)) if log.exists() else ""
-        state = UnitState(self.name, unit, "failed", self._reasons.get(unit, ""), path, "")
+        state = _failed(self.name, unit, self._reasons.get(unit, ""), path)
         try:
             needs = [] if unit in self._first else [*self._first, *map(_whole, self._plan.needs(unit))]
             for need in needs:
@@ -116,6 +116,10 @@ class RowUnits:
         except UserError as error:
             return dataclasses.replace(state, reason=str(error))
         return state
+
+
+def _failed(row: str, unit: str, reason: str, log: str = "") -> UnitState:
+    return UnitState(row=row, unit=unit, state="failed", reason=reason, log=log, fingerprint="")
 
 
 def _whole(need: str) -> str:

@@ -17,7 +17,7 @@ OF_BENCHMARKS = ("task.examples", "task.shots", "task.chat_template", "task.scor
 class TaskConfig(Config):
     """The behaviours to explain, and the benchmarks to score the model on."""
 
-    behaviours: tuple[str, ...] = setting(DEMO_BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS)
+    behaviours: tuple[str, ...] = setting(DEMO_BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS, order=BEHAVIOURS)
     prompts: str = setting(
         "",
         "a .jsonl or .jsonl.gz file with your own behaviours, tested together with --task.behaviours (which may be "

@@ -502,7 +502,7 @@ def test_generated_answers_are_scored_under_every_condition(make_run, dictionary
 def test_where_nothing_is_answered_rightly_only_likelihoods_are_measured(make_run):
     run, lines = make_run("gsm8k")
     results = benchmark_run.run_study(run)
-    assert results.at_chance is True and any("is at chance" in line for line in lines)
+    assert results.at_chance is True and any("not shown to be above chance (" in line for line in lines)
     assert results.verdict.dictionaries[TESTED]["gsm8k"].ablation["accuracy"].answer == "not tested"
     assert [score.group for score in results.scores] == ["clean"]
 

@@ -337,7 +337,7 @@ def test_a_behaviour_at_chance_is_left_out_and_named():
     noisy = dataclasses.replace(table, value_N=np.where(is_clean_N, noise_N, table.value_N))
     selective = verdict(noisy, CONFIG).dictionaries[TESTED]["b"].selective
     assert selective.answer == "yes" and selective.parts.keys() == {"c", TEXT}
-    assert "left out, at chance: d" in selective.sentence
+    assert "left out, not shown to be above chance: d" in selective.sentence
 
 
 def test_what_is_left_is_a_share_of_the_clean_difference():

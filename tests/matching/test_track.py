@@ -312,13 +312,31 @@ def test_links_between_features_that_mean_nothing_rarely_hold(lm):
     measured = [
         link
         for first in range(0, len(links), 3)  # as many chains as are measured
-        for chain in measure_chains(lm, stack, ids_T, 3, links[first : first + 3], firings, str, first)
+        for chain in measure_chains(lm, stack, ids_T, 3, links[first : first + 3], firings, str, first)[0]
         for link in chain.links
     ]
     measured = [link for link in measured if link.holds is not None]  # some positions have fewer active features
     held = np.mean([link.holds for link in measured])
     print(f"of {len(measured)} links between features that mean nothing {100 * held:.1f} % hold")
     assert len(measured) > 100 and held <= 0.08
+
+
+def test_chains_without_any_control_are_counted(lm):
+    """Of a dictionary with k = 1 no other feature is active anywhere; of one with k = 2 there is a single control."""
+    ids_T, chains = np.arange(5, 17), {}
+    for k in (1, 2):
+        rows_of = [unit(np.random.default_rng(layer).standard_normal((128, D))) for layer in (0, 1)]
+        stack = stack_of(*(sae(lm, layer, rows_FxD, k=k) for layer, rows_FxD in enumerate(rows_of)))
+        firings = follow(lm, stack, ids_T)
+        links = [
+            ((0, position, low), (1, position, high), 1.0)
+            for position in (8, 9)
+            for low, high in [[int(each.at(position).feature_A[0]) for each in firings]]
+        ]
+        chains[k] = measure_chains(lm, stack, ids_T, 3, links, firings, str, 0)
+    assert chains[1] == ((), 2)
+    measured, left_out = chains[2]
+    assert left_out == 0 and [chain.holds for chain in measured] == [None, None]
 
 
 def test_a_chain_whose_effects_are_those_of_its_controls_rarely_holds():

@@ -15,7 +15,7 @@ from saejax.files import write_json
 from saejax.interpret.jacobian_lens import JacobianLens
 from saejax.matching.track.firings import follow
 from saejax.matching.track.measured import _all, measure_chains
-from saejax.matching.track.results import MeasuredChain, MeasuredLink
+from saejax.matching.track.results import MeasuredChain, MeasuredLink, TrackResults
 from saejax.models.tokens import pad
 from saejax.runner import command
 from saejax.stages.track.page import write_page
@@ -57,8 +57,9 @@ def test_links_are_measured_as_the_library_does(tracked, inputs):
     ids_T = np.arange(5, 17)
     firings = follow(lm, stack, ids_T)
     low, high = (int(each.at(9).feature_A[0]) for each in firings)
-    (measured,) = measure_chains(lm, stack, ids_T, 3, [((0, 9, low), (1, 9, high), 1.0)], firings, str, 0)
+    (measured,), left_out = measure_chains(lm, stack, ids_T, 3, [((0, 9, low), (1, 9, high), 1.0)], firings, str, 0)
     (link,) = measured.links
+    assert left_out == 0
     edits = [], [pair[0].ablate([low], (9, 10))], [pair[1].ablate([high], (9, 10))]
     outputs = [lm(pad([ids_T.tolist()]), capture=["resid_post.1"], edits=each) for each in edits]
     clean, edited = (float(pair[1].encode(run.sites["resid_post.1"])[0, 9, link.target]) for run in outputs[:2])
@@ -88,6 +89,12 @@ def test_texts_are_followed_and_kept(tracked, capsys):
     found = SimpleNamespace(each=lambda kind: {"prompts": results}, folders={"track/prompts": unit}, address=str)
     (section,) = sections(found, None)
     assert "river" in "\n".join(block.markdown() for block in section.blocks)
+    assert "no other active" not in "\n".join(block.markdown() for block in section.blocks)
+    without = TrackResults(dict(river=dataclasses.replace(river, chains=(), chains_left_out=2)))
+    found = SimpleNamespace(each=lambda kind: {"prompts": without}, folders={"track/prompts": unit}, address=str)
+    (section,) = sections(found, None)
+    page = "\n".join(block.markdown() for block in section.blocks)
+    assert "no other active feature to compare with: river (2)." in page
     assert command.run(["track"], "", ["test", *flags]) == 0
     assert "done before, unchanged" in capsys.readouterr().out
 
@@ -151,7 +158,8 @@ def write_page_with_a_chain(unit, page):
         lost=0.75, random_lost=0.12, answer_drop=0.3, random_drop=0.01, holds=True, reaches_answer=True,
     )  # fmt: skip
     chain = MeasuredChain((link,), answer_drop=0.2, random_drop=0.3, reaches_answer=False, holds=False)
-    texts = dict(results.texts) | dict(river=dataclasses.replace(results.texts["river"], chains=(chain,)))
+    river = dataclasses.replace(results.texts["river"], chains=(chain,), chains_left_out=1)
+    texts = dict(results.texts) | dict(river=river)
     write_page(page, dataclasses.replace(results, texts=texts), cells, "tiny")
 
 
@@ -168,7 +176,7 @@ def test_the_page(tracked, tmp_path, width, dark):
         shown = browser.js("document.body.innerText")
         assert BAD in shown and "我有三个苹果" in shown and "similarity of their directions" in shown
         assert "Chains of features, measured" in shown and "loses 75 %, 12 % with random features (holds)" in shown
-        assert "The chain does not hold." in shown
+        assert "The chain does not hold." in shown and "Left out: 1 of the strongest chains" in shown
         browser.js("document.querySelector('.scroll').focus()")
         for key in ("ArrowRight", "ArrowRight", "ArrowUp"):
             browser.key(key)

@@ -187,7 +187,7 @@ def test_a_tokenizer_without_the_answers_is_refused_unless_others_are_left(finis
     task = dataclasses.replace(task, behaviours=("capital", "agreement"))
     results = run_baseline(make_run(tmp_path, finished[0], task, lines))
     assert list(results.behaviours) == ["agreement"] and list(results.left_out) == ["capital"]
-    assert lines[0].startswith("capital: not measured: 0 of 15 train prompts could be made")
+    assert any(line.startswith("capital: not measured: 0 of 15 train prompts could be made") for line in lines)
     assert list(read_tested(tmp_path).prompts) == ["agreement"]
 
 

@@ -40,10 +40,8 @@ def measure_chains(
     firings: Sequence[LayerFirings],
     as_text: Callable[[int], str],
     seed: int,
-) -> tuple[MeasuredChain, ...]:
+) -> tuple[tuple[MeasuredChain, ...], int]:
     """Return the strongest chains of links between consecutive dictionaries, with effects and their controls.
-
-    A chain at a position where no other feature is active is left out.
 
     Args:
       lm: the language model.
@@ -54,16 +52,21 @@ def measure_chains(
       firings: of each layer on the text.
       as_text: returns a token's text.
       seed: of the random features.
+
+    Returns:
+      The chains, and how many others of the strongest are left out: at their position a dictionary has no other active
+      feature, so there is no control.
     """
     # What comes after the answer's position cannot act on the answer.
     usable = [link for link in links if link[0][1] < len(ids_T)]
     run = _Ablation(lm, stack, ids_T, firings, seed)
-    measured = []
+    measured, left_out = list[MeasuredChain](), 0
     for chain in strongest_chains(usable, CHAINS, LINKS):
         nodes = [chain[0][0], *(target for _, target, _ in chain)]
         # Of each the first is the effect, and the rest are the controls' effects.
         effects = [run.effects(*pair, answer) for pair in zip(nodes, [*nodes[1:], None], strict=True)]
         if min(len(drop) for _, drop in effects) < 2:
+            left_out += 1
             continue
         losses, drops = [loss for loss, _ in effects[:-1]], [drop for _, drop in effects]
         parts = [
@@ -93,7 +96,7 @@ def measure_chains(
                 holds=_all([reaches, parts[-1].reaches_answer, *(part.holds for part in parts)]),
             )
         )
-    return tuple(measured)
+    return tuple(measured), left_out
 
 
 def _exceeds_controls(effects: Sequence[float]) -> bool | None:

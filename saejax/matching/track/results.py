@@ -81,6 +81,8 @@ class TrackedText:
     lens: LensLayers  #: what the logit lens, or the one of --track.lens, reads of the answer
     links: int  #: between shown features
     chains: tuple[MeasuredChain, ...] = ()  #: the strongest chains of links, measured
+    #: others of the strongest, at positions where a dictionary has no other active feature: there are no controls
+    chains_left_out: int = 0
     output: str = ""  #: what the model writes after the prompt; empty: it was not asked to
 
 

@@ -67,10 +67,11 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     for name, results in studies.items():
         if results.falsification:
             blocks += falsification_tables(name, results.falsification)
-    at_chance = [name for name, results in studies.items() if results.at_chance]
+    at_chance = [f"{name} ({results.items.test} items)" for name, results in studies.items() if results.at_chance]
     if at_chance:
         chance = (
-            f"The unedited model is at chance on {', '.join(at_chance)}, so only log-likelihoods are compared there."
+            f"The unedited model is not shown to be above chance on {', '.join(at_chance)}, so only log-likelihoods "
+            "are compared there."
         )
         blocks.append(Text(chance, strong=True))
     blocks += [summary(judged[TESTED]), rule_in_full(first.rule)]

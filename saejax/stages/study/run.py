@@ -292,10 +292,14 @@ def _score_answers(
     if usual_way == "likelihood":
         return tables, None
     score(["clean"], usual_way)
-    accuracy = wilson(tables[-1].value_N[tables[-1].readout_N == _ACCURACY])
+    right_N = tables[-1].value_N[tables[-1].readout_N == _ACCURACY]
+    accuracy = wilson(right_N)
     at_chance = accuracy.low <= chance if chance else accuracy.mean == 0
     if at_chance:
-        run.say(f"{name}: the unedited model is at chance, so only log-likelihoods are compared")
+        run.say(
+            f"{name}: the unedited model is not shown to be above chance ({len(right_N)} items), so only "
+            "log-likelihoods are compared"
+        )
     else:
         score([condition for condition in conditions if condition != "clean"], usual_way)
     return tables, at_chance

@@ -57,7 +57,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
 
 
 def _measured(rows: Sequence[tuple[str, TrackedText, Sequence[StepTest]]]) -> list[Block]:
-    """Return a table of the measured chains of all texts, link by link; nothing if there are none."""
+    """Return a table of the measured chains of all texts, link by link, and how many had no controls, if any."""
     links = [
         (f"{slug}, {count}", link, chain)
         for slug, text, _ in rows
@@ -86,4 +86,12 @@ def _measured(rows: Sequence[tuple[str, TrackedText, Sequence[StepTest]]]) -> li
     )
     words = {"Link", "At", "Holds"}
     table = Table.of("The strongest chains, measured", links, columns, words=words, note=note)
-    return [table] if links else []
+    blocks: list[Block] = [table] if links else []
+    if left_out := [f"{slug} ({text.chains_left_out})" for slug, text, _ in rows if text.chains_left_out]:
+        blocks.append(
+            Text(
+                "Strongest chains left out of the table, where at their position a dictionary has no other active "
+                f"feature to compare with: {', '.join(left_out)}."
+            )
+        )
+    return blocks

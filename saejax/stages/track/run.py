@@ -107,6 +107,7 @@ def follow_text(
     numbers = [[feature.feature for feature in part] for part in chosen[middle]]
     tests, untested = ablate_steps(StepTester(lm, stack[middle], text, config), text, numbers, on_progress)
     as_text = token_text(lm.tokenizer)
+    chains, left_out = measure_chains(lm, stack, read_T, answer, links, firings, as_text, config.seed)
     results = TrackedText(
         tokens=len(text.ids_T),
         answer=as_text(answer),
@@ -123,7 +124,8 @@ def follow_text(
             control=tuple(np.exp(reading.control.answer_logp_LxBxTxN[:, 0, text.position, 0]).tolist()),
         ),
         links=len(links),
-        chains=measure_chains(lm, stack, read_T, answer, links, firings, as_text, config.seed),
+        chains=chains,
+        chains_left_out=left_out,
         output=text.problem.output,
     )
     lens = "Jacobian lens" if jacobians else "logit lens"

@@ -70,9 +70,11 @@ function answerCurve(text) {
     make('p', {class: 'note'}, `Logit lens; dashed: on randomly rotated streams. At the last layer ${number(lens.answer[layers - 1])}; ${number(lens.rank[layers - 1], 9)} tokens are more likely.`)];
 }
 
-// The measured chains: each feature of a chain, what is lost of it without the one below, and the answer.
+// The measured chains: each feature of a chain, what is lost of it without the one below, and the answer; and how many
+// others have no controls.
 function chainsTable(text) {
-  if (!text.chains.length) return [];
+  const left = text.chains_left_out;
+  if (!text.chains.length && !left) return [];
   const layerOf = (site) => text.layers.findIndex((one) => one.site === site);
   const named = (site, f) => `${nameOf(text, layerOf(site), f)} (${site})`;
   const items = text.chains.map((chain) => {
@@ -83,7 +85,9 @@ function chainsTable(text) {
       ` \u2192 answer: loses ${number(last.answer_drop, 2)} nats, ${number(last.random_drop, 2)} with random features; without the first feature ` +
       `${number(chain.answer_drop, 2)}, ${number(chain.random_drop, 2)} with random ones. `, make('strong', {}, `The chain ${chain.holds === null ? 'is not testable: too few other features are active.' : chain.holds ? 'holds.' : 'does not hold.'}`));
   });
-  return [make('h3', {}, 'Chains of features, measured'), make('ul', {}, ...items)];
+  const note = left ? [make('p', {class: 'note'}, `Left out: ${left} of the strongest chains, at positions where a dictionary has ` +
+    'no other active feature to compare with.')] : [];
+  return [make('h3', {}, 'Chains of features, measured'), make('ul', {}, ...items), ...note];
 }
 
 function stepsTable(text, layer, follow) {
