@@ -74,7 +74,7 @@ def test_results_and_verdicts():
     verdict = BehaviourVerdict(tuple(range(99)), 1.0, dict(logit_diff=answer), {}, (), answer, answer, {}, answer, 0, 9)
     assert is_short(verdict, "BehaviourVerdict(", "(99)")
     whole = CausalVerdict("rule " * 99, {f"dictionary{i}": dict(capital=verdict) for i in range(50)})
-    assert is_short(whole, "  dictionary0, capital: effect: yes, random: yes", "... and 30 more")
+    assert is_short(whole, "  dictionary0, capital: effect: yes, more than random: yes", "... and 30 more")
     left = Kept(2, Interval(0.37, 0.1, 0.5), None, {})
     tested = CausalVerdict("rule", dict(tested=dict(capital=dataclasses.replace(verdict, enough=(left,)))))
     results = AblateResults("topk", "resid_post.1", 99, "zero", "all", "keep", {}, tested)

@@ -137,6 +137,21 @@ def define_prompts(behaviour: str, prompts: Sequence[Prompt]) -> list[PromptDefi
     ]
 
 
+def check_prompts(prompts: Mapping[str, Sequence[Prompt]]) -> None:
+    """Check that every behaviour has prompts that choose features and prompts that judge them.
+
+    Raises:
+      UserError: one has no train prompt, or fewer than 2 test prompts.
+    """
+    for name, some in prompts.items():
+        train, test = (sum(prompt.split == split for prompt in some) for split in ("train", "test"))
+        if not train or test < 2:
+            raise UserError(
+                f"behaviour {name} has {train} train and {test} test prompts: expected at least 1 and 2; give both in "
+                "--task.prompts, raise --task.test_prompts, or run the stage baseline again"
+            )
+
+
 def spread_over_templates(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     """Return ``count`` prompts, or all if that is 0, from each template in turn."""
     turns: collections.Counter[str] = collections.Counter()
@@ -153,13 +168,13 @@ class BehaviourAblation:
     """One dictionary, or another basis, on the prompts of one behaviour.
 
     Raises:
-      UserError: there are no train or no test prompts, or the basis does not fit the model.
+      UserError: the basis does not fit the model.
     """
 
     lm: LanguageModel  #: the model
     basis: Dictionary  #: the basis whose features or directions are ablated
     behaviour: str  #: its name
-    prompts: Sequence[Prompt]  #: prompts of both splits
+    prompts: Sequence[Prompt]  #: prompts of both splits; see ``check_prompts``
     config: AblateConfig  #: settings of the ablation
     progress: RowProgress  #: progress of the behaviour
     features: Sequence[int] | None = None  #: T, if it is not chosen by attribution
@@ -171,11 +186,6 @@ class BehaviourAblation:
     def __post_init__(self):
         train = [prompt for prompt in self.prompts if prompt.split == "train"]
         self.test: list[Any] = [prompt for prompt in self.prompts if prompt.split == "test"]
-        if not train or not self.test:
-            raise UserError(
-                f"behaviour {self.behaviour} has {len(train)} train and {len(self.test)} test prompts: expected some "
-                "of each; give both in --task.prompts, or run the stage baseline again"
-            )
         config = self.config
         self.split = SplitModel(self.lm, self.basis, config.positions, config.error, self.readout)
         self.train: list[Any] = spread_over_templates(train, config.attribution_prompts)
@@ -492,17 +502,22 @@ def expected_rows(
     test = sum(prompt.split == "test" for prompt in prompts[behaviour])
     train = sum(prompt.split == "train" for prompt in prompts[behaviour])
     trainings = 1 + len(config.repeats)
-    edits = trainings * (len(FRACTIONS) + config.random_sets + config.placebo_targets + len(prompts) - 1)
-    edits += config.top + len(config.baselines) + config.untrained_dictionaries
-    edits += trainings * bool(config.untrained_dictionaries)
+    keeps_error = config.error == "keep"  # otherwise there are neither untrained dictionaries nor simpler bases
+    untrained, baselines = config.untrained_dictionaries * keeps_error, len(config.baselines) * keeps_error
+    edits = trainings * (len(FRACTIONS) + config.random_sets + config.placebo_targets + bool(untrained))
+    edits += config.top + baselines + untrained
     edits += features // 4 * (config.effects == "all")  # about a quarter of the features fire
-    kept = trainings + sufficiency.CONTROLS * (bool(config.placebo_targets) + bool(config.untrained_dictionaries))
+    kept = trainings + sufficiency.CONTROLS * bool(config.placebo_targets) + min(sufficiency.CONTROLS, untrained)
     edits += 2 * len(sufficiency.SIZES) * kept
-    tokens = max(TOKENS, config.placebo_targets) if config.placebo_targets else 0
-    chosen = tokens * min(train, config.attribution_prompts or train)  # for all dictionaries at once
+    others = sum(prompt.split == "test" for name in prompts if name != behaviour for prompt in prompts[name])
+    # A token less than there are: each is compared with the first.
+    targets = max(TOKENS, config.placebo_targets) - 1 if config.placebo_targets else 0
+    chosen = targets * min(train, config.attribution_prompts or train)  # for all dictionaries at once
     if config.attribution == "integrated":
-        chosen *= STEPS * trainings
-    return test * edits + chosen + documents * trainings
+        chosen *= STEPS
+    if config.attribution == "integrated" or config.replacement == "mean":  # which are each dictionary's own
+        chosen *= trainings
+    return test * edits + chosen + (others + documents) * trainings
 
 
 def begin_ablation(

@@ -165,10 +165,8 @@ class CausalVerdict:
         lines = []
         for name, behaviours in self.dictionaries.items():
             for behaviour, verdict in behaviours.items():
-                first = verdict.ablation.get("logit_diff") or next(iter(verdict.ablation.values()))
-                answers = dict(effect=first, random=verdict.random, specific=verdict.placebo, trained=verdict.trained)
-                answers |= dict(selective=verdict.selective)
-                words = ", ".join(f"{question}: {answer.answer}" for question, answer in answers.items())
+                answers = answers_by_question(verdict).items()
+                words = ", ".join(f"{question}: {answer.answer}" for question, answer in answers)
                 lines.append(f"  {name}, {behaviour}: {words}")
         lines += [f"  {behaviour}: not testable" for behaviour in self.untested or ()]
         more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []

@@ -15,6 +15,7 @@ from saejax.errors import UserError, one_of
 from saejax.interventions.ablation import (
     TEXT_LENGTH,
     begin_ablation,
+    check_prompts,
     describe_top,
     measure_behaviour,
     verdict_config,
@@ -130,10 +131,12 @@ def ablate(
       named in ``verdict.untested``.
 
     Raises:
-      UserError: a setting is unknown or out of range, a split has no prompts, a readout does not return a number for
-        each prompt, or no behaviour has a feature with an attribution above zero.
+      UserError: a setting is unknown or out of range, a behaviour has no train prompt or fewer than 2 test prompts, a
+        readout does not return a number for each prompt, or no behaviour has a feature with an attribution above
+        zero.
     """
     by_behaviour = _group(prompts)
+    check_prompts(by_behaviour)
     readouts = _readouts(readout, readout_positions, placebo_readouts)
     dictionaries = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
     if not dictionaries:

@@ -12,10 +12,11 @@ import saejax
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import ablation as ablation_module
-from saejax.interventions import activity, edits, engine
+from saejax.interventions import activity, edits, engine, in_memory
 from saejax.interventions.ablation import (
     BehaviourAblation,
     RowProgress,
+    begin_ablation,
     measure_behaviour,
     spread_over_templates,
     verdict_config,
@@ -28,6 +29,7 @@ from saejax.interventions.slopes import attribution
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.sufficiency import keep_features
 from saejax.interventions.table import RANKS, TESTED
+from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import summarise, verdict
 from saejax.results import from_json, to_json
 from saejax.stages.ablate import run as stage
@@ -313,6 +315,26 @@ def test_a_behaviour_without_top_features_is_named_and_the_others_go_on(tiny, di
         saejax.ablate(tiny, dictionary, [*second, *exchange_answers(first, "third")], top=TOP, **SMALL)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(attribution="integrated"),
+        dict(replacement="mean", placebo_targets=2, untrained_dictionaries=2, baselines=()),
+        dict(error="drop", repeats=()),
+    ],
+)
+def test_the_forecast_of_rows_is_what_is_run(tiny, dictionary, make_prompt, changes):
+    options = dict(top=TOP, random_sets=3, placebo_targets=5, untrained_dictionaries=4, repeats=("again",))
+    config, seen = AblateConfig(**options | changes), []
+    prompts = {name: make_prompts(make_prompt, name) for name in ("first", "second")}
+    prompts["second"] = prompts["second"][:15]  # fewer test prompts
+    text = HeldOutText([tiny.encode("The river follows the old road to the sea.")] * 3)
+    tested = begin_ablation(tiny, dictionary, "first", prompts, config, lambda *rows: seen.append(rows), documents=3)
+    (forecast,) = {expected for _, expected in seen}
+    measure_behaviour(tested, prompts, text, {name: dictionary for name in config.repeats})
+    assert seen[-1] == (forecast, forecast)
+
+
 def test_every_live_feature_is_ranked_beside_estimates(ablation, tmp_path):
     table = ablation.table
     ablation.importance["first"].save(tmp_path / "importance.parquet")
@@ -356,6 +378,17 @@ def test_named_features_are_those_that_are_ablated(tiny, dictionary, make_prompt
     assert all(abs(effect.attribution) < 1.0 for effect in ablation.top["only"])
     with pytest.raises(UserError, match="train"):
         saejax.ablate(tiny, dictionary, prompts[10:], **options)
+
+
+def test_too_few_prompts_are_refused_before_any_behaviour_is_measured(tiny, dictionary, make_prompt, monkeypatch):
+    monkeypatch.setattr(in_memory, "begin_ablation", lambda *_, **options: pytest.fail("a behaviour was begun"))
+    prompts = make_prompts(make_prompt, "first", "second")
+    for kept, message in (
+        (prompts[:-7], "behaviour second has 10 train and 1 test prompts: expected at least 1 and 2"),
+        (prompts[:18] + prompts[28:], "behaviour second has 0 train and 8 test prompts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            saejax.ablate(tiny, dictionary, kept, **SMALL)
 
 
 def test_prompts_for_attribution_are_spread_over_templates():
@@ -472,6 +505,14 @@ def test_neurons_of_several_experts_are_no_basis(tiny, dictionary):
 
 
 def test_what_cannot_be_run_is_said(make_run):
+    few, _ = make_run("few")
+    path = few.inputs["baseline"] / "prompts.jsonl"
+    every = read_prompts(path)
+    write_prompts(path, every[:-7])
+    with pytest.raises(UserError, match="behaviour second has 10 train and 1 test prompts"):
+        stage.run_ablate(few)
+    assert not list(few.folder.iterdir()), "no behaviour was measured"
+    write_prompts(path, every)
     for changes, message in (
         (dict(positions="middle"), "there are no positions 'middle'"),
         (dict(repeats=("topk",)), "name each dictionary once"),

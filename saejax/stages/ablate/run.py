@@ -12,6 +12,7 @@ from saejax.errors import UserError
 from saejax.interventions.ablation import (
     TEXT_LENGTH,
     begin_ablation,
+    check_prompts,
     describe_top,
     measure_behaviour,
     verdict_config,
@@ -68,7 +69,9 @@ def run_ablate(run: Run) -> AblateResults:
     for name in config.baselines:
         if name not in BASES:
             load_dictionary(name, mesh=run_inputs.run_mesh(run))  # refused before any work is done
-    prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
+    prompts = run_inputs.read_behaviours(run)
+    check_prompts(prompts)  # of all behaviours, before the first one takes hours
+    dictionary = run_inputs.load_run_dictionary(run)
     mesh = run_inputs.run_mesh(run)
     if dictionary.config.widths and (config.repeats or config.joined or config.error == "drop"):
         raise UserError(
