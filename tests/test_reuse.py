@@ -103,7 +103,6 @@ EXPLAINED = dict(interpret__dictionaries="topk", explain__dictionaries="topk", e
             dict(task__behaviours="capital,agreement,capital"),
             ["baseline", "ablate/topk", "probe/topk"],
         ),
-        (dict(probe__labels="answer,number,a"), dict(probe__labels="a,number,answer"), ["probe/topk"]),
         (dict(ablate__baselines="neurons,pca"), dict(ablate__baselines="pca,neurons"), ["ablate/topk"]),
     ],
     ids=[
@@ -115,7 +114,6 @@ EXPLAINED = dict(interpret__dictionaries="topk", explain__dictionaries="topk", e
         "a sample that named features replace",
         "the order of scores",
         "the order of behaviours",
-        "the order of probed labels",
         "the order of bases",
     ],
 )

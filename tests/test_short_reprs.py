@@ -86,7 +86,7 @@ def test_results_and_verdicts():
 
 def test_a_feature_shows_its_contexts(tmp_path):
     context = dict(tokens=["The", " cat", " sat"], acts=[0.0, 2.0, 0.0], peak=1, document=0, position=1)
-    fired = dict(feature=3, fires=9, rate=0.5, nearest=[], tokens=[dict(text=" cat")], examples=[context] * 90)
+    fired = dict(feature=3, fires=9, rate=0.5, nearest=[], tokens=[dict(text=" cat", sum=2.0)], examples=[context] * 90)
     silent = dict(feature=4, fires=0, rate=0.0, nearest=[])
     (tmp_path / "features").mkdir()
     write_json(tmp_path / "features/00000.json", [fired, silent])

@@ -4,7 +4,7 @@ import dataclasses
 
 from saejax import shared_settings as shared
 from saejax.config import Config, setting
-from saejax.tasks.settings import BENCHMARKS, PROBE_LABELS
+from saejax.tasks.settings import BENCHMARKS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
 BASES = ("neurons", "pca", "diff_means")  # bases that need no folder
@@ -105,7 +105,6 @@ class ProbeConfig(Config):
         "(answer), whether that is even (parity), whether the model is right (correct), the number of the subject "
         "(number, of agreement), and 'labels' of --task.prompts; of benchmarks correct, steps, operation and task; "
         "empty: no probes",
-        order=PROBE_LABELS,
     )
     benchmarks: bool = setting(
         False, "also probe the questions of --task.benchmarks; half of them train the probes, half judge them"

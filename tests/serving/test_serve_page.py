@@ -221,6 +221,10 @@ def test_the_difference_of_two_outputs_is_explained(opened, site, place):
 def test_labels_and_groups_are_saved(opened, site, features, place):
     click_node(opened, features[0])
     fill(opened, ".label-form input", EVIL)
+    for pressed in ("true", "false"):  # which draws the panel again
+        opened.click_on("#pin")
+        opened.wait(f"document.getElementById('pin').getAttribute('aria-pressed') === '{pressed}'")
+        assert opened.js("document.querySelector('.label-form input').value") == EVIL
     opened.click_on(".label-form button")
     opened.wait("document.getElementById('saved').textContent.includes('labels.csv')")
     opened.settle()  # names are written with the page's next painting

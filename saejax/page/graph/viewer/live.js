@@ -162,7 +162,11 @@ function makeLive(graph, { live, labels, details }, app) {
     labelForm(i) {
       const key = featureKey(graph.doc.nodes[i]);
       const value = labels[key] ?? graph.doc.nodes[i].clerp ?? "";
-      const field = element("input", { type: "text", value, maxlength: 200, "aria-label": "Label of this feature" });
+      const asks = { type: "text", value, maxlength: 200, "aria-label": "Label of this feature", "data-feature": key };
+      const field = element("input", asks);
+      const before = document.querySelector(".label-form input");
+      // The panel may be drawn again while a label is being typed.
+      if (before?.dataset.feature === key && before.value !== before.defaultValue) field.value = before.value;
       const form = element("form", { class: "label-form" }, field, element("button", { type: "submit" }, "Save label"));
       form.onsubmit = (event) => {
         event.preventDefault();
