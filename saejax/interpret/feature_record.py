@@ -133,7 +133,7 @@ def feature_words(tokens: Iterable[str], acts: Iterable[float]) -> tuple[str, ..
       acts: its activation on each of them, or a sum of activations; of those below 0 the size counts.
 
     Returns:
-      At most three words, that of the largest sum first; of equal sums the earlier one first.
+      At most three words, the word with the largest sum first; among equal sums the earlier word first.
     """
     sums: dict[str, float] = {}
     for token, act in zip(tokens, acts, strict=True):
