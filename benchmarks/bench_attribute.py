@@ -25,9 +25,9 @@ import numpy as np
 
 import saejax
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.graph.data import FEATURE
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.local.rows import row_flops
-from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig

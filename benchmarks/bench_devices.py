@@ -27,9 +27,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from saejax.activations.documents import COLUMNS, Documents, make_documents
 from saejax.activations.plan import Plan
 from saejax.activations.settings import CaptureConfig
-from saejax.attribution.local.layers import FrozenModel
-from saejax.attribution.local.rows import CHUNKS, TargetBatch, chunk_size, contributions, row_flops
-from saejax.attribution.local.sources import WIDTH, SourceBank
+from saejax.attribution.local.rows import CHUNKS, WIDTH, SourceBank, TargetBatch, chunk_size, contributions, row_flops
+from saejax.attribution.local.state import FrozenModel
 from saejax.config import Configs
 from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_params, by_row, whole

@@ -22,7 +22,7 @@ import numpy as np
 from saejax import load_model
 from saejax.activations.in_memory import capture
 from saejax.activations.store import Store
-from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
+from saejax.attribution.local.dictionaries import LayerTranscoders, open_transcoders
 from saejax.dictionaries import Dictionary
 from saejax.ground_truth.circuits.cases import Case, make_case
 from saejax.ground_truth.circuits.dictionaries import EXACT, TRAINED, untrained_sets, write_sets

@@ -5,11 +5,11 @@ from saejax.activations.in_memory import capture as capture
 from saejax.activations.reader import open_store as open_store
 from saejax.attribution.graph.graph import Graph as Graph
 from saejax.attribution.local.dictionaries import open_saes as open_saes
+from saejax.attribution.local.dictionaries import open_transcoders as open_transcoders
 from saejax.attribution.local.edits import Change as Change
 from saejax.attribution.local.model import LocalModel as LocalModel
 from saejax.attribution.local.model import intervene as intervene
 from saejax.attribution.local.readouts import Direction as Direction
-from saejax.attribution.local.transcoders import open_transcoders as open_transcoders
 from saejax.attribution.trace.prompt import trace as trace
 from saejax.dictionaries import SAE as SAE
 from saejax.dictionaries import Dictionary as Dictionary

@@ -7,9 +7,9 @@ run in one call. ``matched`` samples random features as controls.
 
 import numpy as np
 
-from saejax.attribution.graph.nodes import Nodes
+from saejax.attribution.graph.data import Nodes
 from saejax.attribution.local.edits import Change
-from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.local.state import PromptRun
 from saejax.errors import UserError
 
 _TRIES = 20  # for each random set, at the same positions and then at any

@@ -23,7 +23,7 @@ import numpy as np
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.graph.data import FEATURE
 from saejax.attribution.graph.pruning import source_influence
 from saejax.errors import UserError
 from saejax.tasks.files import decode, read_bytes, shown

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.readouts import read_targets
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.state import prompt_ids
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.circuits.edges import judge_edges
 from saejax.circuits.groups import Group, Key, find_returning, influence_by_key, position_roles, propose_groups

@@ -19,8 +19,8 @@ from starlette.routing import Route
 
 from saejax.attribution.forms.document import describe_sources, feature_nodes, feature_of
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.local.layers import TEXT_MODES
+from saejax.attribution.graph.data import FEATURE
+from saejax.attribution.local.state import TEXT_MODES
 from saejax.attribution.settings import GraphConfig
 from saejax.config import Configs
 from saejax.errors import UserError

@@ -13,12 +13,11 @@ import numpy as np
 from scipy.special import log_softmax
 
 from saejax.attribution.checks import matched, set_to
-from saejax.attribution.graph.nodes import Nodes
+from saejax.attribution.graph.data import Nodes
 from saejax.attribution.local.edits import Change
-from saejax.attribution.local.layers import FREEZE_MODES
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Target, read_targets
+from saejax.attribution.local.state import FREEZE_MODES, PromptRun
 from saejax.attribution.trace.gradient import SaeRun
 from saejax.circuits.measure import squared_doses
 from saejax.errors import UserError

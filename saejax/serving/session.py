@@ -16,11 +16,11 @@ import numpy as np
 from saejax import config as configuration
 from saejax.attribution.forms.document import GraphDocument, feature_nodes, feature_of
 from saejax.attribution.forms.neuronpedia import to_document
-from saejax.attribution.graph.nodes import LOGIT
+from saejax.attribution.graph.data import LOGIT
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Target
+from saejax.attribution.local.state import PromptRun
 from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.gradient import SaeRun
 from saejax.config import Configs, group_name

@@ -8,8 +8,8 @@ from tiny_models import save_tiny, save_tiny_tokenizer
 
 from saejax import load_model
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Nodes
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.graph.data import BIAS, ERROR, FEATURE, LOGIT, TOKEN, Nodes
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch_sites import relative_error
 
-from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
+from saejax.attribution.graph.data import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
 
 REFERENCE = Path(os.environ.get("SAEJAX_REFERENCE", Path(__file__).parents[3] / "shared" / "reference")) / "graphs"
 FOLDERS = sorted(path.parent for path in REFERENCE.glob("*/reference.npz"))

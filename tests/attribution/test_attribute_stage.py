@@ -13,11 +13,11 @@ from torch_sites import relative_error
 from saejax import load_jacobian_lens, save_transcoders
 from saejax.attribution.forms.features import parse_feature
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.graph.data import FEATURE
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.results import AttributeResults
 from saejax.attribution.settings import GraphConfig
-from saejax.attribution.trace import memory, prompt
+from saejax.attribution.trace import prompt
 from saejax.errors import UserError
 from saejax.interpret.jacobian_lens import JacobianLens
 from saejax.interpret.neighbours import tokens_through_lens
@@ -236,7 +236,7 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
     assert " appears twice: expected each target once" in capsys.readouterr().err
     # And with less memory than the longest takes.
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water near the war"}\n')
-    monkeypatch.setattr(memory, "free_memory", lambda mesh: memory.Memory(0, 2**28))
+    monkeypatch.setattr(prompt, "free_memory", lambda mesh: prompt.Memory(0, 2**28))
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     error = capsys.readouterr().err
     assert "error: the-war-" in error and ": no prompt fits into the memory that is free, 0.2 GiB, and " in error

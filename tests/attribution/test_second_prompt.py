@@ -9,7 +9,7 @@ from graph_checks import double, faithfulness_curve
 from made_transcoders import made_set
 
 from saejax.attribution.heads.query_key import split_scores
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 
 

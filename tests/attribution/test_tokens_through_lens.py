@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 from made_transcoders import made_set
 
-from saejax.attribution.local.dictionaries import open_saes
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.dictionaries import LayerTranscoders, open_saes
 from saejax.dictionaries import Dictionary
 from saejax.interpret import neighbours
 from saejax.models.tokens import token_text

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from saejax import load_model
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.circuits.edges import ANSWER
 from saejax.circuits.groups import Group, Key
 from saejax.circuits.study import find_circuit

@@ -7,7 +7,7 @@ from scipy.special import log_softmax
 
 from saejax import SiteEdit, load_model, load_results
 from saejax.activations.store import Store
-from saejax.attribution.local.transcoders import open_transcoders
+from saejax.attribution.local.dictionaries import open_transcoders
 from saejax.errors import UserError
 from saejax.evaluation.results import EvaluateResults
 from saejax.models.tokens import Tokens

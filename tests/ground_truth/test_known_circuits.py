@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saejax import load_model, load_results
 from saejax.activations.in_memory import capture
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
 from saejax.ground_truth.circuits import judge

@@ -19,8 +19,8 @@ from made_up_documents import made_up_document
 
 from saejax import save_transcoders
 from saejax.attribution.forms.neuronpedia import to_document, write_graph
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.local.edits import Change
-from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.errors import UserError

@@ -5,7 +5,7 @@ import pytest
 from made_transcoders import made_sae
 
 from saejax import save_dictionary
-from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.state import prompt_ids
 from saejax.attribution.settings import GraphConfig
 from saejax.models.tokens import Tokens
 from saejax.runner import command_line

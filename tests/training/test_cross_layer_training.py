@@ -13,7 +13,7 @@ from small_runs import make_stack as make_small_run
 from small_stacks import B, D, F, compiled, make_stack, train
 
 import saejax
-from saejax.attribution.local.transcoders import open_transcoders
+from saejax.attribution.local.dictionaries import open_transcoders
 from saejax.dictionaries.cross_layer import SKIP_FORM
 from saejax.dictionaries.formats import circuit_tracer
 from saejax.dictionaries.hashes import hash_dictionaries

@@ -14,7 +14,7 @@ import numpy as np
 
 from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, GraphDocument, check_document, check_groups
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
+from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.errors import UserError
 from saejax.files import write_json, write_text
 from saejax.versions import package_versions

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
+from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN, Nodes
 from saejax.errors import UserError
 from saejax.models.checkpoint import read_pickled_tensors
 from saejax.models.hub import hub_errors

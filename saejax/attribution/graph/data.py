@@ -1,20 +1,112 @@
-"""The attribution graph: its nodes, the matrix of its edges, and its prompt and model.
+"""The attribution graph: its nodes, the matrix of its edges, its prompt and model, and how influence is defined.
+
+The nodes are one table, kind after kind, in this order:
+
+feature     an active feature at a position, in the order (layer, position, feature)
+error       what a layer's transcoder does not explain of the MLP's output at a position, or an SAE of its site's
+            value; (layer, position)
+token       the embedding of the token at a position
+first_mlp   the MLP's output at the first position (or first few), which no feature explains; one for each layer
+bias        what the biases of a layer's attention, norms and decoder add, at all positions; one for each layer
+logit       a logit, or a difference of two
 
 The sources of edges are all nodes but the logits; their targets are the features and the logits. So a graph of N nodes
 has the first S of them as columns, and as rows the features and then the logits, R of them: ``adjacency_RxS[r, s]`` is
 what source s adds to the pre-activation of target r. Nodes of the kinds first_mlp and bias are there or not; they
 complete the sums (``unexplained_R``) and take no part in influences, scores and pruning.
+
+The influence of a node counts all paths from it to the logits. With N[r, s] = |A[r, s]| / sum_s |A[r, s]|, the share
+of target r's input that comes from source s, and w the weights of the logits (their probabilities),
+
+    influence = w (N + N^2 + N^3 + ...)
+
+Edges go up through the layers, so one sweep over the rows from the logits down (``sweep``) gives this sum exactly.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from saejax.attribution.graph.nodes import FEATURE, KINDS, LOGIT, Nodes
 from saejax.errors import one_of
 from saejax.short_reprs import has_short_repr
+
+KINDS = ("feature", "error", "token", "first_mlp", "bias", "logit")
+DTYPES: tuple[Any, ...] = (np.dtype("U9"), np.int32, np.int32, np.int32, np.float32)  # of the columns of ``Nodes``
+FEATURE, ERROR, TOKEN, FIRST_MLP, BIAS, LOGIT = KINDS
+
+
+@has_short_repr
+@dataclasses.dataclass(frozen=True)
+class Nodes:
+    """The table of nodes; plain arrays of one length N."""
+
+    kind_N: np.ndarray  #: kind in words, in the order of ``KINDS``
+    layer_N: np.ndarray  #: int32 layer; -1 for tokens, the number of layers for logits
+    position_N: np.ndarray  #: int32 position in the prompt; 0 for biases, the last one for logits
+    #: int32 number of the feature, id of the token, or id of the logit's token; -1 where there is none.
+    index_N: np.ndarray
+    value_N: np.ndarray  #: float32 activation of a feature, weight of a logit in influences (its probability), else 0
+
+    def __len__(self) -> int:
+        return len(self.kind_N)
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> "Nodes":
+        return Nodes(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+
+    @classmethod
+    def of(cls, kind: str, layer: Any, position: Any, index: Any = -1, value: Any = 0) -> "Nodes":
+        """Return nodes of one kind.
+
+        Args:
+          kind: one of ``KINDS``.
+          layer: the column of layers [N]; in all columns a number stands for an array of it.
+          position: of tokens [N].
+          index: of features [N], or the node's number in its kind.
+          value: activations [N].
+        """
+        arrays: Any = np.broadcast_arrays(*map(np.atleast_1d, (kind, layer, position, index, value)))
+        return cls(*(array.astype(dtype) for array, dtype in zip(arrays, DTYPES, strict=True)))
+
+    @classmethod
+    def joined(cls, *parts: "Nodes") -> "Nodes":
+        """Return the parts' nodes, one after the other."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def ids(self, n_layers: int) -> list[str]:
+        """Return the ids of the nodes, circuit-tracer's and unique, in the order of the table.
+
+        Args:
+          n_layers: of the model.
+        """
+        ids, differences = [], 0
+        columns = self.kind_N, self.layer_N, self.position_N, self.index_N
+        for kind, layer, position, index in zip(*(column.tolist() for column in columns)):
+            if kind == FEATURE:
+                ids.append(f"{layer}_{index}_{position}")
+            elif kind == ERROR:
+                ids.append(f"{layer}_-1_{position}")
+            elif kind == TOKEN:
+                ids.append(f"E_{index}_{position}")
+            elif kind == LOGIT:
+                differences += index < 0  # a difference is no token: -1, -2, ...
+                ids.append(f"{n_layers + 1}_{index if index >= 0 else -differences}_{position}")
+            else:
+                ids.append(f"{kind}_{layer}")
+        return ids
+
+
+def name_difference(first: str, second: str) -> str:
+    """Return the label of the difference of two logits: their texts as they are, in quotes, as pages show tokens.
+
+    Args:
+      first: the text of a token.
+      second: the text of the token that is subtracted.
+    """
+    quoted = (f'"{text}"' if "'" in text else f"'{text}'" for text in (first, second))
+    return " - ".join(quoted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +163,7 @@ class GraphData:
     pruning: Pruning | None = None
 
     def count(self, *kinds: str) -> int:
-        """Return the number of nodes of some kinds, such as "feature"; see ``nodes.KINDS``.
+        """Return the number of nodes of some kinds, such as "feature"; see ``KINDS``.
 
         Raises:
           UserError: there is no such kind.
@@ -112,3 +204,40 @@ class GraphData:
     def ids(self) -> list[str]:
         """The ids of the nodes, as Neuronpedia and supernodes name them."""
         return self.nodes.ids(self.n_layers)
+
+
+def logit_weights(probability_K: np.ndarray) -> np.ndarray:
+    """Return the weights of logits in influences: their probabilities times a power of two, float64 [K].
+
+    Influences count as shares of their sum, which the factor does not change. Without it those of an improbable target
+    would be too small for float32.
+
+    Args:
+      probability_K: fp32 probabilities, 0 to 1; where all are 0 in fp32, weights are equal.
+    """
+    weight_K = probability_K.astype(np.float64)
+    largest = weight_K.max(initial=0.0)
+    return weight_K * 2.0 ** -np.frexp(largest)[1] if largest > 0 else np.ones(len(weight_K))
+
+
+def sweep(
+    layer_R: np.ndarray,
+    column_R: np.ndarray,
+    weight_R: np.ndarray,
+    influence_S: np.ndarray,
+    add: Callable[[int, np.ndarray, np.ndarray], None],
+) -> None:
+    """Go down through the layers of targets, so that all of a target's influence is there when it is passed on.
+
+    Args:
+      layer_R: layer of each target; logits are above all layers.
+      column_R: index of each target among the sources; -1 for a logit, which is none.
+      weight_R: weights of the logits; 0 for others.
+      influence_S: influence of the sources so far, to which ``add`` adds.
+      add: called with a layer, its targets, and of each the influence that it passes on to its sources.
+    """
+    for layer in np.unique(layer_R)[::-1].tolist():
+        rows = np.flatnonzero(layer_R == layer)
+        # A logit has its weight alone; -1 would take the last source.
+        passed_on = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
+        add(layer, rows, passed_on)

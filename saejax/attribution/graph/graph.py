@@ -22,8 +22,18 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from saejax.attribution.graph import circuit_tracer
-from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
-from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Nodes, name_difference
+from saejax.attribution.graph.data import (
+    DTYPES,
+    FEATURE,
+    KINDS,
+    LOGIT,
+    TOKEN,
+    GraphData,
+    GraphScores,
+    Nodes,
+    Pruning,
+    name_difference,
+)
 from saejax.attribution.graph.pruning import prune_each, score_subgraph, scores
 from saejax.dictionaries.formats import tensors
 from saejax.errors import UserError

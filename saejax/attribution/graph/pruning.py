@@ -1,51 +1,35 @@
 """Influence of each node on the logits, and pruning by it.
 
-The influence of a node counts all paths from it to the logits. With N[r, s] = |A[r, s]| / sum_s |A[r, s]|, the share
-of target r's input that comes from source s, and w the weights of the logits (their probabilities),
-
-    influence = w (N + N^2 + N^3 + ...)
-
-Edges go up through the layers, so one sweep over the rows from the logits down gives this sum exactly. Definitions are
-those of circuit-tracer (Ameisen et al., 2025, Circuit Tracing, transformer-circuits.pub); nothing here is as large as
-nodes by nodes. Nodes of the kinds first_mlp and bias are left out.
+Influence is defined in ``graph.data``. Definitions are those of circuit-tracer (Ameisen et al., 2025, Circuit Tracing,
+transformer-circuits.pub); nothing here is as large as nodes by nodes. Nodes of the kinds first_mlp and bias are left
+out.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import numpy as np
 
-from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
-from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
+from saejax.attribution.graph.data import (
+    BIAS,
+    ERROR,
+    FEATURE,
+    FIRST_MLP,
+    LOGIT,
+    TOKEN,
+    GraphData,
+    GraphScores,
+    Nodes,
+    Pruning,
+    logit_weights,
+    sweep,
+)
 from saejax.errors import UserError
 
 AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 _BLOCK = 1 << 22  # numbers of the matrix that are worked on at once
-
-
-def sweep(
-    layer_R: np.ndarray,
-    column_R: np.ndarray,
-    weight_R: np.ndarray,
-    influence_S: np.ndarray,
-    add: Callable[[int, np.ndarray, np.ndarray], None],
-) -> None:
-    """Go down through the layers of targets, so that all of a target's influence is there when it is passed on.
-
-    Args:
-      layer_R: layer of each target; logits are above all layers.
-      column_R: index of each target among the sources; -1 for a logit, which is none.
-      weight_R: weights of the logits; 0 for others.
-      influence_S: influence of the sources so far, to which ``add`` adds.
-      add: called with a layer, its targets, and of each the influence that it passes on to its sources.
-    """
-    for layer in np.unique(layer_R)[::-1].tolist():
-        rows = np.flatnonzero(layer_R == layer)
-        # A logit has its weight alone; -1 would take the last source.
-        passed_on = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
-        add(layer, rows, passed_on)
 
 
 def influence(
@@ -113,20 +97,6 @@ def score_subgraph(graph: GraphData, nodes: Collection[str]) -> GraphScores:
         nodes=Nodes.joined(table[features], Nodes.of(ERROR, *place_2xG), table[tokens], table[graph.slice_of(LOGIT)]),
     )
     return scores(merged)
-
-
-def logit_weights(probability_K: np.ndarray) -> np.ndarray:
-    """Return the weights of logits in influences: their probabilities times a power of two, float64 [K].
-
-    Influences count as shares of their sum, which the factor does not change. Without it those of an improbable target
-    would be too small for float32.
-
-    Args:
-      probability_K: fp32 probabilities, 0 to 1; where all are 0 in fp32, weights are equal.
-    """
-    weight_K = probability_K.astype(np.float64)
-    largest = weight_K.max(initial=0.0)
-    return weight_K * 2.0 ** -np.frexp(largest)[1] if largest > 0 else np.ones(len(weight_K))
 
 
 def _ratio(part: Any, whole: Any) -> Any:

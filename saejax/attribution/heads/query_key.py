@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.attribution.local.layers import RELP, FrozenModel, layer_biases
 from saejax.attribution.local.model import LocalModel
+from saejax.attribution.local.state import RELP, FrozenModel, layer_biases
 from saejax.attribution.results import KeyScore, QueryScores, SourcePair
 from saejax.errors import UserError
 from saejax.models import decoder

@@ -7,12 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from saejax.attribution.local import layers
-from saejax.attribution.local.layers import FrozenModel
-from saejax.attribution.local.prompt_run import AT_ONCE, encode_used
-from saejax.attribution.local.readouts import padded
-from saejax.attribution.local.state import first_used
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.dictionaries import LayerTranscoders
+from saejax.attribution.local.state import AT_ONCE, FrozenModel, embed, encode_used, first_used, padded, run_layer
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
@@ -138,14 +134,14 @@ class _TextRun:
             ids_RxT[row, : len(ids)] = ids
             self.is_used_RxT[row, first_used(model.config, ids_RxT[row]) : len(ids)] = True
         self._frozen = FrozenModel(model.config, model.params, reads)
-        self._x_RxTxD = layers.embed(self._frozen, ids_RxT)
+        self._x_RxTxD = embed(self._frozen, ids_RxT)
         self._read = list[jax.Array]()
 
     def read(self, layer: int) -> jax.Array:
         """Return what the transcoder of a layer reads, [R, T, D]."""
         while len(self._read) <= layer:
             index = np.int32(len(self._read))
-            self._x_RxTxD, read_RxTxD, _ = layers.run_layer(self._frozen, "none", index, self._x_RxTxD)
+            self._x_RxTxD, read_RxTxD, _ = run_layer(self._frozen, "none", index, self._x_RxTxD)
             self._read.append(read_RxTxD)
         return self._read[layer]
 

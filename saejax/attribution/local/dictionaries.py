@@ -1,10 +1,14 @@
-"""The dictionaries of several layers of a model, and SAEs of some of its sites, read layer by layer and row by row.
+"""Sets of dictionaries: transcoders of all layers of a model, or SAEs of some of its sites.
 
-``FeatureOutputs`` sums what features write, of which only the decoder rows in use are read.
+They are read layer by layer and row by row. A set of transcoders may be circuit-tracer's, Gemma Scope's files, our own
+checkpoints, or dictionaries in memory. ``FeatureOutputs`` sums what features write, of which only the decoder rows in
+use are read.
 """
 
 import dataclasses
+import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,11 @@ from jax.sharding import Mesh
 from scipy.sparse import csr_array
 
 from saejax.attribution.settings import GRAPH_ESTIMATES
-from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
-from saejax.dictionaries.formats import hooks, load_all
+from saejax.dictionaries import Dictionary, DictionaryConfig, formats, rescale
+from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, load_all, place
 from saejax.dictionaries.formats.circuit_tracer import TranscoderSet
 from saejax.errors import UserError, one_of
+from saejax.models import hub
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
@@ -30,6 +35,12 @@ from saejax.parallel.mesh import free_bytes, make_mesh, on_host
 
 READ_AT_ONCE = 1 << 26  # numbers that are read of decoders at once
 KEPT_SHARE = 4  # encoders stay on the devices up to one part in so many of what is free
+# SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.
+Saes = Dictionary | str | Path | Sequence[Dictionary | str | Path]
+_READS = ("mlp_in", "resid_mid", hooks.NORMED)  # kinds of site that transcoders of a graph may read
+# A reference of circuit-tracer: repository, folder in it, revision.
+_REFERENCE = re.compile(r"(?![./~])[^/@:]+/[^/@:]+(/[^@:]+)?(@.+)?")
+_FILES = ("layer_*.safetensors", "W_enc_*.safetensors", "W_dec_*.safetensors", "params_layer_*.safetensors")
 
 
 class LayerDictionaries:
@@ -288,6 +299,227 @@ class FeatureOutputs:
         return sum_xD.reshape(*self._shape, -1)
 
 
+class LayerTranscoders(LayerDictionaries):
+    """A transcoder for every layer, from layer 0; in a cross-layer set, features write to later layers, too.
+
+    There the decoder of a layer holds the writes of its features to their own layer. See ``LayerDictionaries``.
+    """
+
+    @classmethod
+    def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "LayerTranscoders":
+        """Return the set of some transcoders in memory, in the order of layers; refuse what holds something else."""
+        if not isinstance(dictionaries, Sequence) or not all(isinstance(each, Dictionary) for each in dictionaries):
+            raise UserError(
+                f"transcoders is a {type(dictionaries).__name__}: expected a list with a dictionary for each layer, or "
+                "the name of a set for saejax.open_transcoders; SAEs go through saejax.open_saes"
+            )
+        configs = [dictionary.config for dictionary in dictionaries]
+        if saes := [config.site for config in configs if not config.target]:
+            raise UserError(f"the dictionary of {saes[0]} is an SAE, not a transcoder: give saejax.open_saes(...)")
+        reads = configs[0].site.partition(".")[0] if configs else "mlp_in"
+        return cls(name, configs, dictionaries.__getitem__, reads=reads)
+
+    def check(self, model: LanguageModel) -> "LayerTranscoders":
+        """Return the set if it belongs to a model.
+
+        Raises:
+          UserError: it lacks a layer, has another width, or was trained on another model or at other sites.
+        """
+        self.check_shape(model.config, model.source.name)
+        for layer, config in enumerate(self.configs):
+            check_dictionary(config, model, f"{self.name}, layer {layer}: the transcoder")
+        self.resolve_sinks(model)
+        return self
+
+    def check_shape(self, model: DecoderConfig, name: str) -> "LayerTranscoders":
+        """Return the set if it has a transcoder for each layer of a model of this name and shape.
+
+        Raises:
+          UserError: it lacks a layer, has another width, or reads and predicts other sites.
+        """
+        layers = [hooks.layer_of(config.target) if config.target else -1 for config in self.configs]
+        missing = sorted(set(range(model.n_layers)) - set(layers))
+        if missing or layers != list(range(model.n_layers)):
+            problem = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
+            raise UserError(
+                f"{self.name} has {problem}: expected one for each layer of {name}, 0 to {model.n_layers - 1}"
+            )
+        for layer, config in enumerate(self.configs):
+            check_width(config, model, name, f"{self.name}, layer {layer}: the transcoder")
+            sites = [f"{self.reads}.{layer}"] if self.reads in _READS else []
+            if self.reads == hooks.NORMED:  # those in memory may be called after the site behind the gain
+                sites.append(f"mlp_in.{layer}")
+            if config.site not in sites or config.target != f"mlp_out.{layer}":
+                raise UserError(
+                    f"{self.name}, layer {layer}: the transcoder reads {config.site} and predicts {config.target}: "
+                    f"expected mlp_in.{layer} and mlp_out.{layer}"
+                )
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a graph says of the set."""
+        return super().describe() | dict(reads=self.reads) | (dict(cross_layer=True) if self.cross_layer else {})
+
+
+def open_transcoders(
+    path: str | Path, revision: str = "main", subfolder: str = "", choice: Sequence[str] = ()
+) -> LayerTranscoders:
+    """Open a set of transcoders, of which no array is read yet.
+
+    Args:
+      path: a circuit-tracer set or Gemma Scope's files, of each layer or cross-layer; a folder of folders with our own
+        dictionaries or SAELens ones; the hub id of a repository with such; or a short name, see
+        ``place.SHORT_NAMES``.
+      revision: branch, tag or commit of a hub repository.
+      subfolder: where in it the set is.
+      choice: which of several transcoders of a layer are meant, by words of their names such as "16k" and "small"; see
+        ``gemma_scope.choose_layers``.
+
+    Raises:
+      UserError: there is none, it lacks a layer, or it is damaged.
+    """
+    name, folder, commit = find_folder(str(path), revision, subfolder, choice)
+    is_set = circuit_tracer.is_set(folder)
+    layers = [] if is_set else gemma_scope.find_layers(folder, choice)
+    if choice and not layers:
+        raise UserError(f"{name} has one transcoder of each layer: leave --graph.l0={','.join(choice)} out")
+    if is_set:
+        files = circuit_tracer.open_set(folder)
+    elif layers:
+        files = circuit_tracer.of_files(layers)
+    else:
+        located = formats.locate_transcoders(folder)
+        configs = [each.config for each in located]
+        return LayerTranscoders(name, configs, lambda layer: located[layer].load("float32", "auto", None))
+    # In the files' dtype, in which they stay on the devices.
+    load = functools.partial(files.load, dtype="auto")
+    writes = files.writes if files.decoders else None
+    return LayerTranscoders(name, files.configs, load, files.reads, commit, files, writes)
+
+
+def find_folder(
+    path: str, revision: str = "main", subfolder: str = "", choice: Sequence[str] = ()
+) -> tuple[str, Path, str]:
+    """Return the name of a set, its folder, which is fetched from the hub if need be, and the commit there.
+
+    Of a repository with several transcoders of each layer only the named ones are fetched. The path may be
+    ORG/NAME/SUBFOLDER@REVISION, with hf:// before it or without; for all parameters see ``open_transcoders``.
+    """
+    path = place.full_name(path)
+    # A folder here goes before a repository of the same name.
+    if _REFERENCE.fullmatch(path) and not Path(path).exists():
+        path = f"hf://{path}"
+    path, revision, subfolder = place.split_address(path, revision, subfolder)
+    name = f"{path}/{subfolder}" if subfolder else path
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return name, local / subfolder, ""
+    if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name, or a short name "
+            f"({', '.join(place.SHORT_NAMES)})"
+        )
+    prefix = f"{subfolder}/" if subfolder else ""
+    listed = [f"{prefix}{circuit_tracer.DESCRIPTION}", *(f"{prefix}{pattern}" for pattern in _FILES)]
+    # Not what lies in folders: a repository may hold many sets, each of gigabytes.
+    root = hub.hub_folder(path, revision, listed, [f"{prefix}*/*"], what="set of transcoders")
+    if not circuit_tracer.is_set(root / subfolder):
+        inside = [file.removeprefix(prefix) for file in _files_of(path, root.name) if file.startswith(prefix)]
+        chosen = gemma_scope.choose_layers(inside, choice, name)
+        files = [f"{prefix}{file}" for file in chosen] or [f"{prefix}*"]
+        root = hub.hub_folder(path, root.name, files, what="set of transcoders")
+    return name, root / subfolder, root.name
+
+
+def _files_of(repository: str, revision: str) -> list[str]:
+    """Return the paths of all files of a hub repository."""
+    import huggingface_hub
+
+    with hub.hub_errors(repository, revision, "set of transcoders", circuit_tracer.DESCRIPTION, "a set of transcoders"):
+        return huggingface_hub.list_repo_files(repository, revision=revision)
+
+
+class LayerSaes(LayerDictionaries):
+    """SAEs of a model's sites; ``load`` and ``rows`` take the number of the layer.
+
+    Args:
+      saes: where each comes from, and the SAE.
+      estimate: how edges are estimated, one of ``GRAPH_ESTIMATES``: the rules for gradients through the model.
+      direct: whether gradients stop at sites; see ``trace.gradient``.
+
+    Attributes:
+      sites: of the SAEs, in the order of layers.
+
+    Raises:
+      UserError: there are none, one is a transcoder, two are of one layer, or there is no such estimate.
+    """
+
+    def __init__(self, saes: Sequence[tuple[str, Dictionary]], estimate: str = "gradient", direct: bool = False):
+        self.estimate, self.direct = one_of(estimate, GRAPH_ESTIMATES, "estimate"), direct
+        if not saes:
+            raise UserError("there is no SAE to trace a graph with: name one at least")
+        by_layer: dict[int, tuple[str, Dictionary]] = {}
+        for name, sae in saes:
+            if sae.config.target:
+                raise UserError(
+                    f"{name} is a transcoder, from {sae.site} to {sae.config.target}: expected SAEs; transcoders "
+                    "are named with --graph.transcoders, of all layers"
+                )
+            first_name, _ = by_layer.setdefault(Site.parse(sae.site).layer, (name, sae))
+            if by_layer[Site.parse(sae.site).layer][1] is not sae:
+                raise UserError(
+                    f"{first_name} and {name} are SAEs of one layer ({sae.site}): expected one of each layer"
+                )
+        kept = [by_layer[layer] for layer in sorted(by_layer)]
+        self.sites = tuple(Site.parse(sae.site) for _, sae in kept)
+        name = ",".join(dict.fromkeys(name for name, _ in kept))
+        super().__init__(name, [sae.config for _, sae in kept], lambda layer: by_layer[layer][1])
+
+    def check(self, model: LanguageModel) -> "LayerSaes":
+        """Return the set, if it belongs to a model.
+
+        Raises:
+          UserError: a site does not exist there, or an SAE has another width or was trained on another model.
+        """
+        for site, config in zip(self.sites, self.configs, strict=True):
+            if (width := site.check(model.config).width(model.config)) != model.config.d_model:
+                raise UserError(
+                    f"{self.name}: {site} has {width} numbers, and graphs are of sites as wide as the stream "
+                    f"({model.config.d_model}): expected an SAE of another site, such as attn_out.{site.layer}"
+                )
+            check_dictionary(config, model, f"{self.name}: the SAE of {site}")
+        self.resolve_sinks(model)
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a graph says of the set."""
+        return super().describe() | dict(sites=list(map(str, self.sites)))
+
+
+def open_saes(saes: Saes, estimate: str = "gradient", direct: bool = False) -> LayerSaes:
+    """Return SAEs of some of a model's sites, for ``trace``.
+
+    Args:
+      saes: from memory or folders, at most one of each layer; a folder of several, such as a stack, stands for all.
+      estimate: of edges: "gradient", or "relp", by the rules of relevance patching.
+      direct: whether edges are direct: the sites between are frozen, so that what goes through their features counts in
+        the edges from these alone.
+
+    Raises:
+      UserError: there are none, one is a transcoder, two are of one layer, or there is no such estimate.
+    """
+    if not isinstance(saes, Dictionary | str | Path | Iterable):
+        raise UserError(f"saes is {saes!r:.60}: expected dictionaries, or their folders")
+    named_saes: list[tuple[str, Dictionary]] = []
+    for each in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
+        if isinstance(each, Dictionary):
+            named_saes.append(("a dictionary in memory", each))
+            continue
+        with on_host():  # devices get their parts when these are needed
+            named_saes += load_all(each).items()
+    return LayerSaes(named_saes, estimate, direct)
+
+
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
     """Refuse, in a message that begins with ``what``, a dictionary whose features cannot be traced in a model."""
     check_width(config, model.config, model.source.name, what)
@@ -349,88 +581,3 @@ def free_host_bytes() -> int:
 
 def _first_device() -> Mesh:
     return make_mesh(devices=jax.local_devices()[:1])
-
-
-class LayerSaes(LayerDictionaries):
-    """SAEs of a model's sites; ``load`` and ``rows`` take the number of the layer.
-
-    Args:
-      saes: where each comes from, and the SAE.
-      estimate: how edges are estimated, one of ``GRAPH_ESTIMATES``: the rules for gradients through the model.
-      direct: whether gradients stop at sites; see ``trace.gradient``.
-
-    Attributes:
-      sites: of the SAEs, in the order of layers.
-
-    Raises:
-      UserError: there are none, one is a transcoder, two are of one layer, or there is no such estimate.
-    """
-
-    def __init__(self, saes: Sequence[tuple[str, Dictionary]], estimate: str = "gradient", direct: bool = False):
-        self.estimate, self.direct = one_of(estimate, GRAPH_ESTIMATES, "estimate"), direct
-        if not saes:
-            raise UserError("there is no SAE to trace a graph with: name one at least")
-        by_layer: dict[int, tuple[str, Dictionary]] = {}
-        for name, sae in saes:
-            if sae.config.target:
-                raise UserError(
-                    f"{name} is a transcoder, from {sae.site} to {sae.config.target}: expected SAEs; transcoders "
-                    "are named with --graph.transcoders, of all layers"
-                )
-            first_name, _ = by_layer.setdefault(Site.parse(sae.site).layer, (name, sae))
-            if by_layer[Site.parse(sae.site).layer][1] is not sae:
-                raise UserError(
-                    f"{first_name} and {name} are SAEs of one layer ({sae.site}): expected one of each layer"
-                )
-        kept = [by_layer[layer] for layer in sorted(by_layer)]
-        self.sites = tuple(Site.parse(sae.site) for _, sae in kept)
-        name = ",".join(dict.fromkeys(name for name, _ in kept))
-        super().__init__(name, [sae.config for _, sae in kept], lambda layer: by_layer[layer][1])
-
-    def check(self, model: LanguageModel) -> "LayerSaes":
-        """Return the set, if it belongs to a model.
-
-        Raises:
-          UserError: a site does not exist there, or an SAE has another width or was trained on another model.
-        """
-        for site, config in zip(self.sites, self.configs, strict=True):
-            if (width := site.check(model.config).width(model.config)) != model.config.d_model:
-                raise UserError(
-                    f"{self.name}: {site} has {width} numbers, and graphs are of sites as wide as the stream "
-                    f"({model.config.d_model}): expected an SAE of another site, such as attn_out.{site.layer}"
-                )
-            check_dictionary(config, model, f"{self.name}: the SAE of {site}")
-        self.resolve_sinks(model)
-        return self
-
-    def describe(self) -> dict[str, Any]:
-        """Return what a graph says of the set."""
-        return super().describe() | dict(sites=list(map(str, self.sites)))
-
-
-# SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.
-Saes = Dictionary | str | Path | Sequence[Dictionary | str | Path]
-
-
-def open_saes(saes: Saes, estimate: str = "gradient", direct: bool = False) -> LayerSaes:
-    """Return SAEs of some of a model's sites, for ``trace``.
-
-    Args:
-      saes: from memory or folders, at most one of each layer; a folder of several, such as a stack, stands for all.
-      estimate: of edges: "gradient", or "relp", by the rules of relevance patching.
-      direct: whether edges are direct: the sites between are frozen, so that what goes through their features counts in
-        the edges from these alone.
-
-    Raises:
-      UserError: there are none, one is a transcoder, two are of one layer, or there is no such estimate.
-    """
-    if not isinstance(saes, Dictionary | str | Path | Iterable):
-        raise UserError(f"saes is {saes!r:.60}: expected dictionaries, or their folders")
-    named_saes: list[tuple[str, Dictionary]] = []
-    for each in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
-        if isinstance(each, Dictionary):
-            named_saes.append(("a dictionary in memory", each))
-            continue
-        with on_host():  # devices get their parts when these are needed
-            named_saes += load_all(each).items()
-    return LayerSaes(named_saes, estimate, direct)

@@ -18,10 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local.dictionaries import FeatureOutputs
-from saejax.attribution.local.layers import FIXED, FrozenModel
-from saejax.attribution.local.prompt_run import AT_ONCE, activations, as_index, encode_used
-from saejax.attribution.local.readouts import padded
-from saejax.attribution.local.state import LocalState
+from saejax.attribution.local.state import (
+    AT_ONCE,
+    FIXED,
+    FrozenModel,
+    LocalState,
+    activations,
+    as_index,
+    encode_used,
+    padded,
+)
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.parallel.collectives import to_host
@@ -223,7 +229,7 @@ class ChangeEdits:
 
         Args:
           layer: its number; layers come in order.
-          freeze: what the layer keeps of the prompt, one of ``layers.FREEZE_MODES``.
+          freeze: what the layer keeps of the prompt, one of ``state.FREEZE_MODES``.
           read_RxTxD: what the transcoder reads in the runs.
           out_RxTxD: what the MLP adds in the runs.
         """

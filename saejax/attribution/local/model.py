@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.local import layers
+from saejax.attribution.local.dictionaries import LayerTranscoders, open_transcoders
 from saejax.attribution.local.edits import (
     TOGETHER,
     Change,
@@ -32,13 +32,21 @@ from saejax.attribution.local.edits import (
     place_in_texts,
     plan_edits,
 )
-from saejax.attribution.local.layers import FIXED, FREEZE_MODES, TEXT_MODES
-from saejax.attribution.local.prompt_run import LocalRun, check_finite, prompt_ids
-from saejax.attribution.local.readouts import Readings, Readouts, padded, read_logits
-from saejax.attribution.local.rows import RowTracer
-from saejax.attribution.local.sources import Sources
-from saejax.attribution.local.state import LocalState
-from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
+from saejax.attribution.local.readouts import Readings, Readouts
+from saejax.attribution.local.rows import RowTracer, Sources
+from saejax.attribution.local.state import (
+    FIXED,
+    FREEZE_MODES,
+    TEXT_MODES,
+    LocalRun,
+    LocalState,
+    check_finite,
+    embed,
+    padded,
+    prompt_ids,
+    read_logits,
+    run_layer,
+)
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
@@ -176,7 +184,7 @@ class LocalModel(LocalState):
         Returns:
           The streams leaving the layer, and what its transcoder reads, each [B, T, D].
         """
-        leaving, read, out = layers.run_layer(self.frozen, mode, np.int32(layer), x_BxTxD, frozen_until)
+        leaving, read, out = run_layer(self.frozen, mode, np.int32(layer), x_BxTxD, frozen_until)
         difference = plan.difference(layer, mode, read[1:], out[1:])
         return leaving if difference is None else leaving.at[1:].add(difference), read
 
@@ -247,7 +255,7 @@ class LocalModel(LocalState):
             ids_BxT = np.zeros((1 + len(edits), padded(count)), np.int32)
             for row, row_ids in enumerate([self.ids_P, *ids]):  # the first row is the prompt
                 ids_BxT[row, : len(row_ids)] = row_ids
-            x_BxTxD = layers.embed(self.frozen, ids_BxT)
+            x_BxTxD = embed(self.frozen, ids_BxT)
             for layer in range(self.model.config.n_layers):
                 x_BxTxD, _ = self._run_layer(layer, freeze, x_BxTxD, plan, length)
             last_BxD = x_BxTxD[:, count - 1]

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import softmax
 
-from saejax.attribution.graph.nodes import name_difference
-from saejax.attribution.local.layers import RELP, FrozenModel
-from saejax.attribution.local.prompt_run import LocalRun, PromptRun, as_index
+from saejax.attribution.graph.data import name_difference
+from saejax.attribution.local.state import RELP, FrozenModel, LocalRun, PromptRun, as_index, padded
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, RunRules
@@ -43,17 +42,6 @@ class Direction:
 
 
 Target = str | int | tuple[str | int, str | int] | Direction
-
-
-def padded(count: int, least: int = 4) -> int:
-    """Return the size to which tokens, features or rows are padded, so that similar prompts share compiled programs.
-
-    Args:
-      count: their number.
-      least: the size is a multiple of this, and at most a quarter larger where there are many.
-    """
-    step = max(least, (1 << count.bit_length()) >> 3)
-    return max(-(-count // step), 1) * step
 
 
 @has_short_repr
@@ -285,7 +273,7 @@ def read_last(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Ar
 
     Args:
       frozen: the model.
-      freeze: what the final norm keeps, one of ``layers.FREEZE_MODES``.
+      freeze: what the final norm keeps, one of ``state.FREEZE_MODES``.
       last_D: the stream of the prompt at the last position.
       x_RxD: the same stream in the rows.
       readouts: what is read.
@@ -359,7 +347,7 @@ class Readings:
         Args:
           rows: which edited runs these are.
           frozen: the model.
-          freeze: what the final norm keeps, one of ``layers.FREEZE_MODES``.
+          freeze: what the final norm keeps, one of ``state.FREEZE_MODES``.
           last_D: the stream of the prompt at the last position, leaving the last layer.
           x_RxD: the same stream in the rows; padding may follow.
         """
@@ -382,11 +370,3 @@ def _checked_indices(run: PromptRun, features: Any) -> np.ndarray:
             f"{len(run.active) - 1}"
         )
     return indices.astype(np.int64)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def read_logits(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array) -> jax.Array:
-    """Return the logits of the rows at the last position, [R, V]; see ``read_last``."""
-    x_BxD = jnp.concatenate([last_D[None], x_RxD])  # the prompt comes first: its scale may be frozen
-    rules = RunRules(first_fixes=freeze == "all")
-    return decoder.unembed(frozen.config, frozen.params, x_BxD[:, None], rules)[1:, 0]

@@ -1,6 +1,14 @@
-"""The state of a local replacement model: a prompt's streams, active features and errors.
+"""The local replacement model: its frozen layers, and the state of a prompt in it.
 
-At every layer and every position but the first,
+One layer. When all that the prompt fixes is frozen, attention weights and the factors of norms (1 / root mean square,
+or 1 / standard deviation) are constants, and what the MLP adds is a constant too, but for a transcoder's skip path. So
+a layer is an affine function of the stream that enters it: its linear part carries an effect up, the transposed one a
+cause down, its constant part is what biases add. It is the decoder's own layer, run by the rules ``RELP``: it has the
+model's values, and differentiation takes attention weights and factors as constants. The programs are jitted: the
+model's layer with values frozen, and both directions of its linear part.
+
+A prompt. ``PromptRun`` is what targets and graphs see of one that was run with transcoders or SAEs: its tokens and its
+active features. ``LocalState`` adds the errors of transcoders. At every layer and every position but the first,
 
     mlp_out = sum over active features of activation * W_dec + b_dec + skip(read) + error
 
@@ -17,6 +25,9 @@ The model is run once, layer by layer:
 """
 
 import dataclasses
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,21 +35,447 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.attribution.local import layers
-from saejax.attribution.local.dictionaries import FeatureOutputs
-from saejax.attribution.local.layers import RELP, FrozenModel
-from saejax.attribution.local.prompt_run import Active, NothingActive, PromptRun, active_features
-from saejax.attribution.local.readouts import padded, read_logits
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.graph.data import FEATURE, Nodes
+from saejax.attribution.local.dictionaries import FeatureOutputs, LayerDictionaries, LayerTranscoders
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.models.config import DecoderConfig
+from saejax.models import decoder
+from saejax.models.attention import (
+    AttentionFunction,
+    AttentionTables,
+    TablesByLayer,
+    attend,
+    attention_weights,
+    query_blocks,
+    whole_prompt_tables,
+)
+from saejax.models.config import DecoderConfig, RunRules
 from saejax.models.language_model import LanguageModel
-from saejax.models.layers import einsum
+from saejax.models.layers import einsum, norm
+from saejax.models.parameters import LAYERS
+from saejax.models.tokens import Tokens, encode
 from saejax.parallel.collectives import to_host
+from saejax.short_reprs import has_short_repr
 
+RELP = RunRules(backward="relp")  # attention weights and factors of norms are constant to differentiation
+FREEZE_MODES = ("none", "attention", "all", "constrained")
+TEXT_MODES = FREEZE_MODES[:2]  # in which new tokens can follow the prompt
+# Modes in which an MLP gives its output in the prompt, so that activations stay as in the prompt.
+FIXED = ("all", "constrained")
+_INT32 = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+AT_ONCE = 1 << 26  # activations of a layer that are in memory at once
 # How chat templates begin whose tokens are all sinks: of Gemma 3 "<bos><start_of_turn>user" and a line end.
 CHAT_STARTS = dict.fromkeys(("gemma3", "gemma3_text"), (2, 105, 2364, 107))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """A decoder whose layers are frozen, with the skip paths of its transcoders."""
+
+    config: DecoderConfig = dataclasses.field(metadata=dict(static=True))  #: of the decoder (static)
+    params: decoder.Params  #: its parameters
+    #: what transcoders read: "mlp_in", what the MLP does; "mlp_normed", the same before the norm's gain; or
+    #: "resid_mid", the stream before that norm (static).
+    reads: str = dataclasses.field(default="mlp_in", metadata=dict(static=True))
+    skip_LxDxD: jax.Array | None = None  #: skip paths of the transcoders, applied as x @ skip; None: there are none
+
+    def skip(self, layer: int | jax.Array, read_xD: jax.Array) -> jax.Array:
+        """Return what the skip path of a layer's transcoder gives of what is read, [..., D]."""
+        if self.skip_LxDxD is None:
+            return jnp.zeros_like(read_xD)
+        skip_DxD = lax.dynamic_index_in_dim(self.skip_LxDxD, layer, keepdims=False)
+        return einsum("...d,de->...e", read_xD, skip_DxD)
+
+    def layer(
+        self,
+        layer: int | jax.Array,
+        tables: TablesByLayer,
+        x_TxD: jax.Array,
+        function: AttentionFunction | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the frozen layer.
+
+        Args:
+          layer: its number.
+          tables: of the prompt.
+          x_TxD: the prompt's stream entering the layer: it fixes all constants.
+          function: the attention function; None: one that is quick to differentiate backwards, and cannot be forwards.
+
+        Returns:
+          The stream leaving the layer without what the MLP adds, unless by the skip path; and what the transcoder
+          reads, both [T, D].
+        """
+        seen: dict[str, jax.Array] = {}
+
+        def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
+            seen[kind] = value_TxD
+            # What the MLP adds is a source of its own, and no part of the linear layer.
+            return value_TxD if kind != "mlp_out" else self.skip(layer, self.read(layer, seen))
+
+        function = function or self._attend
+        leaving_TxD = decoder.run_layer(self.config, RELP, self.params, layer, x_TxD, tables, hook, function)
+        return leaving_TxD, self.read(layer, seen)
+
+    def _attend(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, tables: AttentionTables) -> jax.Array:
+        """Attend as ``attention.attend`` does, with constant weights and a cheap transpose."""
+        parts = []
+        for queries, keys in query_blocks(len(q_TxHxK), len(k_TxNxK)):
+            # The decoder's own blocks, so that values are the model's.
+            block = tables.block(queries, keys)
+            block_inputs = q_TxHxK[queries], k_TxNxK[keys]
+            parts.append(_weighted(attention_weights(self.config, RELP, *block_inputs, block), v_TxNxK[keys]))
+        return jnp.concatenate(parts).reshape(q_TxHxK.shape)
+
+    def read(self, layer: int | jax.Array, seen: Mapping[str, jax.Array], rules: RunRules = RELP) -> jax.Array:
+        """Return what the transcoder reads, from the values at a layer's sites.
+
+        Args:
+          layer: its number.
+          seen: values [..., T, D] by kind of site.
+          rules: of the run.
+        """
+        if self.reads == "mlp_in":
+            return seen["mlp_in"]
+        stream = seen["resid_pre" if self.config.parallel else "resid_mid"]
+        if self.reads == "resid_mid":
+            return stream
+        config, weights = self.config, decoder.layer_params(self.params, layer)
+        name = "attn_norm" if config.shared_norm else "mlp_norm"
+        gain_D = weights[f"{name}_D"]
+        # A gain of 1, which these norms store as 0.
+        plain = {f"{name}_D": jnp.full_like(gain_D, 0 if config.norm == "rms_plus_one" else 1)}
+        if config.norm == "layer":
+            plain[f"{name}_bias_D"] = jnp.zeros_like(gain_D)
+        return norm(config, rules, plain, name, stream)
+
+
+@jax.custom_vjp
+def _weighted(weights_NxGxTxS: jax.Array, v_SxNxK: jax.Array) -> jax.Array:
+    """Return the mean of the values with given weights, [T, N, G, K]."""
+    return einsum("ngts,snk->tngk", weights_NxGxTxS, v_SxNxK)
+
+
+def _weighted_back(weights_NxGxTxS: jax.Array, cotangent_TxNxGxK: jax.Array) -> tuple[None, jax.Array]:
+    # The cotangent is the second operand, which ``einsum`` would not leave to us: with many of them, XLA then brings
+    # together runs of K numbers. Of a first operand it moves single numbers, which takes longer than the product.
+    summed, batched = ((1, 2), (2, 0)), ((0,), (1,))
+    cotangent_NxSxK = lax.dot_general(weights_NxGxTxS, cotangent_TxNxGxK, (summed, batched), precision="highest")
+    return None, jnp.swapaxes(cotangent_NxSxK, 0, 1)
+
+
+_weighted.defvjp(lambda weights, v: (_weighted(weights, v), weights), _weighted_back)
+
+
+@jax.jit
+def embed(frozen: FrozenModel, ids_xT: jax.Array) -> jax.Array:
+    """Return the stream entering layer 0, fp32 [..., T, D]: it stays fp32 in all layers, whatever the weights are."""
+    x_xTxD = decoder.embed(frozen.config, frozen.params, ids_xT)
+    return x_xTxD.astype(jnp.promote_types(x_xTxD.dtype, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def run_layer(
+    frozen: FrozenModel, freeze: str, layer: jax.Array, x_BxTxD: jax.Array, frozen_until: jax.Array | int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Run a layer on a batch whose first row is the prompt itself.
+
+    Args:
+      frozen: the model.
+      freeze: what stays as it is in the first row, one of ``FREEZE_MODES`` (static).
+      layer: its number.
+      x_BxTxD: the streams entering it.
+      frozen_until: attention is frozen at positions before this one.
+
+    Returns:
+      The streams leaving it, what its transcoder reads, and what its MLP adds, each [B, T, D].
+    """
+    # With everything frozen, norm scales come from the first row, too.
+    config, rules = frozen.config, RunRules(first_fixes=freeze == "all")
+    seen: dict[str, jax.Array] = {}
+
+    def hook(kind: str, value_BxTxD: jax.Array) -> jax.Array:
+        if kind == "mlp_out" and freeze in FIXED:
+            read_BxTxD = frozen.read(layer, seen, rules)
+            # Each run gets the prompt's MLP output, which the first row has; the skip path alone reacts.
+            change_BxTxD = frozen.skip(layer, read_BxTxD - read_BxTxD[:1])
+            value_BxTxD = jnp.broadcast_to(value_BxTxD[:1], value_BxTxD.shape) + change_BxTxD
+        seen[kind] = value_BxTxD
+        return value_BxTxD
+
+    def attend_as_prompt(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+        # Weights of the first row with the row's own values: what a token attends to is frozen, not what it finds
+        # there.
+        first_q, first_k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))
+        frozen_T = jnp.arange(x_BxTxD.shape[1]) < frozen_until
+        as_prompt = attend(config, rules, first_q, first_k, v, tables)
+        # Both are computed where new tokens follow a frozen prompt; a position takes one of them.
+        return jnp.where(frozen_T[None, :, None, None], as_prompt, attend(config, rules, q, k, v, tables))
+
+    function = attend_as_prompt if freeze in ("attention", "constrained") else None
+    tables = whole_prompt_tables(config, x_BxTxD.shape[1])
+    leaving_BxTxD = decoder.run_layer(config, rules, frozen.params, layer, x_BxTxD, tables, hook, function)
+    return leaving_BxTxD, frozen.read(layer, seen, rules), seen["mlp_out"]
+
+
+@jax.jit
+def run_biases(frozen: FrozenModel, stream_LxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the constant parts of all layers: what biases add to the stream and to what is read, both [L, T, D].
+
+    A constant part is linear in the biases, so it is its own derivative along them. ``stream_LxTxD`` is the prompt's
+    stream entering each layer.
+    """
+    tables = whole_prompt_tables(frozen.config, stream_LxTxD.shape[1])
+    biases = layer_biases(frozen.params)
+    function = functools.partial(attend, frozen.config, RELP)  # which can be differentiated this way round
+
+    def step(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        layer, x_TxD = part
+
+        def run(biases: decoder.Params) -> tuple[jax.Array, jax.Array]:
+            """Run the layer with these biases."""
+            changed = dataclasses.replace(frozen, params={**frozen.params, **biases})
+            return changed.layer(layer, tables, x_TxD, function)
+
+        return None, jax.jvp(run, (biases,), (biases,))[1]
+
+    return lax.scan(step, None, (jnp.arange(frozen.config.n_layers), stream_LxTxD))[1]
+
+
+def layer_biases(params: decoder.Params) -> decoder.Params:
+    """Return the biases of layers among the parameters of a decoder."""
+    return {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
+
+
+def padded(count: int, least: int = 4) -> int:
+    """Return the size to which tokens, features or rows are padded, so that similar prompts share compiled programs.
+
+    Args:
+      count: their number.
+      least: the size is a multiple of this, and at most a quarter larger where there are many.
+    """
+    step = max(least, (1 << count.bit_length()) >> 3)
+    return max(-(-count // step), 1) * step
+
+
+class NothingActive(UserError):
+    """No feature is active in a prompt."""
+
+
+@has_short_repr
+@dataclasses.dataclass(frozen=True)
+class Active:
+    """The features that are active in a prompt, in the order (layer, position, feature)."""
+
+    #: layer_A, position_A, feature_A: int32 layer, position and index of each.
+    layer_A: np.ndarray
+    position_A: np.ndarray
+    feature_A: np.ndarray
+    value_A: np.ndarray  #: fp32 activation, which for active features is the pre-activation
+    b_enc_A: np.ndarray  #: fp32 bias of the encoder, a part of it
+
+    def __len__(self) -> int:
+        return len(self.layer_A)
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> "Active":
+        return Active(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+
+    @property
+    def nodes(self) -> Nodes:
+        """The features as nodes of a graph."""
+        return Nodes.of(FEATURE, self.layer_A, self.position_A, self.feature_A, self.value_A)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Active"]) -> "Active":
+        """Return the features of several layers, given in the order of layers."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def of_layer(self, layer: int) -> slice:
+        """Return the slice of a layer's features."""
+        return slice(*np.searchsorted(self.layer_A, [layer, layer + 1]))
+
+    @functools.cached_property
+    def index_of(self) -> dict[tuple[int, int, int], int]:
+        """The index of each feature, by layer, position and feature."""
+        keys = zip(self.layer_A.tolist(), self.position_A.tolist(), self.feature_A.tolist(), strict=True)
+        return {key: index for index, key in enumerate(keys)}
+
+    def find(self, layer_J: np.ndarray, position_J: np.ndarray, feature_J: np.ndarray) -> np.ndarray:
+        """Return the indices of some features, int64 [J].
+
+        Raises:
+          UserError: one of them is not active.
+        """
+        keys = zip(layer_J.tolist(), position_J.tolist(), feature_J.tolist(), strict=True)
+        index_J = np.array([self.index_of.get(key, -1) for key in keys], np.int64)
+        for missing in np.flatnonzero(index_J < 0)[:1]:
+            raise UserError(
+                f"feature {feature_J[missing]} of layer {layer_J[missing]} is not active at position "
+                f"{position_J[missing]}: is the graph one of this prompt and set?"
+            )
+        return index_J
+
+
+def active_features(encoder: Dictionary, layer: int, read_TxD: jax.Array, used_T: np.ndarray) -> Active:
+    """Return a layer's active features.
+
+    Args:
+      encoder: of the layer; its decoder is not used.
+      layer: its number.
+      read_TxD: what the encoder reads.
+      used_T: True where features are used.
+    """
+    length = len(read_TxD)
+    size = max(1, min(length, AT_ONCE // encoder.config.n_features))  # positions that are encoded at once
+    positions, features, values = [], [], []
+    for start in range(0, length, size):
+        chunk = slice(start, start + size)
+        acts_TxF = to_host(encode_used(encoder, read_TxD[chunk], used_T[chunk]))
+        # On the host and sparse: all activations of a layer are far more than the nonzero ones.
+        position_A, feature_A = np.nonzero(acts_TxF)
+        positions.append(position_A + start)
+        features.append(feature_A)
+        values.append(acts_TxF[position_A, feature_A])
+    feature_A, value_A = np.concatenate(features), np.concatenate(values)
+    return Active(
+        np.full(len(value_A), layer, np.int32),
+        np.concatenate(positions).astype(np.int32),
+        feature_A.astype(np.int32),
+        value_A,
+        to_host(encoder.b_enc_F[...])[feature_A],
+    )
+
+
+def activations(encoder: Dictionary, read_xD: jax.Array) -> jax.Array:
+    """Return activations [..., F], 0 at attention sinks, where no feature is used."""
+    acts_xF = encoder.encode(read_xD)
+    return jnp.where(encoder.is_not_sink(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
+
+
+def activations_of(encoder: Dictionary, read_MxD: jax.Array, feature_M: jax.Array) -> jax.Array:
+    """Return activations of single features, [M].
+
+    Args:
+      encoder: of the features.
+      read_MxD: what it reads.
+      feature_M: the feature of each value that is read.
+    """
+    return jnp.take_along_axis(activations(encoder, read_MxD), feature_M[:, None], axis=1)[:, 0]
+
+
+@jax.jit
+def encode_used(encoder: Dictionary, read_xTxD: jax.Array, used_xT: jax.Array) -> jax.Array:
+    """Return activations [..., T, F] of what is read [..., T, D], 0 at sinks and where ``used_xT`` is False."""
+    acts_xTxF = activations(encoder, read_xTxD)
+    return jnp.where(used_xT[..., None], acts_xTxF, jnp.zeros_like(acts_xTxF))
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class PromptRun:
+    """A model that was run on a prompt with dictionaries."""
+
+    model: LanguageModel  #: the model
+    dictionaries: LayerDictionaries  #: the transcoders or SAEs whose features are nodes
+    rules: RunRules  #: rules for gradients through the model
+    ids_P: np.ndarray  #: int32 token ids
+    active: Active  #: the active features
+    logits_V: np.ndarray  #: fp32 logits at the last position
+    last_D: jax.Array  #: fp32 stream leaving the last layer at the prompt's last position
+    stream_LxTxD: jax.Array  #: fp32 stream entering each layer
+
+    def check(self) -> None:
+        """Refuse a run whose logits are not finite, or in which no feature is active."""
+        if not np.isfinite(self.logits_V).all():
+            raise UserError(f"the logits of {self.model.source.name} are not finite: try --model.dtype=float32")
+        if not len(self.active):
+            name = self.dictionaries.name
+            raise NothingActive(f"no feature of {name} is active in this prompt: is it of this model?")
+
+    def constants(self, chosen_F: np.ndarray) -> np.ndarray:
+        """Return what biases of no source add to the pre-activations of some active features, fp32 [F]."""
+        return self.active.b_enc_A[chosen_F]
+
+
+@has_short_repr
+@dataclasses.dataclass(frozen=True)
+class LocalRun:
+    """Values read from R edited runs of a prompt, fp32."""
+
+    feature_RxJ: np.ndarray  #: pre-activations of the requested features
+    readout_RxK: np.ndarray  #: the readouts, as ``Readouts.value_K`` has them
+    logits_RxV: np.ndarray | None = None  #: logits at the last position; None: not requested
+
+    def checked(self) -> "LocalRun":
+        """Return this, or refuse it if a value is not finite; see ``check_finite``."""
+        for array in (self.feature_RxJ, self.readout_RxK, self.logits_RxV):
+            if array is not None:
+                check_finite(array)
+        return self
+
+
+def as_index(number: Any) -> int:
+    """Return a whole number of Python, NumPy or JAX as Python's; -1 for anything else."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        return -1
+
+
+def check_finite(read_x: np.ndarray) -> np.ndarray:
+    """Return what was read after changes, or refuse it if it is not finite.
+
+    Only what is read is checked: an activation that no feature can have overflows somewhere on the way.
+    """
+    if not np.isfinite(read_x).all():
+        raise UserError("the model is not finite after these changes: give features values that they can have")
+    return read_x
+
+
+def prompt_ids(
+    model: LanguageModel, prompt: str | Sequence[int] | np.ndarray | Tokens, chat: bool = False
+) -> np.ndarray:
+    """Return the token ids of a prompt, int32 [P].
+
+    Args:
+      model: whose tokenizer reads a text.
+      prompt: the text, which begins as all texts of the model (``LanguageModel.bos``); or its token ids, which are
+        taken as they are, also as the tokens of one text (``LanguageModel.tokenize``).
+      chat: put a text into the tokenizer's chat template.
+
+    Raises:
+      UserError: the tokenizer has no chat template, or there are no ids, more than the model reads, or one that it
+        does not know.
+    """
+    if isinstance(prompt, Tokens):
+        if len(prompt.lengths_B) != 1:
+            raise UserError(f"the prompt is the tokens of {len(prompt.lengths_B)} texts: expected one")
+        prompt = prompt.ids_BxT[0, : prompt.lengths_B[0]]
+    if not hasattr(prompt, "__len__"):
+        raise UserError(f"the prompt is {prompt!r:.60}: expected a text, or the token ids of one, whole numbers")
+    if not len(prompt):
+        raise UserError("the prompt is empty: expected a text, or token ids")
+    if chat and isinstance(prompt, str):
+        prompt = _apply_chat_template(model, prompt)
+    if not isinstance(prompt, str):
+        ids = np.asarray(prompt)
+        if ids.dtype.kind not in "iu" or ids.size != ids.shape[-1]:
+            raise UserError(f"the prompt is {prompt!r:.60}: expected a text, or the token ids of one, whole numbers")
+        # Unsigned ones have no numbers below 0 to be cut at; the check below names what does not exist.
+        ids = np.clip(ids.reshape(-1).astype(np.int64), *_INT32).astype(np.int32)
+    else:
+        ids = model.tokenize([prompt]).ids_BxT[0]
+    Tokens(ids[None], np.array([len(ids)], np.int32)).check(model.config.vocab, model.config.context)
+    return ids
+
+
+def _apply_chat_template(model: LanguageModel, prompt: str) -> list[int]:
+    """Return the ids of a user's turn and the beginning of the answer; the template writes special tokens itself."""
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise UserError(f"the tokenizer of {model.source.name} has no chat template: leave --graph.chat_template out")
+    messages = [dict(role="user", content=prompt)]
+    text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return encode(model.tokenizer, text, bos="never")
 
 
 class LocalState(PromptRun):
@@ -77,10 +514,10 @@ class LocalState(PromptRun):
         self.frozen = FrozenModel(model.config, model.params, transcoders.reads)
         # Padded, so that prompts of similar lengths share compiled programs.
         ids_T = np.pad(self.ids_P, (0, padded(len(self.ids_P)) - len(self.ids_P)))
-        x_TxD = layers.embed(self.frozen, ids_T)
+        x_TxD = embed(self.frozen, ids_T)
         self._run_layers(x_TxD, first)
         if any("_bias" in name for name in model.params):
-            biases = layers.run_biases(self.frozen, self.stream_LxTxD)
+            biases = run_biases(self.frozen, self.stream_LxTxD)
             self.bias_LxTxD, self.read_bias_LxTxD = biases
 
     def _run_layers(self, x_TxD: jax.Array, first: int) -> None:
@@ -91,7 +528,7 @@ class LocalState(PromptRun):
         parts: dict[str, list[jax.Array]] = {}
         for layer in range(model.config.n_layers):
             # 1. The layer.
-            leaving, read, out = layers.run_layer(self.frozen, "none", np.int32(layer), x_TxD[None])
+            leaving, read, out = run_layer(self.frozen, "none", np.int32(layer), x_TxD[None])
             # 2. Its active features.
             encoder = transcoders.encoder(layer, model.mesh)
             active = active_features(encoder, layer, read[0], used_T)
@@ -181,3 +618,11 @@ def _errors(
         out_TxD = out_TxD - einsum("td,de->te", read_TxD, encoder.W_skip_DxD[...])
     error_TxD = out_TxD - encoder.b_dec_D[...][None] - written_TxD
     return jnp.where(used_T[:, None], error_TxD, jnp.zeros_like(error_TxD)), out_TxD
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def read_logits(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array) -> jax.Array:
+    """Return the logits of the rows at the last position, [R, V]; see ``read_last``."""
+    x_BxD = jnp.concatenate([last_D[None], x_RxD])  # the prompt comes first: its scale may be frozen
+    rules = RunRules(first_fixes=freeze == "all")
+    return decoder.unembed(frozen.config, frozen.params, x_BxD[:, None], rules)[1:, 0]

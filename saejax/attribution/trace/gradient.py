@@ -29,13 +29,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.attribution.graph.nodes import BIAS, ERROR, TOKEN, Nodes
+from saejax.attribution.graph.data import BIAS, ERROR, TOKEN, Nodes
 from saejax.attribution.local.dictionaries import FeatureOutputs, LayerSaes
 from saejax.attribution.local.edits import CHUNK, Change, as_rows, placed_changes
-from saejax.attribution.local.layers import FrozenModel, embed
-from saejax.attribution.local.prompt_run import Active, LocalRun, PromptRun, activations_of, active_features
-from saejax.attribution.local.readouts import Readings, Readouts, padded, scatter_directions
+from saejax.attribution.local.readouts import Readings, Readouts, scatter_directions
 from saejax.attribution.local.rows import TOKENS, Put
+from saejax.attribution.local.state import (
+    Active,
+    FrozenModel,
+    LocalRun,
+    PromptRun,
+    activations_of,
+    active_features,
+    embed,
+    padded,
+)
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models import decoder

@@ -10,10 +10,28 @@
 4. The rows become a graph (``make_graph``).
 
 Its memory is estimated before phase 1, and again before phase 3, when the features of the prompt are counted
-(``memory``).
+(``check_memory``).
+
+Rows. A row has a number for each source, and most sources of a long prompt are active features that never get a row:
+1,024 tokens with 540 active features each have 550,000, which for 8,192 rows is 18 GB. So rows are whole only until
+they have ``WHOLE`` numbers together. Then features keep a column if they have a row already or are among the most
+influential so far, several times as many as rows are wanted; no other gets a row any more. What the features without a
+column contribute to a row is kept as one sum. Errors, tokens and biases always have their columns.
+
+Rankings. Influences are defined in ``graph.data``. Between two rounds they are looked for anew, while the devices
+wait: so a row's weights are summed once, when it is written, and read only where it may have any, from features of
+lower layers.
+
+Memory. A graph is made in two parts, and the larger one counts: in the layers, each transcoder's encoder beside its
+layer, with the activations of all its features; in the rows, the directions of the sources, batches of cotangents and
+their products, and on the host the rows of the graph. The largest arrays that are alive at once are counted, so a run
+may take a quarter more or less. Arrays are fp32.
 """
 
+import bisect
 import contextlib
+import ctypes
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,34 +39,42 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 from absl import logging
+from jax.sharding import Mesh
 
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
-from saejax.attribution.local.dictionaries import LayerSaes
+from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN, Nodes, logit_weights, sweep
+from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerSaes, LayerTranscoders
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
-from saejax.attribution.local.prompt_run import PromptRun, prompt_ids
 from saejax.attribution.local.readouts import Direction, Readouts, Target, as_targets, read_targets
-from saejax.attribution.local.rows import Put, RowTracer
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.rows import TOKENS, WIDTH, Put, RowTracer, batch_tokens
+from saejax.attribution.local.state import AT_ONCE, PromptRun, padded, prompt_ids
 from saejax.attribution.trace.gradient import GradientRows, SaeRun
-from saejax.attribution.trace.memory import (
-    GraphSize,
-    certain_active,
-    check_gradient_memory,
-    check_memory,
-    return_freed,
-)
-from saejax.attribution.trace.row_store import ROUND_ROWS, ROUNDS, RowStore, rank
+from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
+from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
+from saejax.models.parameters import parameter_table as model_table
 from saejax.models.tokens import text_of, token_text
+from saejax.parallel.mesh import document_devices, free_bytes, part_size
 from saejax.progress import OnProgress, show_progress, silent
 
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
 FillRows = Callable[[np.ndarray | None, Put], None]
 PHASES = 4
+WHOLE = 1 << 28  # numbers that whole rows may have together: 1 GiB
+_SPARE = 4  # features with a column for each that gets a row
+_LEAST = 1 << 15  # features with a column, at the least
+_LEAST_ROWS = 256  # that are whole, at the least
+_BLOCK = 1 << 20  # numbers that are copied at once
+_IN_CACHE = 1 << 16  # numbers of rows that a ranking works on at once: they stay in a core's cache
+ROUNDS, ROUND_ROWS = 4, 2048  # rankings, at the least, and features that are attributed between two, at the most
+_FP32 = 4
+_PROGRAMS = 400 * 2**20  # bytes of compiled programs and of compiling them, on the host
+_ACTS_COPIES = 3  # activations of a layer: before and after the sparsity function, and masked
+_SCORES_COPIES = 2.5  # attention weights, and what they are computed from
 
 
 class Traced(NamedTuple):
@@ -207,7 +233,7 @@ def _pull_back(local: LocalModel, readouts: Readouts, count: int) -> FillRows:
 
 def attribute_in_rounds(
     run: PromptRun, nodes: Nodes, readouts: Readouts, fill: FillRows, count: int, on_progress: OnProgress = silent
-) -> tuple[np.ndarray, RowStore]:
+) -> "tuple[np.ndarray, RowStore]":
     """Attribute the logits and the features that get nodes, in rounds: in each the most influential ones so far.
 
     The first ranking sees what acts on the logits directly, the later ones also what acts through the features that
@@ -271,7 +297,7 @@ def make_graph(
     nodes: Nodes,
     readouts: Readouts,
     chosen_F: np.ndarray,
-    store: RowStore,
+    store: "RowStore",
     prompt: str | Sequence[int],
     settings: Mapping[str, Any],
 ) -> Graph:
@@ -314,3 +340,328 @@ def make_graph(
             targets=readouts.pair_Kx2.tolist(),
         ),
     )
+
+
+def columns_kept(rows: int, active: int, other_sources: int) -> int:
+    """Return how many columns the rows have in the end.
+
+    Args:
+      rows: their number.
+      active: number of active features.
+      other_sources: number of sources that are no features.
+    """
+    if rows * (active + other_sources) <= WHOLE:
+        return active + other_sources
+    return min(active, max(_SPARE * rows, _LEAST)) + other_sources
+
+
+class RowStore:
+    """Rows of features, in the order in which they come, and rows of targets that are no features, which stand last.
+
+    Args:
+      count: features that get a row.
+      targets: rows of targets that are no features, K.
+      active: active features, which are the first of the sources.
+      scored: number of sources, the first ones, that take part in influences.
+      sources: their number S.
+
+    Attributes:
+      row_BxC: fp32 rows that there is room for, over the sources that have a column.
+      column_C: which sources these are, ascending.
+      dropped_R: fp32 sums over the sources that have none.
+      size_R: float64 sums of absolute values over all scored sources.
+    """
+
+    def __init__(self, count: int, targets: int, active: int, scored: int, sources: int):
+        self._count, self._targets, self._active, self._scored = count, targets, active, scored
+        self._room = columns_kept(count + targets, active, sources - active)
+        first = count if self._room == sources else min(count, max(WHOLE // sources - targets, _LEAST_ROWS))
+        self.row_BxC = np.zeros((first + targets, sources), np.float32)
+        self.column_C = np.arange(sources)
+        self.dropped_R, self.size_R = np.zeros(count + targets, np.float32), np.empty(count + targets)
+        self._left_X = np.empty(0, np.int64)
+
+    def room(self, done: int) -> int:
+        """Return how many feature rows still fit after ``done`` of them, before columns have to be given up."""
+        return len(self.row_BxC) - self._targets - done
+
+    def put(self, start: int | None) -> Put:
+        """Return the writer of the rows from ``start`` on, or (None) of the rows that belong to no feature."""
+        first = -self._targets if start is None else start
+
+        def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
+            size_B = np.abs(value_BxS[:, : self._scored]).sum(axis=1, dtype=np.float64)
+            self.size_R[first + row_B] = np.where(size_B > 0, size_B, 1.0)  # nothing to divide
+            self._write(first + row_B, value_BxS)
+
+        return write
+
+    def _write(self, row_B: np.ndarray, value_BxS: np.ndarray) -> None:
+        if not len(self._left_X):
+            self.row_BxC[row_B] = value_BxS
+            return
+        self.row_BxC[row_B] = value_BxS[:, self.column_C]
+        self.dropped_R[row_B] = value_BxS[:, self._left_X].sum(axis=1)
+
+    def narrow(self, ranked_A: np.ndarray, done: int) -> None:
+        """Give up columns of features, and make room for the remaining rows.
+
+        Args:
+          ranked_A: active features, first the features that are to keep their column.
+          done: rows of features that there are.
+        """
+        old, sources = self.row_BxC, len(self.column_C)
+        kept_S = np.ones(sources, bool)
+        kept_S[: self._active] = False
+        kept_S[ranked_A[: self._room - (sources - self._active)]] = True
+        self.column_C, self._left_X = np.flatnonzero(kept_S), np.flatnonzero(~kept_S)
+        self.row_BxC = np.zeros((self._count + self._targets, len(self.column_C)), np.float32)
+        for row in (*range(done), *range(-self._targets, 0)):  # one by one: there is no room for copies
+            self._write(np.array([row]), old[row][None])
+
+    def sort(self, order_F: np.ndarray) -> None:
+        """Reorder the rows of features in place: there is no room for a second copy.
+
+        Args:
+          order_F: which row comes to each place.
+        """
+        rows_FxC, step = self.row_BxC[: self._count], max(_BLOCK // self._count, 1)
+        for start in range(0, rows_FxC.shape[1], step):
+            columns = slice(start, start + step)
+            rows_FxC[:, columns] = rows_FxC[order_F, columns]
+        for values_R in (self.dropped_R, self.size_R):
+            values_R[: self._count] = values_R[order_F]
+
+    def leave_out(self, left_X: np.ndarray) -> None:
+        """Drop columns when all rows are there, in place: there is no room for a second copy.
+
+        Args:
+          left_X: the places of features that go; ``dropped_R`` gets their contributions.
+        """
+        kept = np.delete(np.arange(len(self.column_C)), left_X)
+        flat, width = self.row_BxC.reshape(-1), len(kept)
+        for row, values in enumerate(self.row_BxC):  # where its new place ends, no row begins that is still to be read
+            self.dropped_R[row] += values[left_X].sum()
+            flat[row * width : (row + 1) * width] = values[kept]
+        # refcheck=False: the loop's views of rows still exist, and are not used any more.
+        self.row_BxC.resize((len(self.row_BxC), width), refcheck=False)
+        self.column_C = self.column_C[kept]
+
+
+def rank(store: RowStore, layer_A: np.ndarray, chosen_F: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
+    """Rank the active features that may get a row by their influence through features that have one, largest first.
+
+    Args:
+      store: the rows; the readouts' rows are there already.
+      layer_A: layers of the active features.
+      chosen_F: indices of the features that have a row, in the order of their rows.
+      weight_K: weights of the readouts.
+    """
+    features = int(np.searchsorted(store.column_C, len(layer_A)))
+    layer_C, column_F = layer_A[store.column_C[:features]], np.searchsorted(store.column_C, chosen_F)
+    count, above, influence_C = len(chosen_F), 1 + int(layer_A.max(initial=0)), np.zeros(features)
+    row_R = np.concatenate([np.arange(count), np.arange(-len(weight_K), 0)])  # the readouts' rows stand last
+
+    def add(layer: int, targets: np.ndarray, passed_on: np.ndarray) -> None:
+        rows, columns = row_R[targets], int(np.searchsorted(layer_C, layer))  # of lower layers
+        factor_R, step = (passed_on / store.size_R[rows]).astype(np.float32), max(_IN_CACHE // max(columns, 1), 1)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            size_BxX = np.abs(store.row_BxC[rows[part], :columns])
+            # Not ``@``: for so few numbers BLAS wakes threads, which then wait busily while the devices' work.
+            influence_C[:columns] += np.einsum("b,bc->c", factor_R[part], size_BxX)
+
+    layer_R = np.concatenate([layer_A[chosen_F], np.full(len(weight_K), above)])
+    column_R = np.concatenate([column_F, np.full(len(weight_K), -1)])
+    sweep(layer_R, column_R, np.concatenate([np.zeros(count), logit_weights(weight_K)]), influence_C, add)
+    # Features that have a row come last: no other influence is below 0.
+    influence_C[column_F] = -1
+    return store.column_C[np.argsort(-influence_C, kind="stable")[: features - count]]
+
+
+class Memory(NamedTuple):
+    """Bytes on each device, and on the host beside them."""
+
+    device: int
+    host: int
+
+    def fits(self, free: "Memory", mesh: Mesh) -> bool:
+        """Return whether a need fits into what is free; CPU devices share the host's memory."""
+        if mesh.devices.flat[0].platform == "cpu":
+            return self.device * mesh.size + self.host <= free.host
+        return self.device <= free.device and self.host <= free.host
+
+    def describe(self, mesh: Mesh) -> str:
+        """Return the amounts in words."""
+        if mesh.devices.flat[0].platform == "cpu":
+            return f"{(self.device * mesh.size + self.host) / 2**30:.1f} GiB"
+        return f"{self.device / 2**30:.1f} GiB a device and {self.host / 2**30:.1f} on the host"
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSize:
+    """The sizes that, with the number of tokens, determine the memory of a graph."""
+
+    model: DecoderConfig  #: the decoder
+    transcoder: DictionaryConfig  #: one of the set's, which all have one size
+    active: float  #: active features of a layer at a position, mean
+    max_features: int | None = None  #: maximum number of features with rows; None: all active ones
+    logits: int = 10  #: maximum number of targets that are no features
+    cross_layer: bool = False  #: whether features also write to later layers
+
+    @property
+    def writes(self) -> float:
+        """Mean number of layers that a feature writes to."""
+        return (self.model.n_layers + 1) / 2 if self.cross_layer else 1.0
+
+    def active_features(self, tokens: int) -> int:
+        """Return the active features of a prompt; its first position has none."""
+        return int(self.active * self.model.n_layers * (tokens - 1))
+
+    def traced(self, tokens: int) -> int:
+        """Return the number of features with rows."""
+        active = self.active_features(tokens)
+        return min(self.max_features or active, active)
+
+
+def certain_active(transcoder: DictionaryConfig) -> float:
+    """Return the active features of a layer at a position that are certain before a prompt is run."""
+    return transcoder.k if transcoder.kind == "topk" else 0.0
+
+
+def estimate_memory(size: GraphSize, tokens: int, mesh: Mesh) -> Memory:
+    """Return what a graph takes beside the model; see the top of this module.
+
+    Args:
+      size: of the graph.
+      tokens: of the prompt, its special first one included.
+      mesh: the devices.
+    """
+    model, length, width = size.model, padded(tokens), size.model.d_model
+    features = size.transcoder.n_features
+    active, traced = size.active_features(tokens), size.traced(tokens)
+    has_bias = any("_bias" in name for name in model_table(model))
+    streams = model.n_layers * width * ((4 if has_bias else 2) * length + (width if size.transcoder.skip else 0))
+    heads = model.d_head * (2 * model.n_heads + 2 * model.n_kv_heads)
+    inside = 6 * width + max(heads, (3 if model.gated else 2) * model.d_mlp)  # of a position in a layer
+    attention = _SCORES_COPIES * model.n_heads * length**2
+
+    # Layers: two encoders, the one that is left and the next; streams are copied when they are stacked.
+    encoder = part_size(mesh.shape, (width, features), None, "model")
+    acts = features * max(1, min(length, AT_ONCE // features))
+    in_layer = 2 * encoder + _ACTS_COPIES * acts + inside * length + attention
+    layers_device = streams + model.n_layers * length * width + in_layer
+    layers_host = 2 * width * features + acts + 8 * active
+
+    # Rows.
+    directions, blocks = bank_sizes(size, tokens)
+    positions = batch_tokens(mesh.devices.flat[0].platform, length)
+    batch = positions * (2 * width + WIDTH * blocks / length) + inside * positions / 8 + attention
+    at_once = 2 if mesh.size == 1 else 1
+    rows_device = streams + part_size(mesh.shape, (width,), "model") * directions + at_once * batch
+    sources = active + model.n_layers * (tokens + 2) + tokens
+    entries = sources + active * (size.writes - 1)
+    targets = traced + size.logits
+    columns = columns_kept(targets, active, sources - active)
+    # Rows are copied when columns are given up while they are computed.
+    adjacency = targets * columns + (WHOLE if columns < sources else 0)
+    encoders = width * (min(traced, ROUND_ROWS) if traced < active else traced)
+    rows_host = adjacency + 2 * at_once * positions / length * entries + encoders
+    rows_host += min(READ_AT_ONCE, width * directions)
+    return Memory(int(_FP32 * max(layers_device, rows_device)), int(_FP32 * max(layers_host, rows_host)) + _PROGRAMS)
+
+
+def bank_sizes(size: GraphSize, tokens: int) -> tuple[int, int]:
+    """Return the rows of the table of directions of a graph's sources, and its blocks; see ``rows.SourceBank``."""
+    layers, active = size.model.n_layers, size.active_features(tokens)
+    of_features = min(active, layers * size.transcoder.n_features) * size.writes
+    entries = active * size.writes + layers * (tokens + 2) + tokens
+    # A block holds sources of one layer and position, and the last one of each is half empty.
+    slots = entries + WIDTH // 2 * (layers + 1) * tokens
+    return int(of_features + (2 * layers + 1) * padded(tokens)), int(-(-slots // WIDTH))
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system: the C library keeps it, and a program's compiler has freed much of it.
+
+    Only GNU's library can do this.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # TypeError: Windows has no such handle
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_memory(mesh: Mesh) -> Memory:
+    """Return what is free now."""
+    return Memory(free_bytes(mesh), psutil.virtual_memory().available)
+
+
+def check_memory(size: GraphSize, tokens: int, mesh: Mesh, make_room: Callable[[], None] | None = None) -> None:
+    """Refuse a prompt whose graph does not fit into what is free now.
+
+    Args:
+      size: of the graph.
+      tokens: of the prompt.
+      mesh: the devices.
+      make_room: called where it does not fit, to free what can be read again; None: nothing can.
+
+    Raises:
+      UserError: it does not fit; the message says first how many tokens would.
+    """
+    free, need = free_memory(mesh), estimate_memory(size, tokens, mesh)
+    if make_room and not need.fits(free, mesh):
+        make_room()
+        free = free_memory(mesh)
+    if need.fits(free, mesh):
+        return
+    # A longer prompt takes more.
+    lengths = range(2, size.model.context + 1)
+    limit = 1 + bisect.bisect(lengths, 0, key=lambda length: not estimate_memory(size, length, mesh).fits(free, mesh))
+    fitting = f"about {limit:,} tokens fit" if limit > 1 else "no prompt fits"
+    fewer = f", or trace fewer features than {size.traced(tokens):,} (max_features)" if size.traced(tokens) else ""
+    raise UserError(
+        f"{fitting} into the memory that is free, {free.describe(mesh)}, and the prompt has {tokens:,} tokens, whose "
+        f"graph would take {need.describe(mesh)}: shorten it{fewer}"
+    )
+
+
+def estimate_gradient_memory(run: SaeRun, features: int, logits: int) -> Memory:
+    """Return what the rows of a graph with SAEs take beside the model and the run of the prompt.
+
+    Args:
+      run: of the prompt; its active features are counted.
+      features: number of features with rows.
+      logits: number of targets that are no features.
+    """
+    mesh, sites, active = run.model.mesh, len(run.dictionaries.sites), len(run.active)
+    _, length, width = run.stream_LxTxD.shape
+    batch = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * document_devices(mesh)
+    at_once = 2 if mesh.size == 1 else 1
+    others, targets = (sites + 1) * len(run.ids_P) + sites, features + logits
+    columns = columns_kept(targets, active, others)
+    adjacency = targets * columns + (WHOLE if columns < active + others else 0)
+    # Gradients at all sites and the tokens: on the devices, on the host, and stacked there; then their products.
+    gradients = (sites + 2) * batch * length * width
+    table = min(active, sum(config.n_features for config in run.dictionaries.configs)) * width
+    encoders = width * min(features, ROUND_ROWS if features < active else features)
+    host = adjacency + table + encoders + at_once * (2 * gradients + 2 * batch * (active + others))
+    return Memory(int(_FP32 * at_once * gradients), int(_FP32 * host))
+
+
+def check_gradient_memory(run: SaeRun, features: int, logits: int) -> None:
+    """Refuse a prompt whose graph with SAEs does not fit into what is free now.
+
+    Args:
+      run: of the prompt.
+      features: number of features with rows.
+      logits: number of targets that are no features.
+
+    Raises:
+      UserError: its rows do not fit.
+    """
+    mesh = run.model.mesh
+    free, need = free_memory(mesh), estimate_gradient_memory(run, features, logits)
+    if not need.fits(free, mesh):
+        raise UserError(
+            f"the graph would take {need.describe(mesh)}, and {free.describe(mesh)} is free: shorten the prompt of "
+            f"{len(run.ids_P):,} tokens, or trace fewer features than {features:,} (max_features)"
+        )

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import FEATURE, LOGIT, TOKEN
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.graph.data import FEATURE, LOGIT, TOKEN
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.trace.prompt import trace
 from saejax.ground_truth.circuits.handset import HandSet, run
 from saejax.ground_truth.results import EdgeScores

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.dictionaries import Dictionary
 from saejax.ground_truth.circuits.cases import Case
 from saejax.ground_truth.circuits.handset import frame, neuron_arrays

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from saejax.attribution.graph.data import GraphData
-from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
+from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN, GraphData
 from saejax.errors import UserError
 from saejax.files import whole_file
 from saejax.page.style import BLUE, GREY, INK, ORANGE, PAPER, styled

@@ -9,7 +9,7 @@ from typing import Any
 
 from saejax.attribution.forms.document import are_groups
 from saejax.attribution.forms.features import index_on_hub
-from saejax.attribution.local.transcoders import find_folder
+from saejax.attribution.local.dictionaries import find_folder
 from saejax.attribution.settings import GraphConfig
 from saejax.dictionaries.labels import labels_of_sheets
 from saejax.errors import UserError

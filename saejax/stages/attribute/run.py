@@ -13,18 +13,16 @@ import numpy as np
 
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT
+from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT
 from saejax.attribution.graph.pruning import emptying_threshold
 from saejax.attribution.heads.query_key import check_head, split_scores
-from saejax.attribution.local.dictionaries import LayerSaes, open_saes
+from saejax.attribution.local.dictionaries import LayerSaes, LayerTranscoders, open_saes, open_transcoders
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.readouts import Target, target_pairs, token_of
-from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
+from saejax.attribution.local.state import prompt_ids
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.settings import GraphConfig
-from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory
-from saejax.attribution.trace.prompt import Traced, trace_prompt
+from saejax.attribution.trace.prompt import GraphSize, Traced, certain_active, check_memory, trace_prompt
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import from_first_process, is_first_process

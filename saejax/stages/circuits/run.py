@@ -9,7 +9,7 @@ import numpy as np
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.local.contexts import ContextSearch
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.settings import GraphConfig
 from saejax.circuits.groups import read_groups
 from saejax.circuits.results import CircuitResults, CircuitsResults

@@ -5,7 +5,7 @@ Its folder is in the hub's format and its transcoders are in the project's, so t
 
 import itertools
 
-from saejax.attribution.local.transcoders import open_transcoders
+from saejax.attribution.local.dictionaries import open_transcoders
 from saejax.dictionaries import load_dictionary
 from saejax.errors import Interrupted
 from saejax.files import write_text

@@ -18,13 +18,13 @@ from made_transcoders import IDS, made_set
 import saejax
 from saejax import trace
 from saejax.attribution.checks import matched, scale, set_to
-from saejax.attribution.graph.nodes import Nodes
-from saejax.attribution.local import dictionaries, edits, layers, model
+from saejax.attribution.graph.data import Nodes
+from saejax.attribution.local import dictionaries, edits, model
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.local.edits import Change, Circuit
-from saejax.attribution.local.layers import FREEZE_MODES, embed
 from saejax.attribution.local.model import LocalModel, LocalRun
 from saejax.attribution.local.readouts import read_targets
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.local.state import FREEZE_MODES, embed
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
@@ -485,7 +485,7 @@ def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_sa
     active = local.active
     other_T = np.pad([88, 3, 61, 12, 240, 7], (0, local.stream_LxTxD.shape[1] - len(IDS)))
     other_TxD = embed(local.frozen, other_T)
-    real, starts = layers.run_layer, []
+    real, starts = model.run_layer, []
 
     def run_layer(frozen, freeze, layer, x_BxTxD, *rest):
         if not starts:  # the rows enter layer 0 with the other prompt's tokens
@@ -493,7 +493,7 @@ def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_sa
             x_BxTxD = jnp.concatenate([x_BxTxD[:1], jnp.tile(other_TxD[None], (len(x_BxTxD) - 1, 1, 1))])
         return real(frozen, freeze, layer, x_BxTxD, *rest)
 
-    monkeypatch.setattr(layers, "run_layer", run_layer)
+    monkeypatch.setattr(model, "run_layer", run_layer)
     chosen = np.linspace(0, len(active) - 1, 8).astype(int)
     values_A = 65 * active.value_A[chosen]
     raised = [[Change(*place, float(value))] for place, value in zip(places(active, chosen), values_A, strict=True)]

@@ -10,7 +10,7 @@ from made_graphs import make_graph
 
 from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, check_document
 from saejax.attribution.forms.neuronpedia import INDEX, to_document, write_graph
-from saejax.attribution.graph.nodes import LOGIT
+from saejax.attribution.graph.data import LOGIT
 from saejax.errors import UserError
 
 

@@ -8,7 +8,7 @@ from browser import needs_chromium
 from graph_pages import FEATURE, busy_feature, click_node, clicked, place_of, show, strongest, text
 from made_up_documents import made_up_document
 
-from saejax.attribution.graph.nodes import name_difference
+from saejax.attribution.graph.data import name_difference
 from saejax.page.graph.page import PageTable, write_page
 
 pytestmark = needs_chromium

@@ -14,9 +14,8 @@ from made_graphs import make_graph
 
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph, circuit_tracer
-from saejax.attribution.graph.data import GraphScores, Pruning
+from saejax.attribution.graph.data import BIAS, FEATURE, LOGIT, GraphScores, Pruning
 from saejax.attribution.graph.graph import ARRAYS, DESCRIPTION
-from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT
 from saejax.errors import UserError
 from saejax.runner import command_line
 from saejax.serving.session import ModelSession

@@ -7,7 +7,7 @@ import pytest
 from made_graphs import make_graph
 
 from saejax.attribution.graph import Graph, pruning
-from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, LOGIT, TOKEN
+from saejax.attribution.graph.data import BIAS, ERROR, FEATURE, LOGIT, TOKEN
 from saejax.errors import UserError
 
 

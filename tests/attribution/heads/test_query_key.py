@@ -10,11 +10,11 @@ from made_graphs import IDS, make_transcoders
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
-from saejax.attribution.graph.nodes import ERROR, FEATURE, TOKEN
+from saejax.attribution.graph.data import ERROR, FEATURE, TOKEN
 from saejax.attribution.heads import query_key
 from saejax.attribution.heads.query_key import split_scores
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.errors import UserError
 
 CASES = [(0, 1, -1), (1, 2, 4), (2, 3, -1), (2, 0, 0)]  # layer, head, position of the query

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from saejax import save_dictionary, save_transcoders, trace
 from saejax.attribution.local import dictionaries
 from saejax.attribution.local.contexts import ContextSearch
+from saejax.attribution.local.dictionaries import LayerTranscoders, open_transcoders
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.formats import place, tensors

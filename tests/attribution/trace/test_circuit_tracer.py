@@ -10,7 +10,7 @@ from reference_graphs import assert_same_graph
 
 from benchmarks.tool_environments import circuit_tracer_python
 from saejax import save_transcoders, trace
-from saejax.attribution.graph.nodes import TOKEN
+from saejax.attribution.graph.data import TOKEN
 from saejax.dictionaries.formats import circuit_tracer
 
 JUDGE = Path(__file__).parents[1] / "circuit_tracer_judge.py"

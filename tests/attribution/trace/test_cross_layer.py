@@ -11,9 +11,8 @@ from dense_reference import EditedModel, added, encode
 from made_graphs import FEATURES, IDS, altered, make_cross_layer
 from safetensors.numpy import save_file
 
-from saejax.attribution.local.dictionaries import FeatureOutputs
+from saejax.attribution.local.dictionaries import FeatureOutputs, open_transcoders
 from saejax.attribution.local.edits import Change, Circuit
-from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.formats import circuit_tracer

@@ -7,8 +7,8 @@ from graph_checks import double
 from made_graphs import IDS, make_cross_layer, make_transcoders
 from torch_sites import relative_error
 
-from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
-from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN
+from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 
 CASES = [  # family, kind, whether there is a skip path, what is read, whether the set is cross-layer

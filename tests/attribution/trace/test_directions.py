@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.attribution.local import sources
-from saejax.attribution.local.sources import fill_table, read_directions
+from saejax.attribution.local import rows
+from saejax.attribution.local.rows import fill_table, read_directions
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 
@@ -31,7 +31,7 @@ class Set:
 
 @pytest.mark.parametrize("cross_layer", [False, True])
 def test_what_features_write_comes_in_order_a_part_at_a_time(cross_layer, monkeypatch):
-    monkeypatch.setattr(sources, "READ_AT_ONCE", 6 * WIDTH)
+    monkeypatch.setattr(rows, "READ_AT_ONCE", 6 * WIDTH)
     made, features = Set(3, cross_layer), [np.arange(7), np.array([], np.int64), np.array([2, 5])]
     whole = [Set(3, cross_layer).writes(layer, own).reshape(-1, WIDTH) for layer, own in enumerate(features)]
     assert np.array_equal(np.concatenate(list(read_directions(made, features))), np.concatenate(whole))
@@ -45,7 +45,7 @@ def test_rows_are_in_their_place_and_devices_have_their_part(model, counts):
     rng = np.random.default_rng(0)
     first = [jnp.asarray(rng.normal(size=(count, WIDTH)), jnp.float32) for count in (5, 2)]
     parts = [rng.normal(size=(count, WIDTH)).astype(np.float32) for count in counts]
-    room = -(-sum(counts) // sources.CHUNK) * sources.CHUNK + sources.CHUNK
+    room = -(-sum(counts) // rows.CHUNK) * rows.CHUNK + rows.CHUNK
     table_UxD = fill_table(mesh, first, iter(parts), room)
     known = np.concatenate([*first, *parts])
     assert np.array_equal(table_UxD, np.pad(known, ((0, 7 + room - len(known)), (0, 0))))

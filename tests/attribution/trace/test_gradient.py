@@ -12,12 +12,11 @@ from torch_sites import MODULES, relative_error, run_torch
 
 from saejax import open_saes, save_dictionary, trace
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
+from saejax.attribution.graph.data import BIAS, FEATURE, LOGIT, TOKEN
 from saejax.attribution.local.edits import Change
-from saejax.attribution.trace import memory, prompt
+from saejax.attribution.trace import prompt
 from saejax.attribution.trace.gradient import SaeRun
-from saejax.attribution.trace.memory import Memory
-from saejax.attribution.trace.prompt import trace_prompt
+from saejax.attribution.trace.prompt import Memory, trace_prompt
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
@@ -305,11 +304,11 @@ def test_a_graph_that_does_not_fit_is_refused(llama, monkeypatch):
     """Before its rows are computed, and with the features of the prompt counted."""
     lm, saes = llama
     monkeypatch.setattr(prompt, "attribute_in_rounds", lambda *args: pytest.fail("rows are computed"))
-    monkeypatch.setattr(memory, "free_memory", lambda mesh: Memory(0, 100_000))
+    monkeypatch.setattr(prompt, "free_memory", lambda mesh: Memory(0, 100_000))
     with pytest.raises(UserError, match=r"the graph would take .* GiB, and 0\.0 GiB is free: shorten the prompt of 4"):
         trace(lm, open_saes(saes), IDS)
     run = SaeRun.of(lm, open_saes(saes), np.array(IDS, np.int32))
-    few, all_rows = (memory.estimate_gradient_memory(run, count, 3) for count in (1, len(run.active)))
+    few, all_rows = (prompt.estimate_gradient_memory(run, count, 3) for count in (1, len(run.active)))
     assert few.host < all_rows.host and few.device == all_rows.device > 0
 
 

@@ -15,8 +15,8 @@ from made_graphs import IDS, make_transcoders
 from saejax import trace
 from saejax.attribution.local.dictionaries import READ_AT_ONCE
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.trace import memory, prompt, row_store
-from saejax.attribution.trace.memory import GraphSize, Memory, certain_active, check_memory, estimate_memory
+from saejax.attribution.trace import prompt
+from saejax.attribution.trace.prompt import GraphSize, Memory, certain_active, check_memory, estimate_memory
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
 from saejax.parallel.mesh import AXES
@@ -45,7 +45,7 @@ def test_freed_memory_goes_back_to_the_system():
     left = pieces[::200]  # between which the C library keeps what is free
     pieces.clear()
     before = taken()
-    memory.return_freed()
+    prompt.return_freed()
     assert before - taken() > 0.8 * 40_000 * 4000 / os.sysconf("SC_PAGE_SIZE") and left
 
 
@@ -62,11 +62,11 @@ def test_the_largest_arrays_are_counted(large, one_device):
     need = estimate_memory(large, tokens, one_device)
     directions = 50 * 24 * (tokens - 1) * 2048 * 4
     assert directions < need.device < 2.5 * directions
-    columns = row_store._LEAST + 24 * (tokens + 2) + tokens
-    rows = (4096 + 10) * columns * 4 + row_store.WHOLE * 4  # the whole ones and what becomes of them
+    columns = prompt._LEAST + 24 * (tokens + 2) + tokens
+    rows = (4096 + 10) * columns * 4 + prompt.WHOLE * 4  # the whole ones and what becomes of them
     some = 4 * READ_AT_ONCE  # of the directions, as they come
     whole = 2 * 2048 * 160_000 * 4  # a transcoder that is read, which is more
-    assert rows + some + memory._PROGRAMS < need.host < 1.2 * max(rows + some, whole) + memory._PROGRAMS
+    assert rows + some + prompt._PROGRAMS < need.host < 1.2 * max(rows + some, whole) + prompt._PROGRAMS
     # Of a short prompt the encoders are the largest.
     encoders, acts = 2 * 2048 * 160_000 * 4, 3 * 8 * 160_000 * 4
     short = estimate_memory(dataclasses.replace(large, active=1), 8, one_device)
@@ -79,7 +79,7 @@ def test_the_largest_arrays_are_counted(large, one_device):
 
 def test_as_many_tokens_fit_as_memory_allows(large, one_device, monkeypatch):
     free = Memory(0, sum(estimate_memory(large, 700, one_device)))
-    monkeypatch.setattr(memory, "free_memory", lambda mesh: free)
+    monkeypatch.setattr(prompt, "free_memory", lambda mesh: free)
     with pytest.raises(UserError, match="^about [0-9]{3} tokens fit into .* and the prompt has 9,999 tokens") as error:
         check_memory(large, 9999, one_device)
     most = int(str(error.value).split()[1])
@@ -87,7 +87,7 @@ def test_as_many_tokens_fit_as_memory_allows(large, one_device, monkeypatch):
     assert estimate_memory(large, most, one_device).fits(free, one_device)
     assert not estimate_memory(large, most + 1, one_device).fits(free, one_device)
     check_memory(large, most, one_device)
-    monkeypatch.setattr(memory, "free_memory", lambda mesh: Memory(0, 0))
+    monkeypatch.setattr(prompt, "free_memory", lambda mesh: Memory(0, 0))
     with pytest.raises(UserError, match="^no prompt fits into the memory that is free, 0.0 GiB"):
         check_memory(large, 5, one_device)
 
@@ -107,7 +107,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_a_layer_is_run(tiny, one_d
     made = make_transcoders(tiny.config, "topk")
     assert certain_active(made[0].config) == 6 and certain_active(make_transcoders(tiny.config)[0].config) == 0
     free = Memory(0, sum(estimate_memory(GraphSize(tiny.config, made[0].config, 6.0), 30, one_device)))
-    monkeypatch.setattr(memory, "free_memory", lambda mesh: free)
+    monkeypatch.setattr(prompt, "free_memory", lambda mesh: free)
     monkeypatch.setattr(prompt, "LocalModel", lambda *arguments: pytest.fail("a layer was run"))
     with pytest.raises(UserError, match=r"^about 3\d tokens fit into .* has 60 tokens") as error:
         trace(tiny, made, [0] * 60)
@@ -121,7 +121,7 @@ def test_more_active_features_than_fit_are_refused_before_rows(tiny, one_device,
 
     def shrink(*arguments):
         ran.append(LocalModel(*arguments))
-        monkeypatch.setattr(memory, "free_memory", lambda mesh: Memory(0, memory._PROGRAMS + 100_000))
+        monkeypatch.setattr(prompt, "free_memory", lambda mesh: Memory(0, prompt._PROGRAMS + 100_000))
         return ran[0]
 
     monkeypatch.setattr(prompt, "LocalModel", shrink)

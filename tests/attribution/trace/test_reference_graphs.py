@@ -10,7 +10,7 @@ from torch_sites import relative_error
 
 from saejax import load_model, trace
 from saejax.attribution.forms.neuronpedia import INDEX, to_document, write_graph
-from saejax.attribution.graph.nodes import BIAS, FEATURE, FIRST_MLP
+from saejax.attribution.graph.data import BIAS, FEATURE, FIRST_MLP
 from saejax.attribution.graph.pruning import source_influence
 
 pytestmark = needs_graphs

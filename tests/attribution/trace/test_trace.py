@@ -14,12 +14,12 @@ from torch_sites import relative_error
 from saejax import trace
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import pruning
-from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
+from saejax.attribution.graph.data import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
 from saejax.attribution.local import rows, state
 from saejax.attribution.local.edits import Circuit
-from saejax.attribution.local.prompt_run import Active
 from saejax.attribution.local.readouts import Direction, Readouts
-from saejax.attribution.trace import prompt, row_store
+from saejax.attribution.local.state import Active
+from saejax.attribution.trace import prompt
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.errors import UserError
 from saejax.models.loading import load_model
@@ -121,15 +121,15 @@ def test_a_difference_is_of_tokens_that_their_texts_name_alone(tiny, made):
 
 def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
     options = dict(max_logits=4, max_features=40)
-    whole, narrowed, narrow = trace(tiny, made, IDS, **options), [], row_store.RowStore.narrow
+    whole, narrowed, narrow = trace(tiny, made, IDS, **options), [], prompt.RowStore.narrow
     for name, value in dict(_LEAST=60, _LEAST_ROWS=20, _SPARE=1, WHOLE=1000).items():
-        monkeypatch.setattr(row_store, name, value)
+        monkeypatch.setattr(prompt, name, value)
 
     def count(store, *args):
         narrowed.append(len(store.column_C))
         narrow(store, *args)
 
-    monkeypatch.setattr(row_store.RowStore, "narrow", count)
+    monkeypatch.setattr(prompt.RowStore, "narrow", count)
     graph = trace(tiny, made, IDS, **options)
     assert narrowed == [len(whole.nodes) - 44 + whole.settings["active_features"]]  # once, when all had a column
     assert np.array_equal(graph.nodes.index_N, whole.nodes.index_N)
