@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,16 @@ _ENVIRONMENT = dict(
 _EXCEEDED = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
 GPUS = {"a100-40": 40e9, "a100-80": 80e9, "h100": 80e9, "h200": 141e9, "b200": 180e9}  # bytes of memory
+# Options of the compiler of CPUs: machine code, which is never run here, is made with the least effort, in a sixth of
+# the time. The compiler's earlier work, which decides the memory, is the same but for the fusion of small operations:
+# in the demo's programs this changes a few kilobytes at most.
+_LEAST_EFFORT: dict[str, int | bool] = dict(
+    xla_backend_optimization_level=0,
+    xla_llvm_disable_expensive_passes=True,
+    xla_cpu_parallel_codegen_split_count=1,
+)
+if version("jaxlib").startswith("0.10."):  # later ones have no such option
+    _LEAST_EFFORT |= dict(xla_cpu_use_fusion_emitters=False)
 _USABLE = 0.9  # of a GPU's memory, which leaves room for its libraries and for what the allocator loses
 _NODES = re.compile(r"([\w-]+):(?:(\d+)x)?(\d+)")
 
@@ -153,7 +164,8 @@ def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
     """
     start, about = time.monotonic(), (program.name, program.size, program.flops, program.runs)
     try:
-        compiled = program.lower().compile()
+        options = _LEAST_EFFORT if _devices_of(program)[0].platform == "cpu" else None
+        compiled = program.lower().compile(options)
     except jax.errors.JaxRuntimeError as error:
         needed = _memory_from_error(error)
         if needed is None:
@@ -163,7 +175,7 @@ def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
         )
     memory = device_bytes(program, compiled)
     flops = float((compiled.cost_analysis() or {}).get("flops", 0.0))
-    seconds, devices = time.monotonic() - start, _devices_of(program)
+    seconds, devices = time.monotonic() - start, len(_devices_of(program))
     sends = sent_bytes(compiled.as_text(), devices, min(of_node, devices))
     return CompiledProgram(*about, memory, memory <= limit, flops, seconds, sends)
 
@@ -176,10 +188,11 @@ def device_bytes(program: Program, compiled: jax.stages.Compiled) -> int:
     return memory + stated.output_size_in_bytes + stated.temp_size_in_bytes - stated.alias_size_in_bytes
 
 
-def _devices_of(program: Program) -> int:
-    """Return the number of devices that a program runs on."""
+def _devices_of(program: Program) -> list[jax.Device]:
+    """Return the devices that a program runs on."""
     placed = [leaf.sharding for leaf in jax.tree.leaves(program.arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
-    return max(len(where.device_set) for where in placed if where is not None)  # None: left to the compiler
+    # None: left to the compiler.
+    return max(([*where.device_set] for where in placed if where is not None), key=len)
 
 
 def _devices(name: str) -> Sequence[jax.Device]:

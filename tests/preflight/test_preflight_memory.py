@@ -31,6 +31,19 @@ def test_memory_of_a_training_step_is_the_state_and_its_temporaries(lm, data, mo
     assert state < topology.compile_for(program, 2**30, 8).memory < 3 * state
 
 
+def test_the_least_effort_of_the_compiler_changes_no_memory(lm, monkeypatch):
+    plan = plan_run(lm.config, "resid_post.1", axes(2, 4), train__batch=64)
+    program = next(program for program in train_programs(plan, plan.mesh) if "topk" in program.name)
+    full = dict(xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False)
+    if "xla_cpu_use_fusion_emitters" in topology._LEAST_EFFORT:
+        full |= dict(xla_cpu_use_fusion_emitters=True)
+    memory = topology.device_bytes(program, program.lower().compile(full))
+    compiler, asked = jax.stages.Lowered.compile, []
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, how: asked.append(how) or compiler(self, how))
+    assert topology.compile_for(program, 2**30, 8).memory == pytest.approx(memory, rel=1e-3)
+    assert asked == [topology._LEAST_EFFORT] and asked[0]["xla_backend_optimization_level"] == 0
+
+
 def test_disk_host_memory_and_resident_rows():
     changes = dict(capture__store_dtype="float32", train__kinds=("topk",), train__batch=1000, train__buffer_rows=600)
     plan, spread = (
