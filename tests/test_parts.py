@@ -41,7 +41,7 @@ def test_parts_that_are_left_take_as_long_as_this_one(seconds_to_go):
     assert seconds_to_go([(1, 10, 20), (2, 20, 20), (11, 10, 80)]) == [35]
 
 
-@pytest.mark.parametrize("name", ["started", "claim", "done", "stack"])
+@pytest.mark.parametrize("name", ["started", "claim", "done", "stack", "removed"])
 def test_a_part_of_any_name_is_no_file_of_the_unit(tmp_path, name):
     """A prompt may begin with "Done", and so may be called."""
     run = SimpleNamespace(folder=tmp_path)

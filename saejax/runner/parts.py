@@ -17,7 +17,7 @@ from saejax.files import read_json, write_json
 from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
 from saejax.progress import OnProgress
 from saejax.results import from_json, to_json
-from saejax.runner.workspace import CLAIM, STACK, STARTED, SUMMARY, Run
+from saejax.runner.workspace import CLAIM, STACK, STARTED, SUMMARY, Run, Workspace
 
 _SAY_EVERY = 5.0  # seconds
 
@@ -35,7 +35,7 @@ Measure = Callable[[str, OnProgress], Measured]  # of the part of this name
 def part_file(run: Run, part: str, ending: str = ".json") -> Path:
     """Return the file of a part's results, or with another ending of what belongs to them."""
     # A prompt, a label or a behaviour may be called "done", as a file of every unit is.
-    taken = f"{part}{ending}" in (STARTED, CLAIM, SUMMARY, STACK)
+    taken = f"{part}{ending}" in (STARTED, CLAIM, SUMMARY, STACK, Workspace.REMOVED)
     return run.folder / f"{part}{'-part' if taken else ''}{ending}"
 
 

@@ -31,7 +31,7 @@ from saejax.serving.session import ModelSession
 from saejax.serving.store import GraphStore
 from saejax.stages.attribute import run as stage
 from saejax.stages.attribute.outputs import read_lens
-from saejax.stages.attribute.requests import Request, read_given_labels, read_requests, unit_name
+from saejax.stages.attribute.requests import _TAKEN, Request, read_given_labels, read_requests, unit_name
 from saejax.stages.attribute.traces import trace_key
 from saejax.tasks.corpora import read_corpus
 from saejax.tasks.settings import CorpusConfig
@@ -254,6 +254,7 @@ def test_all_prompts_and_labels_are_looked_at_before_one_is_traced(flags, tmp_pa
         ('{"prompt": "a"}\n{"prompt": ""}', "line 2: the prompt is empty"),
         ('{"token_ids": []}', "line 1: the prompt is empty"),
         ('{"prompt": "a", "slug": "searched"}', "cannot name a graph"),
+        ('{"prompt": "a", "slug": "graph-metadata"}', "cannot name a graph"),
         ("{", "is not JSON"),
         ('{"prompt": "a", "targets": [["b"]]}', "prompt and targets are texts"),
         ('{"prompt": "a", "targets": [["b", 1]]}', "prompt and targets are texts"),
@@ -325,7 +326,7 @@ def test_targets_are_texts_as_they_are_written_and_pairs_are_differences(tmp_pat
     [
         ("The capital of the country with the longest coast", "The capital of the country with the longest river"),
         ("the 法国", "the 德国"), ("2 + 2", "2 - 2"), ("The war", "the war"), ("a b", "a  b"), ("a-b", "a b"),
-        ("a\n", "a"), ("summary", "summary graph"), ("summary!", "summary"),
+        ("a\n", "a"), ("summary", "summary graph"), ("summary!", "summary"), ("graph metadata", "graph-metadata"),
     ],
 )  # fmt: skip
 def test_prompts_that_differ_have_folders_of_their_own(texts, tmp_path):
@@ -334,6 +335,19 @@ def test_prompts_that_differ_have_folders_of_their_own(texts, tmp_path):
     assert unit_name(GraphConfig(prompt="the capital of france is", transcoders="set")) == "the-capital-of-france-is"
     (tmp_path / "ids.jsonl").write_text('{"token_ids": [5, 17]}\n{"prompt": "5 17"}\n{"prompt": "5-17"}')
     assert len({request.slug for request in read_requests(GraphConfig(prompts=str(tmp_path / "ids.jsonl")))}) == 3
+
+
+def test_files_of_prompts_that_differ_have_folders_of_their_own():
+    files = ["demo", "demo.v1", "demo.v2", "数据 1", "数学 1", "features", "a_b", "a-b", f"{'x' * 60}1", f"{'x' * 60}2"]
+    names = [unit_name(GraphConfig(prompts=f"texts/{file}.jsonl", transcoders="set")) for file in files]
+    assert len({*names, *_TAKEN}) == len(files) + len(_TAKEN)
+    assert all(name.isascii() and len(name) < 60 for name in names)
+    assert (names[0], names[1], names[6]) == ("demo", "demo.v1", "a_b")
+
+
+def test_a_prompt_that_is_called_as_a_file_of_every_folder_has_another_name():
+    """Viewers list the graphs of a folder in ``graph-metadata.json``: to be refused after the trace would be late."""
+    assert unit_name(GraphConfig(prompt="graph metadata", transcoders="set")).startswith("graph-metadata-")
 
 
 def test_of_an_answer_the_first_token_is_explained(lm):

@@ -60,7 +60,7 @@ class ContextSearch:
           UserError: an activation is not finite.
         """
         # Of each feature its peaks: activation, ids of the tokens around it, and their activations.
-        peaks: dict[tuple[int, int], list[tuple[float, list[int], list[float]]]] = {feature: [] for feature in features}
+        peaks: dict[tuple[int, int], list[tuple[float, tuple[int, ...], list[float]]]] = {each: [] for each in features}
         if not peaks:
             return {}
         acts: dict[tuple[int, int], list[np.ndarray]] = {feature: [] for feature in features}
@@ -86,19 +86,20 @@ class ContextSearch:
                     )
                 for feature, value_RxT in zip(wanted, np.moveaxis(value_RxTxU, 2, 0), strict=True):
                     acts[layer, feature].append(value_RxT[value_RxT > 0])
-                peak_RxU = value_RxTxU.max(axis=1)
+                peak_RxU, at_RxU = value_RxTxU.max(axis=1), value_RxTxU.argmax(axis=1)
                 for row_U in np.argsort(-peak_RxU, axis=0, kind="stable")[:_CONTEXTS]:
                     for unit in np.flatnonzero(np.take_along_axis(peak_RxU, row_U[None], axis=0)[0]).tolist():
-                        tokens = run.ids[row_U[unit]]
-                        value_P = value_RxTxU[row_U[unit], : len(tokens), unit]
-                        peak = int(value_P.argmax())
-                        near = slice(max(peak - _BEFORE, 0), peak + _AFTER + 1)
-                        peaks[layer, wanted[unit]].append((float(value_P[peak]), tokens[near], value_P[near].tolist()))
+                        row, peak = row_U[unit], int(at_RxU[row_U[unit], unit])
+                        near = slice(max(peak - _BEFORE, 0), min(peak + _AFTER + 1, len(run.ids[row])))
+                        values = value_RxTxU[row, near, unit].tolist()
+                        peaks[layer, wanted[unit]].append((values[peak - near.start], run.ids[row][near], values))
         as_piece = functools.cache(token_piece(model.tokenizer))
+        # Many features fire most strongly at the same token.
+        join = functools.cache(lambda tokens: join_pieces(list(map(as_piece, tokens))))
         strongest = {feature: sorted(some, key=lambda peak: -peak[0])[:_CONTEXTS] for feature, some in peaks.items()}
         return {
             feature: Firings(
-                tuple(_context(list(map(as_piece, tokens)), values) for _, tokens, values in some),
+                tuple(_context(*join(tokens), values) for _, tokens, values in some),
                 _bars(np.concatenate([np.zeros(0, np.float32), *acts[feature]])),
             )
             for feature, some in strongest.items()
@@ -112,9 +113,8 @@ def _bars(value_A: np.ndarray) -> tuple[tuple[float, float], ...]:
     return tuple(zip(((edges[1:] + edges[:-1]) / 2).tolist(), counts.tolist(), strict=True))
 
 
-def _context(pieces: Sequence[str], values: Sequence[float]) -> Context:
-    tokens, firsts = join_pieces(pieces)
-    return dict(tokens=tokens, activations=np.maximum.reduceat(values, firsts).tolist())
+def _context(tokens: Sequence[str], firsts: Sequence[int], values: Sequence[float]) -> Context:
+    return dict(tokens=list(tokens), activations=np.maximum.reduceat(values, firsts).tolist())
 
 
 class _TextRun:
@@ -127,7 +127,7 @@ class _TextRun:
 
     def __init__(self, model: LanguageModel, reads: str, texts: Sequence[str]):
         most = min(_TOKENS, model.config.context)
-        self.ids = [model.encode(text)[:most] for text in texts]
+        self.ids = [tuple(model.encode(text)[:most]) for text in texts]
         ids_RxT = np.zeros((len(texts), padded(max(map(len, self.ids)))), np.int32)
         self.is_used_RxT = np.zeros(ids_RxT.shape, bool)
         for row, ids in enumerate(self.ids):

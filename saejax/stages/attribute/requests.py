@@ -23,7 +23,7 @@ from saejax.unicode import replace_surrogates
 _EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
 _KEYS = ("slug", "prompt", "token_ids", "targets")
 _LONGEST = 40  # characters of a name that is made of a prompt
-_TAKEN = ("graphs", "tables", "features", "searched", "lens")  # files and folders of a unit
+_TAKEN = ("graphs", "tables", "features", "searched", "lens", "graph-metadata")  # files and folders of a unit
 _GROUPS = '{"paris": [["cities", "3_17_4", "5_208_4"]]}, or a state that the page saved'
 
 TargetText = str | int | tuple[str | int, str | int]
@@ -69,9 +69,8 @@ def unit_name(config: GraphConfig) -> str:
     if config.slug:
         return _checked_slug(config.slug, "--graph.slug")
     if config.prompts:
-        name = Path(config.prompts).name.split(".")[0]
-        words = _words(name) or f"graph-{fingerprint(name)}"
-        return f"{words}-graph" if words in _TAKEN else words
+        name = Path(config.prompts).name.removesuffix(".jsonl")
+        return name if _is_slug(name) and len(name) <= _LONGEST else _add_fingerprint(name)
     if config.behaviours:
         return "behaviours"
     return _slug_of(config.prompt)
@@ -246,9 +245,12 @@ def _slug_of(text: str) -> str:
     It is the text's words where these tell all of it; otherwise their beginning and a fingerprint of the text.
     """
     words = _words(text)
-    if words.replace("-", " ") == text and words not in _TAKEN:
-        return words
-    return f"{words or 'graph'}-{fingerprint(text)[:8]}"
+    return words if words.replace("-", " ") == text and words not in _TAKEN else _add_fingerprint(text)
+
+
+def _add_fingerprint(text: str) -> str:
+    """Return the beginning of a text's words, with a fingerprint of all of it."""
+    return f"{_words(text) or 'graph'}-{fingerprint(text)[:8]}"
 
 
 def _words(text: str) -> str:
@@ -256,8 +258,13 @@ def _words(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:_LONGEST].strip("-")
 
 
+def _is_slug(slug: str) -> bool:
+    """Return whether a text can be the name of a graph and of its files."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) is not None and slug not in _TAKEN
+
+
 def _checked_slug(slug: Any, where: str) -> str:
-    if not isinstance(slug, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) or slug in _TAKEN:
+    if not isinstance(slug, str) or not _is_slug(slug):
         raise UserError(f"{where}: {slug!r} cannot name a graph: use the letters a to z, digits, '.', '_' and '-'")
     return slug
 

@@ -1,6 +1,8 @@
 """How the page looks: for every reader, on every screen, whatever the graph freeze_modes."""
 
+import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -166,6 +168,34 @@ def test_nothing_moves_for_who_does_not_want_it_and_nobody_is_asked_for_anything
     assert opened.js(f"{moving}.length") == 0
     opened.view(1440, 900, still=False)
     assert opened.js(f"{moving}.length") == 1
+
+
+def test_names_of_pinned_nodes_do_not_cover_each_other(opened, document):
+    """The selected node has its name, whatever is pinned beside it."""
+    features = [node for node in document["nodes"] if node["feature_type"] == FEATURE]
+    count = Counter((node["layer"], node["ctx_idx"]) for node in features)
+    cell = max(count, key=count.get)
+    ids = [node["node_id"] for node in features if (node["layer"], node["ctx_idx"]) == cell]
+    assert len(ids) > 2
+    for node_id in ids:
+        click_node(opened, node_id, modifiers=8)
+    click_node(opened, ids[1])
+    opened.js(
+        """(() => {
+          const draw = CanvasRenderingContext2D.prototype.strokeText;
+          window.written = [];
+          CanvasRenderingContext2D.prototype.strokeText = function (text, x, y) {
+            const wide = this.measureText(text).width;
+            written.push([text, this.textAlign === 'right' ? x - wide : x, wide, y]);
+            draw.call(this, text, x, y);
+          };
+          attributionGraph.redraw();
+        })()"""
+    )
+    written = opened.js("written")
+    assert place_of(opened, ids[1])["label"] in [name for name, *_ in written]
+    for (_, x, wide, y), (_, left, _, top) in itertools.permutations(written, 2):
+        assert abs(top - y) >= 11 or not x <= left < x + wide
 
 
 def test_nodes_do_not_cover_each_other(opened, document):

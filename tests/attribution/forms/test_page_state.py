@@ -126,9 +126,16 @@ def test_sums_of_pins_are_shares_of_their_targets_input(show_page):
     )
 
 
-def test_scores_of_the_pinned_features_are_those_of_python(browser, tmp_path):
-    """Errors and tokens among the pins change nothing; of the pruned graph, errors of some features are gone."""
-    graph = up(make_graph(features=60, layers=5)).prune(0.7, 0.9)
+@pytest.mark.parametrize("probability", [None, 0])
+def test_scores_of_the_pinned_features_are_those_of_python(browser, tmp_path, probability):
+    """Errors and tokens among the pins change nothing; of the pruned graph, errors of some features are gone.
+
+    Outputs whose probability is 0 in fp32 count alike.
+    """
+    graph = up(make_graph(features=60, layers=5))
+    if probability is not None:
+        graph.nodes.value_N[graph.slice_of("logit")] = probability
+    graph = graph.prune(0.7, 0.9)
     graph.save_page(tmp_path / "page.html")
     features = graph.ids[: graph.count("feature")]
     browser.view(1440, 900, still=True)

@@ -108,8 +108,7 @@ class Picture {
     }
     context.globalAlpha = 1;
     const names = []; // their boxes
-    for (const i of new Set([...pinned, focus])) this.drawName(context, i, names);
-    for (const i of this.namedNodes()) this.drawName(context, i, names, true);
+    for (const i of new Set([focus, ...pinned, ...this.namedNodes()])) this.drawName(context, i, names);
     for (const box of layout.pills.boxes) this.drawPill(context, box, look, touched);
     context.restore();
     paintGutters(context, graph, layout, scroll, this.ink);
@@ -160,8 +159,8 @@ class Picture {
     return shown.filter((i) => graph.named[i]).sort((a, b) => graph.share[a] - graph.share[b]); // most influential first
   }
 
-  /** Names a node; ``ifFree``: only where no other name is. Tokens and outputs have their names already. */
-  drawName(context, i, names, ifFree = false) {
+  /** Names a node where no other name is. Tokens and outputs have their names already. */
+  drawName(context, i, names) {
     const { graph, layout } = this;
     if (i < 0 || !this.visible.node[i] || graph.kind[i] === LOGIT || graph.kind[i] === TOKEN) return;
     const name = clip(graph.labels[i], 26);
@@ -171,7 +170,7 @@ class Picture {
     const left = layout.x[i] + (toLeft ? -away - width : away);
     const box = { left, right: left + width, y: layout.y[i] };
     const meets = (other) => Math.abs(other.y - box.y) < 12 && other.left < box.right && box.left < other.right;
-    if (names.some(meets) && ifFree) return;
+    if (names.some(meets)) return;
     names.push(box);
     paintName(context, name, layout.x[i] + (toLeft ? -away : away), layout.y[i], toLeft, this.ink);
   }

@@ -61,6 +61,8 @@ function readGraph(doc, labels, edges) {
     row[i] = kind[i] === TOKEN ? 0 : kind[i] === LOGIT ? layers + 1 : layerOf(node) + 1;
   });
   const chance = Float64Array.from(doc.nodes, (node, i) => (kind[i] === LOGIT ? (node.token_prob ?? 0) : 0));
+  // So improbable that all are 0: they count alike, as in Python.
+  if (!chance.some((p) => p > 0)) kind.forEach((of, i) => (chance[i] = of === LOGIT ? 1 : 0));
   const graph = {
     n,
     chance,

@@ -106,8 +106,8 @@ function makePanel(graph, { details: known, source }, app) {
     });
     const outputs = all.filter((i) => graph.kind[i] === LOGIT);
     const nameless = ranked.filter((i) => !graph.named[i]);
-    const words = `${count(nameless.length)} of ${count(ranked.length)} nodes of features have no name: no file that was read ` +
-      "describes the feature, and it fires in no text that was searched.";
+    const words = `${count(nameless.length)} of ${count(ranked.length)} nodes of features have no name: the feature has no ` +
+      "label, and no text in which it fires is known.";
     return [
       element("h2", {}, "Where to start"),
       element("p", {}, START),
