@@ -1,5 +1,6 @@
 """The notebook of graphs runs as it stands, and what a graph writes and shows by itself."""
 
+import dataclasses
 import json
 import re
 import webbrowser
@@ -11,6 +12,7 @@ from made_graphs import make_graph
 
 import saejax
 from saejax.errors import UserError
+from saejax.page.graph import figure
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -61,6 +63,14 @@ def test_figures_have_the_most_influential_nodes(tmp_path):
         with pytest.raises(UserError, match=said):
             graph.save_figure(**dict(path=tmp_path / "a.pdf") | wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.svg", "few.svg", "many.SVG"]
+
+
+def test_a_figure_has_probabilities_of_tokens_alone():
+    graph = make_graph()
+    difference = dataclasses.replace(graph, settings=dict(targets=[[11, -1], [12, -1]])).difference(" c", "d")
+    both, one = (figure.draw_graph(each.prune(1.0, 1.0), {}) for each in (graph, difference))
+    assert {"␣c 0.60", "d 0.30"} <= {text.get_text() for text in both.axes[0].texts}
+    assert "' c' - 'd'" in {text.get_text() for text in one.axes[0].texts}
 
 
 def test_what_is_written_of_a_graph(tmp_path):

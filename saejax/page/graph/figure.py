@@ -92,7 +92,9 @@ def draw_graph(graph: GraphData, labels: Mapping[tuple[int, int], str], nodes: i
         for node in here.tolist():
             name = ""
             if kind == LOGIT:
-                name = f"{visible_token(graph.labels[node - first])} {table.value_N[node]:.2f}"
+                label, is_token = graph.labels[node - first], table.index_N[node] >= 0
+                # A difference of logits and a direction have no probability.
+                name = visible_token(label, in_line=not is_token) + (f" {table.value_N[node]:.2f}" if is_token else "")
             elif kind == FEATURE:
                 feature = int(table.layer_N[node]), int(table.index_N[node])
                 name = labels.get(feature) or str(feature[1])
