@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,9 +96,10 @@ def ablate(
     features: Sequence[int] | None = None,
     documents: Sequence[str] = (),
     repeats: Mapping[str, Dictionary] | None = None,
-    readout: Callable[[jax.Array], jax.Array] | None = None,
+    readout: Callable[[Any], jax.Array] | None = None,
     readout_positions: int = 1,
-    placebo_readouts: Sequence[Callable[[jax.Array], jax.Array]] = (),
+    readout_layers: Sequence[int] = (),
+    placebo_readouts: Sequence[Callable[[Any], jax.Array]] = (),
     **settings: Any,
 ) -> Ablation:
     """Ablate features on the prompts of one or more behaviours, with controls, and draw the verdict.
@@ -122,6 +124,10 @@ def ablate(
         question 6 takes 0 for nothing.
       readout_positions: number C of last positions of each prompt whose logits the readout takes, ``[B, C, V]``; 1:
         those at the last one, ``[B, V]``.
+      readout_layers: layers whose attention patterns the readout reads. It then takes an ``output`` in place of the
+        logits, with ``output.logits`` and ``output.attention(layer, head, query, key)``, the share ``[B]`` of a head's
+        attention from one token to another; the query is one of the last C tokens, counted from the end, -1, and the
+        key is counted from the first token, 0, or from the end.
       placebo_readouts: functions like ``readout`` that ask for something else, 19 or more for a single behaviour.
       **settings: fields of ``saejax.interventions.settings.AblateConfig``, such as top=10, random_sets=99 and
         replacement="mean".
@@ -137,7 +143,7 @@ def ablate(
     """
     by_behaviour = _group(prompts)
     check_prompts(by_behaviour)
-    readouts = _readouts(readout, readout_positions, placebo_readouts)
+    readouts = _readouts(readout, readout_positions, readout_layers, placebo_readouts)
     dictionaries = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
     if not dictionaries:
         raise UserError("there is no dictionary: give one, or SAEs of several sites")
@@ -287,22 +293,27 @@ def probe(
 
 
 def _readouts(
-    readout: Callable[[jax.Array], jax.Array] | None,
+    readout: Callable[[Any], jax.Array] | None,
     positions: int,
-    placebos: Sequence[Callable[[jax.Array], jax.Array]],
+    layers: Sequence[int],
+    placebos: Sequence[Callable[[Any], jax.Array]],
 ) -> dict[str, Readout | None]:
     """Return the user's readouts as fields of an ablation; raise a ``UserError`` if they cannot be used."""
     if readout is None:
-        if placebos or positions != 1:
-            raise UserError("placebo_readouts and readout_positions go with a readout: give one")
+        if placebos or positions != 1 or layers:
+            raise UserError("placebo_readouts, readout_positions and readout_layers go with a readout: give one")
         return {}
     for function in (readout, *placebos):
         if not callable(function):
             raise UserError(f"a readout is {function!r:.60}: expected a function of the logits")
     if positions < 1:
         raise UserError(f"readout_positions is {positions}: expected 1 or more")
-    placebo_readout = Readout(tuple(placebos), positions) if placebos else None
-    return dict(readout=Readout((readout,), positions), placebo_readout=placebo_readout)
+    try:
+        rising = tuple(sorted({operator.index(layer) for layer in layers}))
+    except TypeError:
+        raise UserError(f"readout_layers is {layers!r:.60}: expected layers, such as [20]") from None
+    placebo_readout = Readout(tuple(placebos), positions, rising) if placebos else None
+    return dict(readout=Readout((readout,), positions, rising), placebo_readout=placebo_readout)
 
 
 def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:

@@ -360,10 +360,8 @@ def run_rows(
     edited_SxNxD = edit_value(value_SxNxD, fall_SxNxK, clean.W_dec_KxD, tree.per_token(fraction_SxRxK), addend_SxNxK)
     by_shard = row_sharding(point.mesh, edited_SxNxD.shape)
     stream, edited_SxNxD = jax.lax.with_sharding_constraint((stream, edited_SxNxD), by_shard)
-    x = point.run_shared_suffix(params, clean.past, tree, stream, edited_SxNxD)
-    # Last tokens are picked before the unembedding, the logits of all others are not needed.
-    last = jnp.take_along_axis(x, end_SxC[..., None], axis=1).reshape(-1, point.positions, x.shape[-1])
-    last = last if point.positions > 1 else last[:, 0]
+    ends = point.run_shared_ends(params, clean.past, tree, stream, edited_SxNxD, end_SxC)
+    last_X = jnp.take_along_axis(tree.position_SxN, end_SxC, axis=1).reshape(-1, point.positions)[:, -1]
     logp_XxV = None if clean.logp_BxV is None else clean.logp_BxV[tree.prompt_SxR.reshape(-1)]
-    values_XxM = point.readouts(params, last, answers_SxRx2.reshape(-1, 2), logp_XxV)
+    values_XxM = point.readouts(params, ends, last_X, answers_SxRx2.reshape(-1, 2), logp_XxV)
     return jax.lax.with_sharding_constraint(values_XxM.reshape(*tree.prompt_SxR.shape, -1), sharding(point.mesh))

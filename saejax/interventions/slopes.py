@@ -41,7 +41,7 @@ from saejax.interventions.split_model import (
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.models.split import SplitPoint
+from saejax.models.split import Ends, SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row, sharding
 from saejax.progress import OnProgress, show_progress, silent
@@ -332,27 +332,27 @@ def target_slopes(point: SplitPoint, params: decoder.Params, rows: SiteRows, tar
       targets_CxBx2: token ids; of several readouts of the user the number of one, in the first column.
     """
 
-    def end(value_BxTxD: jax.Array) -> jax.Array:
-        return point.ends(point.run_suffix(params, rows.stream_BxTxX, value_BxTxD), rows.last_B)
+    def run(value_BxTxD: jax.Array) -> Ends:
+        return point.run_ends(params, rows.stream_BxTxX, value_BxTxD, rows.last_B)
 
     # One forward pass for all targets; only the pullback is mapped over them.
-    last_Bx, pullback = jax.vjp(end, rows.value_BxTxD)
+    ends, pullback = jax.vjp(run, rows.value_BxTxD)
 
-    def difference(last_Bx: jax.Array, target_Bx2: jax.Array, measured: SplitPoint = point) -> jax.Array:
+    def difference(ends: Ends, target_Bx2: jax.Array, measured: SplitPoint = point) -> jax.Array:
         # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        return measured.readouts(params, last_Bx, target_Bx2)[:, 0].sum()
+        return measured.readouts(params, ends, rows.last_B, target_Bx2)[:, 0].sum()
 
     if point.readout and len(point.readout.functions) > 1:
         alone = [dataclasses.replace(point.readout, functions=(function,)) for function in point.readout.functions]
         points = [dataclasses.replace(point, readout=readout) for readout in alone]
         branches = [functools.partial(jax.grad(difference), measured=each) for each in points]
         # One function at a time: together they would take as many times the logits of the whole vocabulary.
-        end_slope_CxBx = jax.lax.map(
-            lambda target_Bx2: jax.lax.switch(target_Bx2[0, 0], branches, last_Bx, target_Bx2), targets_CxBx2
+        end_slopes = jax.lax.map(
+            lambda target_Bx2: jax.lax.switch(target_Bx2[0, 0], branches, ends, target_Bx2), targets_CxBx2
         )
     else:
-        end_slope_CxBx = jax.vmap(jax.grad(difference), in_axes=(None, 0))(last_Bx, targets_CxBx2)
-    slope_CxBxTxD = jax.vmap(lambda cotangent_Bx: pullback(cotangent_Bx)[0])(end_slope_CxBx)
+        end_slopes = jax.vmap(jax.grad(difference), in_axes=(None, 0))(ends, targets_CxBx2)
+    slope_CxBxTxD = jax.vmap(lambda cotangent: pullback(cotangent)[0])(end_slopes)
     return jax.lax.with_sharding_constraint(slope_CxBxTxD, sharding(point.mesh))
 
 

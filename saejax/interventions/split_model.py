@@ -116,6 +116,7 @@ class SplitModel:
         dictionary = rescale.to_output_units(dictionary)
         later = dictionary.later_sites if isinstance(dictionary, SeveralSites) else ()
         self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules, readout, later)
+        self.point.check_readout()
         self.params = model.params
         self.dictionary = dictionary.on_mesh(model.mesh)
         self._model, self._positions, self.error = model, positions, error
@@ -449,7 +450,10 @@ def active_features(dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: j
 def not_finite(point: SplitPoint, where: str) -> str:
     """Return what to say where what is measured, or its gradient, is not finite."""
     if point.readout is not None:
-        return f"the readout, or its gradient, is not finite {where}: it has to be finite for all logits that it gets"
+        return (
+            f"the readout, or its gradient, is not finite {where}: it has to be finite for all logits that it gets, "
+            "and every prompt must have the tokens whose attention it reads"
+        )
     return (
         f"the logit difference, or its gradient, is not finite {where}: the model or the dictionary holds NaN or "
         "overflows; try --model.dtype=float32, or train the dictionary again"

@@ -90,8 +90,8 @@ def _run_kept(
     means_BxTxD = clean_BxTxD - matmul(fall_BxTxF, W_dec_FxD)  # all features at their means
 
     def measure(value_BxTxD: jax.Array) -> jax.Array:
-        x = point.run_suffix(params, rows.stream_BxTxX, value_BxTxD.astype(rows.value_BxTxD.dtype))
-        return point.logit_difference(params, x, rows.last_B, rows.answers_Bx2)
+        ends = point.run_ends(params, rows.stream_BxTxX, value_BxTxD.astype(rows.value_BxTxD.dtype), rows.last_B)
+        return point.readouts(params, ends, rows.last_B, rows.answers_Bx2)[:, 0]
 
     def keep(chosen: tuple[jax.Array, jax.Array]) -> jax.Array:
         members_K, weight_K = chosen

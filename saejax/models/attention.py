@@ -138,6 +138,7 @@ AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array, AttentionTables],
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # an attention function with its tables bound
 Layer: TypeAlias = int | jax.Array  # a layer's number, which may be an array
 QKV = tuple[jax.Array, jax.Array, jax.Array]
+PatternInputs = tuple[jax.Array, jax.Array, AttentionTables]  # queries, keys and tables of ``attention_weights``
 
 
 class AttentionSpec(NamedTuple):
@@ -149,6 +150,9 @@ class AttentionSpec(NamedTuple):
     #: the next layer.
     function: Callable[[Attend, Layer, QKV, Any], tuple[jax.Array, Any]] | None = None
     carried: Any = ()  #: a pytree, the first layer's input
+    #: None: patterns that are collected are of all tokens. Otherwise called with the layer's number, queries, keys and
+    #: the layer's tables; returns those queries, keys and tables whose pattern is collected.
+    pattern_inputs: Callable[[Layer, jax.Array, jax.Array, AttentionTables], PatternInputs] | None = None
 
 
 def attention(

@@ -193,9 +193,10 @@ def run_layers(
             nonlocal carried
             collected.update({name: array for name, array in ((KEYS, k), (VALUES, v)) if name in collect})
             if PATTERN in collect:  # computed by itself: a fused kernel and blocks of queries never hold all of it
-                pattern_xNxGxTxT = attention_weights(config, rules, q, k, tables)
-                shape = *q.shape[:-3], config.n_heads, *pattern_xNxGxTxT.shape[-2:]
-                collected[PATTERN] = pattern_xNxGxTxT.reshape(shape)
+                inputs = (q, k, tables) if spec.pattern_inputs is None else spec.pattern_inputs(layer, q, k, tables)
+                pattern_xNxGxTxS = attention_weights(config, rules, *inputs)
+                shape = *pattern_xNxGxTxS.shape[:-4], config.n_heads, *pattern_xNxGxTxS.shape[-2:]
+                collected[PATTERN] = pattern_xNxGxTxS.reshape(shape)
             if kernel is not None:
                 return attend_fused(kernel, config, mesh, (q, k, v), spec.tables, layer)
             plain = functools.partial(attend, config, rules, tables=tables)

@@ -11,8 +11,8 @@ for.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,20 @@ from jax.sharding import Mesh
 
 from saejax.errors import UserError
 from saejax.models import decoder, torch_bridge
-from saejax.models.attention import QKV, Attend, AttentionSpec, Layer, TablesByLayer, tables_by_layer
+from saejax.models.attention import (
+    QKV,
+    Attend,
+    AttentionSpec,
+    AttentionTables,
+    Layer,
+    PatternInputs,
+    TablesByLayer,
+    tables_by_layer,
+)
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
 from saejax.models.decoder import KEYS, VALUES, LayersOutput, run_layers
 from saejax.models.layers import Hook, Taps
-from saejax.models.sites import INNER_KINDS, Site
+from saejax.models.sites import INNER_KINDS, PATTERN, Site
 
 
 class PrefixKV(NamedTuple):
@@ -75,25 +84,54 @@ class SharedPrefixBatch(NamedTuple):
         """Return the position of each token."""
         return self.per_token(self.first_SxR) + self.column_SxN
 
-    def attention(self, config: DecoderConfig, prefix: PrefixKV, first_layer: int) -> AttentionSpec:
+    def attention(
+        self, config: DecoderConfig, prefix: PrefixKV, first_layer: int, end_SxRxC: jax.Array
+    ) -> AttentionSpec:
         """Return how tokens attend to the earlier ones of their rows and to the clean prompt before these.
 
         Everything but attention computes each token once, however many rows share it. The result equals full runs of
-        the rows in which nothing before their first tokens is changed. ``prefix`` is of the layers from ``first_layer``
-        on.
+        the rows in which nothing before their first tokens is changed.
+
+        Args:
+          config: the decoder.
+          prefix: keys and values of the clean prompts, in the layers from ``first_layer`` on.
+          first_layer: the first layer that is run.
+          end_SxRxC: index among its shard's tokens of each row's last ones, whose attention patterns are collected.
         """
+
+        def row_keys(layer: Layer, clean: jax.Array, edited: jax.Array) -> jax.Array:
+            """Return keys or values of each row: of the clean prompt, then of the row's tokens."""
+            of_layer = lax.dynamic_index_in_dim(clean, layer - first_layer, keepdims=False)
+            of_rows = jax.vmap(lambda part, token: part[token])(edited, self.token_index_SxRxT)
+            return jnp.concatenate([of_layer[self.prompt_SxR], of_rows], axis=2)
 
         def function(attend: Attend, layer: Layer, qkv: QKV, carried: tuple[()]) -> tuple[jax.Array, tuple[()]]:
             """Attend to the clean prompt before a row and to the row's own tokens."""
-            k_clean, v_clean = (lax.dynamic_index_in_dim(kv, layer - first_layer, keepdims=False) for kv in prefix)
-            q, k, v = (jax.vmap(lambda part, token: part[token])(part, self.token_index_SxRxT) for part in qkv)
-            k = jnp.concatenate([k_clean[self.prompt_SxR], k], axis=2)
-            v = jnp.concatenate([v_clean[self.prompt_SxR], v], axis=2)
+            q = jax.vmap(lambda part, token: part[token])(qkv[0], self.token_index_SxRxT)
+            k, v = (row_keys(layer, *pair) for pair in zip(prefix, qkv[1:], strict=True))
             attended_SxRxTxHxK = attend(q, k, v)
             take_tokens = jax.vmap(lambda rows, row, column: rows[row, column])
             return take_tokens(attended_SxRxTxHxK, self.row_SxN, self.column_SxN), carried
 
-        return AttentionSpec(self._tables(config, prefix.k_LxPxSxNxK.shape[2]), function)
+        def pattern_inputs(layer: Layer, q: jax.Array, k: jax.Array, tables: AttentionTables) -> PatternInputs:
+            """Return the queries of the rows' last tokens, all keys of the rows, and the mask between them."""
+            assert isinstance(tables.mask, jax.Array)
+            at_ends = jax.vmap(lambda part, end: part[end])
+            column_SxRxC = at_ends(self.column_SxN, end_SxRxC)
+            mask_SxRxCxW = jnp.take_along_axis(tables.mask, column_SxRxC[..., None], axis=2)
+            return at_ends(q, end_SxRxC), row_keys(layer, prefix.k_LxPxSxNxK, k), tables._replace(mask=mask_SxRxCxW)
+
+        tables = self._tables(config, prefix.k_LxPxSxNxK.shape[2])
+        return AttentionSpec(tables, function, pattern_inputs=pattern_inputs)
+
+    def patterns_by_position(self, pattern_LxSxRxHxCxW: jax.Array) -> jax.Array:
+        """Return a ``pattern`` over clean keys and the row's keys as one over the tokens of the prompt, [..., T]."""
+        new = self.token_index_SxRxT.shape[2]
+        clean, edited = jnp.split(pattern_LxSxRxHxCxW, [pattern_LxSxRxHxCxW.shape[-1] - new], axis=-1)
+        place_SxRxT = jnp.arange(clean.shape[-1])[None, None, :] - self.first_SxR[..., None]
+        place = place_SxRxT[None, :, :, None, None, :]
+        edited = jnp.take_along_axis(edited, jnp.clip(place, 0, new - 1), axis=-1)
+        return jnp.where((place >= 0) & (place < new), edited, clean)
 
     def _tables(self, config: DecoderConfig, clean: int) -> TablesByLayer:
         """Return rotary tables of the N tokens and masks [S, R, T, clean + T] of rows over clean and own keys."""
@@ -117,11 +155,64 @@ class Readout:
     """A user's readouts: pure functions of logits, measured in place of the logit difference.
 
     Each maps the logits of the next token after B prompts, fp32 [B, V], to a number for each prompt, [B]; with several
-    positions, the logits at the last C tokens, [B, C, V].
+    positions, the logits at the last C tokens, [B, C, V]; with layers, a ``ReadoutInputs``.
     """
 
-    functions: tuple[Callable[[jax.Array], jax.Array], ...]  #: one that is measured, or several to rank features by
+    functions: tuple[Callable[[Any], jax.Array], ...]  #: one that is measured, or several to rank features by
     positions: int = 1  #: C
+    layers: tuple[int, ...] = ()  #: rising; the layers whose attention patterns they read, too
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadoutInputs:
+    """Logits and attention of B prompts: what a readout takes that reads attention."""
+
+    logits: jax.Array  #: of the next token after the last one, fp32 [B, V], or after the last C tokens, [B, C, V]
+    #: by layer, the share of each head's attention from the last C tokens to every token, fp32.
+    patterns_BxHxCxT: Mapping[int, jax.Array]
+    last_B: jax.Array  #: index of each prompt's last token
+
+    def attention(self, layer: int, head: int, query: int, key: int) -> jax.Array:
+        """Return the share of a head's attention that goes from one token to another, fp32 [B], 0 to 1.
+
+        Args:
+          layer: one of the layers that the readout was said to read.
+          head: the head, counted from 0.
+          query: the token that attends, counted from the end of each prompt: -1 is the last one.
+          key: the token that is attended to: counted from the first one, 0, which may be a BOS token; or from the end.
+
+        Returns:
+          The shares; NaN in a prompt without the key.
+
+        Raises:
+          UserError: the readout does not read the layer, or there is no such head or query.
+        """
+        if layer not in self.patterns_BxHxCxT:
+            read = ", ".join(map(str, self.patterns_BxHxCxT))
+            raise UserError(f"the readout reads the attention of layer {layer}, and readout_layers names {read}")
+        pattern_BxHxCxT = self.patterns_BxHxCxT[layer]
+        heads, positions = pattern_BxHxCxT.shape[1:3]
+        if not 0 <= head < heads:
+            raise UserError(f"the readout reads head {head} of layer {layer}, which has heads 0 to {heads - 1}")
+        if not -positions <= query <= -1:
+            raise UserError(
+                f"the readout reads the attention of token {query}: expected one of the last readout_positions, "
+                f"{-positions} to -1"
+            )
+        place_B = jnp.full_like(self.last_B, key) if key >= 0 else self.last_B + 1 + key
+        exists_B = (place_B >= 0) & (place_B <= self.last_B)
+        share_BxT = pattern_BxHxCxT[:, head, query]
+        share_B = jnp.take_along_axis(share_BxT, jnp.clip(place_B, 0, share_BxT.shape[1] - 1)[:, None], axis=1)[:, 0]
+        # A factor, so that the gradient is NaN as well and no prompt is left out in silence.
+        return share_B * jnp.where(exists_B, 1.0, jnp.nan)
+
+
+class Ends(NamedTuple):
+    """Output of the layers at the last tokens of R prompts, from which readouts are computed."""
+
+    x_Rx: jax.Array  #: the stream leaving the last layer, at the last token [R, D] or at the last C [R, C, D]
+    #: attention of the last C tokens in the layers that the user's readout reads; None if it reads none.
+    pattern_LxRxHxCxT: jax.Array | None = None
 
 
 class LaterSite(NamedTuple):
@@ -169,6 +260,20 @@ class SplitPoint:
     def _has_inner_sites(self) -> bool:
         """Return whether a site within attention or the MLP is changed."""
         return any(site.kind in INNER_KINDS for site in (self.site, *(later.site for later in self.later)))
+
+    def check_readout(self) -> None:
+        """Raise a ``UserError`` unless the model has the attention that the readout reads, and edits reach it."""
+        layers = self.readout.layers if self.readout else ()
+        if layers and isinstance(self.config, TorchConfig):
+            raise torch_bridge.not_in_torch_error(self.config)
+        first = self.site.layer + (self.site.kind not in ("resid_pre", "attn_q", "attn_k"))
+        for layer in layers:
+            Site(PATTERN, layer).check(self.config)
+            if layer < first:
+                raise UserError(
+                    f"the readout reads the attention of layer {layer}, which edits of {self.site} do not reach: "
+                    f"expected layers {first} to {self.config.n_layers - 1}"
+                )
 
     def run_prefix(self, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Run the prompts, token ids ``ids``, up to the site.
@@ -230,11 +335,26 @@ class SplitPoint:
         ``stream`` and ``value`` are as for ``run_suffix``, of the batch's tokens; ``prefix`` is the result of
         ``run_suffix_with_kv``. Returned is the stream leaving the last layer, [S, N, D].
         """
+        end_SxR = batch.token_index_SxRxT[..., -1]
+        return self._run_shared(params, prefix, batch, stream_SxNxD, value_SxNxX, end_SxR).x
+
+    def _run_shared(
+        self,
+        params: decoder.Params,
+        prefix: PrefixKV,
+        batch: SharedPrefixBatch,
+        stream_SxNxD: jax.Array,
+        value_SxNxX: jax.Array,
+        end_SxE: jax.Array,
+    ) -> LayersOutput:
+        """Run ``run_shared_suffix``; patterns that are collected are of the tokens with the indices ``end``."""
         if isinstance(self.config, TorchConfig):
             run = functools.partial(self.run_suffix, params)
-            return torch_bridge.run_rows(run, prefix, batch, (stream_SxNxD, value_SxNxX))
-        attention = batch.attention(self.config, prefix, self._start)
-        return self._run_on(params, stream_SxNxD, value_SxNxX, attention).x
+            x = torch_bridge.run_rows(run, prefix, batch, (stream_SxNxD, value_SxNxX))
+            return LayersOutput(x, {}, None)
+        end_SxRxC = end_SxE.reshape(*batch.prompt_SxR.shape, -1)
+        attention = batch.attention(self.config, prefix, self._start, end_SxRxC)
+        return self._run_on(params, stream_SxNxD, value_SxNxX, attention, self._patterns)
 
     def _run_on(
         self,
@@ -242,7 +362,7 @@ class SplitPoint:
         stream: jax.Array,
         value: jax.Array,
         attention: AttentionSpec | None = None,
-        collect: tuple[str, ...] = (),
+        collect: Collection[str] | Mapping[str, Sequence[int]] = (),
     ) -> LayersOutput:
         """Run the suffix. Unless the site is the stream, a hook in the first layer puts the value there."""
         hook: Hook | None = None
@@ -280,26 +400,78 @@ class SplitPoint:
         """
         if self.positions == 1:
             return jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
-        position_BxC = last_B[:, None] - jnp.arange(self.positions - 1, -1, -1)[None, :]
-        return jnp.take_along_axis(x_BxTxD, position_BxC[..., None], axis=1)
+        return jnp.take_along_axis(x_BxTxD, self._last_positions(last_B)[..., None], axis=1)
+
+    def _last_positions(self, last_B: jax.Array) -> jax.Array:
+        """Return the positions of each prompt's last C tokens, [B, C]."""
+        return last_B[:, None] - jnp.arange(self.positions - 1, -1, -1)[None, :]
+
+    @property
+    def _patterns(self) -> dict[str, tuple[int, ...]]:
+        """The attention patterns that runs of the suffix collect."""
+        return {PATTERN: self.readout.layers} if self.readout and self.readout.layers else {}
+
+    def run_ends(
+        self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxX: jax.Array, last_B: jax.Array
+    ) -> Ends:
+        """Run the rest of the model from a ``value`` of the site; return its output at each prompt's last tokens.
+
+        The ``stream`` is as for ``run_suffix``; ``last`` has the index of each prompt's last token.
+        """
+        if not self._patterns:
+            return Ends(self.ends(self.run_suffix(params, stream_BxTxD, value_BxTxX), last_B))
+        output = self._run_on(params, stream_BxTxD, value_BxTxX, collect=self._patterns)
+        query_BxC = self._last_positions(last_B)
+        pattern_LxBxHxTxT = output.collected[PATTERN]
+        pattern = jnp.take_along_axis(pattern_LxBxHxTxT, query_BxC[None, :, None, :, None], axis=3)
+        return Ends(self.ends(output.x, last_B), pattern)
+
+    def run_shared_ends(
+        self,
+        params: decoder.Params,
+        prefix: PrefixKV,
+        batch: SharedPrefixBatch,
+        stream_SxNxD: jax.Array,
+        value_SxNxX: jax.Array,
+        end_SxE: jax.Array,
+    ) -> Ends:
+        """Run the rest of the model on edited prompts; return its output at the last tokens of all shards' rows.
+
+        ``prefix``, ``batch``, ``stream`` and ``value`` are as for ``run_shared_suffix``; ``end`` has the index of the
+        last tokens among the shard's, row after row.
+        """
+        output = self._run_shared(params, prefix, batch, stream_SxNxD, value_SxNxX, end_SxE)
+        # Last tokens are picked before the unembedding, the logits of all others are not needed.
+        last = jnp.take_along_axis(output.x, end_SxE[..., None], axis=1).reshape(-1, self.positions, output.x.shape[-1])
+        last = last if self.positions > 1 else last[:, 0]
+        if not self._patterns:
+            return Ends(last)
+        pattern = batch.patterns_by_position(output.collected[PATTERN])
+        return Ends(last, pattern.reshape(len(pattern), -1, *pattern.shape[3:]))
 
     def logit_difference(
         self, params: decoder.Params, x_BxTxD: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
     ) -> jax.Array:
-        """Return logit(correct) - logit(wrong) at each prompt's last position, or the user's readout, fp32 [B].
+        """Return logit(correct) - logit(wrong) at each prompt's last position, fp32 [B].
 
         Columns of ``answers`` are token ids of the correct and the wrong answer; x is the stream leaving the model.
         """
-        return self.readouts(params, self.ends(x_BxTxD, last_B), answers_Bx2)[:, 0]
+        return self.readouts(params, Ends(self.ends(x_BxTxD, last_B)), last_B, answers_Bx2)[:, 0]
 
     def readouts(
-        self, params: decoder.Params, x_Rx: jax.Array, answers_Rx2: jax.Array, logp_RxV: jax.Array | None = None
+        self,
+        params: decoder.Params,
+        ends: Ends,
+        last_R: jax.Array,
+        answers_Rx2: jax.Array,
+        logp_RxV: jax.Array | None = None,
     ) -> jax.Array:
-        """Return readouts of the answers from the stream leaving the last layer.
+        """Return readouts of R prompts from what the layers leave at their last tokens.
 
         Args:
           params: parameters of the decoder.
-          x_Rx: the stream of R prompts at their last positions; see ``ends``.
+          ends: from ``run_ends`` or ``run_shared_ends``.
+          last_R: index of each prompt's last token.
           answers_Rx2: token ids of the correct and the wrong answer.
           logp_RxV: the clean run's log-probabilities of the next token; None: for the logit difference alone.
 
@@ -312,12 +484,17 @@ class SplitPoint:
         Raises:
           UserError: the user's readout returns something else than a number for each prompt.
         """
+        x_Rx = ends.x_Rx
         if self.readout:
             width = x_Rx.shape[-1]
             logits_XxV = decoder.unembed(self.config, params, x_Rx.reshape(-1, width), self.rules)
             logits = logits_XxV.reshape(*x_Rx.shape[:-1], -1)
             (function,) = self.readout.functions
-            value = jnp.asarray(function(logits))
+            inputs: Any = logits
+            if ends.pattern_LxRxHxCxT is not None:
+                patterns = dict(zip(self.readout.layers, ends.pattern_LxRxHxCxT, strict=True))
+                inputs = ReadoutInputs(logits, patterns, last_R)
+            value = jnp.asarray(function(inputs))
             if value.shape != x_Rx.shape[:1]:
                 raise UserError(
                     f"the readout returns an array {list(value.shape)} of logits {list(logits.shape)}: expected one "

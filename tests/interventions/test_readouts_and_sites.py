@@ -1,6 +1,9 @@
 """Readouts of the user's and sets over several sites, beside ways of their own to the same numbers."""
 
+import copy
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from saejax.interventions.several_sites import join_saes, open_crosscoder
 from saejax.interventions.slopes import attribution, leaders, target_attributions
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED, TEXT
-from saejax.models.split import Readout
+from saejax.models.split import Readout, ReadoutInputs
 
 RIGHT, WRONG = " runs", " far"
 SITES = ("resid_post.0", "mlp_out.2")
@@ -111,6 +114,113 @@ def test_a_readout_of_several_positions_equals_whole_runs(tiny, dictionary, plai
                 assert values_ExP[e, p] == pytest.approx(wanted, abs=2e-3), "of some 600"
 
 
+def spread(output):
+    """A readout of two layers, of queries and keys counted from both ends, and of logits."""
+    shares_B = (
+        output.attention(2, 1, -1, 0) + 0.5 * output.attention(3, 3, -3, -4) + 0.5 * output.attention(2, 0, -2, 1)
+    )
+    return shares_B + 0.01 * output.logits[:, -1, 7]
+
+
+def plain_spread(run, change):
+    """The same of one prompt in PyTorch, where the site's value [T, D] is changed."""
+    model = copy.deepcopy(run.model)
+    model.set_attn_implementation("eager")
+    patterns = {}
+    for layer in (2, 3):
+        model.model.layers[layer].self_attn.register_forward_hook(
+            lambda _, inputs, output, layer=layer: patterns.update({layer: output[1][0].numpy()})
+        )
+    logit = dataclasses.replace(run, model=model).logits(change)[7]
+    return patterns[2][1, -1, 0] + 0.5 * (patterns[3][3, -3, -4] + patterns[2][0, -2, 1]) + 0.01 * logit
+
+
+def test_a_readout_of_attention_equals_whole_runs(tiny, dictionary, plain, prompts):
+    """Prompts of several lengths that begin alike, with edits at all tokens and at the last one alone."""
+    some, sets = prompts[:6], [[3, 50], [8], [20, 51, 60]]
+    for positions in ("last", "all"):
+        split = SplitModel(tiny, dictionary, positions, readout=Readout((spread,), 3, (2, 3)))
+        runs = split.run(some)
+        values_ExP = engine.run_edits(split, runs, mask(split.dictionary, sets))["readout"]
+        slope_PxF = attribution(split, runs)
+        for p, prompt in enumerate(some):
+            run = plain(dictionary, prompt)
+            start = 0 if positions == "all" else len(run.ids_T) - 1
+
+            def measure(features, share=1.0, run=run, start=start):
+                def change(x_TxD):
+                    fall_TxD = run.features(x_TxD)[:, features] @ run.W_dec_FxD[features]
+                    return x_TxD - share * np.pad(fall_TxD[start:], ((start, 0), (0, 0)))
+
+                return plain_spread(run, change)
+
+            for e, features in enumerate([[], *sets]):
+                assert values_ExP[e, p] == pytest.approx(measure(features), abs=2e-5)
+            for feature in (3, int(np.argmax(np.abs(slope_PxF[p])))):
+                slope = (measure([feature], -0.01) - measure([feature], 0.01)) / 0.02
+                assert slope_PxF[p, feature] == pytest.approx(slope, abs=2e-5, rel=1e-3)
+        assert np.abs(np.diff(values_ExP, axis=0)).max() > 1e-3 and np.abs(slope_PxF).max() > 1e-3
+
+
+def test_features_that_move_attention_are_chosen_and_judged(tiny, dictionary, plain, asked):
+    prompts = [dataclasses.replace(prompt, correct="", wrong="") for prompt in asked if prompt.behaviour == "first"]
+    found = saejax.ablate(
+        tiny,
+        dictionary,
+        prompts,
+        readout=spread,
+        readout_positions=3,
+        readout_layers=[3, 2],
+        placebo_readouts=[lambda output, key=key: output.attention(2, 1, -1, key) for key in range(1, 5)],
+        **SETTINGS,
+    )
+    table, test = found.table, [prompt for prompt in asked if (prompt.behaviour, prompt.split) == ("first", "test")]
+    (top,), placebos = table.select_edits("first", "top")[-1:], table.select_edits("first", "placebo")
+    asked_of = table.select_prompts("first")
+    clean_P, value_P = table.clean_values(asked_of, "readout"), table.values([top], asked_of, "readout")[0]
+    features = list(top.features)
+    for clean, value, prompt in zip(clean_P, value_P, test, strict=True):
+        run = plain(dictionary, prompt)
+
+        def ablate(x_TxD, run=run):
+            return x_TxD - run.features(x_TxD)[:, features] @ run.W_dec_FxD[features]
+
+        assert clean == pytest.approx(plain_spread(run, lambda x_TxD: x_TxD), abs=2e-5)
+        assert value == pytest.approx(plain_spread(run, ablate), abs=2e-5)
+    answers = found.verdict.dictionaries[TESTED]["first"]
+    assert answers.ablation["readout"].effect.mean > 0 and placebos
+    assert answers.placebo.numbers["sets"] == len(placebos) and answers.enough
+
+
+def test_a_readout_finds_queries_and_keys_from_both_ends():
+    pattern_BxHxCxT = np.random.default_rng(0).uniform(size=(2, 4, 3, 6)).astype(np.float32)
+    inputs = ReadoutInputs(jnp.zeros((2, 3, 5)), {2: jnp.asarray(pattern_BxHxCxT)}, jnp.array([5, 3]))
+    places_of = {(-1, 0): (0, 0), (-3, 2): (2, 2), (-2, -1): (5, 3), (-1, -4): (2, 0), (-1, 4): (4, None)}
+    for (query, key), places in places_of.items():
+        found_B = inputs.attention(2, 1, query, key)
+        wanted_B = [np.nan if t is None else pattern_BxHxCxT[b, 1, query, t] for b, t in enumerate(places)]
+        np.testing.assert_array_equal(found_B, wanted_B)
+    assert np.isnan(inputs.attention(2, 1, -1, -5)).tolist() == [False, True]
+    for place, message in (
+        ((3, 0, -1, 0), "layer 3, and readout_layers names 2"),
+        ((2, 4, -1, 0), "head 4 of layer 2, which has heads 0 to 3"),
+        ((2, 0, -4, 0), "token -4: expected one of the last readout_positions, -3 to -1"),
+        ((2, 0, 0, 0), "token 0: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            inputs.attention(*place)
+
+
+def test_the_example_of_the_page_about_edits_runs(tiny, dictionary, capsys):
+    """With a layer of the tiny model, and prompts which its tokenizer keeps apart."""
+    text = (Path(__file__).parents[2] / "docs/edits.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "readout_layers" in code]
+    names = dict(saejax=saejax, lm=tiny, sae=dictionary)
+    exec(example.replace("20", "3"), names)
+    assert capsys.readouterr().out.strip() == names["found"].summary().strip()
+    assert list(names["found"].verdict.dictionaries[TESTED]["capital"].ablation) == ["readout"]
+
+
 def test_many_placebo_readouts_take_the_memory_of_a_few(tiny, dictionary, prompts):
     """Slopes of one function at a time: each takes the logits of the whole vocabulary for all targets of a program."""
 
@@ -135,6 +245,12 @@ def test_readouts_that_cannot_be_used_are_refused(tiny, dictionary, asked):
         (dict(readout=lambda logits: logits[:, 0, 0], readout_positions=0), "readout_positions is 0"),
         (dict(readout=lambda logits: logits[:, 0, 0], readout_positions=30), "takes the logits at 30 positions, and"),
         (dict(readout=lambda logits: logits[:, 0], effects="all"), "effects='all' ranks features by the logit"),
+        (dict(readout_layers=[2]), "readout_layers go with a readout"),
+        (dict(readout=spread, readout_layers=2), "readout_layers is 2: expected layers, such as"),
+        (dict(readout=spread, readout_layers=["2"]), "readout_layers is .'2'.: expected layers"),
+        (dict(readout=spread, readout_layers=[1]), "layer 1, which edits of resid_post.1 do not reach: .* 2 to 3"),
+        (dict(readout=spread, readout_layers=[2, 9]), "attn_pattern.9: the model has 4 layers"),
+        (dict(readout=lambda of: of.attention(2, 0, -1, -90), readout_layers=[2]), "every prompt must have the tokens"),
     ):
         with pytest.raises(UserError, match=message):
             saejax.ablate(tiny, dictionary, asked, **SETTINGS, **options)

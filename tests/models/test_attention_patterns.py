@@ -1,6 +1,7 @@
-"""Attention patterns that a run returns, beside those of transformers, and under edits."""
+"""Attention patterns that runs return and readouts take, beside those of transformers, and under edits."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.models import language_model, source
 from saejax.models.sites import PATTERN, Site
+from saejax.models.split import Readout, SharedPrefixBatch, SplitPoint
 from saejax.models.tokens import pad
 
 
@@ -98,6 +100,41 @@ def test_edits_of_features_and_sites_reach_later_patterns(models, ids_BxT):
         np.testing.assert_allclose(edited, np.broadcast_to(even_TxT, edited.shape), atol=1e-6)
 
 
+def test_readouts_get_the_patterns_of_edited_rows(models, ids_BxT):
+    """Of rows that are run from their first changed token on, and of whole prompts, at the last three tokens."""
+    lm, model = models
+    site, layers, last_B = Site("resid_post", 0), tuple(range(1, lm.config.n_layers)), np.array([20, 16])
+    readout = Readout((lambda output: output.logits[:, 0, 0],), 3, layers)
+    point = SplitPoint(lm.config, site, site, lm.mesh, readout=readout)
+    change_BxTxD = np.random.default_rng(1).normal(size=(*ids_BxT.shape, lm.config.d_model)).astype(np.float32)
+    change_BxTxD[0, :9] = change_BxTxD[1, :5] = 0
+
+    @jax.jit
+    def run():
+        stream, value, _ = point.run_prefix(lm.params, ids_BxT)
+        _, past = point.run_suffix_with_kv(lm.params, stream, value)
+        edited = value + change_BxTxD
+        whole = point.run_ends(lm.params, stream, edited, last_B)
+        tree = SharedPrefixBatch.unshared(jnp.array([0, 1]), jnp.array([9, 5]), 12, 1)
+        values = [part[tree.prompt_SxN, tree.position_SxN] for part in (stream, edited)]
+        rows = point.run_shared_ends(lm.params, past, tree, *values, jnp.array([[9, 10, 11, 21, 22, 23]]))
+        return edited, whole, rows
+
+    edited_BxTxD, *found = run()
+    block = (model.transformer.h if hasattr(model, "transformer") else model.model.layers)[0]
+    value = torch.tensor(np.array(edited_BxTxD))
+    handle = block.register_forward_hook(
+        lambda _, args, output: (value, *output[1:]) if isinstance(output, tuple) else value
+    )
+    expected = theirs(model, ids_BxT)
+    handle.remove()
+    for ends in found:
+        for pattern_BxHxCxT, expected_BxHxTxT in zip(ends.pattern_LxRxHxCxT, expected[1:], strict=True):
+            for b, last in enumerate(last_B):
+                wanted = expected_BxHxTxT[b, :, last - 2 : last + 1]
+                np.testing.assert_allclose(pattern_BxHxCxT[b], wanted, atol=2e-5)
+
+
 def test_patterns_are_read_only(models, ids_BxT):
     lm, _ = models
     tokens = pad(ids_BxT.tolist())
@@ -110,3 +147,7 @@ def test_patterns_are_read_only(models, ids_BxT):
     in_torch = load_model(str(lm.source.folder), backend="torch")
     with pytest.raises(UserError, match="attn_pattern.1 cannot be read .* runs in PyTorch"):
         in_torch(tokens, capture="attn_pattern.1")
+    site = Site("resid_post", 0)
+    point = SplitPoint(in_torch.config, site, site, in_torch.mesh, readout=Readout((jnp.sum,), layers=(1,)))
+    with pytest.raises(UserError, match="runs in PyTorch, .* attention patterns are not available"):
+        point.check_readout()
