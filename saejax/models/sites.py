@@ -31,6 +31,7 @@ models, ``resid_post.5+other:resid_post.5`` (``--model.other``).
 """
 
 import dataclasses
+import re
 from typing import Self, cast
 
 from saejax.errors import UserError
@@ -44,6 +45,8 @@ PATTERN = "attn_pattern"  # kind of the attention of each head, which a run retu
 ALL_KINDS = ("resid_pre", *HEAD_KINDS, "attn_out", "resid_mid", "mlp_in", NEURONS, "mlp_out", "resid_post")
 KINDS = tuple(kind for kind in ALL_KINDS if kind not in INNER_KINDS)
 IN_STREAM = tuple(kind for kind in KINDS if kind != "mlp_in")  # the stream, and what is added to it
+# A layer's number. With digits of other scripts or zeros in front, which ``int`` reads, one site would have two names.
+_LAYER = re.compile("0|[1-9][0-9]{0,5}")
 # What some dictionaries read that is no site, and what to do: see ``dictionaries.formats.hooks``.
 _ELSEWHERE = {
     "unknown": "stands for a site that a dictionary's files do not name: give it as site= of saejax.load_dictionary",
@@ -81,8 +84,7 @@ class Site:
                 f"{text} is the attention of each head, [B, H, T, T], which lm(tokens, capture={text!r}) returns and "
                 "nothing edits, stores or trains on: to change it, edit attn_q or attn_k of the layer"
             )
-        # ``isdigit`` alone accepts digits of other scripts, which ``int`` reads too: one site would have two names.
-        if kind not in ALL_KINDS or not (layer.isascii() and layer.isdigit()):
+        if kind not in ALL_KINDS or not _LAYER.fullmatch(layer):
             raise UserError(
                 f"there is no site {text!r}: expected one of {', '.join(ALL_KINDS)}, a dot and a layer, "
                 "as in resid_post.15"
@@ -168,8 +170,7 @@ def readable_site(text: str) -> AnySite:
       UserError: the text names none.
     """
     kind, _, layer = text.partition(".")
-    is_pattern = kind == PATTERN and layer.isascii() and layer.isdigit()
-    return Site(PATTERN, int(layer)) if is_pattern else parse_site(text)
+    return Site(PATTERN, int(layer)) if kind == PATTERN and _LAYER.fullmatch(layer) else parse_site(text)
 
 
 def edit_site(site: str | Site) -> Site:

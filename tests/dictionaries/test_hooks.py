@@ -49,6 +49,9 @@ def test_every_site_has_a_hook_that_means_it(kind):
         ("model.layers.7.self_attn.o_proj.input", "attn_z.7"),
         ("model.layers.7.mlp.act_fn.input", "module:model.layers.7.mlp.act_fn.input"),
         ("layers_7", "resid_post.7"),
+        ("blocks.07.hook_mlp_out", "mlp_out.7"),  # a site has one name
+        ("resid_post_layer_07", "resid_post.7"),
+        ("model.layers.07", "resid_post.7"),
         (None, "unknown"),
     ],
 )

@@ -12,7 +12,7 @@ from saejax import SiteEdit, load_model
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.families import read_config
-from saejax.models.sites import ALL_KINDS, HEAD_KINDS, Site
+from saejax.models.sites import ALL_KINDS, HEAD_KINDS, PATTERN, Site, readable_site
 from saejax.models.tokens import pad
 
 CONFIG = read_config(LLAMA, "config.json")
@@ -26,6 +26,11 @@ def test_names_go_there_and_back():
     for text in ("resid_post", "resid.3", "resid_post.", "resid_post.-1", "resid_post.1.2", "", "mlp_in.²"):
         with pytest.raises(UserError, match="there is no site"):
             Site.parse(text)
+    # A site has one name: values are looked up by it.
+    for layer in ("05", "00", "٣", "1" * 5000):
+        for kind in ("resid_post", PATTERN):
+            with pytest.raises(UserError):
+                readable_site(f"{kind}.{layer}")
 
 
 def test_widths_and_layers():

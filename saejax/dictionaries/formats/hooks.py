@@ -155,12 +155,12 @@ def to_site(hook: str | None, model: str = "") -> str:
     if not hook:
         return UNKNOWN
     if match := _SUBMODULE.fullmatch(hook):
-        kind, layer = _SHORT.get(match[1], match[1]), match[2]
+        kind, layer = _SHORT.get(match[1], match[1]), int(match[2])
         if kind in _POST_NORMED and has_post_norms(model):  # it hooks modules, whose output the norm comes after
             return f"{MODULE}model.layers.{layer}.{_POST_NORMED[kind]}"
         return f"{kind}.{layer}"
     if match := _HOOK.fullmatch(hook):
-        layer, name = match.groups()
+        layer, name = int(match[1]), match[2]
         if name in _READ and not (name in _OF_MODULES and has_post_norms(model)):
             return f"{_READ[name]}.{layer}"
     return NO_SITE + hook if "hook_" in hook else _module_site(_INDEX.sub(r".\1", hook), model)
@@ -172,7 +172,7 @@ def _module_site(path: str, model: str) -> str:
     if match := _SIDE.fullmatch(path):
         module, output = match.groups()
     if match := _MODULE.fullmatch(module):
-        layer, part = match.groups()
+        layer, part = int(match[1]), match[2]
         kinds: Mapping[str | None, str] = _MODULES if output else _INPUTS
         if output and (has_post_norms(model) or "feedforward" in (part or "")):  # only such models have that norm
             kinds = _NORMS | {None: "resid_post"}

@@ -274,8 +274,8 @@ def _parse_crosscoder(
         raise UserError(f"{weights}: code_normalization is {normalised}, which cannot be followed: expected CROSSCODER")
     path = weights.absolute().as_posix()
     layer = next(filter(None, (re.findall(rf"-{letter}(\d+)(?:-|/)", path) for letter in "Ll")), [])
-    layer = layer if count == 2 else []
-    site = f"resid_post.{layer[-1]}+other:resid_post.{layer[-1]}" if layer else hooks.UNKNOWN
+    part = f"resid_post.{int(layer[-1])}" if layer and count == 2 else ""
+    site = f"{part}+other:{part}" if part else hooks.UNKNOWN
     config = DictionaryConfig(
         kind="batchtopk" if batch_topk else "standard",
         site=site,
@@ -494,17 +494,17 @@ def parse_pickled(path: Path) -> tensors.Published:
     assert file is not None
     state = tensors.open_tensors(file)
     if "pre_bias" in state and (named := _OPENAI_PATH.search(file.absolute().as_posix())):
-        return _parse_openai(file, state, f"{_OPENAI_SITES[named[1]]}.{named[2]}")
+        return _parse_openai(file, state, f"{_OPENAI_SITES[named[1]]}.{int(named[2])}")
     if set(_PLAIN.values()) <= set(state) and len(state["W_enc"].shape) == 3:
         return _parse_model_diff(file, state)
     layers = _LAYER_SUFFIX.findall(file.absolute().as_posix())
-    site = f"resid_post.{layers[-1]}" if layers else hooks.UNKNOWN  # of files whose names end in "-l19"
+    site = f"resid_post.{int(layers[-1])}" if layers else hooks.UNKNOWN  # of files whose names end in "-l19"
     layout = _LINEAR | {"b_dec_D": "decoder.bias"}
     qwen = _QWEN.fullmatch(file.name)
     if "encoder_linear.weight" in state:
         layout = {name: tensor.replace("coder.", "coder_linear.") for name, tensor in layout.items()}
     elif qwen:
-        site, layout = f"resid_post.{qwen[1]}", _PLAIN | {"W_enc_DxF": "W_enc.T", "W_dec_FxD": "W_dec.T"}
+        site, layout = f"resid_post.{int(qwen[1])}", _PLAIN | {"W_enc_DxF": "W_enc.T", "W_dec_FxD": "W_dec.T"}
     elif not {tensor.removesuffix(".T") for tensor in layout.values()} <= set(state):
         has = tensors.list_names(state) or "no tensors"
         raise UserError(
