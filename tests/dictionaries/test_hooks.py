@@ -82,7 +82,8 @@ GEMMA = {  # norms after the MLP make its module another place
 
 def test_hooks_of_a_model_with_norms_after_the_mlp():
     named = "google/gemma-2-2b google/gemma-3-1b gemma-2-9b-it google/gemma-3n-E2B google/medgemma-4b-it "
-    named += "google/shieldgemma-2b allenai/OLMo-2-1124-7B allenai/OLMo2-7B-1124 allenai/Olmo-3.1-32B-Think"
+    named += "google/shieldgemma-2b allenai/OLMo-2-1124-7B allenai/OLMo2-7B-1124 allenai/Olmo-3.1-32B-Think "
+    named += "google/functiongemma-270m-it google/translategemma-4b-it"
     for model in named.split():
         assert {hook: hooks.to_site(hook, model) for hook in GEMMA} == GEMMA
 
@@ -94,7 +95,7 @@ def test_a_models_config_decides_and_else_its_exact_name_with_a_line(tmp_path, m
     norm = "model.layers.3.post_attention_layernorm"  # in other models the norm before the MLP
     for model in ("google/gemma-2b", "gemma-2b-it", "google/codegemma-2b", "google/recurrentgemma-2b"):
         assert hooks.to_site(norm, model).startswith("module:") and hooks.to_site("mlp_3", model) == "mlp_out.3"
-    assert len(lines) == 4 and "without norms" in lines[0]
+    assert len(lines) == 4 and "adds to its stream what its attention and MLP give" in lines[0]
     inside = dict(model_type="paligemma", text_config=dict(model_type="gemma2"))  # of text and images
     for fields, site in ((dict(model_type="gemma2"), "attn_out.3"), (dict(model_type="gemma"), f"module:{norm}"),
                          (inside, "attn_out.3")):  # fmt: skip

@@ -1,11 +1,15 @@
 """Where transformers models of many layouts have their sites, against what their layers take, return and add."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import OTHER_FIELDS, make_tiny
 from torch_sites import relative_error
 
+from saejax.dictionaries.formats import hooks
 from saejax.errors import UserError
 from saejax.models.sites import KINDS, ModuleSite, Site
 from saejax.models.torch_hooks import HookedModel
@@ -22,6 +26,9 @@ LAYOUTS = OTHER_FIELDS | {
 # The last projection of an MLP; None: a mixture of experts has several.
 PROJECTIONS = dict(gptj="mlp.fc_out", bloom="mlp.dense_4h_to_h", falcon="mlp.dense_4h_to_h", opt="fc2", mixtral=None)
 PROJECTIONS |= dict(mpt="ffn.down_proj")
+# Sites that modules are read as, where not all three are: no module gives what is added, or it has another name.
+READ = dict(mpt=(), granite=("resid_post",), bloom=("resid_post",), falcon=("resid_post", "mlp_out"))
+READ |= dict(opt=("resid_post", "attn_out"), mixtral=("resid_post", "attn_out"), qwen3_5_text=("resid_post", "mlp_out"))
 
 
 def values_at(model: HookedModel, sites, put=None) -> tuple[dict, torch.Tensor]:
@@ -58,6 +65,20 @@ def test_sites_of_a_layout(family):
     with model.skipping(2):
         skipped, _ = values_at(model, [Site("resid_pre", 0), Site("resid_post", 1)])
     assert torch.equal(*skipped.values())
+
+
+@pytest.mark.parametrize("family", [*LAYOUTS, "flex_olmo", "exaone4", "gemma2", "afmoe"])
+def test_modules_that_are_read_as_sites_have_their_values(family, tmp_path):
+    """By a model's type: in many what is added to the stream is a norm, a multiple or a part of the MLP's output."""
+    model = HookedModel(make_tiny(family, LAYOUTS.get(family, ROTARY)))
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type=family)))
+    sites = {name: hooks.to_site(name, str(tmp_path)) for name in model._modules if re.search(r"\.1(\.\w+)?$", name)}
+    sites = {name: Site.parse(site) for name, site in sites.items() if not site.startswith("module:")}
+    assert {site.kind for site in sites.values()} >= set(READ.get(family, ("resid_post", "attn_out", "mlp_out")))
+    by_module, _ = values_at(model, list(map(ModuleSite, sites)))
+    by_site, _ = values_at(model, list(sites.values()))
+    for name, site in sites.items():
+        torch.testing.assert_close(by_module[ModuleSite(name)], by_site[site], msg=name)
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

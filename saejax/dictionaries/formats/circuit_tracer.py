@@ -581,11 +581,11 @@ def _sparsity(config: DictionaryConfig) -> dict[str, Any]:
 
 
 def _hooks(config: DictionaryConfig) -> dict[str, str]:
-    """Return the hooks without the layer; published sets have ``mlp.hook_out`` where no norm follows the MLP."""
+    """Return the hooks without the layer; published sets have ``mlp.hook_out`` where the MLP adds what it gives."""
     named = {}
     for key, site in zip(_HOOKS, (config.site, config.target), strict=True):
         hook = str(hooks.to_hook(site)).removeprefix(f"blocks.{hooks.layer_of(site)}.")
-        if hook == "hook_mlp_out" and not hooks.has_post_norms(config.model):
+        if hook == "hook_mlp_out" and "mlp" in hooks.modules_of(config.model):
             hook = "mlp.hook_out"
         named[key] = hook
     return named

@@ -6,9 +6,9 @@ meant: ``model.layers.15``; sparsify names them without the model's prefix: ``la
 module it means: ``model.layers[15].output[0]``. dictionary_learning names its training site: ``resid_post_layer_15``.
 
 Some names need care. ``blocks.L.mlp.hook_out`` and a module ``...L.mlp`` are what the MLP gives, which is what it adds
-to the stream (``mlp_out.L``) only in models that do not normalise it first. ``blocks.L.hook_mlp_in`` is the stream
-before the norm, not ``mlp_in.L``, which is ``blocks.L.mlp.hook_in``. And ``blocks.L.ln2.hook_normalized`` is the norm
-before the MLP before its gain: it is called ``mlp_normed.L``, which attribution graphs can read, and nothing else.
+to the stream (``mlp_out.L``) only in models that neither normalise nor scale it first. ``blocks.L.hook_mlp_in`` is the
+stream before the norm, not ``mlp_in.L``, which is ``blocks.L.mlp.hook_in``. And ``blocks.L.ln2.hook_normalized`` is the
+norm before the MLP before its gain: it is called ``mlp_normed.L``, which attribution graphs can read, and nothing else.
 ``attn.hook_z`` has an axis for heads, which are side by side in ``attn_z.L``. ``mlp.hook_post`` are the hidden
 activations that the last projection of an MLP reads, ``mlp_act.L``.
 """
@@ -44,17 +44,27 @@ _WRITTEN = {
     "resid_post": "hook_resid_post",
     NORMED: "ln2.hook_normalized",
 }
-_OF_MODULES = {"mlp.hook_out": "mlp_out", "attn.hook_out": "attn_out"}  # what modules give, before a norm of it
+_OF_MODULES = {"mlp.hook_out": "mlp_out", "attn.hook_out": "attn_out"}  # what modules give, whatever of it is added
 _READ = {hook: kind for kind, hook in _WRITTEN.items()} | _OF_MODULES
 # In version 3 of TransformerLens the older names are aliases of these.
 _READ |= {"hook_in": "resid_pre", "ln2.hook_in": "resid_mid", "hook_out": "resid_post", "attn.o.hook_in": "attn_z"}
 _READ |= {"ln1_post.hook_out": "attn_out", "ln2_post.hook_out": "mlp_out", "mlp.out.hook_in": "mlp_act"}
 _MODULES = {None: "resid_post", "mlp": "mlp_out", "self_attn": "attn_out", "attn": "attn_out", "attention": "attn_out"}
 # Norms of models that normalise what attention and the MLP give; others have the first name for another norm.
-_NORMS = {
+_GEMMA_NORMS: Mapping[str | None, str] = {
     "post_attention_layernorm": "attn_out",
     "pre_feedforward_layernorm": "mlp_in",
     "post_feedforward_layernorm": "mlp_out",
+}
+_GLM_NORMS: Mapping[str | None, str] = {
+    "post_self_attn_layernorm": "attn_out",
+    "post_attention_layernorm": "mlp_in",
+    "post_mlp_layernorm": "mlp_out",
+}
+_AFMOE_NORMS: Mapping[str | None, str] = {
+    "post_attention_layernorm": "attn_out",
+    "pre_mlp_layernorm": "mlp_in",
+    "post_mlp_layernorm": "mlp_out",
 }
 _INPUTS = {None: "resid_pre", "mlp": "mlp_in"}
 _INPUTS |= dict.fromkeys(("self_attn.o_proj", "attn.c_proj", "attention.dense"), "attn_z")
@@ -68,14 +78,29 @@ _SUBMODULE = re.compile(
     r"(?:_layer)?_?(\d+)"
 )
 _SHORT = dict(resid="resid_post", resid_out="resid_post", attn="attn_out", attention_out="attn_out", mlp="mlp_out")
-_POST_NORMED = {"attn_out": "self_attn", "mlp_out": "mlp"}  # module of each site that some models normalise
-# Models that normalise what attention and the MLP give before it is added to the stream: ``model_type`` of their
-# config.json, and names of theirs, for where that is not here. "gemma-2b" is a Gemma 1 of two billion parameters.
-_POST_NORM_TYPES = {"gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "olmo2", "olmo3", "exaone4"}
-_POST_NORMS = re.compile(
-    r"(?:.*/)?(?:gemma-?[23]n?-e?\d+[bm]\b|(?:med|shield|tx|data)gemma-|paligemma-?2-"
-    r"|olmo-?[23](?:\.\d+)?-\d+b?\b|exaone-4\b).*"
-)
+_BRANCHES = {"attn_out": "self_attn", "mlp_out": "mlp"}  # modules whose output some models change before it is added
+# The modules of models that add to the stream something else than their attention and MLP give: norms of it, or, where
+# no module gives it, a multiple (Granite), a sum with the stream (BLOOM), or norms in some layers alone (OLMo hybrid).
+# By ``model_type`` of their config.json, and by names, for where that is not here. "gemma-2b" is a Gemma 1 of two
+# billion parameters.
+_NO_MODULES: Mapping[str | None, str] = {}
+_NORMS_OF_TYPES: dict[str, Mapping[str | None, str]] = {
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"), _GEMMA_NORMS),
+    **dict.fromkeys(("olmo2", "olmo3", "flex_olmo", "exaone4", "muse_glimmer_text"), _GEMMA_NORMS),
+    **dict.fromkeys(("glm4", "glm4v_text", "kolibri1"), _GLM_NORMS),
+    "afmoe": _AFMOE_NORMS,
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified_text", "beam", "olmo_hybrid"), _NO_MODULES),
+    **dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "granitemoeshared"), _NO_MODULES),
+    **dict.fromkeys(("bloom", "minicpm3"), _NO_MODULES),
+}
+_NORMS_OF_NAMES: dict[re.Pattern[str], Mapping[str | None, str]] = {
+    re.compile(
+        r"(?:.*/)?(?:gemma-?[23]n?-e?\d+[bm]\b|(?:med|shield|tx|data|function|translate)gemma-|paligemma-?2-"
+        r"|olmo-?[23](?:\.\d+)?-\d+b?\b|exaone-4\b).*"
+    ): _GEMMA_NORMS,
+    re.compile(r"(?:.*/)?glm-(?:4|z1)-.*0414"): _GLM_NORMS,
+    re.compile(r"(?:.*/)?(?:gemma-?4-|granite-[34]\.\d-|bloomz?(?:-|$)|minicpm3-).*"): _NO_MODULES,
+}
 # Owners of families on the hub, and models that TransformerLens calls otherwise.
 _OWNERS = dict.fromkeys(("pythia-", "gpt-neo-", "gpt-j-"), "EleutherAI") | {"gemma-": "google", "opt-": "facebook"}
 _OWNERS |= {"phi-": "microsoft", "qwen": "Qwen", "llama-3": "meta-llama", "meta-llama-": "meta-llama"}
@@ -87,21 +112,23 @@ _LAYER_NORMS = re.compile(
 _RMS_NORMS = re.compile("gemma|llama|mistral|mixtral|qwen|smollm|olmo-?[23]|phi-[34]|yi-|deepseek")
 
 
-def has_post_norms(model: str) -> bool:
-    """Return whether a model normalises what attention and the MLP give before it is added to the stream.
+def modules_of(model: str) -> Mapping[str | None, str]:
+    """Return the kinds of site that outputs of modules are, by the modules' names in a layer; None is the layer.
 
-    Its config.json says so where that is here; else its name does, and a line says what was assumed.
+    The model's config.json says what it adds to its stream where that is here; else its name does, and a line says what
+    was assumed.
     """
     if fields := _fields(model):  # a model of text and images describes its decoder inside
-        types = {each.get("model_type") for each in (fields, fields.get("text_config") or {})}
-        return bool(types & _POST_NORM_TYPES)
-    by_name = bool(_POST_NORMS.fullmatch(model.lower()))
-    if model:
-        _say_once(
-            f"the config.json of {model} is not here: by its name it is taken for a model with"
-            f"{'' if by_name else 'out'} norms of what attention and the MLP add to the stream"
-        )
-    return by_name
+        types = [each.get("model_type") for each in (fields, fields.get("text_config") or {})]
+        norms = next((_NORMS_OF_TYPES[name] for name in types if name in _NORMS_OF_TYPES), None)
+    else:
+        norms = next((norms for name, norms in _NORMS_OF_NAMES.items() if name.fullmatch(model.lower())), None)
+        if model:
+            _say_once(
+                f"the config.json of {model} is not here: by its name it is taken for a model that adds to its stream "
+                f"{'what' if norms is None else 'something else than'} its attention and MLP give"
+            )
+    return _MODULES if norms is None else {None: "resid_post", **norms}
 
 
 def _fields(model: str) -> dict[str, Any]:
@@ -156,12 +183,12 @@ def to_site(hook: str | None, model: str = "") -> str:
         return UNKNOWN
     if match := _SUBMODULE.fullmatch(hook):
         kind, layer = _SHORT.get(match[1], match[1]), int(match[2])
-        if kind in _POST_NORMED and has_post_norms(model):  # it hooks modules, whose output the norm comes after
-            return f"{MODULE}model.layers.{layer}.{_POST_NORMED[kind]}"
+        if kind in _BRANCHES and _BRANCHES[kind] not in modules_of(model):  # it hooks modules
+            return f"{MODULE}model.layers.{layer}.{_BRANCHES[kind]}"
         return f"{kind}.{layer}"
     if match := _HOOK.fullmatch(hook):
         layer, name = int(match[1]), match[2]
-        if name in _READ and not (name in _OF_MODULES and has_post_norms(model)):
+        if name in _READ and not (name in _OF_MODULES and _BRANCHES[_READ[name]] not in modules_of(model)):
             return f"{_READ[name]}.{layer}"
     return NO_SITE + hook if "hook_" in hook else _module_site(_INDEX.sub(r".\1", hook), model)
 
@@ -173,9 +200,9 @@ def _module_site(path: str, model: str) -> str:
         module, output = match.groups()
     if match := _MODULE.fullmatch(module):
         layer, part = int(match[1]), match[2]
-        kinds: Mapping[str | None, str] = _MODULES if output else _INPUTS
-        if output and (has_post_norms(model) or "feedforward" in (part or "")):  # only such models have that norm
-            kinds = _NORMS | {None: "resid_post"}
+        kinds: Mapping[str | None, str] = modules_of(model) if output else _INPUTS
+        if output and kinds is _MODULES and "feedforward" in (part or ""):  # only such models have that norm
+            kinds = _GEMMA_NORMS
         if part in kinds:
             return f"{kinds[part]}.{layer}"
         return MODULE + (module if output else path)
