@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.collectives import product_flops
 from saejax.activations.documents import COLUMNS, Documents, make_documents
 from saejax.activations.plan import Plan
 from saejax.activations.settings import CaptureConfig
@@ -44,7 +45,6 @@ from saejax.models.parameters import parameter_table
 from saejax.models.settings import ModelConfig
 from saejax.parallel.mesh import AXES, BY_DOCUMENT, document_devices, fitting_sharding, make_mesh
 from saejax.parallel.settings import MeshConfig
-from saejax.preflight.collectives import product_flops
 from saejax.preflight.plan import plan_run, stage_programs
 from saejax.preflight.topology import device_bytes
 from saejax.runner.registry import default_configs

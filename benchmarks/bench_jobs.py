@@ -1,9 +1,9 @@
-"""Memory and traffic of a dictionary for each of Qwen3-4B's layers, from text to report, on machines not at hand.
+"""Memory of a dictionary for each of Qwen3-4B's layers, from text to report, on machines not at hand.
 
 Run: python -m benchmarks.bench_jobs [--jobs node,nodes,slice] [--config FILE]
 The file's stages go through `experiments.preflight`, which compiles every program for one node of eight H100, for four
 nodes, and for a v5e slice of 64 chips (needs libtpu), with the flags that docs/scaling.md advises. The table says of
-each program what a device holds and what it sends in one run. Ends with status 1 if a program does not fit. Last, one
+each program what a device holds. Ends with status 1 if a program does not fit. Last, one
 line of JSON.
 """
 
@@ -45,11 +45,7 @@ def programs(config: Path, job: str) -> PreflightResults:
 
 def row(program: CompiledProgram) -> str:
     """Return a line of the table."""
-    sends = sum((program.sends or {}).values())
-    return (
-        f"| {program.name} | {program.size} | {program.memory / 2**30:.2f} | "
-        f"{sends / 2**20:,.0f} MiB | {program.flops / 1e12:,.1f} |"
-    )
+    return f"| {program.name} | {program.size} | {program.memory / 2**30:.2f} | {program.flops / 1e12:,.1f} |"
 
 
 def main() -> None:
@@ -65,7 +61,7 @@ def main() -> None:
         axes = " x ".join(f"{size} {axis}" for axis, size in results.mesh.axes.items())
         limit = results.limit_bytes / 2**30
         print(f"\n{results.topology}: {axes}; {needs.peak_bytes / 2**30:.1f} of {limit:.1f} GiB\n")
-        print("| program | size | GiB a device | sends | TFLOP |\n|---|---|---|---|---|")
+        print("| program | size | GiB a device | TFLOP |\n|---|---|---|---|")
         print("\n".join(map(row, needs.programs)), flush=True)
         summary[job] = dict(fits=needs.fits, gib=round(needs.peak_bytes / 2**30, 2), programs=len(needs.programs))
     print(json.dumps(dict(bench="jobs", **summary)))

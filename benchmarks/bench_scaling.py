@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from benchmarks.collectives import sent_bytes
 from saejax.flops import pass_flops
 from saejax.models.families import read_config
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.preflight.plan import plan_run
-from saejax.preflight.topology import compile_for, find_slice
+from saejax.preflight.topology import compile_for, compile_program, find_slice
 from saejax.runner.registry import default_configs
 from saejax.stages.train.plan import train_programs
 from saejax.training.settings import TrainConfig
@@ -47,6 +48,7 @@ class Hardware(NamedTuple):
     far: float
 
 
+_OF_NODE = 8  # GPUs of a node; all chips of a TPU slice are near each other
 HARDWARE = {"h100": Hardware(989e12, 450e9, 50e9), "v5e": Hardware(197e12, 90e9, 90e9)}
 
 
@@ -110,11 +112,12 @@ def measure(job: Job, tiny: bool) -> dict[str, Any]:
     """Print and return a row of the table."""
     plan, target_slice = plan_of(job, tiny)
     *_, step = train_programs(plan, plan.mesh)
-    compiled = compile_for(step, target_slice.limit, target_slice.of_node)
-    device = HARDWARE[job.topology.partition(":")[0]]
-    tokens, devices = plan.configs[TrainConfig].batch, len(target_slice.devices)
+    compiled = compile_for(step, target_slice.limit)
+    kind = job.topology.partition(":")[0]
+    device, tokens, devices = HARDWARE[kind], plan.configs[TrainConfig].batch, len(target_slice.devices)
     reading = pass_flops(plan.model, tokens, 256, 1 + max(site.layer for site in plan.sites))
-    sends = compiled.sends or {}
+    of_node = min(_OF_NODE, devices) if kind == "h100" else devices
+    sends = sent_bytes(compile_program(step).as_text(), devices, of_node) if compiled.fits else {}
     far = sum(count for kind, count in sends.items() if kind.endswith("nodes"))
     near = sum(sends.values()) - far
     rates = dict(

@@ -19,8 +19,6 @@ class CompiledProgram:
     #: per device, by XLA, which takes the body of a loop once; None where the program does not fit
     counted_flops: float | None
     seconds: float  #: to compile it
-    #: bytes that a device sends in a call, by kind of collective; None where the program does not fit
-    sends: Mapping[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,6 @@ from saejax.costs.programs import Program
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
-from saejax.preflight.collectives import sent_bytes
 from saejax.preflight.results import CompiledProgram
 from saejax.stages.preflight.settings import PreflightConfig
 
@@ -43,8 +42,8 @@ _EXCEEDED = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KM
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
 GPUS = {"a100-40": 40e9, "a100-80": 80e9, "h100": 80e9, "h200": 141e9, "b200": 180e9}  # bytes of memory
 # Options of the compiler of CPUs: machine code, which is never run here, is made with the least effort, in a sixth of
-# the time. The compiler's earlier work, which decides the memory, is the same but for the fusion of small operations:
-# in the demo's programs this changes a few kilobytes at most.
+# the time. The compiler's earlier work, which decides the memory, is the same but for the fusion of small operations,
+# which changes a few kilobytes in the demo's programs, and 0.6 % of the memory in the filling of a tiny buffer.
 _LEAST_EFFORT: dict[str, int | bool] = dict(
     xla_backend_optimization_level=0,
     xla_llvm_disable_expensive_passes=True,
@@ -62,7 +61,6 @@ class Place:
 
     mesh: Mesh  #: the devices
     limit: int  #: bytes of memory on each
-    of_node: int  #: how many of them share a node
     #: own_devices, host, stands_for: as in ``PlannedRun``.
     own_devices: int = 0
     host: tuple[jax.Device, ...] = ()
@@ -77,26 +75,25 @@ def find_place(configs: Configs) -> Place:
     """
     name, config = configs[PreflightConfig].topology, configs[MeshConfig]
     if name:
-        devices, limit, of_node = find_slice(name)
+        devices, limit = find_slice(name)
         own_devices = of_process(name, len(devices))
         stands_for = "gpu" if name.partition(":")[0] in GPUS else ""
         host = host_alone(name) if own_devices and not stands_for else ()
-        return Place(make_mesh(config, devices), limit, of_node, own_devices, host, stands_for)
+        return Place(make_mesh(config, devices), limit, own_devices, host, stands_for)
     device = jax.devices()[0]
     own_devices = jax.local_device_count() if jax.process_count() > 1 else 0
     if device.platform == "cpu":  # all of them have the host's memory
         limit = psutil.virtual_memory().available // jax.device_count()
-        return Place(make_mesh(config), limit, jax.device_count(), own_devices)
+        return Place(make_mesh(config), limit, own_devices)
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return Place(make_mesh(config), limit, jax.local_device_count(), own_devices)
+    return Place(make_mesh(config), limit, own_devices)
 
 
 class Slice(NamedTuple):
-    """Devices that exist in name only, the bytes of memory of each, and how many share a node: all of a TPU slice."""
+    """Devices that exist in name only, and the bytes of memory of each."""
 
     devices: Sequence[jax.Device]
     limit: int
-    of_node: int
 
 
 def find_slice(name: str) -> Slice:
@@ -115,7 +112,7 @@ def find_slice(name: str) -> Slice:
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     devices = _devices(name)
-    return Slice(devices, _limit(devices[0]), len(devices))
+    return Slice(devices, _limit(devices[0]))
 
 
 def of_process(name: str, devices: int) -> int:
@@ -151,21 +148,26 @@ def _stand_ins(name: str) -> Slice:
     if len(devices) < count:
         begun = f"JAX has begun with {len(devices)} devices"
         raise UserError(f"--preflight.topology={name}: {begun}: run experiments.preflight by itself")
-    return Slice(devices[:count], int(_USABLE * GPUS[match[1]]), int(match[3]))
+    return Slice(devices[:count], int(_USABLE * GPUS[match[1]]))
 
 
-def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
-    """Compile a program for the devices of its arguments.
+def compile_program(program: Program) -> jax.stages.Compiled:
+    """Compile a program for the devices of its arguments; for CPUs with the least effort."""
+    placed = [leaf.sharding for leaf in jax.tree.leaves(program.arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    devices = next(where.device_set for where in placed if where is not None)  # None: left to the compiler
+    return program.lower().compile(_LEAST_EFFORT if next(iter(devices)).platform == "cpu" else None)
+
+
+def compile_for(program: Program, limit: int) -> CompiledProgram:
+    """Compile a program, and say what it needs.
 
     Args:
       program: the program.
       limit: bytes that a device has.
-      of_node: how many of the devices share a node.
     """
     start, about = time.monotonic(), (program.name, program.size, program.flops, program.runs)
     try:
-        options = _LEAST_EFFORT if _devices_of(program)[0].platform == "cpu" else None
-        compiled = program.lower().compile(options)
+        compiled = compile_program(program)
     except jax.errors.JaxRuntimeError as error:
         needed = _memory_from_error(error)
         if needed is None:
@@ -175,9 +177,7 @@ def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
         )
     memory = device_bytes(program, compiled)
     flops = float((compiled.cost_analysis() or {}).get("flops", 0.0))
-    seconds, devices = time.monotonic() - start, len(_devices_of(program))
-    sends = sent_bytes(compiled.as_text(), devices, min(of_node, devices))
-    return CompiledProgram(*about, memory, memory <= limit, flops, seconds, sends)
+    return CompiledProgram(*about, memory, memory <= limit, flops, time.monotonic() - start)
 
 
 def device_bytes(program: Program, compiled: jax.stages.Compiled) -> int:
@@ -186,13 +186,6 @@ def device_bytes(program: Program, compiled: jax.stages.Compiled) -> int:
     # The compiler does not count arguments that the program does not use, but they are there.
     memory = max(_bytes_per_device(program.arguments), stated.argument_size_in_bytes) + _bytes_per_device(program.kept)
     return memory + stated.output_size_in_bytes + stated.temp_size_in_bytes - stated.alias_size_in_bytes
-
-
-def _devices_of(program: Program) -> list[jax.Device]:
-    """Return the devices that a program runs on."""
-    placed = [leaf.sharding for leaf in jax.tree.leaves(program.arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
-    # None: left to the compiler.
-    return max(([*where.device_set] for where in placed if where is not None), key=len)
 
 
 def _devices(name: str) -> Sequence[jax.Device]:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from loaded_models import mesh_of
 
+from benchmarks.collectives import product_flops, sent_bytes
 from saejax.flops import pass_flops
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.experts import block_shape, mix_experts
 from saejax.models.layers import mlp
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding
-from saejax.preflight.collectives import product_flops, sent_bytes
 
 CONFIG = DecoderConfig(
     **dict(family="qwen3_moe", n_layers=3, d_model=16, n_heads=2, n_kv_heads=2, d_head=8, d_mlp=12, vocab=32),

@@ -157,7 +157,7 @@ def test_phi_2s_32_layers_fit_one_device_of_80_gb_in_turn(monkeypatch, quick_com
     (stack,) = plan.stacks.values()
     assert (len(stack.members), stack.dictionary.d_in, stack.dictionary.n_features) == (32, 2560, 8 * 2560)
     (step,) = train_programs(plan, plan.mesh)
-    compiled = topology.compile_for(step, limit, 1)
+    compiled = topology.compile_for(step, limit)
     weights = 32 * 2 * 2560 * 20_480 * 4  # of all members; Adam has two means of them
     assert 3 * weights < compiled.memory < 4.5 * weights and compiled.fits, "57 GB; with all members at once 82 GB"
 
@@ -172,8 +172,4 @@ def test_every_program_of_a_large_job_fits(job):
     stages = {program.name.partition(":")[0] for program in needs.programs}
     assert stages == {"capture", "train", "evaluate", "ablate"}
     for program in needs.programs:
-        assert program.fits and program.sends is not None, program.name
-    (step,) = (program for program in needs.programs if program.name == "train: topk step")
-    # Of all dictionaries, whose sums a device sends of its own ones, with the rows.
-    gradients = 36 * 2 * 20_480 * 2560 * 4
-    assert sum(step.sends.values()) < 2 * 1.25 * gradients / 4
+        assert program.fits, program.name

@@ -28,7 +28,7 @@ def test_memory_of_a_training_step_is_the_state_and_its_temporaries(lm, data, mo
     plan = plan_run(lm.config, "resid_post.1", axes(data, model), train__batch=64)
     program = next(program for program in train_programs(plan, plan.mesh) if "topk" in program.name)
     state = held(init_state(make_stack(plan, plan.mesh)))
-    assert state < topology.compile_for(program, 2**30, 8).memory < 3 * state
+    assert state < topology.compile_for(program, 2**30).memory < 3 * state
 
 
 def test_the_least_effort_of_the_compiler_changes_no_memory(lm, monkeypatch):
@@ -40,7 +40,7 @@ def test_the_least_effort_of_the_compiler_changes_no_memory(lm, monkeypatch):
     memory = topology.device_bytes(program, program.lower().compile(full))
     compiler, asked = jax.stages.Lowered.compile, []
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, how: asked.append(how) or compiler(self, how))
-    assert topology.compile_for(program, 2**30, 8).memory == pytest.approx(memory, rel=1e-3)
+    assert topology.compile_for(program, 2**30).memory == pytest.approx(memory, rel=1e-3)
     assert asked == [topology._LEAST_EFFORT] and asked[0]["xla_backend_optimization_level"] == 0
 
 

@@ -56,7 +56,7 @@ def test_a_host_of_a_larger_slice(name):
     mesh = make_mesh(MeshConfig(), topology.host_alone(name))
     assert mesh.size == 4
     split = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.NamedSharding(mesh, PartitionSpec("data")))
-    assert topology.compile_for(Program("sum", "", jax.jit(jnp.sum), (split,), (), 1.0), GIB, 4).fits
+    assert topology.compile_for(Program("sum", "", jax.jit(jnp.sum), (split,), (), 1.0), GIB).fits
 
 
 @needs_libtpu
@@ -68,7 +68,7 @@ def test_a_program_that_does_not_fit(v5e):
     function = jax.jit(lambda x: x + 1)
 
     def compiled(argument, *kept):
-        return topology.compile_for(Program("a: b", "", function, (argument,), kept, 1.0), v5e.limit, 8)
+        return topology.compile_for(Program("a: b", "", function, (argument,), kept, 1.0), v5e.limit)
 
     too_large, small = compiled(whole), compiled(split)
     assert not too_large.fits and too_large.counted_flops is None
@@ -85,11 +85,11 @@ def test_stages_compile_for_a_slice(v5e, quick_compiler):
     plan = plan_run(shape("llama-3-8b"), "resid_post.16", train__batch=64, model__dtype="bfloat16")
     mesh = make_mesh(MeshConfig(data=2, model=4), v5e.devices)
     programs = {program.name: program for program in stage_programs(on_mesh(plan, mesh))}
-    step = topology.compile_for(programs["train: standard step"], v5e.limit, 8)
+    step = topology.compile_for(programs["train: standard step"], v5e.limit)
     state = 3 * 2 * 4096 * 32_768 * 4 / 4  # parameters and two moments, a quarter of the features
     assert step.fits and state < step.memory < 2 * state
     assert step.counted_flops == pytest.approx(programs["train: standard step"].flops / 8, rel=0.2)
-    edited = topology.compile_for(programs["ablate: features"], v5e.limit, 8)
+    edited = topology.compile_for(programs["ablate: features"], v5e.limit)
     assert edited.fits and 16e9 / 4 < edited.memory < 7 * GIB, "the weights stay beside it"
 
 
@@ -118,7 +118,7 @@ def test_steps_of_many_layers_and_of_a_large_dictionary_fit(
     changes = changes | dict(capture__sites=captured, train__sites=sites, train__kinds=(kind,), train__batch=4096)
     plan = plan_run(shape(model), train__expansion=(expansion,), train__matmul="bfloat16", **changes)
     (program,) = train_programs(on_mesh(plan, mesh), mesh)
-    step = topology.compile_for(program, tpus.limit, tpus.of_node)
+    step = topology.compile_for(program, tpus.limit)
     matrices = layers + layers * (layers + 1) // 2 if site == "mlp_in" else 2 * layers
     state = 3 * matrices * expansion * plan.model.d_model**2 * 4 / 8
     assert step.fits and state < step.memory < 8 * state

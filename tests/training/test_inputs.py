@@ -7,10 +7,10 @@ import pytest
 from small_runs import ORDER, STEPS, Rows, assert_same_bits, go, make_stack, resident, streamed
 from small_stacks import B, D
 
+from benchmarks.collectives import sent_bytes
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
-from saejax.preflight.collectives import sent_bytes
 from saejax.training import inputs
 from saejax.training.stack import TrainStack
 

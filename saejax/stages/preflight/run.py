@@ -139,7 +139,7 @@ def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
     for program in programs:
         if run.stopping():
             raise Interrupted("preflight: stopped; the next run starts from the beginning")
-        compiled.append(compile_for(program, place.limit, place.of_node))
+        compiled.append(compile_for(program, place.limit))
         run.say(_program_line(compiled[-1], place))
     peak = max((program.memory for program in compiled), default=0)
     return ModelNeeds(
@@ -170,11 +170,10 @@ def _say_least_hours(run: Run, model: ModelNeeds, topology: str) -> None:
 def _program_line(program: CompiledProgram, place: Place) -> str:
     verdict = "fits" if program.fits else f"does not fit into {place.limit / GIB:.2f}"
     counted = "-" if program.counted_flops is None else f"{program.counted_flops / 1e9:,.1f}"
-    sends = [f"{count / 2**20:,.1f} MiB by {kind}" for kind, count in (program.sends or {}).items()]
     return (
         f"  {program.name:<21} {program.size:<44} {program.memory / GIB:7.2f} GiB {verdict} "
         f"{program.flops / 1e9:>13,.1f} GFLOP ({counted})  compiled in {program.seconds:.0f} s"
-    ) + (f"; a device sends {', '.join(sends)}" if sends else "")
+    )
 
 
 def _misfit(model: ModelNeeds, place: Place) -> str:
