@@ -46,6 +46,12 @@ class TextPiece:
     start: int
 
 
+def check_context(config: CorpusConfig, context: int) -> None:
+    """Raise a ``UserError`` if pieces of text are longer than the longest input of the model, ``context`` tokens."""
+    if config.context > context:
+        raise UserError(f"--corpus.context={config.context} exceeds the model's context of {context} tokens: lower it")
+
+
 class Chunker:
     """Splitter of texts into pieces, until there are as many tokens as are wanted.
 
@@ -63,10 +69,7 @@ class Chunker:
     def __init__(
         self, config: CorpusConfig, tokenizer: Any, context: int, task: TaskConfig | None = None, bos: str = "auto"
     ):
-        if config.context > context:
-            raise UserError(
-                f"--corpus.context={config.context} exceeds the model's context of {context} tokens: lower it"
-            )
+        check_context(config, context)
         self._config, self._tokenizer = config, tokenizer
         self._bos = bos_tokens(tokenizer, bos)
         # What stands between two packed texts; a tokenizer may have neither.

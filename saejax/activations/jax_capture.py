@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from saejax.activations.plan import Batch, CapturedValues, Take
 from saejax.models.config import DecoderConfig
-from saejax.models.language_model import forward
+from saejax.models.language_model import SiteValues, forward
 from saejax.models.loading import load_model
 from saejax.models.parity import needs_check
 from saejax.models.sites import AnySite, Site
 from saejax.models.source import ModelSource
 from saejax.models.weights import load_params
-from saejax.parallel.mesh import BY_DOCUMENT, everywhere, sharding
+from saejax.parallel.mesh import AXES, BY_DOCUMENT, everywhere, sharding
 
 _BLOCK = 32  # numbers that are added one after the other
 _Measured = tuple[jax.Array, jax.Array, jax.Array]  # vectors_BxTxD, norms_BxT, train_sum_BxD of a site
@@ -55,7 +55,8 @@ class DecoderReader:
     ):
         self.config, self._sites, self.mesh = config, tuple(sites), mesh
         # Each device has whole vectors of its own documents, which go to the host without being put together.
-        self._measure = jax.jit(functools.partial(measure_sites, hand_over), out_shardings=sharding(mesh, BY_DOCUMENT))
+        measure = functools.partial(measure_sites, hand_over)
+        self._measured = functools.cache(lambda where: jax.jit(measure, out_shardings=where))
         self.widths: dict[AnySite, int] = {site: site.width(config) for site in sites}
         if needs_check(source, dtype):
             load_model(source.name, source.revision or "main", dtype, mesh)  # which compares it with transformers
@@ -83,11 +84,12 @@ class DecoderReader:
     def _start(self, batch: Batch) -> Sequence[_Measured]:
         """Send a batch to the devices, without waiting for it."""
         ids_BxT, lengths_B = (everywhere(self.mesh, array, BY_DOCUMENT) for array in self.pad_batch(batch))
-        _, values = forward(self.config, self._sites, False, self.params, ids_BxT, lengths_B)
+        values = read_sites(self.mesh, self.config, self._sites, self.params, ids_BxT, lengths_B)
         # Documents that are held out, or only fill up the batch, count from a position that they do not have.
         first_B = np.full(len(lengths_B), ids_BxT.shape[1], np.int32)
         first_B[: len(batch.first_B)] = np.where(batch.train_B, batch.first_B, ids_BxT.shape[1])
-        return self._measure(values, everywhere(self.mesh, first_B, BY_DOCUMENT), lengths_B)
+        measure = self._measured(_place_rows(self.mesh, len(lengths_B)))
+        return measure(values, everywhere(self.mesh, first_B, BY_DOCUMENT), lengths_B)
 
     def _give(self, running: tuple[Batch, Sequence[_Measured]] | None, take: Take) -> None:
         """Wait for the values of a batch and hand them over."""
@@ -95,6 +97,42 @@ class DecoderReader:
             batch, of_sites = running
             for site, (vectors, norms, sums) in zip(self._sites, of_sites, strict=True):
                 take(batch, site, CapturedValues(_pieces(vectors), np.asarray(norms), np.asarray(sums)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def read_sites(
+    mesh: Mesh,
+    config: DecoderConfig,
+    sites: tuple[Site, ...],
+    params: dict[str, jax.Array],
+    ids_BxT: jax.Array,
+    lengths_B: jax.Array,
+) -> SiteValues:
+    """Run a model up to the last of some sites and return the value [B, T, D] at each.
+
+    Devices along ``model`` compute the same values: each keeps those of its part of the rows where their number allows
+    it, so that the values of many sites take an eighth of the memory on eight devices, whatever the mesh.
+
+    Args:
+      mesh: the devices (static).
+      config: the decoder (static).
+      sites: at least one (static).
+      params: parameters of ``parameters.parameter_table``.
+      ids_BxT: int32, padded on the right, rows split over ``member`` and ``data``.
+      lengths_B: number of tokens of each row.
+    """
+    _, values = forward(config, sites, False, params, ids_BxT, lengths_B)
+    rows = _place_rows(mesh, len(lengths_B)).spec[0]
+
+    def keep_part(value: jax.Array) -> jax.Array:
+        return lax.with_sharding_constraint(value, sharding(mesh, *[None] * (value.ndim - 3), rows))
+
+    return jax.tree.map(keep_part, values)
+
+
+def _place_rows(mesh: Mesh, rows: int) -> NamedSharding:
+    """Return where the values of a batch's rows are: split over all devices if these divide them."""
+    return sharding(mesh, AXES if rows % mesh.size == 0 else BY_DOCUMENT)
 
 
 def measure_sites(dtype: str, values: Sequence[jax.Array], first_B: jax.Array, stop_B: jax.Array) -> list[_Measured]:

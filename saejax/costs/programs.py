@@ -58,9 +58,9 @@ def abstract_dictionary(config: DictionaryConfig, train: TrainConfig, mesh: Mesh
     return Dictionary(config, train.matmul, **arrays)
 
 
-def placed(tree: Any, mesh: Mesh) -> Any:
-    """Return the shapes of a tree, replicated."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh)), tree)
+def placed(tree: Any, placements: Any) -> Any:
+    """Return the shapes of a tree with their places, a tree of shardings."""
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, placements)
 
 
 def by_row(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:

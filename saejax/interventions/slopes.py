@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
@@ -43,7 +44,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import Ends, SplitPoint
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import by_row, sharding
+from saejax.parallel.mesh import BY_DOCUMENT, by_row, fitting_sharding, sharding
 from saejax.progress import OnProgress, show_progress, silent
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
@@ -353,7 +354,12 @@ def target_slopes(point: SplitPoint, params: decoder.Params, rows: SiteRows, tar
     else:
         end_slopes = jax.vmap(jax.grad(difference), in_axes=(None, 0))(ends, targets_CxBx2)
     slope_CxBxTxD = jax.vmap(lambda cotangent: pullback(cotangent)[0])(end_slopes)
-    return jax.lax.with_sharding_constraint(slope_CxBxTxD, sharding(point.mesh))
+    return jax.lax.with_sharding_constraint(slope_CxBxTxD, place_slopes(point.mesh, slope_CxBxTxD.shape))
+
+
+def place_slopes(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Return where slopes [C, B, T, D] are: with their prompts, which are split over ``member`` and ``data``."""
+    return fitting_sharding(mesh, shape, None, BY_DOCUMENT, None, None)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -416,7 +416,7 @@ def record(
     """Return what ``SplitModel.past`` does, of arrays as ``CleanRun`` has them."""
     x, past = point.run_suffix_with_kv(params, stream_BxTxX, value_BxTxD)
     last = jnp.take_along_axis(x, last_B[:, None, None], axis=1)[:, 0]
-    return jax.lax.with_sharding_constraint((last, past), sharding(point.mesh))
+    return jax.lax.with_sharding_constraint((last, past), (sharding(point.mesh), past.placements(point.mesh)))
 
 
 def of_features(mesh: Mesh, dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callable) -> Any:

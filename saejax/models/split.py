@@ -35,6 +35,7 @@ from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
 from saejax.models.decoder import KEYS, VALUES, LayersOutput, run_layers
 from saejax.models.layers import Hook, Taps
 from saejax.models.sites import INNER_KINDS, PATTERN, Site
+from saejax.parallel.mesh import fitting_sharding
 
 
 class PrefixKV(NamedTuple):
@@ -42,6 +43,10 @@ class PrefixKV(NamedTuple):
 
     k_LxPxSxNxK: jax.Array
     v_LxPxSxNxK: jax.Array
+
+    def placements(self, mesh: Mesh) -> "PrefixKV":
+        """Return where they are on a mesh: heads split over ``model``, as their weights are, where it divides them."""
+        return jax.tree.map(lambda kv: fitting_sharding(mesh, kv.shape, None, None, None, "model", None), self)
 
 
 class SharedPrefixBatch(NamedTuple):

@@ -55,7 +55,7 @@ def test_both_backends_make_the_same_store(setup, on_one_device, options):
 )
 def test_a_mesh_of_eight_devices_gives_the_same_rows(setup, monkeypatch, mesh, rows):
     """Rows that only fill up a batch's shape, and the tokens up to its length, run like all others: as padding."""
-    real, ran, shares, pad_batch, forward = [], [], [], DecoderReader.pad_batch, jax_capture.forward
+    real, ran, shares, kept, pad_batch, read_sites = [], [], [], [], DecoderReader.pad_batch, jax_capture.read_sites
 
     def counted(reader, batch):
         padded = pad_batch(reader, batch)
@@ -63,22 +63,25 @@ def test_a_mesh_of_eight_devices_gives_the_same_rows(setup, monkeypatch, mesh, r
         ran.append(padded[0].size)
         return padded
 
-    def watched(config, sites, logits, params, ids_BxT, lengths_B):
-        logits, values = forward(config, sites, logits, params, ids_BxT, lengths_B)
-        shares.extend(
-            (len(array), shard.data.shape[0]) for array in (ids_BxT, *values) for shard in array.addressable_shards
-        )
-        return logits, values
+    def watched(mesh, config, sites, params, ids_BxT, lengths_B):
+        values = read_sites(mesh, config, sites, params, ids_BxT, lengths_B)
+        for places, arrays in ((shares, [ids_BxT]), (kept, values)):
+            places.extend((len(array), part.data.shape[0]) for array in arrays for part in array.addressable_shards)
+        return values
 
     monkeypatch.setattr(DecoderReader, "pad_batch", counted)
-    monkeypatch.setattr(jax_capture, "forward", watched)
+    monkeypatch.setattr(jax_capture, "read_sites", watched)
     assert jax.device_count() == 8
-    options = dict(sites=("mlp_in.0", "resid_post.2"), shard_rows=rows)
+    options = dict(sites=("mlp_in.0", "resid_post.2"), shard_rows=rows, batch_tokens=128)
     expected, _ = setup.capture("torch_for_mesh", **options)
     found, _ = setup.capture("jax_on_mesh", backend="jax", mesh=MeshConfig(**mesh), **options)
     assert_same_store(found, expected)
     # Each device computes its share of the rows, whichever axis it is on, but for that of the heads.
-    assert shares and all(rows == share * 8 // mesh.get("model", 1) for rows, share in shares)
+    documents = 8 // mesh.get("model", 1)
+    assert shares and all(rows == share * documents for rows, share in shares)
+    # Where their number allows it, it keeps values of its share of all rows.
+    assert all(rows == share * (documents if rows % 8 else 8) for rows, share in kept)
+    assert any(rows % 8 == 0 for rows, _ in kept)
     assert sum(real) < sum(ran), "there was padding to leave out"
 
 
@@ -130,19 +133,19 @@ def test_only_the_layers_up_to_the_last_site_are_read(make_reader):
 
 
 def test_shapes_are_few_and_a_batch_is_read_when_the_next_one_runs(make_reader, monkeypatch):
-    events, shapes, forward, pieces = [], set(), jax_capture.forward, jax_capture._pieces
+    events, shapes, read_sites, pieces = [], set(), jax_capture.read_sites, jax_capture._pieces
 
-    def watched(config, sites, logits, params, ids_BxT, lengths_B):
+    def watched(mesh, config, sites, params, ids_BxT, lengths_B):
         events.append(("start", sum(kind == "start" for kind, _ in events)))
         shapes.add(ids_BxT.shape)
-        return forward(config, sites, logits, params, ids_BxT, lengths_B)
+        return read_sites(mesh, config, sites, params, ids_BxT, lengths_B)
 
     def read(vectors_BxTxD):
         events.append(("read", sum(kind == "read" for kind, _ in events)))
         return pieces(vectors_BxTxD)
 
     monkeypatch.setattr(jax_capture, "_pieces", read)
-    monkeypatch.setattr(jax_capture, "forward", watched)
+    monkeypatch.setattr(jax_capture, "read_sites", watched)
     reader, plan = make_reader(Site("resid_pre", 0))
     batches, taken = plan.batches(0), []
     reader.read(batches, lambda batch, site, value: taken.append(batch))

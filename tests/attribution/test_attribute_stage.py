@@ -21,6 +21,7 @@ from saejax.attribution.trace import prompt
 from saejax.errors import UserError
 from saejax.interpret.jacobian_lens import JacobianLens
 from saejax.interpret.neighbours import tokens_through_lens
+from saejax.models import identity as hashes
 from saejax.models.tokens import encode, pad
 from saejax.page.scripts import embedded
 from saejax.results import from_json, to_json
@@ -31,7 +32,7 @@ from saejax.serving.session import ModelSession
 from saejax.serving.store import GraphStore
 from saejax.stages.attribute import run as stage
 from saejax.stages.attribute.outputs import read_lens
-from saejax.stages.attribute.requests import _TAKEN, Request, read_given_labels, read_requests, unit_name
+from saejax.stages.attribute.requests import _TAKEN, Request, identity, read_given_labels, read_requests, unit_name
 from saejax.stages.attribute.traces import trace_key
 from saejax.tasks.corpora import read_corpus
 from saejax.tasks.settings import CorpusConfig
@@ -293,6 +294,21 @@ def test_a_trace_is_that_of_its_dictionaries_and_targets(tmp_path, tiny_llama):
     assert keys[0] == keys[1] and len(set(keys)) == 4 and trace_key(configs | base, other) not in keys
     (tmp_path / "set" / "one.json").write_text("{ }")
     assert trace_key(configs | base, request) not in keys
+
+
+def test_a_large_lens_is_hashed_once(tmp_path, monkeypatch):
+    """Every command and process asks for the fingerprint."""
+    read, hash_file = [], hashes.file_sha256
+    monkeypatch.setattr(hashes, "file_sha256", lambda path: read.append(path.name) or hash_file(path))
+    monkeypatch.setattr(hashes, "_HASHED_AT_ONCE", 2)
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "lens.npz").write_bytes(b"many")
+    config = GraphConfig(dictionaries=(str(tmp_path / "set"),), lens=str(tmp_path / "lens.npz"))
+    before = identity(config)
+    assert identity(config) == before and read == ["lens.npz"]
+    (tmp_path / "lens.npz").write_bytes(b"other")
+    assert identity(config) != before and read == ["lens.npz"] * 2
 
 
 def test_prompts_without_latin_letters_have_names_of_their_own(tmp_path):

@@ -16,7 +16,7 @@ from saejax.interventions import slopes as screening
 from saejax.interventions import split_model as split
 from saejax.interventions.edits import mask
 from saejax.interventions.settings import AblateConfig
-from saejax.models import decoding, language_model
+from saejax.models import decoding
 from saejax.models.sites import Site
 from saejax.preflight import topology
 from saejax.preflight.plan import stage_programs
@@ -96,7 +96,7 @@ def test_evaluation(programs, plan, lm, spy):
 
 
 def test_capture(programs, lm, mesh, spy):
-    calls = spy(jax_capture, "forward")
+    calls = spy(jax_capture, "read_sites")
     ids_N = np.arange(16 * 32, dtype=np.int32) % 384
     documents = Documents.contiguous(ids_N, np.full(16, 32), np.zeros((16, 4), np.int32), ["group"])
     plan = Plan(documents, 1000, 256, 0, 0, devices=2)
@@ -112,7 +112,7 @@ def test_training(programs, plan, mesh):
 
 
 def test_they_are_the_stages_own_functions(programs):
-    assert programs["capture: forward"].function is language_model.forward is jax_capture.forward
+    assert programs["capture: forward"].function is jax_capture.read_sites
     assert programs["evaluate: tail"].function is evaluation.tail
     assert programs["ablate: tail"].function is ablation.run_rows
     assert programs["train: standard step"].function.__wrapped__.func is train_step

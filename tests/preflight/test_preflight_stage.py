@@ -100,6 +100,7 @@ def test_what_does_not_fit(tmp_path, capsys, inputs, host):
         ("--train.batch=31", "--train.batch=31 is not divisible by the 8 devices"),
         ("--train.k=10000", "--train.k=10000 is more than the 8192 features"),
         ("--preflight.topology=v5e:9x9x9", "--preflight.topology=v5e:9x9x9"),
+        ("--corpus.context=40961", "--corpus.context=40961 exceeds the model's context of 40960 tokens"),
     ],
 )
 def test_bad_input(tmp_path, capsys, host, flags, message):

@@ -21,7 +21,7 @@ from saejax.interventions.settings import AblateConfig
 from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, SiteRows, row_step, rows_at_once, run_head
 from saejax.models.sites import Site
 from saejax.models.split import SharedPrefixBatch, SplitPoint
-from saejax.parallel.mesh import document_devices
+from saejax.parallel.mesh import document_devices, sharding
 from saejax.stages.baseline.plan import count_all_behaviours
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.settings import TaskConfig
@@ -107,7 +107,10 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         if ablate.replacement == "counterpart" and not is_sum:
             arrays = row_value, row_domain
         real_B = whole(mesh, (count,), bool) if is_sum else None
-        slope_CxBxTxD = whole(mesh, (targets, count, length, used.d_in), plan.dtype)
+        slopes_shape = (targets, count, length, used.d_in)
+        # Those of the answers wait on the host, where a behaviour's dictionaries share them.
+        where = slopes.place_slopes(mesh, slopes_shape) if is_sum else sharding(mesh)
+        slope_CxBxTxD = jax.ShapeDtypeStruct(slopes_shape, plan.dtype, sharding=where)
         size = f"{count} prompts of {length} tokens"
         scored = point, dictionary, rows, slope_CxBxTxD, real_B, source, arrays
         flops = (1 + targets) * suffix_flops(count), (1 + targets) * encode_flops(count)
@@ -166,7 +169,8 @@ def _edited_rows(
     """Return the arguments of the program that runs a batch of edited prompts, each changed from its start on."""
     mesh, (_, length, gathered) = point.mesh, f_PxTxK.shape
     shards = document_devices(mesh)
-    past = placed(jax.eval_shape(point.run_suffix_with_kv, params, value_PxTxD, value_PxTxD)[1], mesh)
+    past = jax.eval_shape(point.run_suffix_with_kv, params, value_PxTxD, value_PxTxD)[1]
+    past = placed(past, past.placements(mesh))
     clean = CleanValues(value_PxTxD, value_PxTxD, f_PxTxK, W_dec_KxD, past, None, None)
     of_shard = -(-batch // shards)
     row_count, tokens = few_rows(of_shard), full_batch(of_shard * length)

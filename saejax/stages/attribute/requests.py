@@ -13,7 +13,7 @@ from saejax.attribution.local.dictionaries import find_folder
 from saejax.attribution.settings import GraphConfig
 from saejax.dictionaries.labels import labels_of_sheets
 from saejax.errors import UserError
-from saejax.files import file_sha256, fingerprint
+from saejax.files import fingerprint
 from saejax.models.identity import content_sha256
 from saejax.runner.labels import labels_of_folders, names_and_sites
 from saejax.tasks.behaviours import Prompt
@@ -85,7 +85,7 @@ def identity(config: GraphConfig) -> str:
         marks.append(fingerprint(sorted([*place, label] for place, label in labels.items())))
     named = [Path(file or "-") for file in (config.prompts, config.labels, config.supernodes, config.lens)]
     files = [path for place in named for path in (sorted(place.glob("*.csv")) if place.is_dir() else [place])]
-    hashes = [file_sha256(path) if path.is_file() else "" for path in files]
+    hashes = [content_sha256(path) if path.is_file() else "" for path in files]  # a lens has gigabytes
     if config.features.startswith("hf://"):
         # Of packed files, gigabytes, the index stands for all: it has the size of every feature.
         hashes.append(content_sha256(index_on_hub(config.features)))

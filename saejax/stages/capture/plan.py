@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.activations.chunker import SPLITS
+from saejax.activations.jax_capture import read_sites
 from saejax.activations.settings import CaptureConfig
 from saejax.costs.plan import WIDTH, PlannedRun
 from saejax.costs.programs import Program, abstract_params
 from saejax.flops import pass_flops
-from saejax.models.language_model import forward
 from saejax.models.lengths import rows_per_batch
 from saejax.models.settings import ModelConfig
 from saejax.parallel.mesh import BY_DOCUMENT, document_devices
@@ -29,8 +29,8 @@ def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         Program(
             "capture: forward",
             f"{rows} x {length} tokens to layer {layers - 1}",
-            forward,
-            (plan.model, plan.sites, False, params, ids_BxT, lengths_B),
+            read_sites,
+            (mesh, plan.model, plan.sites, params, ids_BxT, lengths_B),
             (),
             pass_flops(plan.model, rows * length, length, layers),
             captured_tokens(plan) / (rows * length),

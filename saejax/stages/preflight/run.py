@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from saejax.activations.chunker import check_context
 from saejax.costs.plan import PlannedRun
 from saejax.errors import CheckFailed, Interrupted, UserError
 from saejax.flops import parameters, peak_flops
@@ -129,6 +130,8 @@ def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
     model = plan.model
     run.say(f"{plan.name}: {parameters(model) / 1e6:,.1f} M parameters, {model.n_layers} layers, {plan.dtype}")
     check_dictionaries(plan)
+    if any(all_stages()[stage].units(plan.configs) for stage in ("tokenize", "capture", "train")):
+        check_context(plan.configs[CorpusConfig], model.context)
     programs = stage_programs(plan)
     if programs:
         run.say(
