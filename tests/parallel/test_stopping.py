@@ -266,6 +266,47 @@ def test_a_signal_to_one_of_two_processes_that_capture_stops_both(inputs, tmp_pa
         runs.finish(process)
 
 
+#: stages that two processes share, and a line that comes before the last of several parts of their work
+SHARED = {
+    "evaluate": "started",
+    "interpret": "have a label",
+    "ablate": "(1 of 4)",
+    "attribute": "(1 of 4)",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, single_device, tmp_path_factory):
+    """A run with twelve dictionaries, beside it transcoders of all layers; the flags that go on with both."""
+    folder = tmp_path_factory.mktemp("shared")
+    flags = dict(train__k=",".join(map(str, range(1, 13))), train__kinds="topk", train__epochs=1)
+    flags |= dict(interpret__dictionaries="topk", ablate__dictionary="topk/k8", ablate__untrained_dictionaries=0)
+    arguments = runs.small_flags(*inputs, folder / "run", **flags)
+    assert command.run(["baseline", "capture", "train"], "", ["program", *arguments]) == 0
+    transcoders = dict(train__source="model", train__form="transcoder", train__sites="mlp_in.0-1", train__kinds="topk")
+    transcoders |= dict(train__buffer_rows=256, train__epochs=1)
+    assert command.run(["train"], "", ["program", *runs.small_flags(*inputs, folder / "sets", **transcoders)]) == 0
+    flags |= dict(
+        graph__transcoders=folder / "sets" / "train" / "topk",
+        graph__behaviours="agreement,capital,greater_than,addition",
+    )
+    return folder / "run", flags
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("stage", SHARED)
+def test_a_signal_to_one_of_two_processes_that_share_a_stage_stops_both(inputs, trained, tmp_path, stage):
+    """While each has parts of the work left, of its own or together with the other one."""
+    runs.copy_run(trained[0], tmp_path / "run")
+    pair = runs.start_pair(stage, runs.small_flags(*inputs, tmp_path / "run", **trained[1]))
+    before = list(itertools.takewhile(lambda line: SHARED[stage] not in line, pair[0].stdout))
+    os.kill(pair[1].pid, signal.SIGTERM)
+    for output in [runs.finish(process, 143) for process in pair]:
+        assert "Traceback" not in output, [*before, output]
+    assert not list((tmp_path / "run" / stage).rglob("done.json"))
+
+
 #: stages whose units take moments, or that write one file from what others measured.
 MOMENTS = {"tokenize", "report"}
 
