@@ -9,7 +9,7 @@ from saejax.attribution.local.dictionaries import open_transcoders as open_trans
 from saejax.attribution.local.edits import Change as Change
 from saejax.attribution.local.model import LocalModel as LocalModel
 from saejax.attribution.local.model import intervene as intervene
-from saejax.attribution.local.readouts import Direction as Direction
+from saejax.attribution.local.rows import Direction as Direction
 from saejax.attribution.trace.prompt import trace as trace
 from saejax.dictionaries import SAE as SAE
 from saejax.dictionaries import Dictionary as Dictionary

@@ -23,7 +23,7 @@ import numpy as np
 from saejax.attribution.local.dictionaries import LayerDictionaries
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.readouts import Readouts
+from saejax.attribution.local.rows import Readouts
 from saejax.circuits.groups import Group, Key
 from saejax.interventions.controls import influential_orders, random_orders, shortest_beginning
 from saejax.parallel.collectives import to_host

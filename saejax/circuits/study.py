@@ -15,7 +15,7 @@ import numpy as np
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.readouts import read_targets
+from saejax.attribution.local.rows import read_targets
 from saejax.attribution.local.state import prompt_ids
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.circuits.edges import judge_edges

@@ -16,7 +16,7 @@ from saejax.attribution.checks import matched, set_to
 from saejax.attribution.graph.data import Nodes
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.readouts import Target, read_targets
+from saejax.attribution.local.rows import Target, read_targets
 from saejax.attribution.local.state import FREEZE_MODES, PromptRun
 from saejax.attribution.trace.gradient import SaeRun
 from saejax.circuits.measure import squared_doses

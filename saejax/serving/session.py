@@ -19,7 +19,7 @@ from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph.data import LOGIT
 from saejax.attribution.local.dictionaries import LayerSaes
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.readouts import Target
+from saejax.attribution.local.rows import Target
 from saejax.attribution.local.state import PromptRun
 from saejax.attribution.settings import GraphConfig
 from saejax.attribution.trace.gradient import SaeRun

@@ -34,7 +34,7 @@ from saejax.attribution.graph.data import ERROR, FEATURE
 from saejax.attribution.graph.pruning import prune_each
 from saejax.attribution.local.edits import Circuit
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.readouts import Readouts
+from saejax.attribution.local.rows import Readouts
 from saejax.attribution.local.state import RELP
 from saejax.attribution.trace.gradient import SaeRun
 from saejax.models.attention import attend, whole_prompt_tables

@@ -1,4 +1,4 @@
-"""Edits of a run: features set to other activations, or all features but a circuit's left out.
+"""Edits of a run: features set to other activations, or all features but a circuit's left out; and what is read in it.
 
 Both change what a layer's MLP adds to the stream, so an edit is a difference that is added to the stream leaving the
 layer:
@@ -8,6 +8,8 @@ layer:
 
 with f the activation in the edited run (with MLPs frozen: in the prompt) and error what the transcoder leaves of the
 run's own MLP output. Features of cross-layer transcoders write to later layers, too.
+
+``Readings`` reads features and targets in edited runs as differences from the prompt.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,11 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local.dictionaries import FeatureOutputs
+from saejax.attribution.local.rows import Readouts
 from saejax.attribution.local.state import (
     AT_ONCE,
     FIXED,
+    RELP,
     FrozenModel,
+    LocalRun,
     LocalState,
+    PromptRun,
     activations,
     as_index,
     encode_used,
@@ -30,12 +36,14 @@ from saejax.attribution.local.state import (
 )
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.models.layers import einsum, norm
 from saejax.parallel.collectives import to_host
 
 CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
 TOGETHER = 2**26  # numbers of the chunks that go up layer by layer together, so that each encoder is read once for them
 _ROWS = 8  # least size to which rows are padded
 _CHANGES = 16  # least size to which the changes of a layer, and their features, are padded
+_READ = 128  # directions that are read at once, so that layers and prompts share a program
 
 
 class Change(NamedTuple):
@@ -341,3 +349,131 @@ def _encode_places(
 ) -> jax.Array:
     """Return single activations at N positions of rows, [M]; of each the index of its position, and its feature."""
     return activations(encoder, read_RxTxD[row_N, position_N])[index_M, column_M]
+
+
+class Readings:
+    """Values read from edited runs of a prompt, kept as the prompt's own values plus what changes.
+
+    So a small effect keeps its digits: it is no difference of numbers that came from two programs.
+
+    Args:
+      run: of the prompt.
+      rows: number of edited runs.
+      readouts: what is read at the end; None: nothing.
+      features: active features, as indices into ``run.active``, whose pre-activations are read.
+      logits: whether ``logits_RxV`` is there.
+
+    Attributes:
+      layers: in which features are read, ascending.
+      logits_RxV: fp32 logits at the last position, at first the prompt's; None: not requested.
+
+    Raises:
+      UserError: an index is none of an active feature.
+    """
+
+    def __init__(
+        self,
+        run: PromptRun,
+        rows: int,
+        readouts: Readouts | None,
+        features: Sequence[int] | np.ndarray,
+        logits: bool,
+    ):
+        self._readouts, self._wanted = readouts, run.active[_checked_indices(run, features)]
+        wanted = self._wanted
+        self._encoder_JxD = run.dictionaries.rows_of("W_enc", wanted.layer_A, wanted.feature_A)
+        self._feature_RxJ = np.tile(wanted.value_A, (rows, 1))
+        self._readout_RxK = np.tile(readouts.value_K if readouts else np.empty(0, np.float32), (rows, 1))
+        self.logits_RxV = np.tile(run.logits_V, (rows, 1)) if logits else None
+        self.layers: list[int] = np.unique(wanted.layer_A).tolist()
+
+    def read_layer(self, rows: slice, layer: int, read_BxTxD: jax.Array) -> None:
+        """Read features of a layer.
+
+        Args:
+          rows: which edited runs these are.
+          layer: its number.
+          read_BxTxD: what its dictionary reads in the prompt, which comes first, and in the rows; padding may follow.
+        """
+        here = np.flatnonzero(self._wanted.layer_A == layer)
+        if len(here):
+            places = self._wanted.position_A[here], self._encoder_JxD[here]
+            changes_RxJ = read_changes(read_BxTxD[0], read_BxTxD[1:], *places)
+            self._feature_RxJ[rows, here] += changes_RxJ[: rows.stop - rows.start]
+
+    def read_last(self, rows: slice, frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array) -> None:
+        """Read the readouts.
+
+        Args:
+          rows: which edited runs these are.
+          frozen: the model.
+          freeze: what the final norm keeps, one of ``state.FREEZE_MODES``.
+          last_D: the stream of the prompt at the last position, leaving the last layer.
+          x_RxD: the same stream in the rows; padding may follow.
+        """
+        if self._readouts:
+            changes_RxK = read_last(frozen, freeze, last_D, x_RxD, self._readouts)
+            self._readout_RxK[rows] += changes_RxK[: rows.stop - rows.start]
+
+    def checked(self) -> LocalRun:
+        """Return what was read, or refuse it if a value is not finite."""
+        return LocalRun(self._feature_RxJ, self._readout_RxK, self.logits_RxV).checked()
+
+
+def _checked_indices(run: PromptRun, features: Any) -> np.ndarray:
+    """Return indices into ``run.active``, int64 [J]; raise a ``UserError`` if some are none."""
+    indices = np.asarray(features)
+    is_index = not indices.size or indices.dtype.kind in "iu"
+    if indices.ndim != 1 or not is_index or ((indices < 0) | (indices >= len(run.active))).any():
+        raise UserError(
+            f"features is {features!r:.60}: expected a list of places in the active features, 0 to "
+            f"{len(run.active) - 1}"
+        )
+    return indices.astype(np.int64)
+
+
+def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, vector_JxD: np.ndarray) -> np.ndarray:
+    """Return how much dot products of directions with a stream differ from the prompt's, [R, J].
+
+    Args:
+      x_TxD: the stream of the prompt.
+      x_RxTxD: the same stream in the rows.
+      position_J: positions that are read.
+      vector_JxD: directions that are read there.
+    """
+    count, parts = len(position_J), []
+    for start in range(0, count, _READ):
+        room = max(start + _READ - count, 0)
+        position_X = np.pad(position_J[start : start + _READ], (0, room))
+        vector_XxD = np.pad(vector_JxD[start : start + _READ], ((0, room), (0, 0)))
+        parts.append(to_host(_read_changes(x_TxD, x_RxTxD, position_X, vector_XxD)))
+    return np.concatenate(parts, axis=1)[:, :count]
+
+
+@jax.jit
+def _read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: jax.Array, vector_JxD: jax.Array) -> jax.Array:
+    # The difference first: a difference of two nearly equal products would be rounding.
+    return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, position_J], vector_JxD)
+
+
+def read_last(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, readouts: Readouts) -> np.ndarray:
+    """Return how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
+
+    Args:
+      frozen: the model.
+      freeze: what the final norm keeps, one of ``state.FREEZE_MODES``.
+      last_D: the stream of the prompt at the last position.
+      x_RxD: the same stream in the rows.
+      readouts: what is read.
+    """
+    vector_KxD = readouts.vector_KxD  # pulled back through the final norm with the prompt's scale
+    if freeze != "all":
+        # Each row has its own scale. The columns were picked once: the unembedding is not read again for a run.
+        x_BxD = _final_norm(frozen, jnp.concatenate([last_D[None], x_RxD]))
+        last_D, x_RxD, vector_KxD = x_BxD[0], x_BxD[1:], readouts.column_KxD
+    return read_changes(last_D[None], x_RxD[:, None], np.zeros(len(readouts), np.int32), vector_KxD)
+
+
+@jax.jit
+def _final_norm(frozen: FrozenModel, x_BxD: jax.Array) -> jax.Array:
+    return norm(frozen.config, RELP, frozen.params, "final_norm", x_BxD)

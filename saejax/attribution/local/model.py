@@ -27,13 +27,13 @@ from saejax.attribution.local.edits import (
     ChangeEdits,
     Circuit,
     CircuitEdits,
+    Readings,
     as_rows,
     has_begun,
     place_in_texts,
     plan_edits,
 )
-from saejax.attribution.local.readouts import Readings, Readouts
-from saejax.attribution.local.rows import RowTracer, Sources
+from saejax.attribution.local.rows import Readouts, RowTracer, Sources
 from saejax.attribution.local.state import (
     FIXED,
     FREEZE_MODES,

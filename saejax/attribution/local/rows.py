@@ -1,4 +1,13 @@
-"""Rows of graphs: targets carried down through the frozen layers, and what each source contributes to them.
+"""Rows of graphs: their targets, carried down through the frozen layers, and what each source contributes to them.
+
+A target is a direction that is read: by a feature, from what the transcoder of its layer reads, or by a readout, from
+the stream leaving the last layer. A readout is a logit, a difference of two, or any other ``Direction``. A logit is
+read at the last position, through the final norm, whose factor is constant where the model is frozen. Its direction is
+its column of the unembedding less the mean over the vocabulary, as only differences of logits matter. Capping of logits
+is left out of it; probabilities come from the capped logits.
+
+A target's cotangent starts where it reads and goes down through the transposed layers. Nothing of a position after the
+target's reaches it, and nothing of the layers above; MLPs are not run, but for the norms before them.
 
 A source is a direction that is added at a place and a position. Place 0 is the stream entering layer 0, where tokens
 come in; place l + 1 is the output of layer l's MLP, for features, errors, biases, and for the whole output at the first
@@ -10,36 +19,39 @@ batch of targets. Blocks name rows of a table, so a feature that is active at ma
 of features come out of their transcoders some at a time and go straight to their place in the table, so the host never
 has more of them than that; each device holds a part of the table's width.
 
-A target is a direction that is read: by a feature, from what the transcoder of its layer reads, or by a logit, from the
-stream leaving the last layer. Its cotangent starts there and goes down through the transposed layers. Nothing of a
-position after the target's reaches it, and nothing of the layers above; MLPs are not run, but for the norms before
-them.
-
-1. ``Sources`` lays the sources out in blocks.
-2. ``RowTracer`` puts targets of similar positions and layers into batches of chunks.
-3. ``contributions`` carries a batch down, and reads off the products with the sources' blocks at each place.
+1. ``read_targets`` gives the readouts.
+2. ``Sources`` lays the sources out in blocks.
+3. ``RowTracer`` puts targets of similar positions and layers into batches of chunks.
+4. ``contributions`` carries a batch down, and reads off the products with the sources' blocks at each place.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
+from scipy.special import softmax
 
-from saejax.attribution.graph.data import BIAS, ERROR, FIRST_MLP, TOKEN, Nodes
+from saejax.attribution.graph.data import BIAS, ERROR, FIRST_MLP, TOKEN, Nodes, name_difference
 from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerDictionaries
-from saejax.attribution.local.state import FrozenModel, LocalState
+from saejax.attribution.local.state import FrozenModel, LocalState, PromptRun, as_index, padded
+from saejax.errors import UserError
+from saejax.models import decoder
 from saejax.models.attention import whole_prompt_tables
-from saejax.models.config import DecoderConfig
-from saejax.models.layers import einsum
+from saejax.models.config import DecoderConfig, RunRules
+from saejax.models.language_model import LanguageModel
+from saejax.models.layers import einsum, norm
+from saejax.models.tokens import continuation_ids, token_text
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import BY_DOCUMENT, document_devices, fitting_sharding, sharding
+from saejax.short_reprs import has_short_repr
 
 Put = Callable[[np.ndarray, np.ndarray], None]  # takes indices of rows [B], and rows over all sources [B, S]
 _LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
@@ -51,6 +63,202 @@ STEP = 4  # blocks that are read at once
 CHUNK = 512  # rows of the table that go to the devices together
 _BLOCKS = 64  # least number of blocks; see ``LocalState.padded_size``
 _NOWHERE = np.iinfo(np.int32).max  # position of a block that fills up its place
+_TARGETS = 16  # least size to which targets are filled up
+
+
+@has_short_repr
+@dataclasses.dataclass(frozen=True, eq=False)
+class Direction:
+    """A direction that a graph explains in place of a logit, such as a probe's."""
+
+    name: str  #: how the graph and its page call it
+    vector_D: np.ndarray  #: its dot product with the final norm's output at the last position is explained
+
+
+Target = str | int | tuple[str | int, str | int] | Direction
+
+
+@has_short_repr
+@dataclasses.dataclass(frozen=True)
+class Readouts:
+    """K logits, differences of two or directions, read from the stream leaving the last layer at the last position."""
+
+    pair_Kx2: np.ndarray  #: int32 tokens of a difference; the second is -1 for a logit, both are for a direction
+    column_KxD: np.ndarray  #: fp32 directions behind the final norm: columns of the unembedding, less mean or second
+    vector_KxD: np.ndarray  #: fp32 the same, pulled back through the final norm at the prompt's scale
+    value_K: np.ndarray  #: fp32 dot product with the stream, plus biases
+    constant_K: np.ndarray  #: fp32 part of it that biases of the final norm and the unembedding are
+    weight_K: np.ndarray  #: fp32 weight in influences: the probability of a token, else 1
+    logit_K: np.ndarray  #: fp32 logit, or difference of two, or value of a direction
+    labels: tuple[str, ...]  #: names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def as_targets(targets: Any) -> list[Target]:
+    """Return targets as a list; a single target is a list of one, not of its letters.
+
+    Raises:
+      UserError: they are neither.
+    """
+    if isinstance(targets, str | Integral | Direction) or getattr(targets, "ndim", 1) == 0:
+        return [targets]
+    try:
+        return list(targets)
+    except TypeError:
+        raise UserError(
+            f"targets is {targets!r:.60}: expected a token, as its id or a text, a Direction, or a list of such and of "
+            "pairs of tokens; () for the most probable tokens"
+        ) from None
+
+
+def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, logit_mass: float) -> Readouts:
+    """Return the requested targets.
+
+    Args:
+      run: of the prompt.
+      targets: tokens (ids, or texts of one token), pairs of them for the difference of their logits, or directions;
+        none: the most probable tokens.
+      max_logits: maximum number of tokens, where no targets are named.
+      logit_mass: the smallest set of tokens with this total probability is taken, 0 to 1.
+
+    Raises:
+      UserError: a token does not exist, a text is not one token, or a direction has another width or is not finite.
+    """
+    probability_V = softmax(run.logits_V.astype(np.float64))
+    if not targets:
+        order = np.argsort(-probability_V, kind="stable")[: max(max_logits, 1)]
+        # The token that reaches the share is one of them.
+        count = int(np.searchsorted(np.cumsum(probability_V[order]), logit_mass)) + 1
+        targets = [int(token) for token in order[:count]]
+    model, text, count = run.model, token_text(run.model.tokenizer), len(targets)
+    # Filled up, so that prompts with other numbers of targets share the program.
+    pair_Xx2 = np.full((padded(count, _TARGETS), 2), -1, np.int32)
+    pair_Xx2[:count] = target_pairs(model, targets)
+    given_XxD = np.zeros((len(pair_Xx2), model.config.d_model), np.float32)
+    for place, target in enumerate(targets):
+        if isinstance(target, Direction):
+            given_XxD[place] = target.vector_D
+    arrays = pull_targets(model.config, run.rules, model.params, run.last_D, *pair_Xx2.T, given_XxD)
+    column_KxD, vector_KxD, value_K, constant_K = (to_host(array)[:count] for array in arrays)
+    first_K, second_K = pair_Xx2[:count].T
+    single_K, given_K = second_K < 0, first_K < 0
+    names = [target.name if isinstance(target, Direction) else "" for target in targets]
+    return Readouts(
+        pair_Kx2=pair_Xx2[:count],
+        column_KxD=column_KxD,
+        vector_KxD=vector_KxD,
+        value_K=value_K,
+        constant_K=constant_K,
+        weight_K=np.where(single_K & ~given_K, probability_V[first_K], 1).astype(np.float32),
+        logit_K=np.where(given_K, value_K, run.logits_V[first_K] - np.where(single_K, 0, run.logits_V[second_K])),
+        labels=tuple(
+            name or (text(a) if b < 0 else name_difference(text(a), text(b)))
+            for name, (a, b) in zip(names, pair_Xx2[:count].tolist(), strict=True)
+        ),
+    )
+
+
+def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[int, int]]:
+    """Return the token of each target and the one whose logit is subtracted, -1 for none.
+
+    Raises:
+      UserError: a target is no token and no pair of two different ones, or appears twice; or a direction has no name
+        of its own, or another shape than the stream, or is not finite.
+    """
+    pairs, names = [], set[str]()
+    for target in targets:
+        if isinstance(target, Direction):
+            shape, width = np.shape(target.vector_D), model.config.d_model
+            if (
+                not isinstance(target.name, str)
+                or not target.name
+                or shape != (width,)
+                or not np.isfinite(target.vector_D).all()
+            ):
+                raise UserError(
+                    f"the direction {target.name!r} has the shape {shape}: expected a text as its name, and {width} "
+                    "finite numbers"
+                )
+            if target.name in names:
+                raise UserError(f"two directions are called {target.name!r}: expected a name for each")
+            names.add(target.name)
+            pairs.append((-1, -1))
+            continue
+        tokens = tuple(target) if isinstance(target, tuple | list) else (target,)
+        pair = [token_of(model, token) for token in tokens[:2]]
+        if not 1 <= len(tokens) <= 2 or len(set(pair)) < len(tokens):
+            raise UserError(f"the target {target!r} is no difference of two logits: expected two tokens that differ")
+        pairs.append((pair[0], pair[1] if pair[1:] else -1))
+        if pairs.count(pairs[-1]) > 1:
+            raise UserError(f"the target {target!r} appears twice: expected each target once")
+    return pairs
+
+
+def token_of(model: LanguageModel, target: str | int) -> int:
+    """Return the id of a token; of a text, the one with which it continues another, taken as it is written.
+
+    Raises:
+      UserError: the text is not one token, or there is no such token.
+    """
+    if isinstance(target, str):
+        ids = continuation_ids(model.tokenizer, target)
+        if len(ids) != 1:
+            raise UserError(
+                f"the target {target!r} is {len(ids)} tokens: expected a text of one, such as ' Paris', or a pair"
+            )
+        return int(ids[0])
+    token = as_index(target)
+    if not 0 <= token < model.config.vocab:
+        raise UserError(f"the target token {target!r:.60} does not exist: expected 0 to {model.config.vocab - 1}")
+    return token
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def pull_targets(
+    config: DecoderConfig,
+    rules: RunRules,
+    params: decoder.Params,
+    last_D: jax.Array,
+    first_K: jax.Array,
+    second_K: jax.Array,
+    given_KxD: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return targets, of logits before capping, as directions of the stream that leaves the last layer.
+
+    Args:
+      config: of the decoder (static).
+      rules: say whether the final norm's factor is constant.
+      params: of the model.
+      last_D: that stream at the last position.
+      first_K: token ids; -1 where a direction is given.
+      second_K: token ids that are subtracted; -1 for the mean over the vocabulary.
+      given_KxD: the directions behind the final norm that are given.
+
+    Returns:
+      The directions [K, D] behind the final norm and before it, the values [K], and the part of them [K] that biases
+      are.
+    """
+    given_K = first_K < 0
+    embed_VxD = params["embed_VxD"] if config.tied else params["unembed_DxV"].T
+    rows_VxD = embed_VxD.astype(last_D.dtype)
+
+    def less(rows: jax.Array) -> jax.Array:
+        """Return the rows of the first tokens less the rows of the second ones or the mean."""
+        single = jnp.reshape(second_K < 0, (-1,) + (1,) * (rows.ndim - 1))
+        # Less the mean over the vocabulary, as only differences of logits matter.
+        return rows[first_K] - jnp.where(single, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
+
+    column_KxD = jnp.where(given_K[:, None], given_KxD.astype(last_D.dtype), less(rows_VxD))
+    # By the rules the norm's factor is constant where the model is frozen; then this is its transpose.
+    final_D, pull = jax.vjp(functools.partial(norm, config, rules, params, "final_norm"), last_D)
+    constant_K = jnp.zeros(len(column_KxD), last_D.dtype)
+    if "final_norm_bias_D" in params:
+        constant_K += einsum("kd,d->k", column_KxD, params["final_norm_bias_D"].astype(last_D.dtype))
+    bias = jnp.where(given_K, 0, less(params["unembed_bias_V"].astype(last_D.dtype))) if config.unembed_bias else 0
+    value_K = einsum("kd,d->k", column_KxD, final_D) + bias
+    return column_KxD, jax.vmap(pull)(column_KxD)[0], value_K, constant_K + bias
 
 
 @jax.tree_util.register_dataclass

@@ -47,8 +47,18 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN, Nodes, logit_weights, sweep
 from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerSaes, LayerTranscoders
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
-from saejax.attribution.local.readouts import Direction, Readouts, Target, as_targets, read_targets
-from saejax.attribution.local.rows import TOKENS, WIDTH, Put, RowTracer, batch_tokens
+from saejax.attribution.local.rows import (
+    TOKENS,
+    WIDTH,
+    Direction,
+    Put,
+    Readouts,
+    RowTracer,
+    Target,
+    as_targets,
+    batch_tokens,
+    read_targets,
+)
 from saejax.attribution.local.state import AT_ONCE, PromptRun, padded, prompt_ids
 from saejax.attribution.trace.gradient import GradientRows, SaeRun
 from saejax.dictionaries import DictionaryConfig

@@ -18,7 +18,7 @@ from saejax.attribution.graph.pruning import emptying_threshold
 from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.dictionaries import LayerSaes, LayerTranscoders, open_saes, open_transcoders
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.readouts import Target, target_pairs, token_of
+from saejax.attribution.local.rows import Target, target_pairs, token_of
 from saejax.attribution.local.state import prompt_ids
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.settings import GraphConfig

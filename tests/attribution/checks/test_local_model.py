@@ -23,7 +23,7 @@ from saejax.attribution.local import dictionaries, edits, model
 from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.model import LocalModel, LocalRun
-from saejax.attribution.local.readouts import read_targets
+from saejax.attribution.local.rows import read_targets
 from saejax.attribution.local.state import FREEZE_MODES, embed
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary

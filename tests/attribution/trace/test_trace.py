@@ -17,7 +17,7 @@ from saejax.attribution.graph import pruning
 from saejax.attribution.graph.data import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
 from saejax.attribution.local import rows, state
 from saejax.attribution.local.edits import Circuit
-from saejax.attribution.local.readouts import Direction, Readouts
+from saejax.attribution.local.rows import Direction, Readouts
 from saejax.attribution.local.state import Active
 from saejax.attribution.trace import prompt
 from saejax.attribution.trace.prompt import trace_prompt
