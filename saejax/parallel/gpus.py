@@ -62,8 +62,8 @@ def _complete_id(entry: str, ids: Sequence[str]) -> str | None:
         return None
     if not ids or entry.removeprefix("MIG-").partition("/")[0] in ids:  # MIG-GPU-UUID/INSTANCE/INSTANCE names a part
         return entry
-    found = [name for name in ids if name.startswith(entry)]
-    return found[0] if len(found) == 1 else None
+    matches = [name for name in ids if name.startswith(entry)]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _list_devices() -> list[str]:
