@@ -116,7 +116,7 @@ class SplitModel:
         dictionary = rescale.to_output_units(dictionary)
         later = dictionary.later_sites if isinstance(dictionary, SeveralSites) else ()
         self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules, readout, later)
-        self.point.check_readout()
+        self._least_tokens = self.point.least_tokens()
         self.params = model.params
         self.dictionary = dictionary.on_mesh(model.mesh)
         self._model, self._positions, self.error = model, positions, error
@@ -155,10 +155,14 @@ class SplitModel:
             pairs = zip(self.run(prompts, least=least), self.run(self._swap_sides(prompts), least=least), strict=True)
             return [dataclasses.replace(run, counterpart=counterpart) for run, counterpart in pairs]
         tokens = self._model.tokenize([prompt.text for prompt in prompts])
-        for place in np.flatnonzero(tokens.lengths_B < self.point.positions)[:1]:
+        positions, least_tokens = self.point.positions, self._least_tokens
+        for place in np.flatnonzero(tokens.lengths_B < least_tokens)[:1]:
+            takes = f"the logits at {positions} positions"
+            if tokens.lengths_B[place] >= positions:
+                takes = f"the attention to one of {least_tokens} tokens"
             raise UserError(
-                f"the readout takes the logits at {self.point.positions} positions, and the prompt "
-                f"{prompts[place].text!r} has {tokens.lengths_B[place]} tokens: give longer prompts"
+                f"the readout takes {takes}, and the prompt {prompts[place].text!r} has {tokens.lengths_B[place]} "
+                "tokens: give longer prompts"
             )
         answers_Nx2 = np.zeros((len(prompts), 2), np.int32)
         # Of a readout of the user's, prompts may be without answers.
@@ -450,10 +454,7 @@ def active_features(dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: j
 def not_finite(point: SplitPoint, where: str) -> str:
     """Return what to say where what is measured, or its gradient, is not finite."""
     if point.readout is not None:
-        return (
-            f"the readout, or its gradient, is not finite {where}: it has to be finite for all logits that it gets, "
-            "and every prompt must have the tokens whose attention it reads"
-        )
+        return f"the readout, or its gradient, is not finite {where}: it has to be finite for all logits that it gets"
     return (
         f"the logit difference, or its gradient, is not finite {where}: the model or the dictionary holds NaN or "
         "overflows; try --model.dtype=float32, or train the dictionary again"

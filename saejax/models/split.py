@@ -176,6 +176,7 @@ class ReadoutInputs:
     #: by layer, the share of each head's attention from the last C tokens to every token, fp32.
     patterns_BxHxCxT: Mapping[int, jax.Array]
     last_B: jax.Array  #: index of each prompt's last token
+    keys: list[int] = dataclasses.field(default_factory=list)  #: those that the readout has asked for so far
 
     def attention(self, layer: int, head: int, query: int, key: int) -> jax.Array:
         """Return the share of a head's attention that goes from one token to another, fp32 [B], 0 to 1.
@@ -187,7 +188,7 @@ class ReadoutInputs:
           key: the token that is attended to: counted from the first one, 0, which may be a BOS token; or from the end.
 
         Returns:
-          The shares; NaN in a prompt without the key.
+          The shares; 0 in a prompt without the key.
 
         Raises:
           UserError: the readout does not read the layer, or there is no such head or query.
@@ -208,8 +209,8 @@ class ReadoutInputs:
         exists_B = (place_B >= 0) & (place_B <= self.last_B)
         share_BxT = pattern_BxHxCxT[:, head, query]
         share_B = jnp.take_along_axis(share_BxT, jnp.clip(place_B, 0, share_BxT.shape[1] - 1)[:, None], axis=1)[:, 0]
-        # A factor, so that the gradient is NaN as well and no prompt is left out in silence.
-        return share_B * jnp.where(exists_B, 1.0, jnp.nan)
+        self.keys.append(key)
+        return jnp.where(exists_B, share_B, 0.0)
 
 
 class Ends(NamedTuple):
@@ -266,10 +267,16 @@ class SplitPoint:
         """Return whether a site within attention or the MLP is changed."""
         return any(site.kind in INNER_KINDS for site in (self.site, *(later.site for later in self.later)))
 
-    def check_readout(self) -> None:
-        """Raise a ``UserError`` unless the model has the attention that the readout reads, and edits reach it."""
+    def least_tokens(self) -> int:
+        """Return how many tokens a prompt must have for the user's readout, 1 without one.
+
+        Raises:
+          UserError: the readout reads attention that the model does not have, or that edits of the site do not reach.
+        """
         layers = self.readout.layers if self.readout else ()
-        if layers and isinstance(self.config, TorchConfig):
+        if not layers:
+            return self.positions
+        if isinstance(self.config, TorchConfig):
             raise torch_bridge.not_in_torch_error(self.config)
         first = self.site.layer + (self.site.kind not in ("resid_pre", "attn_q", "attn_k"))
         for layer in layers:
@@ -279,6 +286,14 @@ class SplitPoint:
                     f"the readout reads the attention of layer {layer}, which edits of {self.site} do not reach: "
                     f"expected layers {first} to {self.config.n_layers - 1}"
                 )
+        keys: list[int] = []
+        # Called with zeros for two prompts, to see which keys it asks for.
+        logits_shape = (2, self.config.vocab) if self.positions == 1 else (2, self.positions, self.config.vocab)
+        logits, pattern = jnp.zeros(logits_shape), jnp.zeros((2, self.config.n_heads, self.positions, self.positions))
+        inputs = ReadoutInputs(logits, dict.fromkeys(layers, pattern), jnp.zeros(2, jnp.int32), keys)
+        for function in self.readout.functions if self.readout else ():
+            function(inputs)
+        return max(self.positions, *(key + 1 if key >= 0 else -key for key in keys), 1)
 
     def run_prefix(self, params: decoder.Params, ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Run the prompts, token ids ``ids``, up to the site.

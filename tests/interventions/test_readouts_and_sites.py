@@ -198,9 +198,9 @@ def test_a_readout_finds_queries_and_keys_from_both_ends():
     places_of = {(-1, 0): (0, 0), (-3, 2): (2, 2), (-2, -1): (5, 3), (-1, -4): (2, 0), (-1, 4): (4, None)}
     for (query, key), places in places_of.items():
         found_B = inputs.attention(2, 1, query, key)
-        wanted_B = [np.nan if t is None else pattern_BxHxCxT[b, 1, query, t] for b, t in enumerate(places)]
+        wanted_B = [0.0 if t is None else pattern_BxHxCxT[b, 1, query, t] for b, t in enumerate(places)]
         np.testing.assert_array_equal(found_B, wanted_B)
-    assert np.isnan(inputs.attention(2, 1, -1, -5)).tolist() == [False, True]
+    assert inputs.attention(2, 1, -1, -5)[1] == 0.0 and inputs.keys[-1] == -5
     for place, message in (
         ((3, 0, -1, 0), "layer 3, and readout_layers names 2"),
         ((2, 4, -1, 0), "head 4 of layer 2, which has heads 0 to 3"),
@@ -250,7 +250,15 @@ def test_readouts_that_cannot_be_used_are_refused(tiny, dictionary, asked):
         (dict(readout=spread, readout_layers=["2"]), "readout_layers is .'2'.: expected layers"),
         (dict(readout=spread, readout_layers=[1]), "layer 1, which edits of resid_post.1 do not reach: .* 2 to 3"),
         (dict(readout=spread, readout_layers=[2, 9]), "attn_pattern.9: the model has 4 layers"),
-        (dict(readout=lambda of: of.attention(2, 0, -1, -90), readout_layers=[2]), "every prompt must have the tokens"),
+        (
+            dict(readout=lambda of: of.attention(2, 0, -1, -90), readout_layers=[2]),
+            "to one of 90 tokens, and the prompt",
+        ),
+        (
+            dict(readout=lambda of: of.attention(2, 0, -1, 40), readout_layers=[2]),
+            "to one of 41 tokens, and the prompt",
+        ),
+        (dict(readout=lambda of: of.attention(2, 4, -1, 0), readout_layers=[2]), "head 4 of layer 2, .* heads 0 to 3"),
     ):
         with pytest.raises(UserError, match=message):
             saejax.ablate(tiny, dictionary, asked, **SETTINGS, **options)

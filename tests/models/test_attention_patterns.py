@@ -150,4 +150,4 @@ def test_patterns_are_read_only(models, ids_BxT):
     site = Site("resid_post", 0)
     point = SplitPoint(in_torch.config, site, site, in_torch.mesh, readout=Readout((jnp.sum,), layers=(1,)))
     with pytest.raises(UserError, match="runs in PyTorch, .* attention patterns are not available"):
-        point.check_readout()
+        point.least_tokens()
