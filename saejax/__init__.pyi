@@ -35,6 +35,7 @@ from saejax.interventions.falsify import Falsification as Falsification
 from saejax.interventions.falsify import falsify as falsify
 from saejax.interventions.in_memory import Ablation as Ablation
 from saejax.interventions.in_memory import ablate as ablate
+from saejax.interventions.in_memory import load_prompts as load_prompts
 from saejax.interventions.in_memory import make_prompts as make_prompts
 from saejax.interventions.in_memory import patch as patch
 from saejax.interventions.in_memory import probe as probe

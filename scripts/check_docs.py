@@ -36,6 +36,7 @@ STAND_INS = {
     "--graph.transcoders=gemma-2-2b": "--graph.transcoders=transcoders",
     "Qwen/Qwen3-0.6B": "smollm2",
     "mwhanna/qwen3-0.6b-transcoders-lowl0": "transcoders",
+    "--graph.transcoders=runs/own_set/train/topk": "--graph.transcoders=transcoders",
     "--graph.transcoders=SET": "--graph.transcoders=transcoders",
     "HuggingFaceTB/SmolLM2-360M": "smollm2",
     "--model.path=BASE --model.other=TUNED": "--model.path=smollm2 --model.other=smollm2",

@@ -2,11 +2,13 @@
 
 import dataclasses
 import inspect
+import json
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -98,6 +100,59 @@ def test_checkers_know_the_types_of_names(tmp_path):
     assert re.search(r"kind: .*str.*Dictionary\"$", train), output
     assert 'Any"' not in trace and "Graph" in trace, output
     assert "no_such_name" in missing and "incompatible type" in wrong, output
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda of: saejax.capture("smollm2", TEXTS, SITE), r"lm is a str: .* saejax.load_model\(NAME\)"),
+        (lambda of: saejax.load_model(None), "the model is None: expected 'smollm2', a hub id, a folder"),
+        (lambda of: saejax.evaluate(of.sae, of.lm, TEXTS), r"lm is a Dictionary: .* saejax.load_model\(NAME\)"),
+        (lambda of: saejax.evaluate(of.lm, "runs/x", TEXTS), r"dictionary is a str: .* saejax.load_dictionary\("),
+        (lambda of: saejax.evaluate(of.lm, None, TEXTS), "dictionary is None: expected the result of"),
+        (lambda of: saejax.ablate(of.lm, [of.sae, 3], PROMPTS), "dictionary holds an item that is an int: "),
+        (
+            lambda of: saejax.ablate(of.lm, of.sae, ["The cat"]),
+            r"prompts holds an item that is a str: .*make_pro",
+        ),
+        (lambda of: saejax.patch(of.lm, "capital"), r"prompts is a str: .* saejax.make_prompts\("),
+        (lambda of: saejax.train(of.acts.values[SITE]), r"acts is an? ndarray: .* saejax.capture\(lm, texts, sites\)"),
+        (lambda of: saejax.save_dictionary(of.sae, "x"), r"dictionary is a str: .* saejax.load_dictionary\("),
+        (lambda of: saejax.trace(model="smollm2", dictionaries=of.sae, prompt="x"), "model is a str: "),
+        (
+            lambda of: saejax.ablate(of.lm, of.sae, PROMPTS, documents=TEXTS[0]),
+            "documents is one string: ",
+        ),
+        (
+            lambda of: saejax.steer(of.lm, of.sae, PROMPTS, documents=TEXTS[0]),
+            "documents is one string: ",
+        ),
+        (
+            lambda of: saejax.falsify(of.lm, of.sae, [1], TEXTS[0], TEXTS),
+            "texts is one string: expected a list",
+        ),
+        (lambda of: saejax.fit_jacobian_lens(of.lm, TEXTS[0]), "texts is one string: expected a list"),
+        (lambda of: saejax.fit_jacobian_lens(of.lm, TEXTS, layers=1), "layers is one number: expected a list"),
+        (lambda of: saejax.patch(of.lm, PROMPTS, layers=np.int32(1)), "layers is one number: expected a list"),
+        (lambda of: saejax.verdict("runs/x"), r"table is a str: .* saejax.load_effects\(FOLDER\)"),
+        (lambda of: saejax.intervene(of.lm, []), r"local is a LanguageModel: .* saejax.LocalModel\("),
+    ],
+)
+def test_an_argument_of_another_class_is_refused_in_a_line(lm, acts, sae, call, message):
+    """Names and folders in place of what they stand for, arguments in another order, bare arrays."""
+    with pytest.raises(UserError, match=message):
+        call(SimpleNamespace(lm=lm, acts=acts, sae=sae))
+
+
+def test_a_folder_may_be_a_path(lm):
+    assert saejax.load_model(Path(lm.source.folder)).config == lm.config
+
+
+def test_wrong_numbers_of_arguments_and_unknown_names_are_told_by_python(lm):
+    with pytest.raises(TypeError, match=r"capture\(\) missing 1 required positional argument: 'sites'"):
+        saejax.capture(lm, TEXTS)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'device'"):
+        saejax.capture("smollm2", TEXTS, SITE, device="cuda")
 
 
 def test_captured_rows_are_the_models_own_values(lm, acts):
@@ -258,6 +313,15 @@ def test_what_cannot_be_trained_on(acts):
             saejax.train(changed, SITE, batch=64, **settings)
 
 
+def test_a_setting_without_effect_is_told(acts, caplog):
+    for kind, settings, told in (("topk", dict(l1=0.1, k=8), "l1=0.1"), ("standard", dict(l1=0.1, k=8), "k=8")):
+        caplog.clear()
+        with pytest.raises(UserError, match="fewer than one batch"):  # before it trains
+            saejax.train(acts, SITE, kind, batch=10**6, **settings)
+        warnings = [record.message for record in caplog.records if "has no effect" in record.message]
+        assert warnings == [f"{told} has no effect: dictionaries of the kind {kind} do not read it"]
+
+
 QUICK = dict(random_sets=3, placebo_targets=3, baselines=(), untrained_dictionaries=0, bootstrap=100)
 
 
@@ -277,6 +341,25 @@ def test_named_features_are_ablated_as_by_an_edit(lm, sae):
         last_Px2 = logits_BxTxV[rows_P[:, None], tokens.last_B[:, None], answers_Px2]
         (diff_P,) = table.values([definition], defined, "logit_diff")
         np.testing.assert_allclose(diff_P, last_Px2[:, 0] - last_Px2[:, 1], atol=2e-4)
+
+
+def test_prompts_of_a_file(lm, tmp_path):
+    path = tmp_path / "own.jsonl"
+    names = ("split", "text", "correct", "wrong")
+    lines = [dict(zip(names, line, strict=True), behaviour="animal") for line in LINES]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert saejax.load_prompts(lm, path) == saejax.load_prompts(lm, str(path)) == PROMPTS
+    for line in lines:
+        del line["split"]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    drawn = saejax.load_prompts(lm, path, train=3, test=2, seed=1)
+    assert [prompt.split for prompt in drawn] == ["train"] * 3 + ["test"] * 2
+    assert {prompt.text for prompt in drawn} == {prompt.text for prompt in PROMPTS}
+    with pytest.raises(UserError, match="has 5 prompts of 'animal', but 80 train and 20 test"):
+        saejax.load_prompts(lm, path)
+    path.write_text("not a line\n")
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        saejax.load_prompts(lm, path)
 
 
 def test_top_features_are_chosen_by_train_prompts(lm, sae):
@@ -389,6 +472,20 @@ def test_contexts_matches_and_groups_in_memory(lm, acts, sae):
         assert contexts[0]["acts"][contexts[0]["peak"]] == pytest.approx(f_N.max(), rel=5e-3)
         before = lm.tokenizer.decode(acts.texts[text][max(0, position - 10) : position + 1])
         assert "".join(contexts[0]["tokens"][: contexts[0]["peak"] + 1]).strip() == before.strip()
+    fired = int(np.asarray(sae.encode(acts.values[SITE])).max(axis=0).argmax())
+    assert saejax.top_contexts(lm, acts, sae, fired) == saejax.top_contexts(lm, acts, sae, [fired]) != {fired: []}
+    for features, message in (
+        ([10**6], r"features \[1000000\] do not exist"),
+        ([-1], "do not exist"),
+        ("3", "features are"),
+    ):
+        for call in (
+            lambda features: saejax.top_contexts(lm, acts, sae, features),
+            lambda features: saejax.ablate(lm, sae, PROMPTS, features=features, **QUICK),
+            lambda features: saejax.falsify(lm, sae, features, TEXTS, TEXTS),
+        ):
+            with pytest.raises(UserError, match=message):
+                call(features)
     features = sae.config.n_features
     matched = saejax.match_features(sae, sae)
     np.testing.assert_array_equal(matched.pairs.partner_F, np.arange(features))

@@ -109,6 +109,23 @@ def test_results_of_a_unit_are_loaded_as_their_class(tmp_path, monkeypatch):
         saejax.load_results(tmp_path, "sample/c")
 
 
+def test_a_folder_of_units_names_them(tmp_path):
+    """As the tested dictionaries of ``ablate`` are folders in DIR/ablate."""
+    for unit in ("ablate/topk-0123456789abcdef", "report-0123456789abcdef"):
+        (tmp_path / unit).mkdir(parents=True)
+        write_json(tmp_path / unit / SUMMARY, {})
+        (tmp_path / unit.rpartition("-")[0]).symlink_to(tmp_path / unit)
+    for folder, units in (("ablate", "ablate/topk, of topk$"), (".", "ablate/topk, of ablate/topk, report$")):
+        with pytest.raises(UserError, match=f"expected the folder of a finished unit; name one, such as .*/{units}"):
+            saejax.load_results(tmp_path / folder)
+    (tmp_path / "report").unlink()
+    with pytest.raises(UserError, match="of ablate/topk$"):  # the unit without its link is an earlier one
+        saejax.load_results(tmp_path)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="run its stage, or name another$"):
+        saejax.load_results(tmp_path / "nothing")
+
+
 def test_the_pages_say_what_every_field_is(monkeypatch):
     """The site's pages of files have a place for every stage, and every field has a comment."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "docs")

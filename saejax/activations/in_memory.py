@@ -11,6 +11,7 @@ from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.store import Store
 from saejax.activations.writer import write_store
+from saejax.arguments import check_classes
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches
@@ -77,6 +78,7 @@ class Activations:
         return Store.open(folder)
 
 
+@check_classes
 def capture(
     lm: LanguageModel,
     texts: Sequence[str],

@@ -403,7 +403,7 @@ class Dictionary(nnx.Module):
           texts: a number for each text that the edit is used on; equal numbers get equal draws. None: all texts get the
             same draws, however many there are.
         """
-        features_K = self._indices(features)
+        features_K = self.feature_indices(features)
         numbers, row_B = np.unique(np.zeros(1, int) if texts is None else texts, return_inverse=True)
         draw_NxTxK = np.zeros((len(numbers), length, len(features_K)), np.float32)
         factor_K = np.ones(len(features_K), np.float32)
@@ -438,7 +438,7 @@ class Dictionary(nnx.Module):
         one_of(error, ("keep", "drop"), "error")
         dropped = Values.constant(0.0, self.config.d_in, "the error term") if error == "drop" else None
         where = Positions.parse(positions, ("all", "last", "fires"))
-        return self._make_edit(self._indices(features), factor, offset, where, dropped)
+        return self._make_edit(self.feature_indices(features), factor, offset, where, dropped)
 
     def _error_edit(self, error: Values, positions: str | Span) -> FeatureEdit:
         """Return the edit that replaces the error term and no feature."""
@@ -460,8 +460,8 @@ class Dictionary(nnx.Module):
         parts = sites if others else ()
         return FeatureEdit(self, jnp.asarray(features_K), factors, offset, error, where, reads, site, parts)
 
-    def _indices(self, features: Sequence[int] | int) -> np.ndarray:
-        """Return feature indices as an array; raise a ``UserError`` unless they exist and are distinct."""
+    def feature_indices(self, features: Sequence[int] | int) -> np.ndarray:
+        """Return indices of features, or of one, as int32 [K]; raise a ``UserError`` unless they exist and differ."""
         array, n = np.ravel(features), self.config.n_features
         if array.size and array.dtype.kind not in "iu":
             raise UserError(f"features are {features!r:.60}: expected whole numbers, or one")

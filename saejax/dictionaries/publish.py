@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from saejax.arguments import check_classes
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.formats import saelens
 from saejax.dictionaries.modules import Dictionary
@@ -14,6 +15,7 @@ CARD = "README.md"
 Figures = Mapping[str, float | None]  #: by name, such as "explained variance"; None: not known
 
 
+@check_classes
 def push(dictionary: Dictionary, name: str, *, figures: Figures | None = None, private: bool = False) -> str:
     """Publish a dictionary on the Hugging Face hub, in SAELens' layout with a model card.
 

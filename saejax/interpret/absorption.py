@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.rescale import to_output_units
@@ -84,6 +85,7 @@ class Absorption:
         return float(np.mean([letter.fraction for letter in self.random]))
 
 
+@check_classes
 def measure_absorption(
     lm: LanguageModel, dictionary: Dictionary, *, words: Sequence[str] | None = None, seed: int = 0
 ) -> Absorption:

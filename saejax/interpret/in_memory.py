@@ -6,6 +6,7 @@ from pathlib import Path
 
 from saejax.activations.in_memory import Activations
 from saejax.activations.store import Store
+from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.interpret import contexts
@@ -16,8 +17,9 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import token_piece
 
 
+@check_classes
 def top_contexts(
-    lm: LanguageModel, acts: Activations | Store, dictionary: Dictionary, features: Sequence[int], count: int = 5
+    lm: LanguageModel, acts: Activations | Store, dictionary: Dictionary, features: Sequence[int] | int, count: int = 5
 ) -> dict[int, list[FeatureContext]]:
     """Return the contexts in which features fire most, strongest first, each a dict of tokens and activations.
 
@@ -27,15 +29,23 @@ def top_contexts(
       lm: the model, whose tokenizer spells the tokens.
       acts: result of ``capture``, or a store, with the dictionary's site.
       dictionary: the dictionary.
-      features: indices of features.
+      features: indices of features, or one.
       count: contexts of each.
+
+    Returns:
+      The contexts of each feature by its index; [] where it fires nowhere.
+
+    Raises:
+      UserError: a feature does not exist or is named twice, or there are no activations of the dictionary's site.
     """
+    chosen = dictionary.feature_indices(features).tolist()
     pieces = _pieces(lm)
     with tempfile.TemporaryDirectory(prefix="saejax-contexts-") as folder:
         store = acts if isinstance(acts, Store) else acts.save(folder)
-        return contexts.top_contexts(store, dictionary, features, count, pieces, lm.mesh)
+        return contexts.top_contexts(store, dictionary, chosen, count, pieces, lm.mesh)
 
 
+@check_classes
 def label_features(lm: LanguageModel, acts: Activations | Store, dictionary: Dictionary, seed: int = 789) -> RuleLabels:
     """Label features by the simple rules that best predict where they fire, as the stage ``interpret`` does.
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from saejax.arguments import check_classes
 from saejax.dictionaries.formats import place
 from saejax.errors import UserError
 from saejax.models import decoder, lens
@@ -77,6 +78,7 @@ class JacobianLens:
         torch.save(dict(J=matrices, **facts), path)
 
 
+@check_classes
 def load_jacobian_lens(lm: LanguageModel, path: str | Path) -> JacobianLens:
     """Load a lens that ``JacobianLens.save`` or the reference implementation wrote, such as Neuronpedia's.
 
@@ -111,6 +113,7 @@ def load_jacobian_lens(lm: LanguageModel, path: str | Path) -> JacobianLens:
     return JacobianLens(lm, dict(sorted(matrices.items())), texts)
 
 
+@check_classes
 def fit_jacobian_lens(
     lm: LanguageModel,
     texts: Sequence[str],

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from saejax.arguments import check_classes
 from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError, one_of
@@ -64,6 +65,7 @@ BATCH_ROWS = 64
 _IN_FLIGHT = 2  # batches on the device while the host waits for an earlier one
 
 
+@check_classes
 def effects(
     lm: LanguageModel,
     prompts: Sequence[Prompt],

@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
 from saejax.interventions.answers import mean_interval
-from saejax.interventions.edits import mask
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.tokens import Tokens, token_piece
@@ -104,10 +104,11 @@ class Falsification:
     shares: tuple[DriverShares, ...]  #: by group of features
 
 
+@check_classes
 def falsify(
     lm: LanguageModel,
     dictionary: Dictionary,
-    features: Sequence[int],
+    features: Sequence[int] | int,
     texts: Sequence[str],
     ordinary: Sequence[str],
     *,
@@ -122,7 +123,7 @@ def falsify(
     Args:
       lm: the model that the dictionary was trained on.
       dictionary: whose features are tested.
-      features: their indices.
+      features: their indices, or one.
       texts: texts of the kind that the features are claimed for; they show which tokens excite a feature. Read whole,
         up to the model's context.
       ordinary: other text, half of which gives random tokens and half of which is injected; each is cut to the median
@@ -138,7 +139,7 @@ def falsify(
       UserError: there are fewer than 4 texts of a kind, the dictionary does not fit the model, or a feature does not
         exist or appears twice.
     """
-    mask(dictionary, [features])  # refuses features that do not exist, or appear twice
+    features = dictionary.feature_indices(features).tolist()
     lm = follow_bos(lm, [dictionary.config])
     if not test_texts:
         # Tokens are chosen on other texts than test them: the largest of many is large by chance on its own texts.

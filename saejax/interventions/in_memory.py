@@ -6,10 +6,13 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError, one_of
@@ -41,7 +44,9 @@ from saejax.settings_from_keywords import make_config
 from saejax.short_reprs import has_short_repr
 from saejax.tasks import draw
 from saejax.tasks.behaviours import Prompt
+from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.recipes import ioi_recipe
+from saejax.tasks.settings import TaskConfig
 
 
 @has_short_repr
@@ -60,6 +65,7 @@ class Ablation:
         return self.verdict.summary()
 
 
+@check_classes
 def make_prompts(
     lm: LanguageModel,
     behaviour: str,
@@ -72,7 +78,7 @@ def make_prompts(
 
     Args:
       lm: the model, whose tokenizer must keep the answers apart from the text and from each other.
-      behaviour: one of ``saejax.tasks.settings.BEHAVIOURS``.
+      behaviour: one of ``saejax.tasks.settings.BEHAVIOURS``; ``load_prompts`` reads your own.
       train: number of train prompts.
       test: number of test prompts.
       seed: seed of the choice.
@@ -88,12 +94,34 @@ def make_prompts(
     return draw.make_prompts(behaviour, train, test, seed, lm.tokenizer, recipe).prompts
 
 
+@check_classes
+def load_prompts(lm: LanguageModel, path: str | Path, train: int = 80, test: int = 20, seed: int = 42) -> list[Prompt]:
+    """Read prompts of your own from a file, as the stage ``baseline`` does with ``--task.prompts``.
+
+    Args:
+      lm: the model, whose tokenizer must keep the answers apart from the text and from each other.
+      path: a file of lines such as {"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}.
+      train: number of train prompts of each behaviour whose lines name no split.
+      test: number of their test prompts.
+      seed: seed of the choice.
+
+    Returns:
+      The prompts of all behaviours of the file, in its order, of each the train prompts first.
+
+    Raises:
+      UserError: the file cannot be read, lines are no prompts, which are all named, or a behaviour has too few.
+    """
+    task = TaskConfig(prompts=str(path), train_prompts=train, test_prompts=test, seed=seed)
+    return [prompt for prompts in read_own_prompts(task, lm.tokenizer).values() for prompt in prompts]
+
+
+@check_classes
 def ablate(
     lm: LanguageModel,
     dictionary: Dictionary | Sequence[Dictionary],
     prompts: Sequence[Prompt],
     *,
-    features: Sequence[int] | None = None,
+    features: Sequence[int] | int | None = None,
     documents: Sequence[str] = (),
     repeats: Mapping[str, Dictionary] | None = None,
     readout: Callable[[Any], jax.Array] | None = None,
@@ -114,7 +142,7 @@ def ablate(
         (``saejax.interventions.several_sites``); there are no simpler bases and no question 6. The same holds of a
         crosscoder of one model's sites, whose features are ablated at all of these.
       prompts: "train" prompts choose features, "test" prompts judge them.
-      features: which to ablate, of one behaviour. None: the first ``top`` by attribution on the train prompts.
+      features: which to ablate, or one, of one behaviour. None: the first ``top`` by attribution on the train prompts.
       documents: held-out texts, on which cross-entropy is measured.
       repeats: dictionaries of other seeds, by name, tested in the same way.
       readout: what is measured in place of the logit difference: a pure JAX function of the logits of the next token
@@ -151,6 +179,9 @@ def ablate(
     if features is not None:
         if len(by_behaviour) > 1:
             raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
+        # Features of several dictionaries are numbered on from one to the next.
+        features_K = dictionary.feature_indices(features) if isinstance(dictionary, Dictionary) else np.ravel(features)
+        features = features_K.tolist()
         settings["top"] = len(features)
     config = make_config(AblateConfig, **settings)
     parse_positions(config.positions)
@@ -183,6 +214,7 @@ def ablate(
     return Ablation(table, verdict(table, verdict_config(config)), top, importance or None)
 
 
+@check_classes
 def patch(
     lm: LanguageModel,
     prompts: Sequence[Prompt],
@@ -219,6 +251,7 @@ def patch(
         return patch_sites(lm, kind, pairs, positions, layers, on_progress=on_progress)
 
 
+@check_classes
 def steer(
     lm: LanguageModel,
     dictionary: Dictionary,
@@ -256,6 +289,7 @@ def steer(
     return judge(measured)
 
 
+@check_classes
 def probe(
     lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[Prompt], labels: str | Sequence[str], **settings: Any
 ) -> tuple[ProbedLabel, ...]:

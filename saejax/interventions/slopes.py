@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError, one_of
@@ -53,6 +54,7 @@ TARGETS = 16  # targets whose slopes are computed together: as many times the to
 TARGET_PROMPTS = 8  # prompts of the batch, at most: a power of two
 
 
+@check_classes
 def slopes(
     lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str, on_progress: OnProgress | None = None
 ) -> np.ndarray:

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saejax.arguments import check_classes
 from saejax.errors import UserError
 from saejax.interventions import answers as wording
 from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, CausalVerdict, Kept, VerdictConfig
@@ -52,6 +53,7 @@ from saejax.statistics.intervals import wilson
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 
 
+@check_classes
 def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalVerdict:
     """Answer the six questions for every dictionary and behaviour of a table.
 

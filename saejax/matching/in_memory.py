@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from saejax.activations.in_memory import Activations
+from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.matching.clusters.groups import Coactivation, StableGroups, find_groups
@@ -26,6 +27,7 @@ class MatchedFeatures:
     null: Matched
 
 
+@check_classes
 def match_features(
     first: Dictionary, second: Dictionary, by: str = "decoder", seed: int = 789, acts: Activations | None = None
 ) -> MatchedFeatures:
@@ -72,6 +74,7 @@ def _match_activities(first: Dictionary, second: Dictionary, acts: Activations |
     return MatchedFeatures(**{side: measure_pairs(assignment, *rows(side, halves[1])) for side, assignment in matched})
 
 
+@check_classes
 def group_features(
     acts: Activations, dictionary: Dictionary, smallest: int = 5, resamples: int = 10, seed: int = 789
 ) -> tuple[np.ndarray, StableGroups]:

@@ -30,7 +30,7 @@ from saejax.models.lengths import round_length
 from saejax.models.lens import LensOutput
 from saejax.models.sites import PATTERN, AnySite, Site, readable_site
 from saejax.models.source import ModelSource
-from saejax.models.tokens import Tokens, as_tokens, continuation_ids, encode, single_token_id, tokenize
+from saejax.models.tokens import Tokens, as_tokens, encode, single_token_id, tokenize
 from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding, sharding
 from saejax.short_reprs import has_short_repr
 
@@ -62,7 +62,9 @@ class Output:
         if self.logits_BxTxV is None:
             raise UserError("this pass has no logits: it was run with logits=False")
         if isinstance(answer, str):
-            answer = single_token_id(self._tokenizer, answer)
+            is_word = answer and not answer[0].isspace()
+            # "8" is as it is where " 8" is two tokens.
+            answer = single_token_id(self._tokenizer, [f" {answer}", answer] if is_word else [answer])
         vocab = self.logits_BxTxV.shape[-1]
         try:
             token = operator.index(answer)  # of Python, NumPy or JAX
@@ -140,8 +142,14 @@ class LanguageModel:
         return encode(self.tokenizer, text, self.bos)
 
     def token_id(self, text: str) -> int:
-        """Return the id of the token with which an answer continues a text: " Paris" and "Paris" differ."""
-        return continuation_ids(self.tokenizer, text)[0]
+        """Return the id of the token with which an answer continues a text: " Paris" and "Paris" differ.
+
+        Raises:
+          UserError: the answer is several tokens, of which other answers may have the first, too; or it is no text.
+        """
+        if not isinstance(text, str):
+            raise UserError(f"the answer is {text!r}: expected a text")
+        return single_token_id(self.tokenizer, [text])
 
     def __call__(
         self,

@@ -1,9 +1,11 @@
 """Loading a language model: the JAX decoder where it has the family, PyTorch otherwise or by choice."""
 
+import os
+
 from absl import logging
 from jax.sharding import Mesh
 
-from saejax.errors import one_of
+from saejax.errors import UserError, one_of
 from saejax.files import read_json
 from saejax.models import parity, source, weights
 from saejax.models.families import has_family, read_config
@@ -13,7 +15,7 @@ from saejax.parallel.mesh import check_mesh, make_mesh
 
 
 def load_model(
-    path: str = "smollm2",
+    path: str | os.PathLike = "smollm2",
     revision: str = "main",
     dtype: str = "float32",
     mesh: Mesh | None = None,
@@ -40,7 +42,12 @@ def load_model(
     one_of(backend, ("auto", "jax", "torch"), "backend")
     if mesh is not None:
         check_mesh(mesh)
-    settings = ModelConfig(path=path, revision=revision, dtype=dtype)
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(
+            f"the model is {path!r:.60}: expected 'smollm2', a hub id, a folder with config.json and weights, or a "
+            ".gguf file"
+        )
+    settings = ModelConfig(path=os.fspath(path), revision=revision, dtype=dtype)
     model_source = source.resolve(settings, decoder=backend == "jax")
     if backend == "torch" or not has_family(source.read_model_config(model_source.folder)):
         from saejax.models.torch_model import TorchModel  # imports torch

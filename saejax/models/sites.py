@@ -79,6 +79,10 @@ class Site:
         kind, _, layer = text.partition(".")
         if kind in _ELSEWHERE:
             raise UserError(f"{text} {_ELSEWHERE[kind]}")
+        if kind == PATTERN and not layer:
+            raise UserError(
+                f"the site {text!r} names no layer: expected {PATTERN}, a dot and a layer, as in {PATTERN}.5"
+            )
         if kind == PATTERN:
             raise UserError(
                 f"{text} is the attention of each head, [B, H, T, T], which lm(tokens, capture={text!r}) returns and "
@@ -87,7 +91,7 @@ class Site:
         if kind not in ALL_KINDS or not _LAYER.fullmatch(layer):
             raise UserError(
                 f"there is no site {text!r}: expected one of {', '.join(ALL_KINDS)}, a dot and a layer, "
-                "as in resid_post.15"
+                f"as in resid_post.15, or {PATTERN} in the same way to read attention"
             )
         return cls(kind, int(layer))
 

@@ -42,9 +42,9 @@ class Tokens:
         if ids.ndim != 2 or lengths.shape != ids.shape[:1] or 0 in ids.shape:
             raise UserError(f"tokens have the shapes {ids.shape} and {lengths.shape}: expected [B, T] and [B]")
         if lengths.min() < 1 or lengths.max() > min(ids.shape[1], context):
-            raise UserError(
-                f"prompts have {lengths.min()} to {lengths.max()} tokens: expected 1 to {min(ids.shape[1], context)}"
-            )
+            shortest, longest = int(lengths.min()), int(lengths.max())
+            counted = f"{shortest} to {longest}" if len(lengths) > 1 else str(longest)
+            raise UserError(f"prompts have {counted} tokens: expected 1 to {min(ids.shape[1], context)}")
         real = ids[self.mask_BxT]
         if real.min() < 0 or real.max() >= vocab:
             raise UserError(
@@ -57,12 +57,23 @@ def as_tokens(tokens: object) -> Tokens:
     if isinstance(tokens, Tokens):
         return tokens
     rows = tokens if isinstance(tokens, list | tuple | np.ndarray) else []
-    if len(rows) and all(np.ndim(row) == 1 and np.asarray(row).dtype.kind in "iu" for row in rows):
+    if len(rows) and all(map(_are_ids, rows)):
         return pad([list(row) for row in rows])
-    raise UserError(
-        f"tokens is a {type(tokens).__name__}: expected the result of lm.tokenize(texts), "
-        "or a list of lists of token ids"
-    )
+    kind, expected = type(tokens).__name__, "the result of lm.tokenize(texts), or a list of lists of token ids"
+    if _are_ids(rows):
+        raise UserError(f"tokens is one list of {len(rows)} ids: expected {expected}; of one prompt give [tokens]")
+    if any(isinstance(row, list | tuple) and not row for row in rows):
+        raise UserError(f"tokens has an empty prompt: expected {expected}")
+    raise UserError(f"tokens is a {kind}: expected {expected}")
+
+
+def _are_ids(row: object) -> bool:
+    """Return whether these are the token ids of one prompt, at least one."""
+    try:
+        ids = np.asarray(row)
+    except ValueError:  # lists of several lengths
+        return False
+    return ids.ndim == 1 and ids.dtype.kind in "iu"
 
 
 def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> Tokens:
@@ -232,25 +243,24 @@ def continuation_ids(tokenizer: Any, answer: str, context: str | None = None) ->
     return [] if context is not None else encode(tokenizer, answer, bos="never")
 
 
-def single_token_id(tokenizer: Any, answer: str) -> int:
-    """Return the id of an answer that is one token.
+def single_token_id(tokenizer: Any, spellings: Sequence[str]) -> int:
+    """Return the id of the first of an answer's spellings that is one token.
 
     Args:
       tokenizer: tokenizer of the model.
-      answer: a word, which is read with a space before it if that is one token ("Paris" as " Paris", but "8" as it is
-        where " 8" is two tokens).
+      spellings: taken as they are written, as in ``continuation_ids``.
 
     Raises:
-      UserError: it is several tokens, of which other answers may have the first, too; or there is no tokenizer.
+      UserError: each is several tokens, of which other answers may have the first, too; or there is no tokenizer.
     """
-    texts = [answer] if answer[:1].isspace() or not answer else [f" {answer}", answer]
-    ids = [continuation_ids(tokenizer, text) for text in texts]
+    ids = [continuation_ids(tokenizer, text) for text in spellings]
     for answer_ids in ids:
         if len(answer_ids) == 1:
             return answer_ids[0]
     pieces = ", ".join(f"'{token_text(tokenizer)(index)}' ({index})" for index in ids[0])
     raise UserError(
-        f"the answer {texts[0]!r} is {len(ids[0])} tokens: {pieces}; give the id of one of them, or a word of one token"
+        f"the answer {spellings[0]!r} is {len(ids[0])} tokens: {pieces}; give the id of one of them, or a word of one "
+        "token"
     )
 
 

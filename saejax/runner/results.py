@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
@@ -100,11 +101,22 @@ def load_summary(folder: Path) -> Summary:
     path = resolve_links(folder) / SUMMARY
     if not path.exists():
         raise UserError(
-            f"{path} does not exist: expected the folder of a finished unit; run its stage, or name another"
+            f"{path} does not exist: expected the folder of a finished unit; "
+            + (_units_inside(folder) or "run its stage, or name another")
         )
     summary = from_json(Summary, read_json(path), path)
     cls = results_class(summary.stage)
     return dataclasses.replace(summary, results=from_json(cls, summary.results, path, "results"))
+
+
+def _units_inside(folder: Path) -> str:
+    """Return which finished units stand in a folder, in words; "" if there are none."""
+    units = {
+        str(path.parent.relative_to(folder)) for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{SUMMARY}")
+    }
+    # A unit is a folder with a hash in its name, and a link without the hash to the current one.
+    inside = sorted(unit for unit in units if not re.search("-[0-9a-f]{16}(/|$)", unit)) or sorted(units)
+    return f"name one, such as {folder / inside[0]}, of {', '.join(inside)}" if inside else ""
 
 
 def results_class(stage: str) -> Any:

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from saejax.activations.in_memory import Activations, capture
 from saejax.activations.joined import single_sites
 from saejax.activations.store import INDEX, Store, shard_file
+from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
 from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.joined import join
-from saejax.dictionaries.kinds import PRETRAINED
+from saejax.dictionaries.kinds import KINDS, PRETRAINED
 from saejax.dictionaries.temporal import TemporalSAE
 from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered
@@ -47,6 +49,7 @@ _NOT_HERE = dict(
 )
 
 
+@check_classes
 def train(
     acts: Activations | Store | str | Path,
     site: str = "",
@@ -70,7 +73,7 @@ def train(
         devices share the tokens.
       on_progress: takes lines that say how far it is; None: nobody is told.
       **settings: other fields of ``saejax.training.settings.TrainConfig``, such as k=32, expansion=8,
-        learning_rate=1e-3.
+        learning_rate=1e-3. A warning is logged of k or l1 where the kind does not read it.
 
     Raises:
       UserError: a setting is unknown, out of range or a list of several values, the site is not there, the folder
@@ -80,6 +83,7 @@ def train(
     return dictionary
 
 
+@check_classes
 def train_all(
     acts: Activations | Store | str | Path,
     site: str | Sequence[str] = "",
@@ -136,6 +140,11 @@ def _train(
         if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
         config = make_config(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
+        shared = {name for each in KINDS.values() for name in each.reads}
+        for name in sorted(shared.intersection(settings).difference(KINDS[kind].reads)):
+            logging.warning(
+                "%s=%s has no effect: dictionaries of the kind %s do not read it", name, settings[name], kind
+            )
         if config.form in FORMS:
             raise UserError(
                 f"a {config.form} is no dictionary of one layer, which saejax.train returns: train it with the command "
@@ -215,6 +224,7 @@ class Evaluation:
         return recovered(self.losses.ce, "mean_ablated")
 
 
+@check_classes
 def evaluate(
     lm: LanguageModel, dictionary: Dictionary | TemporalSAE, texts: Sequence[str], *, mean_D: np.ndarray | None = None
 ) -> Evaluation:
@@ -230,8 +240,6 @@ def evaluate(
     Raises:
       UserError: the dictionary, or the mean, has another width than the model's site, or the mean is not finite.
     """
-    if not isinstance(dictionary, Dictionary | TemporalSAE):
-        raise UserError(f"a {type(dictionary).__name__} cannot be scored: give one dictionary")
     lm = follow_bos(lm, [dictionary.config])
     config, site = dictionary.config, dictionary.site
     target = config.target or site
@@ -268,6 +276,7 @@ def _check_widths(lm: LanguageModel, target: str, d: int, d_in: int, mean_D: np.
         raise UserError("mean_D is NaN or infinite: expected finite numbers")
 
 
+@check_classes
 def export(folder: str | Path, dictionaries: Dictionary | Sequence[Dictionary], format: str = "saelens") -> None:
     """Write a dictionary, or transcoders of all layers, for another tool.
 

@@ -65,6 +65,14 @@ def test_texts_that_cannot_be_run(lm, texts, message):
         for strange in (["The capital"], [[0.5]], [[[1]]], [], 3):
             with pytest.raises(UserError, match="or a list of lists of token ids"):
                 run(strange)
+        for strange, said in (
+            ([1, 2], r"one list of 2 ids: .*; of one prompt give \[tokens\]"),
+            (np.array([1, 2]), "one list of 2 ids"),
+            ([[1], []], "has an empty prompt"),
+            ([[[1, 2], [3]]], "tokens is a list: expected"),  # NumPy makes no array of it
+        ):
+            with pytest.raises(UserError, match=said):
+                run(strange)
 
 
 def test_what_is_meant_is_accepted(lm):
@@ -96,6 +104,10 @@ def test_an_answer_is_one_token(lm, smollm2):
     ):
         with pytest.raises(UserError, match=rf"is \d tokens: {pieces}; give the id of one of them, or a word of one"):
             output.logit(answer)
+        with pytest.raises(UserError, match=rf"is \d tokens: {pieces}; give the id of one"):
+            smollm2.token_id(answer)
+    with pytest.raises(UserError, match="the answer is 7: expected a text"):
+        smollm2.token_id(7)
     for answer in (-1, smollm2.config.vocab):
         with pytest.raises(UserError, match=f"there is no token id {answer}: expected 0 to"):
             output.logit(answer)
@@ -111,7 +123,8 @@ def test_an_answer_is_one_token(lm, smollm2):
         ([[1] * 129], [129], {}, "expected 1 to 128"),
         ([[1, 2]], [2, 2], {}, "shapes"),
         ([[1, 2]], [2], dict(capture=["resid_post.4"]), "4 layers, 0 to 3"),
-        ([[1, 2]], [2], dict(capture=["mlp.1"]), "there is no site 'mlp.1'"),
+        ([[1, 2]], [2], dict(capture=["mlp.1"]), "there is no site 'mlp.1'.* or attn_pattern in the same way"),
+        ([[1, 2]], [2], dict(capture="attn_pattern"), "names no layer: expected attn_pattern, a dot and a layer"),
         ([[1, 2]], [2], dict(edits=[Add(jnp.zeros(64), Site("mlp_in", 9))]), "there is no site mlp_in.9"),
     ],
 )
@@ -126,7 +139,9 @@ def test_logit_reads_a_word_as_the_text_going_on(lm, tokens):
     for answer, token in (("water", lm.token_id(" water")), (" water", lm.token_id(" water")), (77, 77)):
         for row, last in enumerate(tokens.last_B):
             assert output.logit(answer)[row] == output.logits_BxTxV[row, last, token]
-    assert lm.token_id(" water") == lm.tokenizer(" water")["input_ids"][0] != lm.token_id("water")
+    assert [lm.token_id(" water")] == lm.tokenizer(" water")["input_ids"]
+    with pytest.raises(UserError, match="the answer 'water' is 3 tokens: 'w'"):  # as it is written
+        lm.token_id("water")
     assert np.ndim(lm(lm.tokenize(TEXTS[:1])).logit("water")) == 0
     with pytest.raises(UserError, match="no tokens"):
         lm.token_id("")

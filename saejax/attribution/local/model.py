@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.arguments import check_classes
 from saejax.attribution.local.dictionaries import LayerTranscoders, open_transcoders
 from saejax.attribution.local.edits import (
     TOGETHER,
@@ -310,6 +311,7 @@ def open_set(transcoders: AnySet) -> LayerTranscoders:
     return transcoders if isinstance(transcoders, LayerTranscoders) else LayerTranscoders.of(transcoders)
 
 
+@check_classes
 def intervene(local: LocalModel, edits: Change | Sequence[Sequence[Change]], freeze: str = "none") -> np.ndarray:
     """Return the logits at a prompt's last position with each row of changes, fp32 [R, V]; see ``LocalModel.run``."""
     logits_RxV = local.run(edits, freeze).logits_RxV

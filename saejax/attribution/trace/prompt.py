@@ -43,6 +43,7 @@ import psutil
 from absl import logging
 from jax.sharding import Mesh
 
+from saejax.arguments import check_classes
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN, Nodes, logit_weights, sweep
 from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerSaes, LayerTranscoders
@@ -95,6 +96,7 @@ class Traced(NamedTuple):
     readouts: Readouts
 
 
+@check_classes
 def trace(
     model: LanguageModel,
     dictionaries: AnySet | LayerSaes,

@@ -26,6 +26,7 @@ from typing import Any
 from absl import logging
 from jax.sharding import Mesh
 
+from saejax.arguments import check_classes
 from saejax.dictionaries import rescale
 from saejax.dictionaries.check import check_dictionary
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, own, published, saelens
@@ -212,6 +213,7 @@ def locate_transcoders(folder: Path) -> list[Located]:
     return [each for _, each in sorted(zip(layers, located, strict=True), key=lambda pair: pair[0])]
 
 
+@check_classes
 def save_dictionary(folder: str | os.PathLike, dictionary: Dictionary, format: str = "saejax") -> None:
     """Write a dictionary as "saejax" (every process of a run must call it) or "saelens"; nothing is replaced.
 
@@ -225,6 +227,7 @@ def save_dictionary(folder: str | os.PathLike, dictionary: Dictionary, format: s
     WRITERS[one_of(format, WRITERS, "format")](_named_folder(folder), dictionary)
 
 
+@check_classes
 def save_transcoders(folder: str | os.PathLike, transcoders: Sequence[Dictionary]) -> None:
     """Write a circuit-tracer set of one transcoder for every layer from 0; it appears whole or not at all.
 

@@ -1,0 +1,84 @@
+"""Check of the arguments of public functions, so that a name in place of a model is refused in one line."""
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Sequence
+from numbers import Integral
+from typing import Any, ParamSpec, TypeVar
+
+from saejax.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Classes whose objects users confuse with their names, folders or values, and where such an object comes from.
+_MADE_BY = {
+    "LanguageModel": "saejax.load_model(NAME)",
+    "Dictionary": "saejax.load_dictionary(FOLDER)",
+    "Activations": "saejax.capture(lm, texts, sites)",
+    "EffectsTable": "saejax.load_effects(FOLDER)",
+    "LocalModel": "saejax.LocalModel(lm, transcoders, prompt)",
+    "Prompt": "saejax.make_prompts(lm, BEHAVIOUR)",
+}
+# By the annotation of a list: the class of a single item in its place, and how a message calls it.
+_SINGLE = ((Sequence[str], str, "is one string"), (Sequence[int], Integral, "is one number"))
+
+
+def check_classes(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a public function so that an argument of a class that its annotations exclude raises a ``UserError``.
+
+    Checked are the parameters whose annotation has one of the classes of ``_MADE_BY``, or is a list of texts or of
+    numbers, of which Python would read a single text letter by letter. Wrong numbers of arguments and unknown names
+    raise Python's own ``TypeError``.
+    """
+    signature = inspect.signature(function)
+    hints = {name: entry.annotation for name, entry in signature.parameters.items() if _list_sources(entry.annotation)}
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            values = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            values = {}  # the call tells it in better words
+        for name, hint in hints.items():
+            if name in values and (wrong := _explain_misfit(values[name], hint)):
+                raise UserError(f"{name} {wrong}: expected {' or '.join(_list_sources(hint))}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _list_sources(hint: Any) -> list[str]:
+    """Return the calls that make objects of an annotation's classes."""
+    if isinstance(hint, type) and (call := _MADE_BY.get(hint.__name__)):
+        return [f"the result of {call}"]
+    if any(hint == of_items for of_items, _, _ in _SINGLE):
+        return ["a list of them"]
+    return list(dict.fromkeys(source for part in typing.get_args(hint) for source in _list_sources(part)))
+
+
+def _explain_misfit(value: Any, hint: Any) -> str:
+    """Return in words why a value does not fit an annotation; "" if it does, or may."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        reasons = [_explain_misfit(value, part) for part in parts]
+        return "" if "" in reasons else max(reasons, key=len)  # the longest is of its items
+    name = type(value).__name__
+    reason = "is None" if value is None else f"is {'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+    if hint in (None, types.NoneType):
+        return reason if value is not None else ""
+    if isinstance(hint, type):
+        return "" if isinstance(value, hint) else reason
+    for of_items, single, words in _SINGLE:
+        if hint == of_items:
+            return words if isinstance(value, single) else ""
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            return reason
+        if isinstance(value, Collection) and len(parts) == 1:
+            return next(
+                (f"holds an item that {wrong}" for item in value if (wrong := _explain_misfit(item, parts[0]))), ""
+            )
+    return ""
