@@ -176,6 +176,20 @@ def test_contexts_come_when_a_node_is_opened(opened, site, features, place):
     (place / "features" / f"{layer}_{index}.json").unlink()
 
 
+def test_contexts_that_cannot_be_read_are_not_said_to_be_on_their_way(browser, site, features, place):
+    (place / "features").mkdir(exist_ok=True)
+    broken = place / "features" / f"{'_'.join(features[0].split('_')[:2])}.json"
+    broken.write_text("{")
+    browser.view(1440, 900, still=True)
+    show(browser, site[1] + PAGE)
+    click_node(browser, features[0])
+    browser.wait("document.getElementById('missing').textContent.includes('could not be read')")
+    assert "is not valid JSON: it is damaged" in text(browser, "#failed")
+    click_node(browser, features[1])
+    assert "could not be read" not in text(browser, "#missing")
+    broken.unlink()
+
+
 def test_by_keys_alone_with_cancel(opened, site, features):
     show(opened, site[1] + PAGE + f"#clickedId={features[3]}")
     opened.js("document.getElementById('change-amount').focus()")

@@ -152,6 +152,7 @@ function makeLive(graph, { live, labels, details }, app) {
         details[key] = await ask("api/feature", { graph: live.graph, feature: key });
       } catch (error) {
         described.delete(key);
+        if (app.state.clicked === i) here("missing").textContent = "What is known of this feature could not be read.";
         return job.fail(error.message);
       }
       const field = document.querySelector(".label-form input");

@@ -84,7 +84,7 @@ function makePanel(graph, { details: known, source }, app) {
     ...(about.examples?.length ? [element("h3", {}, "Top contexts"), exampleList(about.examples, 8)] : []),
     ...(about.quantiles?.length ? [element("h3", {}, "Contexts by activation"), ...about.quantiles.map(quantileOf)] : []),
     ...(about.histogram?.length ? [element("h3", {}, "Activations"), histogramOf(about.histogram)] : []),
-    element("p", { class: "note" }, missing(about)),
+    element("p", { class: "note", id: "missing" }, missing(about)),
     ...(about.top_logits?.length ? [element("p", {}, `Raises: ${about.top_logits.slice(0, 8).map(visibleToken).join(" ")}`)] : []),
     ...(about.bottom_logits?.length ? [element("p", {}, `Lowers: ${about.bottom_logits.slice(0, 8).map(visibleToken).join(" ")}`)] : []),
     ...(address ? [element("p", {}, element("a", { href: address, target: "_blank", rel: "noreferrer" }, "This feature at Neuronpedia"))] : []),
