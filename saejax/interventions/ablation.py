@@ -226,10 +226,9 @@ class BehaviourAblation:
 
     def mean_attribution(self, runs: Sequence[CleanRun], slopes: Any = None) -> np.ndarray:
         """Return each feature's attribution, mean over the prompts of some clean runs, [F], given slopes there."""
-        attribution_NxF = attribution(self.split, runs, self.replacement, self.steps, slopes)
+        attribution_F = attribution(self.split, runs, self.replacement, self.steps, slopes)
         self.progress.check()
-        # float64, because features of nearly equal attribution are ranked.
-        return attribution_NxF.mean(axis=0, dtype=np.float64)
+        return attribution_F
 
     def top(self) -> list[int]:
         """Return T: at most k features, largest attribution first, those above zero alone; or the named ones."""

@@ -21,7 +21,7 @@ The rows go through one jitted program in batches of bounded size, sharded over 
 import collections
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,9 +36,8 @@ from saejax.interventions.edits import ActivationReplacement, FeatureEdits
 from saejax.interventions.references import Reference, References
 from saejax.interventions.rows import (
     CleanValues,
-    Prompts,
+    EditedRun,
     RowBatch,
-    all_different,
     batches_of,
     clean_logp,
     edit_value,
@@ -309,37 +308,6 @@ def _end_logits(
     return jax.lax.with_sharding_constraint(logits_BxV, sharding(point.mesh))
 
 
-class EditedRun(NamedTuple):
-    """Prompts without an edit, and what replaces activations."""
-
-    run: CleanRun
-    source: ActivationReplacement
-
-    @property
-    def arrays(self) -> tuple[ActivationReplacement, list[jax.Array]]:
-        """The programs' arguments: the replacement, and arrays of the prompts.
-
-        The arrays are the values read and the editable positions of the prompts and, if used, of their counterparts.
-        """
-        runs = [self.run]
-        if self.source.kind == "counterpart":
-            assert self.run.counterpart is not None
-            runs.append(self.run.counterpart)
-        return self.source, [array for run in runs for array in (run.read_BxTxD, run.domain_BxT)]
-
-    @property
-    def prompts(self) -> Prompts:
-        """The prompts, and which prefixes are shared: those in which edits change the same."""
-        prefix_PxT = self.run.prefix_PxT
-        if self.source.kind == "random":  # draws differ from prompt to prompt
-            prefix_PxT = all_different(prefix_PxT)
-        elif self.source.kind == "counterpart":
-            assert self.run.counterpart is not None
-            counterpart_PxT = self.run.counterpart.prefix_PxT
-            prefix_PxT = prefix_PxT * (int(counterpart_PxT.max(initial=0)) + 1) + counterpart_PxT
-        return Prompts(self.run.last_B[: len(prefix_PxT)], prefix_PxT)
-
-
 def _start(
     split: SplitModel, edited: EditedRun, edits: FeatureEdits, clean: int, batch_rows: int, readouts: bool
 ) -> Iterator[tuple[np.ndarray, RowBatch, jax.Array]]:
@@ -368,10 +336,10 @@ def _start(
         values = CleanValues(run.stream_BxTxX, run.value_BxTxD, *changes)
         shards = document_devices(point.mesh)
         for batch in batches_of(first_MxP, prompts, chosen, features_K, batch_rows * length, shards):
-            tree, end_SxC, *amounts = batch.filled(prompts, edits, point.positions)
+            tree, end_SxC = batch.tree(prompts, point.positions)
             placed = SharedPrefixBatch(*split.by_row(*tree))
             end_SxC, answers_SxRx2 = split.by_row(end_SxC, run.answers_Bx2[tree.prompt_SxR])
-            amounts = [array if array is None else split.by_row(array)[0] for array in amounts]
+            amounts = [array if array is None else split.by_row(array)[0] for array in batch.amounts(edits)]
             readout_SxRxM = run_rows(point, split.params, values, placed, end_SxC, answers_SxRx2, *amounts)
             yield run.index_P, batch, readout_SxRxM
 

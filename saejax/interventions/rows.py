@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,11 +23,11 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.interventions.edits import ActivationReplacement, FeatureEdits
-from saejax.interventions.split_model import SHORT, of_features
+from saejax.interventions.split_model import SHORT, CleanRun, SplitModel, of_features
 from saejax.models import decoder
 from saejax.models.lengths import bucket_lengths
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
-from saejax.parallel.mesh import row_sharding, sharding
+from saejax.parallel.mesh import document_devices, row_sharding, sharding
 
 _STEP = 8  # tokens are filled up to a multiple of this
 _ROWS = 32  # rows of a shard, at least
@@ -60,20 +60,14 @@ class RowBatch:
     #: all features that the sets hold, rising, the last one repeated; the same object in all batches that share them.
     features_K: np.ndarray
 
-    def filled(
-        self, prompts: "Prompts", edits: FeatureEdits, ends: int = 1
-    ) -> tuple[SharedPrefixBatch, np.ndarray, np.ndarray, np.ndarray | None]:
-        """Return the tree of the rows, which of its tokens are each row's last ones, and their amounts [S, R, K].
+    def tree(self, prompts: "Prompts", ends: int = 1) -> tuple[SharedPrefixBatch, np.ndarray]:
+        """Return the tree of the rows, and which of its tokens are each row's last ones.
 
-        The last tokens, ``ends`` of each row, stand row after row, [S, C].
-
-        Padding changes nothing and stands at a real place.
+        The last tokens, ``ends`` of each row, stand row after row, [S, C]. Padding stands at a real place.
         """
         s, r, n, t = len(self.shards), self.size, self.tokens, self.length
         tree = SharedPrefixBatch(*(np.zeros(shape, np.int32) for shape in ((s, r), (s, r), (s, r, t), (s, n), (s, n))))
         end_SxRxC = np.zeros((s, r, ends), np.int32)
-        fraction_SxRxK = np.zeros((s, r, len(self.features_K)), np.float32)
-        addend_SxRxK = None if edits.addends is None else np.zeros_like(fraction_SxRxK)
         for shard, rows in enumerate(self.shards):
             key_ExT, real_ExT = prompts.keys(rows, t)
             _, at_U, token_M = np.unique(key_ExT[real_ExT], return_index=True, return_inverse=True)
@@ -85,10 +79,18 @@ class RowBatch:
             tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_U], column_M[at_U]
             column_ExC = real_ExT.sum(axis=1)[:, None] - np.arange(ends, 0, -1)
             end_SxRxC[shard, filled_rows] = np.take_along_axis(token_ExT, column_ExC, axis=1)
+        return tree, end_SxRxC.reshape(s, -1)
+
+    def amounts(self, edits: FeatureEdits) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the share of each feature's fall that each row applies, and what it adds, [S, R, K]; padding none."""
+        fraction_SxRxK = np.zeros((len(self.shards), self.size, len(self.features_K)), np.float32)
+        addend_SxRxK = None if edits.addends is None else np.zeros_like(fraction_SxRxK)
+        for shard, rows in enumerate(self.shards):
+            filled_rows = slice(len(rows.set_N))
             fraction_SxRxK[shard, filled_rows], addend_ExK = edits.over(rows.set_N, self.features_K)
             if addend_SxRxK is not None:
                 addend_SxRxK[shard, filled_rows] = addend_ExK
-        return tree, end_SxRxC.reshape(s, -1), fraction_SxRxK, addend_SxRxK
+        return fraction_SxRxK, addend_SxRxK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +123,37 @@ class Prompts:
 def all_different(prefix_PxT: np.ndarray) -> np.ndarray:
     """Return numbers for prompts that share nothing."""
     return np.arange(prefix_PxT.size).reshape(prefix_PxT.shape)
+
+
+class EditedRun(NamedTuple):
+    """Prompts without an edit, and what replaces activations."""
+
+    run: CleanRun
+    source: ActivationReplacement
+
+    @property
+    def arrays(self) -> tuple[ActivationReplacement, list[jax.Array]]:
+        """The programs' arguments: the replacement, and arrays of the prompts.
+
+        The arrays are the values read and the editable positions of the prompts and, if used, of their counterparts.
+        """
+        runs = [self.run]
+        if self.source.kind == "counterpart":
+            assert self.run.counterpart is not None
+            runs.append(self.run.counterpart)
+        return self.source, [array for run in runs for array in (run.read_BxTxD, run.domain_BxT)]
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts, and which prefixes are shared: those in which edits change the same."""
+        prefix_PxT = self.run.prefix_PxT
+        if self.source.kind == "random":  # draws differ from prompt to prompt
+            prefix_PxT = all_different(prefix_PxT)
+        elif self.source.kind == "counterpart":
+            assert self.run.counterpart is not None
+            counterpart_PxT = self.run.counterpart.prefix_PxT
+            prefix_PxT = prefix_PxT * (int(counterpart_PxT.max(initial=0)) + 1) + counterpart_PxT
+        return Prompts(self.run.last_B[: len(prefix_PxT)], prefix_PxT)
 
 
 def first_changes(
@@ -180,13 +213,36 @@ def batches_of(
     for shape in np.unique(shape_N)[::-1]:
         same_shape, length = rows[shape_N == shape], int(lengths[shape])
         parts = _parts(same_shape, prompts, length, most_of_shard, shards)
-        # Shards without rows, so that every batch has one for each device.
-        parts += [same_shape[:0]] * (-len(parts) % shards)
         size = few_rows(max(len(part.set_N) for part in parts))
         tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), most_of_shard, length)
-        for first in range(0, len(parts), shards):
-            batches.append(RowBatch(parts[first : first + shards], size, length, tokens, features_K))
+        batches += _batches(parts, shards, size, length, tokens, features_K)
     return batches
+
+
+def whole_prompts(first_P: np.ndarray, prompts: Prompts, most: int, shards: int = 1) -> list[RowBatch]:
+    """Return the rows of prompts without an edit, each from a first token on, in batches of one shape.
+
+    Args:
+      first_P: the first token of each prompt.
+      prompts: P of them.
+      most: tokens of a shard, unless a prompt has more.
+      shards: number of shards of each batch.
+    """
+    place_P = prompts.in_order()
+    rows, length = SetRows(np.zeros_like(place_P), place_P, first_P[place_P]), prompts.prefix_PxT.shape[1]
+    parts = _parts(rows, prompts, length, most, shards)
+    size = fill(max(len(part.set_N) for part in parts))
+    tokens = fill(max(_distinct(part, prompts, length) for part in parts))
+    return _batches(parts, shards, size, length, tokens, np.zeros(0, np.int32))
+
+
+def _batches(
+    parts: list[SetRows], shards: int, size: int, length: int, tokens: int, features_K: np.ndarray
+) -> list[RowBatch]:
+    """Return batches of ``shards`` parts each, of which the last ones may be without rows: every device has one."""
+    parts = parts + [parts[0][:0]] * (-len(parts) % shards)
+    starts = range(0, len(parts), shards)
+    return [RowBatch(parts[first : first + shards], size, length, tokens, features_K) for first in starts]
 
 
 def _parts(rows: SetRows, prompts: Prompts, length: int, most: int, shards: int) -> list[SetRows]:
@@ -218,15 +274,10 @@ def _distinct(rows: SetRows, prompts: Prompts, length: int) -> int:
     return len(np.unique(key_NxT[real_NxT]))
 
 
-def full_batch(most: int) -> int:
-    """Return the tokens of a full shard."""
-    return _filled(most)
-
-
 def _few_tokens(count: int, most: int, length: int) -> int:
     """Return ``count`` or more: a share of a full shard, all of it, or a row beyond it where parts begin alike."""
     sizes = (*(share * most for share in _SHARES), most, most + length)
-    return next((size for tokens in sizes if (size := _filled(tokens)) >= count), _filled(count))
+    return next((size for tokens in sizes if (size := fill(tokens)) >= count), fill(count))
 
 
 def few_rows(count: int) -> int:
@@ -234,8 +285,9 @@ def few_rows(count: int) -> int:
     return max(2 ** (count - 1).bit_length(), _ROWS)
 
 
-def _filled(count: float, step: int = _STEP) -> int:
-    return max(math.ceil(count / step), 1) * step
+def fill(count: float) -> int:
+    """Return the least multiple of ``_STEP`` that is ``count`` or more."""
+    return max(math.ceil(count / _STEP), 1) * _STEP
 
 
 class CleanValues(NamedTuple):
@@ -351,17 +403,66 @@ def run_rows(
       fraction_SxRxK: share of each feature's fall that each row applies; 0 for features that its edit does not name.
       addend_SxRxK: what is added to each activation; None: nothing.
     """
-    stream, value_SxNxD, fall_SxNxK = (array[tree.prompt_SxN, tree.position_SxN] for array in clean[:3])
+    stream, value_SxNxD, fall_SxNxK = (tree.take(array) for array in clean[:3])
     addend_SxNxK = None
     if addend_SxRxK is not None:
         assert clean.editable_BxT is not None
-        editable_SxN = clean.editable_BxT[tree.prompt_SxN, tree.position_SxN]
+        editable_SxN = tree.take(clean.editable_BxT)
         addend_SxNxK = jnp.where(editable_SxN[..., None], tree.per_token(addend_SxRxK), 0.0)
     edited_SxNxD = edit_value(value_SxNxD, fall_SxNxK, clean.W_dec_KxD, tree.per_token(fraction_SxRxK), addend_SxNxK)
     by_shard = row_sharding(point.mesh, edited_SxNxD.shape)
     stream, edited_SxNxD = jax.lax.with_sharding_constraint((stream, edited_SxNxD), by_shard)
     ends = point.run_shared_ends(params, clean.past, tree, stream, edited_SxNxD, end_SxC)
-    last_X = jnp.take_along_axis(tree.position_SxN, end_SxC, axis=1).reshape(-1, point.positions)[:, -1]
+    last_X = tree.last_positions(end_SxC, point.positions)
     logp_XxV = None if clean.logp_BxV is None else clean.logp_BxV[tree.prompt_SxR.reshape(-1)]
     values_XxM = point.readouts(params, ends, last_X, answers_SxRx2.reshape(-1, 2), logp_XxV)
     return jax.lax.with_sharding_constraint(values_XxM.reshape(*tree.prompt_SxR.shape, -1), sharding(point.mesh))
+
+
+class PromptTree(NamedTuple):
+    """Prompts without an edit as S shards of R rows and N tokens, of which rows that begin alike share the first ones.
+
+    The sum over prompts of what is computed at a token that they share is computed once.
+    """
+
+    tree: SharedPrefixBatch
+    end_SxC: jax.Array  #: index among its shard's tokens of each row's last one, or of its last ones, row after row
+    place_SxR: jax.Array  #: each row's place in the clean run; -1 in copies that fill a shard up
+
+    @property
+    def is_prompt_X(self) -> jax.Array:
+        """Return which of the S * R rows are prompts."""
+        return self.place_SxR.reshape(-1) >= 0
+
+
+def prompt_trees(
+    split: SplitModel, edited: EditedRun, most: int, like: Sequence[CleanRun] = ()
+) -> Iterator[PromptTree]:
+    """Yield the prompts of a clean run from their first editable token on.
+
+    Args:
+      split: the model.
+      edited: the run, and what replaces activations: prompts share tokens where the replacement is the same.
+      most: maximum number of tokens for each device, unless a single prompt has more.
+      like: runs of the same prompts with other dictionaries, whose editable tokens are among the rows', too.
+    """
+    prompts, shards = edited.prompts, document_devices(split.point.mesh)
+    domains = [np.asarray(run.domain_BxT)[: len(run.index_P)] for run in (edited.run, *like)]
+    domain_PxT = np.any(domains, axis=0)
+    # Nothing before the first editable token is looked at; logits are read at the last few.
+    latest_P = prompts.last_P - (split.point.positions - 1)
+    first_P = np.where(domain_PxT.any(axis=1), np.minimum(domain_PxT.argmax(axis=1), latest_P), latest_P)
+    for batch in whole_prompts(first_P, prompts, most, shards):
+        tree, end_SxC = batch.tree(prompts, split.point.positions)
+        place_SxR = np.full(tree.prompt_SxR.shape, -1, np.int32)
+        for shard, rows in enumerate(batch.shards):
+            count = len(rows.place_N)
+            place_SxR[shard, :count] = rows.place_N
+            # Rows that fill a shard up are copies of its first one, or all of it of the first shard: a readout that is
+            # not finite on anything else would make the gradient of the sum so.
+            for array in (*tree, end_SxC) if not count else ():
+                array[shard] = array[0]
+            ends = end_SxC.reshape(len(end_SxC), batch.size, -1)
+            for array in (tree.prompt_SxR, tree.first_SxR, tree.token_index_SxRxT, ends) if count else ():
+                array[shard, count:] = array[shard, 0]
+        yield PromptTree(SharedPrefixBatch(*split.by_row(*tree)), *split.by_row(end_SxC, place_SxR))

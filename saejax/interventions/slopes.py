@@ -17,8 +17,8 @@ costs.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,10 @@ from saejax.errors import UserError, one_of
 from saejax.interventions.activity import count_run
 from saejax.interventions.controls import begins_answer
 from saejax.interventions.edits import ZERO, ActivationReplacement, removed_on_average
+from saejax.interventions.rows import EditedRun, PromptTree, prompt_trees
 from saejax.interventions.split_model import (
+    PROGRAM_TOKENS,
     CleanRun,
-    SiteRows,
     SplitModel,
     active_features,
     not_finite,
@@ -43,15 +44,15 @@ from saejax.interventions.split_model import (
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.models.split import Ends, SplitPoint
+from saejax.models.split import Ends, PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import BY_DOCUMENT, by_row, fitting_sharding, sharding
+from saejax.parallel.mesh import BY_DOCUMENT, by_row, fitting_sharding, row_sharding, sharding
 from saejax.progress import OnProgress, show_progress, silent
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
 TARGETS = 16  # targets whose slopes are computed together: as many times the tokens of a batch
-TARGET_PROMPTS = 8  # prompts of the batch, at most: a power of two
+TARGET_TOKENS = PROGRAM_TOKENS // 8  # tokens of such a batch, for each device
 
 
 @check_classes
@@ -156,51 +157,59 @@ def _likeliest(point: SplitPoint, most: int, params: decoder.Params, end_BxD: ja
     return jax.lax.with_sharding_constraint(jax.lax.top_k(logits_BxV, most)[1], sharding(point.mesh))
 
 
+class AnswerSlopes(NamedTuple):
+    """Slopes of the logit difference on some prompts of a clean run."""
+
+    rows: PromptTree
+    slope_1xSxNxD: jax.Array  #: of each token the sum over the prompts that share it, at the site
+
+
 def attribution(
     split: SplitModel,
     runs: Sequence[CleanRun],
     source: ActivationReplacement = ZERO,
     steps: int = 0,
-    slopes_of: Sequence[Sequence[np.ndarray]] | None = None,
+    slopes_of: Sequence[Sequence[AnswerSlopes]] | None = None,
 ) -> np.ndarray:
-    """Return activation x slope of every feature on every prompt.
+    """Return activation x slope of every feature, mean over prompts.
 
     Args:
       split: the model, split at the site that the dictionary writes to.
-      runs: from ``split.run``, with counterparts for the source ``counterpart``; N prompts in all.
+      runs: from ``split.run``, with counterparts for the source ``counterpart``.
       source: what replaces activations.
       steps: points of the path over which slopes are averaged; 0: the slope without an edit.
       slopes_of: ``answer_slopes`` of the same prompts, if they were computed before; dictionaries of a site share them.
 
     Returns:
-      fp32 [N, F] in logits; above 0 where ablating the feature should lower the logit difference.
+      Float64 [F] in logits; above 0 where ablating the feature should lower the logit difference.
       Attention sinks and padding contribute nothing.
 
     Raises:
       UserError: the result is not finite.
     """
-    shape = sum(len(run.index_P) for run in runs), split.dictionary.config.n_features
-    attribution_NxF = np.zeros(shape, np.float32)
+    total_F = np.zeros(split.dictionary.config.n_features)
     for run, some in zip(runs, slopes_of or answer_slopes(split, runs, source, steps), strict=True):
-        for (part, rows), slope_1xBxTxD in zip(split.slices(run), some, strict=True):
-            arrays, index_P = _source_arrays(split, run, source, part), run.index_P[part]
-            scores_1xBxF = score_slopes(split.point, split.dictionary, rows, slope_1xBxTxD, None, source, arrays)
-            attribution_NxF[index_P] = to_host(scores_1xBxF)[0, : len(index_P)]
-    if not np.isfinite(attribution_NxF).all():
+        sides = _sides(split, run, source)
+        for rows, slope_1xSxNxD in some:
+            scored_1xF = score_slopes(split.point, split.dictionary, sides, rows.tree, slope_1xSxNxD, source)
+            # float64, because features of nearly equal attribution are ranked.
+            total_F += to_host(scored_1xF)[0].astype(np.float64)
+    if not np.isfinite(total_F).all():
         raise UserError(not_finite(split.point, f"at {split.point.site}"))
-    return attribution_NxF
+    return total_F / sum(len(run.index_P) for run in runs)
 
 
 def answer_slopes(
     split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement = ZERO, steps: int = 0
-) -> list[list[np.ndarray]]:
-    """Return the slope of the logit difference at the site, [1, B, T, D] for each of ``split.slices`` of each run."""
-    slopes_of: list[list[np.ndarray]] = []
+) -> list[list[AnswerSlopes]]:
+    """Return the slopes of the logit difference at the site, for each of some runs."""
+    slopes_of: list[list[AnswerSlopes]] = []
     for run in runs:
-        some = []
-        for part, rows in split.slices(run):
-            arrays = _source_arrays(split, run, source, part) if steps else ()
-            some.append(to_host(_mean_slopes(split, rows, run.answers_Bx2[None, part], source, arrays, steps)))
+        some, sides = [], _sides(split, run, source)
+        for rows in prompt_trees(split, EditedRun(run, source), PROGRAM_TOKENS):
+            # Rows that fill a shard up take any answers.
+            answers_1xSxRx2 = run.answers_Bx2[None, np.asarray(rows.place_SxR)]
+            some.append(AnswerSlopes(rows, _mean_slopes(split, run, rows, answers_1xSxRx2, source, sides, steps)))
         slopes_of.append(some)
     return slopes_of
 
@@ -233,86 +242,87 @@ def target_attributions(
         raise ValueError("slopes are shared by dictionaries of one site alone, and not on the path of one of them")
     count = len(targets_Rx2)
     # Targets are repeated to fill the last group: one program for all.
-    padded = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 1, 2)).astype(np.int32)
+    padded = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 1, 1, 2)).astype(np.int32)
     totals = [np.zeros((len(padded), split.dictionary.config.n_features)) for split in splits]
     prompts, done = sum(len(run.index_P) for run in runs_of[0]), 0
     for runs in zip(*runs_of, strict=True):
-        pairs = list(zip(splits, runs, strict=True))
-        arrays = [_source_arrays(split, run, source) for split, run in pairs]
-        for parts in zip(*(split.slices(run, TARGET_PROMPTS) for split, run in pairs), strict=True):
-            part, rows = parts[0][0], [each for _, each in parts]
-            real_B = np.arange(part.start, part.stop) < len(runs[0].index_P)
-            targets = np.broadcast_to(padded, (len(padded), len(real_B), 2))
-            for first in range(0, len(padded) if real_B.any() else 0, TARGETS):
+        sides_of = [_sides(split, run, source) for split, run in zip(splits, runs, strict=True)]
+        for rows in prompt_trees(splits[0], EditedRun(runs[0], source), TARGET_TOKENS, runs[1:]):
+            place_SxR = np.asarray(rows.place_SxR)
+            targets = np.broadcast_to(padded, (len(padded), *place_SxR.shape, 2))
+            for first in range(0, len(padded), TARGETS):
                 on_progress(done, count * prompts)
                 chunk = slice(first, first + TARGETS)
-                slope_CxBxTxD = _mean_slopes(splits[0], rows[0], targets[chunk], source, arrays[0], steps)
-                for total, split, *read in zip(totals, splits, rows, arrays, strict=True):
-                    fixed = split.point, split.dictionary, read[0], slope_CxBxTxD
-                    total[chunk] += to_host(score_slopes(*fixed, real_B, source, read[1]))
-                done += int(real_B.sum()) * min(TARGETS, count - first)
+                slope_CxSxNxD = _mean_slopes(splits[0], runs[0], rows, targets[chunk], source, sides_of[0], steps)
+                for total, split, sides in zip(totals, splits, sides_of, strict=True):
+                    scored = score_slopes(split.point, split.dictionary, sides, rows.tree, slope_CxSxNxD, source)
+                    total[chunk] += to_host(scored)
+                done += int((place_SxR >= 0).sum()) * min(TARGETS, count - first)
     if not all(np.isfinite(total).all() for total in totals):
         raise UserError(not_finite(splits[0].point, f"at {splits[0].point.site}"))
     return [total[:count] / prompts for total in totals]
 
 
+class Sides(NamedTuple):
+    """Arrays of a clean run from which the falls of activations are computed."""
+
+    read_BxTxD: jax.Array  #: what the dictionary reads
+    domain_BxT: jax.Array  #: editable positions
+    counterpart: tuple[jax.Array, jax.Array] | None  #: the same of the prompts' counterparts, for ``counterpart``
+    #: for ``random``: at how many positions of the run each feature is not 0, and the sum of its activations, [F] each
+    counts: tuple[jax.Array, jax.Array] | None
+
+
+def _sides(split: SplitModel, run: CleanRun, source: ActivationReplacement) -> Sides:
+    counterpart = counts = None
+    if source.kind == "counterpart" and run.counterpart:
+        counterpart = run.counterpart.read_BxTxD, run.counterpart.domain_BxT
+    if source.kind == "random":
+        firings = count_run(split, run)
+        counts = firings.nonzero_F, firings.total_F
+    return Sides(run.read_BxTxD, run.domain_BxT, counterpart, counts)
+
+
 def _mean_slopes(
     split: SplitModel,
-    rows: SiteRows,
-    targets_CxBx2: np.ndarray,
+    run: CleanRun,
+    rows: PromptTree,
+    targets_CxSxRx2: np.ndarray,
     source: ActivationReplacement,
-    arrays: tuple[jax.Array, ...],
+    sides: Sides,
     steps: int,
 ) -> jax.Array:
-    """Return the slopes of C targets of each row, mean over the path, [C, B, T, D]."""
-    total_CxBxTxD: jax.Array | None = None
-    for some in _along_path(split, rows, source, arrays, steps):
-        slope_CxBxTxD = target_slopes(split.point, split.params, some, targets_CxBx2)
-        total_CxBxTxD = slope_CxBxTxD if total_CxBxTxD is None else total_CxBxTxD + slope_CxBxTxD
-    assert total_CxBxTxD is not None
-    return total_CxBxTxD / steps if steps else total_CxBxTxD
-
-
-def _along_path(
-    split: SplitModel, rows: SiteRows, source: ActivationReplacement, arrays: tuple[jax.Array, ...], steps: int
-) -> Iterator[SiteRows]:
-    """Yield the rows at the midpoints of ``steps`` parts of the path; the rows themselves if that is 0."""
-    if not steps:
-        yield rows
-    for step in range(steps):
-        share = np.float32((step + 0.5) / steps)
-        value_BxTxD = _replace_share(split.point, split.dictionary, rows, source, arrays, share)
-        yield rows._replace(value_BxTxD=value_BxTxD)
+    """Return the slopes of C targets of each row, mean over the path, [C, S, N, D]."""
+    stream, past = run.stream_BxTxX, split.past(run)[1]
+    total_CxSxNxD: jax.Array | None = None
+    # At the midpoints of equal parts of the path, or at its beginning.
+    shares: list[np.float32 | None] = [np.float32((step + 0.5) / steps) for step in range(steps)]
+    for share in shares or [None]:
+        value_SxNxD = _replace_share(split.point, split.dictionary, run.value_BxTxD, sides, rows.tree, source, share)
+        slope_CxSxNxD = target_slopes(split.point, split.params, past, stream, value_SxNxD, rows, targets_CxSxRx2)
+        total_CxSxNxD = slope_CxSxNxD if total_CxSxNxD is None else total_CxSxNxD + slope_CxSxNxD
+    assert total_CxSxNxD is not None
+    return total_CxSxNxD / steps if steps else total_CxSxNxD
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _replace_share(
     point: SplitPoint,
     dictionary: Dictionary,
-    rows: SiteRows,
+    value_BxTxD: jax.Array,
+    sides: Sides,
+    tree: SharedPrefixBatch,
     source: ActivationReplacement,
-    source_arrays: tuple[jax.Array, ...],
-    share: jax.Array,
+    share: jax.Array | None,
 ) -> jax.Array:
-    """Return the site's value where a share of every activation is replaced, [B, T, D]."""
-    fall_BxTxF = share * _mean_fall(dictionary, rows, source, source_arrays)
-    W_dec_FxD = dictionary.W_dec_FxD[...].astype(fall_BxTxF.dtype)
-    value_BxTxD = rows.value_BxTxD.astype(fall_BxTxF.dtype) - matmul(fall_BxTxF, W_dec_FxD)
-    return jax.lax.with_sharding_constraint(value_BxTxD.astype(rows.value_BxTxD.dtype), sharding(point.mesh))
-
-
-def _source_arrays(
-    split: SplitModel, run: CleanRun, source: ActivationReplacement, part: slice | None = None
-) -> tuple[jax.Array, ...]:
-    """Return what ``_mean_fall`` needs beside the rows: nothing for most replacements.
-
-    For ``counterpart`` what is read and the domain of the counterparts of some rows (``part``); for ``random`` at how
-    many positions of the clean run each feature is not 0, and the sum of its activations.
-    """
-    if source.kind == "counterpart" and run.counterpart:
-        return tuple(split.by_row(run.counterpart.read_BxTxD[part], run.counterpart.domain_BxT[part]))
-    counts = count_run(split, run) if source.kind == "random" else None
-    return () if counts is None else (counts.nonzero_F, counts.total_F)
+    """Return the site's value at the tokens of rows where a share of every activation is replaced, [S, N, D]."""
+    value_SxNxD = tree.take(value_BxTxD)
+    if share is not None:
+        fall_SxNxF = share * _mean_fall(dictionary, sides, tree, source)
+        W_dec_FxD = dictionary.W_dec_FxD[...].astype(fall_SxNxF.dtype)
+        replaced_SxNxD = value_SxNxD.astype(fall_SxNxF.dtype) - matmul(fall_SxNxF, W_dec_FxD)
+        value_SxNxD = replaced_SxNxD.astype(value_SxNxD.dtype)
+    return jax.lax.with_sharding_constraint(value_SxNxD, row_sharding(point.mesh, value_SxNxD.shape))
 
 
 def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
@@ -323,27 +333,41 @@ def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def target_slopes(point: SplitPoint, params: decoder.Params, rows: SiteRows, targets_CxBx2: jax.Array) -> jax.Array:
-    """Return the slope of the difference of C targets of each prompt at the site, [C, B, T, D].
+def target_slopes(
+    point: SplitPoint,
+    params: decoder.Params,
+    past: PrefixKV,
+    stream: jax.Array,
+    value_SxNxD: jax.Array,
+    rows: PromptTree,
+    targets_CxSxRx2: jax.Array,
+) -> jax.Array:
+    """Return the slope of the difference of C targets of each row at the site, [C, S, N, D].
 
-    The layers above the site run forward once and backward once per target.
+    At a token that rows share it is the sum over these rows. The layers above the site run forward once and backward
+    once per target.
 
     Args:
       point: where the model is split (static).
       params: parameters of the decoder.
-      rows: clean values of the prompts.
-      targets_CxBx2: token ids; of several readouts of the user the number of one, in the first column.
+      past: keys and values of the clean run above the site.
+      stream: the stream of the clean run that enters the layers above the site.
+      value_SxNxD: the site's value at the tokens of the rows.
+      rows: the rows.
+      targets_CxSxRx2: token ids; of several readouts of the user the number of one, in the first column.
     """
 
-    def run(value_BxTxD: jax.Array) -> Ends:
-        return point.run_ends(params, rows.stream_BxTxX, value_BxTxD, rows.last_B)
+    def run(value_SxNxD: jax.Array) -> Ends:
+        return point.run_shared_ends(params, past, rows.tree, rows.tree.take(stream), value_SxNxD, rows.end_SxC)
 
     # One forward pass for all targets; only the pullback is mapped over them.
-    ends, pullback = jax.vjp(run, rows.value_BxTxD)
+    ends, pullback = jax.vjp(run, value_SxNxD)
+    last_X = rows.tree.last_positions(rows.end_SxC, point.positions)
 
-    def difference(ends: Ends, target_Bx2: jax.Array, measured: SplitPoint = point) -> jax.Array:
-        # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        return measured.readouts(params, ends, rows.last_B, target_Bx2)[:, 0].sum()
+    def difference(ends: Ends, target_SxRx2: jax.Array, measured: SplitPoint = point) -> jax.Array:
+        # A row's slope belongs to its own tokens, so the gradient of the sum holds every token's sum over its rows.
+        value_X = measured.readouts(params, ends, last_X, target_SxRx2.reshape(-1, 2))[:, 0]
+        return jnp.where(rows.is_prompt_X, value_X, 0.0).sum()
 
     if point.readout and len(point.readout.functions) > 1:
         alone = [dataclasses.replace(point.readout, functions=(function,)) for function in point.readout.functions]
@@ -351,16 +375,16 @@ def target_slopes(point: SplitPoint, params: decoder.Params, rows: SiteRows, tar
         branches = [functools.partial(jax.grad(difference), measured=each) for each in points]
         # One function at a time: together they would take as many times the logits of the whole vocabulary.
         end_slopes = jax.lax.map(
-            lambda target_Bx2: jax.lax.switch(target_Bx2[0, 0], branches, ends, target_Bx2), targets_CxBx2
+            lambda target_SxRx2: jax.lax.switch(target_SxRx2[0, 0, 0], branches, ends, target_SxRx2), targets_CxSxRx2
         )
     else:
-        end_slopes = jax.vmap(jax.grad(difference), in_axes=(None, 0))(ends, targets_CxBx2)
-    slope_CxBxTxD = jax.vmap(lambda cotangent: pullback(cotangent)[0])(end_slopes)
-    return jax.lax.with_sharding_constraint(slope_CxBxTxD, place_slopes(point.mesh, slope_CxBxTxD.shape))
+        end_slopes = jax.vmap(jax.grad(difference), in_axes=(None, 0))(ends, targets_CxSxRx2)
+    slope_CxSxNxD = jax.vmap(lambda cotangent: pullback(cotangent)[0])(end_slopes)
+    return jax.lax.with_sharding_constraint(slope_CxSxNxD, place_slopes(point.mesh, slope_CxSxNxD.shape))
 
 
 def place_slopes(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """Return where slopes [C, B, T, D] are: with their prompts, which are split over ``member`` and ``data``."""
+    """Return where slopes [C, S, N, D] are: with their tokens, which are split over ``member`` and ``data``."""
     return fitting_sharding(mesh, shape, None, BY_DOCUMENT, None, None)
 
 
@@ -368,44 +392,45 @@ def place_slopes(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 def score_slopes(
     point: SplitPoint,
     dictionary: Dictionary,
-    rows: SiteRows,
-    slope_CxBxTxD: jax.Array,
-    real_B: jax.Array | None,
+    sides: Sides,
+    tree: SharedPrefixBatch,
+    slope_CxSxNxD: jax.Array,
     source: ActivationReplacement,
-    source_arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Return the attribution of every feature for C targets of each prompt, given their slopes.
+    """Return the attribution of every feature for C targets, given their slopes: sums over prompts, [C, F].
 
     Args:
       point: where the model is split (static).
       dictionary: a dictionary of the site.
-      rows: clean values of the prompts, as the dictionary reads them.
-      slope_CxBxTxD: from ``target_slopes``.
-      real_B: the rows whose sum [C, F] is returned: not copies that pad a batch. None: every row, [C, B, F].
+      sides: what the falls of its activations are computed from.
+      tree: the tokens of the slopes.
+      slope_CxSxNxD: from ``target_slopes``.
       source: what replaces activations.
-      source_arrays: see ``_source_arrays``.
     """
-    removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
+    removed_SxNxF = _mean_fall(dictionary, sides, tree, source)
     W_dec_FxD = dictionary.W_dec_FxD[...]
 
-    def score(slope_BxTxD: jax.Array) -> jax.Array:
-        score_BxF = weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD)
-        return score_BxF if real_B is None else jnp.where(real_B[:, None], score_BxF, 0.0).sum(axis=0)
+    def score(slope_SxNxD: jax.Array) -> jax.Array:
+        return weighted(removed_SxNxF, slope_SxNxD, W_dec_FxD).sum(axis=0)
 
-    # One target at a time: [C, B, T, F] would be large.
-    return jax.lax.with_sharding_constraint(jax.lax.map(score, slope_CxBxTxD), sharding(point.mesh))
+    # One target at a time: [C, S, N, F] would be large.
+    return jax.lax.with_sharding_constraint(jax.lax.map(score, slope_CxSxNxD), sharding(point.mesh))
 
 
 def _mean_fall(
-    dictionary: Dictionary, rows: SiteRows, source: ActivationReplacement, source_arrays: tuple[jax.Array, ...]
+    dictionary: Dictionary, sides: Sides, tree: SharedPrefixBatch, source: ActivationReplacement
 ) -> jax.Array:
-    """Return by how much every activation falls, f - r, in the mean over draws of r: [B, T, F]."""
-    f_BxTxF = active_features(dictionary, rows.read_BxTxD, rows.domain_BxT)
-    if source.kind == "random":
-        return removed_on_average(f_BxTxF, *source_arrays)
-    counterpart_BxTxF = active_features(dictionary, *source_arrays) if source_arrays else f_BxTxF
-    every_F = jnp.arange(f_BxTxF.shape[-1])
-    return source.removed(f_BxTxF, counterpart_BxTxF, rows.domain_BxT, every_F, jnp.int32(len(rows.last_B)))
+    """Return by how much every activation falls, f - r, in the mean over draws of r, at the tokens: [S, N, F]."""
+    read_SxNxD, domain_SxN = tree.take(sides.read_BxTxD), tree.take(sides.domain_BxT)
+    f_SxNxF = active_features(dictionary, read_SxNxD, domain_SxN)
+    if sides.counts is not None:
+        return removed_on_average(f_SxNxF, *sides.counts)
+    counterpart_SxNxF = f_SxNxF
+    if sides.counterpart is not None:
+        counterpart_SxNxF = active_features(dictionary, *(tree.take(array) for array in sides.counterpart))
+    every_F = jnp.arange(f_SxNxF.shape[-1])
+    # The number of prompts counts for random draws alone.
+    return source.removed(f_SxNxF, counterpart_SxNxF, domain_SxN, every_F, jnp.int32(0))
 
 
 def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:

@@ -19,14 +19,9 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
-from saejax.interventions.split_model import (
-    PROGRAM_TOKENS,
-    CleanRun,
-    SiteRows,
-    SplitModel,
-    active_features,
-    in_order,
-)
+from saejax.interventions.edits import ZERO
+from saejax.interventions.rows import EditedRun, PromptTree, prompt_trees
+from saejax.interventions.split_model import PROGRAM_TOKENS, CleanRun, SplitModel, active_features
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.collectives import to_host
@@ -51,22 +46,23 @@ def keep_features(
     Returns:
       Float64 array ``[2, E, P]``: with the error term, and without it.
     """
-    most, calls = max(map(len, sets)), []
-    for first in range(0, len(sets), SETS):
-        # Sets of one width, the last ones repeated: one program runs all. The first feature fills a set up, with a
-        # weight of 0.
-        some = [sets[min(place, len(sets) - 1)] for place in range(first, first + SETS)]
-        members_ExK = np.stack([np.pad(np.asarray(members), (0, most - len(members)), mode="edge") for members in some])
-        weight_ExK = np.stack([np.arange(most) < len(members) for members in some]).astype(np.float32)
-        parts = []
-        for run in runs:
-            kept = [
-                to_host(_run_kept(split.point, split.params, split.dictionary, mean_F, rows, members_ExK, weight_ExK))
-                for _, rows in split.slices(run)
-            ]
-            parts.append(np.moveaxis(np.concatenate(kept, axis=-1), -1, 0))
-        calls.append(np.moveaxis(in_order(parts, runs), 0, -1))
-    return np.concatenate(calls, axis=1)[:, : len(sets)].astype(np.float64)
+    most = max(map(len, sets))
+    values_2xExP = np.zeros((2, len(sets), sum(len(run.index_P) for run in runs)))
+    for run in runs:
+        clean = run.stream_BxTxX, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, split.past(run)[1]
+        for rows in prompt_trees(split, EditedRun(run, ZERO), PROGRAM_TOKENS // (2 * SETS)):
+            place_X = np.asarray(rows.place_SxR).reshape(-1)
+            answers_Xx2, prompt_Q = run.answers_Bx2[place_X], run.index_P[place_X[place_X >= 0]]
+            for first in range(0, len(sets), SETS):
+                # Sets of one width, the last ones repeated: one program runs all. The first feature fills a set up,
+                # with a weight of 0.
+                some = [sets[min(place, len(sets) - 1)] for place in range(first, first + SETS)]
+                widened = [np.pad(np.asarray(members), (0, most - len(members)), mode="edge") for members in some]
+                weight_GxK = np.array([np.arange(most) < len(members) for members in some], np.float32)
+                fixed = split.point, split.params, split.dictionary, mean_F, clean, rows, answers_Xx2
+                measured_2xGxX = to_host(_run_kept(*fixed, np.stack(widened), weight_GxK))
+                values_2xExP[:, first : first + SETS, prompt_Q] = measured_2xGxX[:, : len(sets) - first, place_X >= 0]
+    return values_2xExP
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -75,31 +71,37 @@ def _run_kept(
     params: decoder.Params,
     dictionary: Dictionary,
     mean_F: jax.Array,
-    rows: SiteRows,
+    clean: tuple,
+    rows: PromptTree,
+    answers_Xx2: jax.Array,
     members_ExK: jax.Array,
     weight_ExK: jax.Array,
 ) -> jax.Array:
-    """Return the logit differences of B prompts, with and without the error term, [2, E, B]."""
-    f_BxTxF = active_features(dictionary, rows.read_BxTxD, rows.domain_BxT)
+    """Return the logit differences of X rows of a clean run, with and without the error term, [2, E, X]."""
+    stream, value_SxNxD, read_SxNxD, domain_SxN = (rows.tree.take(array) for array in clean[:4])
+    f_SxNxF = active_features(dictionary, read_SxNxD, domain_SxN)
     W_dec_FxD = dictionary.W_dec_FxD[...].astype(jnp.float32)
-    fall_BxTxF = jnp.where(rows.domain_BxT[..., None], f_BxTxF - mean_F.astype(f_BxTxF.dtype)[None, None, :], 0.0)
-    clean_BxTxD = rows.value_BxTxD.astype(jnp.float32)
-    rebuilt_BxTxD = dictionary.decode(f_BxTxF, rows.read_BxTxD).astype(jnp.float32)
+    fall_SxNxF = jnp.where(domain_SxN[..., None], f_SxNxF - mean_F.astype(f_SxNxF.dtype)[None, None, :], 0.0)
+    clean_SxNxD = value_SxNxD.astype(jnp.float32)
+    rebuilt_SxNxD = dictionary.decode(f_SxNxF, read_SxNxD).astype(jnp.float32)
     # Attention sinks keep their values, as under every edit.
-    error_BxTxD = jnp.where(rows.domain_BxT[..., None], clean_BxTxD - rebuilt_BxTxD, 0.0)
-    means_BxTxD = clean_BxTxD - matmul(fall_BxTxF, W_dec_FxD)  # all features at their means
+    error_SxNxD = jnp.where(domain_SxN[..., None], clean_SxNxD - rebuilt_SxNxD, 0.0)
+    means_SxNxD = clean_SxNxD - matmul(fall_SxNxF, W_dec_FxD)  # all features at their means
 
-    def measure(value_BxTxD: jax.Array) -> jax.Array:
-        ends = point.run_ends(params, rows.stream_BxTxX, value_BxTxD.astype(rows.value_BxTxD.dtype), rows.last_B)
-        return point.readouts(params, ends, rows.last_B, rows.answers_Bx2)[:, 0]
+    last_X = rows.tree.last_positions(rows.end_SxC, point.positions)
+
+    def measure(edited_SxNxD: jax.Array) -> jax.Array:
+        edited_SxNxD = edited_SxNxD.astype(value_SxNxD.dtype)
+        ends = point.run_shared_ends(params, clean[4], rows.tree, stream, edited_SxNxD, rows.end_SxC)
+        return point.readouts(params, ends, last_X, answers_Xx2)[:, 0]
 
     def keep(chosen: tuple[jax.Array, jax.Array]) -> jax.Array:
         members_K, weight_K = chosen
-        weighted_BxTxK = fall_BxTxF[:, :, members_K] * weight_K[None, None, :]
-        kept_BxTxD = means_BxTxD + matmul(weighted_BxTxK, W_dec_FxD[members_K])
-        return jax.vmap(measure)(jnp.stack([kept_BxTxD, kept_BxTxD - error_BxTxD]))
+        weighted_SxNxK = fall_SxNxF[:, :, members_K] * weight_K[None, None, :]
+        kept_SxNxD = means_SxNxD + matmul(weighted_SxNxK, W_dec_FxD[members_K])
+        return jax.vmap(measure)(jnp.stack([kept_SxNxD, kept_SxNxD - error_SxNxD]))
 
     # Short prompts with all sets at once: the weights of a large model are read once, not once a set.
-    together = SETS if 2 * SETS * rows.domain_BxT.size <= PROGRAM_TOKENS else 1
-    values_ExRxB = jax.lax.map(keep, (members_ExK, weight_ExK), batch_size=together)
-    return jax.lax.with_sharding_constraint(jnp.moveaxis(values_ExRxB, 1, 0), sharding(point.mesh))
+    together = SETS if 2 * SETS * domain_SxN.shape[1] <= PROGRAM_TOKENS else 1
+    values_Ex2xX = jax.lax.map(keep, (members_ExK, weight_ExK), batch_size=together)
+    return jax.lax.with_sharding_constraint(jnp.moveaxis(values_Ex2xX, 1, 0), sharding(point.mesh))

@@ -79,6 +79,14 @@ class SharedPrefixBatch(NamedTuple):
         """Return the value of each token's row, [S, N, ...], given the rows' values [S, R, ...]."""
         return jax.vmap(lambda array_Rx, row_N: array_Rx[row_N])(array_SxRx, self.row_SxN)
 
+    def take(self, array_PxTx: jax.Array) -> jax.Array:
+        """Return an array of the clean prompts at the tokens, [S, N, ...]."""
+        return array_PxTx[self.prompt_SxN, self.position_SxN]
+
+    def last_positions(self, end_SxE: jax.Array, ends: int) -> jax.Array:
+        """Return the position of each row's last token, [S * R], given the index of its last ``ends`` tokens."""
+        return jnp.take_along_axis(self.position_SxN, end_SxE, axis=1).reshape(-1, ends)[:, -1]
+
     @property
     def prompt_SxN(self) -> jax.Array:
         """Return the index of each token's clean prompt."""
@@ -431,21 +439,6 @@ class SplitPoint:
         """The attention patterns that runs of the suffix collect."""
         return {PATTERN: self.readout.layers} if self.readout and self.readout.layers else {}
 
-    def run_ends(
-        self, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxX: jax.Array, last_B: jax.Array
-    ) -> Ends:
-        """Run the rest of the model from a ``value`` of the site; return its output at each prompt's last tokens.
-
-        The ``stream`` is as for ``run_suffix``; ``last`` has the index of each prompt's last token.
-        """
-        if not self._patterns:
-            return Ends(self.ends(self.run_suffix(params, stream_BxTxD, value_BxTxX), last_B))
-        output = self._run_on(params, stream_BxTxD, value_BxTxX, collect=self._patterns)
-        query_BxC = self._last_positions(last_B)
-        pattern_LxBxHxTxT = output.collected[PATTERN]
-        pattern = jnp.take_along_axis(pattern_LxBxHxTxT, query_BxC[None, :, None, :, None], axis=3)
-        return Ends(self.ends(output.x, last_B), pattern)
-
     def run_shared_ends(
         self,
         params: decoder.Params,
@@ -490,7 +483,7 @@ class SplitPoint:
 
         Args:
           params: parameters of the decoder.
-          ends: from ``run_ends`` or ``run_shared_ends``.
+          ends: from ``run_shared_ends``.
           last_R: index of each prompt's last token.
           answers_Rx2: token ids of the correct and the wrong answer.
           logp_RxV: the clean run's log-probabilities of the next token; None: for the logit difference alone.

@@ -14,9 +14,10 @@ from torch.nn import functional
 from saejax.dictionaries import Dictionary
 from saejax.interventions import engine
 from saejax.interventions.edits import ZERO, ActivationReplacement, mask
-from saejax.interventions.engine import EditedRun
-from saejax.interventions.rows import gather
+from saejax.interventions.rows import EditedRun, gather
+from saejax.interventions.slopes import attribution
 from saejax.interventions.split_model import CleanRun, SplitModel
+from saejax.tasks.behaviours import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,14 @@ def ablate_sets(
         edits = mask(split.dictionary, sets, replacement=source)
         clean_P, *edited = engine.run_edits(split, runs, edits, batch_rows, on_progress)["logit_diff"]
     return Ablated(clean_P, np.array(edited), sum(seen))
+
+
+def attribution_of_each(split: SplitModel, prompts: Sequence[Prompt], **options: Any) -> np.ndarray:
+    """Return the attribution of every feature on each prompt alone, [P, F]; options as those of ``attribution``."""
+    counterparts = options.get("source", ZERO).kind == "counterpart"
+    length = split.common_length(prompts)  # so that they share programs
+    runs_of = [split.run([prompt], counterparts, length) for prompt in prompts]
+    return np.stack([attribution(split, runs, **options) for runs in runs_of])
 
 
 def draw_falls(split: SplitModel, run: CleanRun, source: ActivationReplacement, features_K: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from full_passes import draw_falls
+from full_passes import attribution_of_each, draw_falls
 from scipy.special import log_softmax
 
 from saejax.dictionaries import Dictionary, rescale
@@ -208,7 +208,7 @@ def test_features_of_normalised_tokens_add_what_they_do_in_the_model(tiny, few, 
     known = Dictionary(dataclasses.replace(dictionary.config, input_norm=norm), **dictionary.arrays)
     some, split = few[:2], SplitModel(tiny, known)
     value_ExP = engine.effects(tiny, some, edits.mask(known, FEW_SETS))[:, :, 0]
-    attribution_PxF = slopes.attribution(split, split.run(some))
+    attribution_PxF = attribution_of_each(split, some)
     slope_PxTxD = slopes.slopes(tiny, some, "logit_diff", known.site)
     for p, prompt in enumerate(some):
         tokens = tiny.tokenize([prompt.text])
@@ -309,7 +309,7 @@ def test_attribution_of_a_target_equals_that_of_answers(tiny, prompts, dictionar
     targets_Rx2 = np.array([[5, 9], [tiny.token_id(alike[0].correct), tiny.token_id(alike[0].wrong)], [9, 5]])
     target_RxF, again_RxF = slopes.target_attributions([split, split], [runs, runs], targets_Rx2)
     np.testing.assert_array_equal(target_RxF, again_RxF)
-    want_F = slopes.attribution(split, runs).mean(axis=0)
+    want_F = slopes.attribution(split, runs)
     np.testing.assert_allclose(target_RxF[1], want_F, atol=1e-5)
     np.testing.assert_allclose(target_RxF[0], -target_RxF[2], atol=1e-5)
     assert np.abs(target_RxF[0]).max() > 1e-3

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from full_passes import attribution_of_each
 
 import saejax
 from saejax.dictionaries import Dictionary, DictionaryConfig, joined
 from saejax.errors import UserError
 from saejax.interventions import engine, slopes
-from saejax.interventions.edits import mask
+from saejax.interventions.edits import ZERO, mask
+from saejax.interventions.rows import EditedRun, prompt_trees
 from saejax.interventions.several_sites import join_saes, open_crosscoder
 from saejax.interventions.slopes import attribution, leaders, target_attributions
 from saejax.interventions.split_model import SplitModel
@@ -62,7 +64,7 @@ def test_a_readout_that_is_the_logit_difference_has_its_effects(tiny, dictionary
     table, split = found.table, SplitModel(tiny, dictionary)
     train, test = (select(asked, "first", name) for name in ("train", "test"))
     runs, prompts = split.run(train), table.select_prompts("first")
-    attribution_F = attribution(split, runs).mean(axis=0, dtype=np.float64)
+    attribution_F = attribution(split, runs)
     (top, *_), chosen = table.select_edits("first", "top")[-1:], table.select_edits("first", "random")
     assert list(top.features) == leaders(attribution_F, 3)
     (placebo_RxF,) = target_attributions([split], [runs], np.array(pairs))
@@ -142,7 +144,7 @@ def test_a_readout_of_attention_equals_whole_runs(tiny, dictionary, plain, promp
         split = SplitModel(tiny, dictionary, positions, readout=Readout((spread,), 3, (2, 3)))
         runs = split.run(some)
         values_ExP = engine.run_edits(split, runs, mask(split.dictionary, sets))["readout"]
-        slope_PxF = attribution(split, runs)
+        slope_PxF = attribution_of_each(split, some)
         for p, prompt in enumerate(some):
             run = plain(dictionary, prompt)
             start = 0 if positions == "all" else len(run.ids_T) - 1
@@ -228,10 +230,11 @@ def test_many_placebo_readouts_take_the_memory_of_a_few(tiny, dictionary, prompt
         functions = tuple(lambda logits, n=n: jnp.tanh(logits[:, n:]).sum(axis=1) for n in range(count))
         split = SplitModel(tiny, dictionary, readout=Readout(functions[:1]))
         (run,) = split.run(prompts[:8])
-        _, rows = next(split.slices(run, 8))
-        targets_CxBx2 = np.broadcast_to(np.arange(16, dtype=np.int32)[:, None, None] % count, (16, 8, 2))
-        point = split.with_readout(Readout(functions)).point
-        compiled = slopes.target_slopes.lower(point, split.params, rows, targets_CxBx2).compile()
+        (rows,) = prompt_trees(split, EditedRun(run, ZERO), 4096)
+        targets_CxSxRx2 = np.broadcast_to(np.arange(16, dtype=np.int32)[:, None, None, None] % count, (16, 1, 8, 2))
+        point, values = split.with_readout(Readout(functions)).point, rows.tree.take(run.value_BxTxD)
+        arguments = split.params, split.past(run)[1], run.stream_BxTxX, values, rows, targets_CxSxRx2
+        compiled = slopes.target_slopes.lower(point, *arguments).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporaries(24) < 1.1 * temporaries(2)
@@ -294,7 +297,7 @@ def test_features_of_several_sites_are_ablated_together(tiny, make_dictionary, p
     runs, edits = split.run(some), mask(split.dictionary, sets)
     diff_ExP = engine.run_edits(split, runs, edits)["logit_diff"]
     norm_ExP = engine.change_norms(split, runs, edits)
-    slope_PxF = attribution(split, runs)
+    slope_PxF = attribution_of_each(split, some)
     for p, prompt in enumerate(some):
         plains = [plain(sae, prompt) for sae in saes]
         values = [run.value() for run in plains]
@@ -359,7 +362,7 @@ def test_features_of_a_crosscoder_are_ablated_at_all_of_its_sites(tiny, make_dic
     split = SplitModel(tiny, joint)
     runs = split.run(some)
     diff_ExP = engine.run_edits(split, runs, mask(split.dictionary, sets))["logit_diff"]
-    slope_PxF = attribution(split, runs)
+    slope_PxF = attribution_of_each(split, some)
     saes = [make_dictionary(site) for site in SITES]  # of which the sites alone are read
     rows = joined.unjoin(crosscoder.config, np.asarray(crosscoder.W_dec_FxD, np.float64))
     for p, prompt in enumerate(some):

@@ -49,7 +49,7 @@ def test_every_token_of_every_row_is_run(many, most, features, shards):
     rows = []
     for batch in batches:
         assert len(batch.shards) == shards and batch.size % 8 == batch.tokens % 8 == 0
-        tree, end_SxR, fraction_SxRxK, addend_SxRxK = batch.filled(prompts, edits)
+        (tree, end_SxR), (fraction_SxRxK, addend_SxRxK) = batch.tree(prompts), batch.amounts(edits)
         assert addend_SxRxK is None
         for shard, rows_of in enumerate(batch.shards):
             place_N = tree.prompt_SxR[shard][tree.row_SxN[shard]]
@@ -84,7 +84,7 @@ def test_no_token_is_run_twice_in_a_batch(many):
 def tokens_run(first_SxP, prompts, edits):
     """How many tokens a single batch runs, without those that fill it up."""
     (batch,) = all_batches(first_SxP, prompts, edits, 10**6, 1000)
-    tree, *_ = batch.filled(prompts, edits)
+    tree, _ = batch.tree(prompts)
     return len(set(zip(tree.row_SxN[0].tolist(), tree.column_SxN[0].tolist(), strict=True)))
 
 

@@ -114,11 +114,12 @@ def test_readouts_get_the_patterns_of_edited_rows(models, ids_BxT):
         stream, value, _ = point.run_prefix(lm.params, ids_BxT)
         _, past = point.run_suffix_with_kv(lm.params, stream, value)
         edited = value + change_BxTxD
-        whole = point.run_ends(lm.params, stream, edited, last_B)
-        tree = SharedPrefixBatch.unshared(jnp.array([0, 1]), jnp.array([9, 5]), 12, 1)
-        values = [part[tree.prompt_SxN, tree.position_SxN] for part in (stream, edited)]
-        rows = point.run_shared_ends(lm.params, past, tree, *values, jnp.array([[9, 10, 11, 21, 22, 23]]))
-        return edited, whole, rows
+        found = []
+        for first_B, length in (([9, 5], 12), ([0, 0], 21)):
+            tree = SharedPrefixBatch.unshared(jnp.arange(2), jnp.array(first_B), length, 1)
+            end_1xE = np.array([[b * length + last_B[b] - first_B[b] - c for b in (0, 1) for c in (2, 1, 0)]])
+            found.append(point.run_shared_ends(lm.params, past, tree, tree.take(stream), tree.take(edited), end_1xE))
+        return edited, *found
 
     edited_BxTxD, *found = run()
     block = (model.transformer.h if hasattr(model, "transformer") else model.model.layers)[0]

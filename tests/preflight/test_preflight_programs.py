@@ -21,9 +21,10 @@ from saejax.models.sites import Site
 from saejax.preflight import topology
 from saejax.preflight.plan import stage_programs
 from saejax.stages.ablate import plan as planned
-from saejax.stages.ablate.plan import kept_prompts, prompt_length
+from saejax.stages.ablate.plan import kept_prompts, prompt_length, ranking_prompts
 from saejax.stages.baseline import plan as benchmarks
 from saejax.tasks.behaviours import Prompt
+from saejax.tasks.settings import TaskConfig
 from saejax.training.state import init_state
 from saejax.training.step import train_step
 
@@ -56,20 +57,21 @@ def test_ablation(programs, plan, lm, spy, monkeypatch):
         "ablate: tail": spy(ablation, "run_rows"),
     }
     text = "The cat near the dogs far"
-    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * kept_prompts(plan, lm.mesh)
-    # Nothing is padded, and the batches below are full.
+    count = kept_prompts(plan, lm.mesh, plan.configs[TaskConfig].train_prompts)
+    prompts = [Prompt("b", "test", text, " runs", " far", text, " run", ("cat",))] * count
+    # Nothing is padded or shared, and the batches below are full.
     assert prompt_length(plan) == len(lm.tokenize([text]).ids_BxT[0])
+    monkeypatch.setattr(split, "prefixes", lambda ids_PxT: np.arange(ids_PxT.size).reshape(ids_PxT.shape))
     cut_model = split.SplitModel(lm, make_dictionary(lm, plan))
-    runs = cut_model.run(prompts)
-    screening.attribution(cut_model, runs)
+    ranking = cut_model.run(prompts[: ranking_prompts(plan)])
+    screening.attribution(cut_model, ranking)
     for name in ("slopes", "attribution"):
         calls[f"ablate: {name}"] = list(calls[f"ablate: placebo {name}"])
-    screening.target_attributions([cut_model], [runs], np.array([[3, 4]]))
+    screening.target_attributions([cut_model], [ranking], np.array([[3, 4]]))
     rows = plan.configs[AblateConfig].batch_rows
-    # Every row on all its tokens, and none shared: batches are full.
+    # Every row on all its tokens: batches are full.
     batches_of = ablation.batches_of
     monkeypatch.setattr(ablation, "batches_of", lambda first_SxP, *rest: batches_of(0 * first_SxP, *rest))
-    monkeypatch.setattr(split, "prefixes", lambda ids_PxT: np.arange(ids_PxT.size).reshape(ids_PxT.shape))
     runs = cut_model.run(prompts)
     ablation.run_edits(cut_model, runs, mask(cut_model.dictionary, [list(range(K))] * 6), rows)
     for name, seen in calls.items():

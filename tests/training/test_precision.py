@@ -19,11 +19,11 @@ from saejax.ground_truth.settings import TruthConfig
 from saejax.ground_truth.world import make_world, sample
 from saejax.interventions import slopes as screening
 from saejax.interventions.edits import ZERO
-from saejax.interventions.split_model import SiteRows
+from saejax.interventions.rows import PromptTree
 from saejax.models import decoder
 from saejax.models.decoder import run_layers
 from saejax.models.sites import Site
-from saejax.models.split import SplitPoint
+from saejax.models.split import SharedPrefixBatch, SplitPoint
 from saejax.runner.results import load_results
 from saejax.training.state import init_state
 from saejax.training.step import train_step
@@ -88,10 +88,13 @@ def test_attribution(lm, one_device):
     dictionary, site = Dictionary.initial(config, jax.random.key(0)), Site.parse(config.site)
     point = SplitPoint(lm.config, site, site, one_device)
     value = jnp.ones((2, 6, lm.config.d_model))
-    rows = SiteRows(value, value, value, jnp.ones((2, 6), bool), jnp.array([5, 5]), jnp.ones((2, 2), int))
-    check(lambda params: screening.target_slopes(point, params, rows, jnp.ones((1, 2, 2), int)), lm.params, least=6)
-    fixed = rows, jnp.ones((1, *value.shape)), None, ZERO, ()
-    check(lambda each: screening.score_slopes(point, each, *fixed), dictionary, least=2)
+    tree = SharedPrefixBatch.unshared(jnp.arange(2), jnp.zeros(2, int), 6, 1)
+    rows, tokens = PromptTree(tree, jnp.array([[5, 11]]), tree.prompt_SxR), value.reshape(1, 12, -1)
+    past = point.run_suffix_with_kv(lm.params, value, value)[1]
+    fixed = past, value, tokens, rows, jnp.ones((1, 1, 2, 2), int)
+    check(lambda params: screening.target_slopes(point, params, *fixed), lm.params, least=6)
+    sides = screening.Sides(value, jnp.ones((2, 6), bool), None, None)
+    check(lambda each: screening.score_slopes(point, each, sides, tree, tokens[None], ZERO), dictionary, least=2)
 
 
 def test_a_program_of_nested_bfloat16_products_runs_to_its_end(inputs, tmp_path):

@@ -16,12 +16,19 @@ from saejax.flops import pass_flops
 from saejax.interventions import slopes
 from saejax.interventions.ablation import STEPS, TOKENS, expected_rows
 from saejax.interventions.edits import GATHERED, ActivationReplacement, filled_features
-from saejax.interventions.rows import CleanValues, few_rows, full_batch, gather, run_rows
+from saejax.interventions.rows import CleanValues, PromptTree, few_rows, fill, gather, run_rows
 from saejax.interventions.settings import AblateConfig
-from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, SiteRows, row_step, rows_at_once, run_head
+from saejax.interventions.split_model import (
+    GROUP_TOKENS,
+    LENGTH_STEP,
+    PROGRAM_TOKENS,
+    row_step,
+    rows_at_once,
+    run_head,
+)
 from saejax.models.sites import Site
-from saejax.models.split import SharedPrefixBatch, SplitPoint
-from saejax.parallel.mesh import document_devices, sharding
+from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
+from saejax.parallel.mesh import document_devices
 from saejax.stages.baseline.plan import count_all_behaviours
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.settings import TaskConfig
@@ -36,13 +43,18 @@ def prompt_length(plan: PlannedRun) -> int:
     return -(-min(PROMPT_TOKENS, plan.model.context) // LENGTH_STEP) * LENGTH_STEP
 
 
-def kept_prompts(plan: PlannedRun, mesh: Mesh) -> int:
-    """Return the prompts of a behaviour, filled up to whole runs of the head, or as many as one group holds."""
-    task = plan.configs[TaskConfig]
+def ranking_prompts(plan: PlannedRun) -> int:
+    """Return how many train prompts of a behaviour choose features."""
+    ablate, task = plan.configs[AblateConfig], plan.configs[TaskConfig]
+    return min(ablate.attribution_prompts or task.train_prompts, task.train_prompts)
+
+
+def kept_prompts(plan: PlannedRun, mesh: Mesh, count: int) -> int:
+    """Return ``count`` prompts of a behaviour, filled up to whole runs of the head, or as many as one group holds."""
     length = min(PROMPT_TOKENS, plan.model.context)
     step = row_step(length, document_devices(mesh))
     most = max(GROUP_TOKENS // length // step, 1)
-    return step * min(-(-max(task.train_prompts, task.test_prompts) // step), most)
+    return step * min(-(-count // step), most)
 
 
 def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
@@ -57,8 +69,9 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     if not plan.configs[TaskConfig].has_behaviours:
         return []
     ablate, task, train = plan.configs[AblateConfig], plan.configs[TaskConfig], plan.configs[TrainConfig]
-    used, length, prompts = plan.dictionary("ablate"), prompt_length(plan), kept_prompts(plan, mesh)
-    at_once = rows_at_once(prompts, length)
+    used, length, ranking = plan.dictionary("ablate"), prompt_length(plan), ranking_prompts(plan)
+    prompts = kept_prompts(plan, mesh, max(task.train_prompts, task.test_prompts))
+    at_once, shards = rows_at_once(prompts, length), document_devices(mesh)
     if used.widths:  # programs of several sites are not planned
         return []
     reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
@@ -90,45 +103,47 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     test = [Prompt("", "test", "", "", "")] * task.test_prompts
     named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
     edited_rows = _FIRING * behaviours * expected_rows(ablate, named, "0", used.n_features)
-    ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / at_once
+    ranked = behaviours * ranking / at_once
     points = STEPS if ablate.attribution == "integrated" else 1
     bases = trainings + len(ablate.baselines) + ablate.untrained_dictionaries + bool(ablate.untrained_dictionaries)
-    slope_runs = ranked * points * (bases if points > 1 else trainings)  # dictionaries share slopes without an edit
     size = f"{at_once} prompts of {length} tokens"
     counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, train.state_dtype))
 
-    def slope_programs(name: str, count: int, targets: int, runs: float, calls: float) -> list[Program]:
-        """Return the slopes of some targets on some prompts, and the attribution of a dictionary by them."""
-        row_value, row_domain, last_B = value(by_row, count), domain(by_row, count), by_row(mesh, (count,), jnp.int32)
-        rows = SiteRows(row_value, row_value, row_value, row_domain, last_B, by_row(mesh, (count, 2), jnp.int32))
+    def slope_programs(name: str, targets: int, most: int, points: float, dictionaries: float) -> list[Program]:
+        """Return the slopes of some targets on as many prompts as ``most`` tokens hold, and attributions by them."""
+        # Rows that share no tokens, each read from its first one on.
+        count = min(-(-ranking // shards), max(most // length, 1))
+        kept = kept_prompts(plan, mesh, ranking)
+        tree = _abstract_tree(mesh, fill(count), length, fill(count * length))
+        rows = PromptTree(tree, by_row(mesh, tree.prompt_SxR.shape, jnp.int32), tree.prompt_SxR)
+        clean, editable = value(whole, kept), domain(whole, kept)
         # Random replacements are drawn from each feature's own activations, so their counts travel along.
-        arrays = counts if ablate.replacement == "random" else ()
-        is_sum, targets_CxBx2 = targets > 1, whole(mesh, (targets, count, 2), jnp.int32)
-        if ablate.replacement == "counterpart" and not is_sum:
-            arrays = row_value, row_domain
-        real_B = whole(mesh, (count,), bool) if is_sum else None
-        slopes_shape = (targets, count, length, used.d_in)
-        # Those of the answers wait on the host, where a behaviour's dictionaries share them.
-        where = slopes.place_slopes(mesh, slopes_shape) if is_sum else sharding(mesh)
-        slope_CxBxTxD = jax.ShapeDtypeStruct(slopes_shape, plan.dtype, sharding=where)
-        size = f"{count} prompts of {length} tokens"
-        scored = point, dictionary, rows, slope_CxBxTxD, real_B, source, arrays
-        flops = (1 + targets) * suffix_flops(count), (1 + targets) * encode_flops(count)
+        counterpart = (clean, editable) if ablate.replacement == "counterpart" and targets == 1 else None
+        sides = slopes.Sides(clean, editable, counterpart, counts if ablate.replacement == "random" else None)
+        targets_CxSxRx2 = whole(mesh, (targets, *tree.prompt_SxR.shape, 2), jnp.int32)
+        value_SxNxD = by_row(mesh, (*tree.row_SxN.shape, used.d_in), plan.dtype)
+        shape = targets, *value_SxNxD.shape
+        slope_CxSxNxD = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=slopes.place_slopes(mesh, shape))
+        size = f"{count * shards} prompts of {length} tokens"
+        sloped = point, params, _abstract_past(point, params, clean), clean, value_SxNxD, rows, targets_CxSxRx2
+        scored = point, dictionary, sides, tree, slope_CxSxNxD, source
+        flops = [(1 + targets) * each(count * shards) for each in (suffix_flops, encode_flops)]
+        runs = behaviours * ranking / (count * shards)
         return [
-            program(f"{name}slopes", size, slopes.target_slopes, (point, params, rows, targets_CxBx2), flops[0], runs),
-            program(f"{name}attribution", size, slopes.score_slopes, scored, flops[1], calls),
+            program(f"{name}slopes", size, slopes.target_slopes, sloped, flops[0], runs * points),
+            program(f"{name}attribution", size, slopes.score_slopes, scored, flops[1], runs * dictionaries),
         ]
 
     ids_BxT, last_B = by_row(mesh, (at_once, length), jnp.int32), by_row(mesh, (at_once,), jnp.int32)
     head = (point, ablate.error, params, dictionary, ids_BxT, last_B, domain(by_row, at_once))
     head_flops = pass_flops(plan.model, at_once * length, length, writes.layer + 1)
     programs = [program("head", size, run_head, head, head_flops, 2 * ranked)]
-    programs += slope_programs("", at_once, 1, slope_runs, ranked * bases)
+    # Dictionaries share slopes without an edit.
+    programs += slope_programs("", 1, PROGRAM_TOKENS, points * (bases if points > 1 else trainings), bases)
     if ablate.placebo_targets:
         sharing = trainings if ablate.error == "keep" else 1  # dictionaries of the site
-        tokens = max(TOKENS, ablate.placebo_targets)
-        calls = ranked * at_once / slopes.TARGET_PROMPTS * tokens / slopes.TARGETS
-        programs += slope_programs("placebo ", slopes.TARGET_PROMPTS, slopes.TARGETS, calls * points, calls * sharing)
+        groups = max(TOKENS, ablate.placebo_targets) / slopes.TARGETS
+        programs += slope_programs("placebo ", slopes.TARGETS, slopes.TARGET_TOKENS, groups * points, groups * sharing)
 
     # The engine gathers the columns of the features that a group of edits needs, filled up to a few widths.
     gathered = filled_features(min(used.n_features, max(GATHERED, ablate.top)))
@@ -168,14 +183,22 @@ def _edited_rows(
 ) -> tuple:
     """Return the arguments of the program that runs a batch of edited prompts, each changed from its start on."""
     mesh, (_, length, gathered) = point.mesh, f_PxTxK.shape
-    shards = document_devices(mesh)
-    past = jax.eval_shape(point.run_suffix_with_kv, params, value_PxTxD, value_PxTxD)[1]
-    past = placed(past, past.placements(mesh))
+    past = _abstract_past(point, params, value_PxTxD)
     clean = CleanValues(value_PxTxD, value_PxTxD, f_PxTxK, W_dec_KxD, past, None, None)
-    of_shard = -(-batch // shards)
-    row_count, tokens = few_rows(of_shard), full_batch(of_shard * length)
-    shapes = ((row_count,), (row_count,), (row_count, length), (tokens,), (tokens,))
-    tree = SharedPrefixBatch(*(by_row(mesh, (shards, *shape), jnp.int32) for shape in shapes))
-    answers_SxRx2 = by_row(mesh, (shards, row_count, 2), jnp.int32)
-    fraction_SxRxK = by_row(mesh, (shards, row_count, gathered), jnp.float32)
+    of_shard = -(-batch // document_devices(mesh))
+    tree = _abstract_tree(mesh, few_rows(of_shard), length, fill(of_shard * length))
+    answers_SxRx2 = by_row(mesh, (*tree.prompt_SxR.shape, 2), jnp.int32)
+    fraction_SxRxK = by_row(mesh, (*tree.prompt_SxR.shape, gathered), jnp.float32)
     return point, params, clean, tree, tree.prompt_SxR, answers_SxRx2, fraction_SxRxK, None
+
+
+def _abstract_past(point: SplitPoint, params: Any, value_PxTxD: jax.ShapeDtypeStruct) -> PrefixKV:
+    """Return keys and values of the clean run above the site."""
+    past = jax.eval_shape(point.run_suffix_with_kv, params, value_PxTxD, value_PxTxD)[1]
+    return placed(past, past.placements(point.mesh))
+
+
+def _abstract_tree(mesh: Mesh, rows: int, length: int, tokens: int) -> SharedPrefixBatch:
+    """Return the tree of so many rows and tokens of each shard, one shard for each device that has rows."""
+    shapes = ((rows,), (rows,), (rows, length), (tokens,), (tokens,))
+    return SharedPrefixBatch(*(by_row(mesh, (document_devices(mesh), *shape), jnp.int32) for shape in shapes))
