@@ -54,10 +54,35 @@ def min_accuracy_drop() -> Any:
     )
 
 
-def analysis_seed() -> Any:
-    """Return the field ``seed`` of an analysis of features."""
+def chat_template() -> Any:
+    """Return the field ``chat_template`` of prompts that are texts."""
     return setting(
-        789, "seed of the samples, random directions, rotations and pairs that analyses draw", low=0, shared="analysis"
+        False,
+        "put prompts into the tokenizer's chat template: questions of benchmarks with an instruction and without "
+        "thinking, texts whose graphs are traced as a user's message",
+        shared="model",
+    )
+
+
+def lens() -> Any:
+    """Return the field ``lens`` of stages that read streams or directions as tokens."""
+    return setting(
+        "",
+        "file of a fitted Jacobian lens, also hf://ORG/NAME/FILE, which the tracker reads streams with in place of the "
+        "logit lens, and a graph's page the tokens that each feature raises and lowers most; layers that it lacks are "
+        "read as they are",
+        shared="model",
+    )
+
+
+def source_set() -> Any:
+    """Return the field ``source_set`` of what is written for Neuronpedia."""
+    return setting(
+        "",
+        "name of the set of dictionaries at Neuronpedia, such as gemmascope-transcoder-16k: graphs are then written "
+        "for Neuronpedia, which takes files of at most 100 MB; empty: for circuit-tracer's viewer, and exports for "
+        "Neuronpedia are named after site and kind, such as res-topk",
+        shared="neuronpedia",
     )
 
 

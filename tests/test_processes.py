@@ -227,7 +227,6 @@ WIDE = dict(
     task__behaviours="agreement,capital", task__benchmarks="gsm8k", task__examples=4, task__shots=0,
     task__max_new_tokens=4, task__batch=1, study__benchmarks="gsm8k", causal__random_sets=2, causal__placebo_targets=2,
     probe__labels="answer", patch__kinds="resid_post,mlp_out", steer__dictionary="topk",
-    interpret__attention_tokens=256,
 )  # fmt: skip
 WIDE |= dict.fromkeys(
     ("train__kinds", "interpret__dictionaries", "transfer__dictionaries", "cluster__dictionaries"), "topk,standard"

@@ -26,7 +26,7 @@ from saejax.stages.train.metrics import read_metrics
 pytestmark = pytest.mark.usefixtures("single_device")
 BASE = dict(
     train__kinds="topk", task__behaviours="", train__max_steps=12, train__checkpoint_every=5,
-    interpret__dictionaries="topk", interpret__attention_tokens=0,
+    interpret__dictionaries="topk",
 )  # fmt: skip
 STAGES = ["capture", "train", "evaluate", "interpret"]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from saejax import shared_settings as shared
 from saejax.config import Config, setting
 
 GRAPH_ESTIMATES = ("gradient", "relp")
@@ -47,7 +48,7 @@ class GraphConfig(Config):
     behaviours: tuple[str, ...] = setting(
         (), "behaviours whose first test prompt is traced, with the logit difference as target"
     )
-    chat_template: bool = setting(False, "wrap text prompts in the tokenizer's chat template as a user's message")
+    chat_template: bool = shared.chat_template()
     target: str = setting(
         "",
         "token to explain, such as ' Paris', as it is written; empty: the most probable next tokens",
@@ -82,22 +83,14 @@ class GraphConfig(Config):
         "hf://org/name/folder for packed ones on the hub; those in the set's folder features/ and those of interpret "
         "are always shown",
     )
-    source_set: str = setting(
-        "",
-        "Neuronpedia's name of the set, such as gemmascope-transcoder-16k: graphs are then written for Neuronpedia, "
-        "which takes files of at most 100 MB; empty: for circuit-tracer's viewer",
-    )
+    source_set: str = shared.source_set()
     contexts: int = setting(
         8,
         "number of texts of the embedded corpus in which features without a description are searched, so that the page "
         "names them by the tokens on which they fire (transcoders only); 0: none",
         low=0,
     )
-    lens: str = setting(
-        "",
-        "file of a fitted Jacobian lens, also hf://ORG/NAME/FILE: the page tells the tokens that each feature raises "
-        "and lowers most, as the lens reads what it writes; layers that the lens lacks are read as they are",
-    )
+    lens: str = shared.lens()
     query_key: tuple[str, ...] = setting(
         (),
         "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "

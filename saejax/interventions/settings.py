@@ -247,6 +247,5 @@ class StudyConfig(Config):
     min_accuracy_drop: float = shared.min_accuracy_drop()
     bootstrap: int = shared.causal_bootstrap()
     seed: int = shared.causal_seed()
-    batch_tokens: int = setting(
-        2048, "tokens per batch, padding included, of log-likelihoods and slopes", low=1, changes_results=False
-    )
+    #: tokens per batch, padding included, of log-likelihoods and slopes, which changes speed alone; no flag
+    batch_tokens: int = dataclasses.field(default=2048, metadata=dict(changes_results=False))

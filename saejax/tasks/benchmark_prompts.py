@@ -71,7 +71,7 @@ def make_prompter(name: str, task: TaskConfig, tokenizer: Any, bos: str = "auto"
         raise UserError(f"--task.shots={shots}: {name} has {most} worked examples; expected 0 to {most}")
     if task.chat_template and not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            "--task.chat_template: the model's tokenizer has no chat template (base models have none): leave it out"
+            "--model.chat_template: the model's tokenizer has no chat template (base models have none): leave it out"
         )
     return Prompter(name, shots, task.chat_template, tokenizer, "never" if task.chat_template else bos)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from saejax import shared_settings as shared
 from saejax.config import Config, setting
 
 DEMO_BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
@@ -66,10 +67,7 @@ class TaskConfig(Config):
         "math, 3 for others",
         low=-1,
     )
-    chat_template: bool = setting(
-        False,
-        "put benchmark prompts into the tokenizer's chat template, with an instruction and without thinking",
-    )
+    chat_template: bool = shared.chat_template()
     score: str = setting(
         "auto",
         "how benchmarks are scored: 'generate' (exact match of the generated answer), 'choice' (the likeliest of the "

@@ -81,7 +81,12 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
     ]
     prompts.write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "labels.json").write_text(json.dumps({f"0_{feature}": f"my {feature}" for feature in range(48)}))
-    flags = [*flags, f"--graph.labels={tmp_path / 'labels.json'}", "--graph.source_set=plt-9", "--graph.query_key=1.2"]
+    flags = [
+        *flags,
+        f"--graph.labels={tmp_path / 'labels.json'}",
+        "--neuronpedia.source_set=plt-9",
+        "--graph.query_key=1.2",
+    ]
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 0
     folder = tmp_path / "run" / "attribute" / "some"
     saved = json.loads((folder / "done.json").read_text())["results"]
@@ -122,7 +127,7 @@ def assert_a_lens_tells_of_features(base, lm, tmp_path):
     """The page, its server and the unit's file have the tokens that the Jacobian lens reads; other units do not."""
     turned_DxD = np.linalg.qr(np.random.default_rng(0).standard_normal([lm.config.d_model] * 2))[0].astype(np.float32)
     JacobianLens(lm, {0: turned_DxD}, 1).save(tmp_path / "lens.pt")
-    assert attribute(tmp_path / "run", *base, f"--graph.lens={tmp_path / 'lens.pt'}") == 0
+    assert attribute(tmp_path / "run", *base, f"--model.lens={tmp_path / 'lens.pt'}") == 0
     folder = (tmp_path / "run" / "attribute" / "one").resolve()
     kept, read = Graph.load(folder / "one-graph").prune(0.99), read_lens(folder)
     nodes = kept.nodes[kept.slice_of(FEATURE)]
@@ -169,7 +174,7 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, lm, tmp_path, monk
         "--graph.min_weight=1e-3",
     ]
     shown += [f"--graph.labels={tmp_path / 'labels.json'}", f"--graph.supernodes={tmp_path / 'groups.json'}"]
-    shown += ["--graph.source_set=plt-9", "--graph.contexts=3", "--graph.query_key=1.2"]
+    shown += ["--neuronpedia.source_set=plt-9", "--graph.contexts=3", "--graph.query_key=1.2"]
     with monkeypatch.context() as patch:
         patch.setattr(stage, "load_run_model", lambda run: pytest.fail("the model is loaded"))
         patch.setattr("saejax.stages.attribute.run.LocalModel", lambda *parts: pytest.fail("the prompt is run"))
@@ -210,7 +215,7 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, lm, tmp_path, monk
         (["--graph.prompt=The war", "--graph.query_key=9.0"], "no head 9.0"),
         (["--graph.prompt=The war", "--graph.query_key=1.0@9"], "no position 9 for head 1.0"),
         (["--graph.prompt=The war", "--graph.labels=none.json"], "none.json does not exist"),
-        (["--graph.prompt=The war", "--graph.lens=none.pt"], "none.pt does not exist: expected the file of a Jacobian"),
+        (["--graph.prompt=The war", "--model.lens=none.pt"], "none.pt does not exist: expected the file of a Jacobian"),
         (["--graph.prompt=The war", f"--graph.labels={__file__}"], "holds no labels: expected"),
         ([], "has nothing to make with these settings"),
     ],

@@ -21,6 +21,7 @@ from saejax.interventions.edits import mask
 from saejax.interventions.engine import effects
 from saejax.models.families import read_config
 from saejax.runner import command
+from saejax.runner.pipeline import run_stages
 from saejax.stages.algorithm import run as algorithms_run
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -130,17 +131,16 @@ def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path, mon
     for name, value in dict(_TEXTS=100, _PROMPTS=10, _FRESH=200, _WIDTH=32).items():
         monkeypatch.setattr(algorithms_run, name, value)
     monkeypatch.setitem(algorithms_run._DICTIONARY, "expansion", 2)
-    flags = ["--task.behaviours=", "--algorithm.names=addition", "--algorithm.steps=10"]
+    configs = runs.make_configs(task__behaviours=(), algorithm__names=("addition",), algorithm__steps=10)
     made = []
     for name in ("first", "second"):
-        arguments = ["program", f"--workdir={tmp_path / name}", runs.flag_file(flags, tmp_path)]
-        assert command.run(["algorithm"], "", arguments) == 0
+        run_stages(["algorithm"], configs, tmp_path / name)
         folder = tmp_path / name / "algorithm" / "addition"
         made.append([(folder / file).read_bytes() for file in ("model/model.safetensors", "prompts.jsonl")])
     assert made[0] == made[1]
     results = load_results(folder)
     assert list(results.features) == ["trained", "random directions"]
-    assert command.run(["report"], "", arguments) == 0
+    run_stages(["report"], configs, tmp_path / "second")
     text = (tmp_path / "second" / "report" / "report.md").read_text()
     assert (
         "Not learned to the required accuracy: addition" in text and "addition: features ablated one at a time" in text

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import flag_file
+from runs import flag_file, make_configs
 from transformers import PreTrainedTokenizerFast
 
 from saejax import load_model, load_results
@@ -23,6 +23,7 @@ from saejax.ground_truth.circuits.judge import judge_features, matched_neurons
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models import source
 from saejax.runner import command
+from saejax.runner.pipeline import run_stages
 from saejax.runner.registry import all_stages, default_configs
 from saejax.stages.algorithm.settings import AlgorithmConfig
 from saejax.stages.known_circuits.report import holds, line
@@ -185,8 +186,9 @@ def test_tokens_on_which_nothing_fires_are_not_in_the_store(case_and_model, tmp_
 
 @pytest.mark.slow
 def test_the_stage_finds_what_is_known(tmp_path):
-    flags = ["--known.circuits=logic", "--known.prompts=30", "--known.graphs=2", "--mesh.data=2"]
-    assert command.run(["known_circuits"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
+    changes = dict(known__circuits=("logic",), known__prompts=30, known__graphs=2, mesh__data=2)
+    configs = make_configs(task__behaviours=(), **changes)
+    run_stages(["known_circuits"], configs, tmp_path)
     results = load_results(tmp_path / "known_circuits" / "logic")
     assert holds(results)
     exact = results.sets[EXACT].causal
@@ -196,7 +198,7 @@ def test_the_stage_finds_what_is_known(tmp_path):
         # Removing some directions does more harm than removing others, whatever they are: only both together count.
         assert results.sets[name].causal.shown == 0 and results.sets[name].causal.interchange.mean < 0.2
     assert "YES" in line(dict(logic=results))
-    assert command.run(["report"], "", ["program", f"--workdir={tmp_path}", "--task.behaviours=", *flags]) == 0
+    run_stages(["report"], configs, tmp_path)
     assert "Known circuits" in (tmp_path / "report" / "report.md").read_text()
     # The other binaries take the same folders.
     unit = tmp_path / "known_circuits" / "logic"

@@ -142,7 +142,7 @@ def test_a_jacobian_lens_reads_where_it_is_named(tracked, inputs, tmp_path):
     turned_DxD = np.linalg.qr(np.random.default_rng(0).standard_normal([lm.config.d_model] * 2))[0].astype(np.float32)
     JacobianLens(lm, {0: turned_DxD}, 1).save(tmp_path / "lens.pt")
     plain = follow_sentence(tracked, tmp_path / "one", 2)
-    carried = follow_sentence(tracked, tmp_path / "two", 2, f"--track.lens={tmp_path / 'lens.pt'}")
+    carried = follow_sentence(tracked, tmp_path / "two", 2, f"--model.lens={tmp_path / 'lens.pt'}")
     assert plain.lens.answer[0] != carried.lens.answer[0] and plain.lens.answer[1] == carried.lens.answer[1]
     pages = [(tmp_path / name / "track/The-river/index.html").read_text() for name in ("one", "two")]
     assert ["Jacobian lens" in page for page in pages] == [False, True]

@@ -13,7 +13,7 @@ STAGES = ["baseline", "benchmark", "capture", "train", "evaluate", "interpret"]
 STAGES += ["ablate", "patch", "probe", "steer", "study", "atlas", "report"]
 UNITS = ["baseline", "capture", "report", "patch/mlp_out", "study/gsm8k"]
 UNITS += [f"{stage}/topk" for stage in ("train", "evaluate", "interpret", "ablate", "patch", "probe", "steer")]
-SETTINGS = dict(train__kinds="topk", train__epochs=2, interpret__dictionaries="topk", interpret__attention_tokens=0)
+SETTINGS = dict(train__kinds="topk", train__epochs=2, interpret__dictionaries="topk")
 SETTINGS |= dict(task__train_prompts=12, task__test_prompts=24, task__behaviours="agreement", task__shots=0)
 SETTINGS |= dict(task__benchmarks="gsm8k", task__examples=6, task__max_new_tokens=4)
 SETTINGS |= dict(ablate__baselines="pca,diff_means", ablate__untrained_dictionaries=0, ablate__attribution_prompts=2)

@@ -472,7 +472,7 @@ def prompt_ids(
 def _apply_chat_template(model: LanguageModel, prompt: str) -> list[int]:
     """Return the ids of a user's turn and the beginning of the answer; the template writes special tokens itself."""
     if not getattr(model.tokenizer, "chat_template", None):
-        raise UserError(f"the tokenizer of {model.source.name} has no chat template: leave --graph.chat_template out")
+        raise UserError(f"the tokenizer of {model.source.name} has no chat template: leave --model.chat_template out")
     messages = [dict(role="user", content=prompt)]
     text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return encode(model.tokenizer, text, bos="never")

@@ -61,7 +61,7 @@ class MeasuredChain:
 
 @dataclasses.dataclass(frozen=True)
 class LensLayers:
-    """The lens's predictions of the answer by layer, where it is the next token: the logit lens, or --track.lens."""
+    """The lens's predictions of the answer by layer, where it is the next token: the logit lens, or --model.lens."""
 
     answer: tuple[float, ...]  #: probability of the answer's first token, of each layer
     rank: tuple[int, ...]  #: how many tokens are likelier
@@ -78,7 +78,7 @@ class TrackedText:
     sites: tuple[str, ...]  #: of the dictionaries, in the order of layers
     tested: str  #: the site whose features were ablated, the middle dictionary's
     steps: tuple[TrackedStep, ...]  #: the prompt, and the steps
-    lens: LensLayers  #: what the logit lens, or the one of --track.lens, reads of the answer
+    lens: LensLayers  #: what the logit lens, or the one of --model.lens, reads of the answer
     links: int  #: between shown features
     chains: tuple[MeasuredChain, ...] = ()  #: the strongest chains of links, measured
     #: others of the strongest, at positions where a dictionary has no other active feature: there are no controls

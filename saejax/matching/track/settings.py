@@ -27,10 +27,6 @@ class TrackConfig(Config):
         "dictionaries of the layers: trained stacks such as topk, members such as topk/resid_post.3, or folders; at "
         "most one of each layer",
     )
-    lens: str = setting(
-        "",
-        "file of a fitted Jacobian lens, also hf://ORG/NAME/FILE, that reads the streams in place of the logit lens; "
-        "layers that it lacks are read as they are",
-    )
+    lens: str = shared.lens()
     random_sets: int = shared.random_sets()
     seed: int = shared.causal_seed()

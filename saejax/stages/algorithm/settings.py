@@ -18,6 +18,6 @@ class AlgorithmConfig(Config):
         choices=ALGORITHMS,
         changes_results=False,
     )
-    steps: int = setting(800, "training steps; the report says whether they were enough", low=1)
+    steps: int = 800  #: of training; the report says whether they were enough; no flag
     seed: int = 0  #: of weights, questions and prompts; no flag
     digits: int = 3  #: of each number to add; no flag

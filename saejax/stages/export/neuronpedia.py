@@ -125,8 +125,8 @@ def _source(member: TrainedMember, kind: str, model: str, config: ExportConfig) 
     name = "-".join(filter(None, [config.source_set or f"{_SHORT.get(site.kind, site.kind)}-{kind}", setting]))
     if not _SET.fullmatch(name):
         raise UserError(
-            f"--export.source_set makes a set {name!r}: Neuronpedia takes small letters, digits and single dashes, a "
-            "letter first"
+            f"--neuronpedia.source_set makes a set {name!r}: Neuronpedia takes small letters, digits and single "
+            "dashes, a letter first"
         )
     return NeuronpediaSource(model, name, site.layer, hook)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from saejax import shared_settings as shared
 from saejax.config import Config, setting
 from saejax.dictionaries.kinds import unit_names
 
@@ -31,7 +32,4 @@ class ExportConfig(Config):
         "",
         "the model's id at Neuronpedia; empty: the last part of its name in lower case",
     )
-    source_set: str = setting(
-        "",
-        "name of the source set at Neuronpedia; empty: site and kind, such as res-topk",
-    )
+    source_set: str = shared.source_set()

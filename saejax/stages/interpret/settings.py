@@ -17,12 +17,10 @@ class InterpretConfig(Config):
         choices=unit_names,
         changes_results=False,
     )
-    attention_tokens: int = setting(
-        8192, "tokens of text at which features are compared with what attention heads look at; 0: none", low=0
-    )
     categories: bool = setting(
         False,
         "associate features with the behaviours and benchmarks on whose prompts, or right answers, they are active",
     )
     batch_tokens: int = shared.analysis_batch_tokens()
-    seed: int = shared.analysis_seed()
+    attention_tokens: int = 8192  #: tokens of text at which features are compared with what heads look at; no flag
+    seed: int = 789  #: of the samples and random directions that are drawn; no flag

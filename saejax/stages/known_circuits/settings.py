@@ -17,8 +17,6 @@ class KnownConfig(Config):
         choices=CIRCUITS,
         changes_results=False,
     )
-    prompts: int = setting(
-        40, "prompts of each behaviour that choose features, and as many that judge", low=10, high=100
-    )
-    graphs: int = setting(5, "prompts of each behaviour that are traced", low=2, high=100)
+    prompts: int = 40  #: prompts of each behaviour that choose features, and as many that judge; no flag
+    graphs: int = 5  #: prompts of each behaviour that are traced; no flag
     seed: int = 0  #: of weights, prompts and texts; no flag

@@ -296,7 +296,7 @@ def test_a_text_begins_with_a_special_token_or_stands_in_the_chat_template(tiny,
     assert text.tokens[0] == "<end>" and "".join(text.tokens[1:]) == text.prompt == "The cat near the dogs"
     assert trace(tiny, begun, "<end>The cat", max_logits=2).ids_P[1] != text.ids_P[0]
     assert "".join(trace(tiny, made, "The cat near the dogs", max_logits=2).tokens) == text.prompt
-    with pytest.raises(UserError, match="has no chat template: leave --graph.chat_template out"):
+    with pytest.raises(UserError, match="has no chat template: leave --model.chat_template out"):
         trace(tiny, made, "The war", chat=True)
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}>"
     monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
