@@ -8,6 +8,7 @@ import numpy as np
 from saejax.results import Interval
 from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval
+from saejax.wording import counted
 
 #: The readouts of question 1: their names, and the factor and unit in which they are printed. Those of whole
 #: answers and ``accuracy`` are of benchmarks; ``answer_margin`` is the margin of question 3 there.
@@ -270,8 +271,8 @@ def ablation_sentence(
     rises = effect.mean < 0
     shown = effect * (-factor if rises else factor)
     low, high = sorted((shown.low, shown.high))
-    text = f"{verb} the {features(k)} {'raises' if rises else 'lowers'} {name} by {shown.mean:.{digits}f} {unit} "
-    text += f"[{low:.{digits}f}, {high:.{digits}f}] from {factor * clean:.{digits}f}"
+    text = f"{verb} the {counted(k, 'top feature')} {'raises' if rises else 'lowers'} {name} by "
+    text += f"{shown.mean:.{digits}f} {unit} [{low:.{digits}f}, {high:.{digits}f}] from {factor * clean:.{digits}f}"
     if too_few:
         return f"{text}: {too_few}."
     if rises and effect.high < 0:
@@ -325,7 +326,7 @@ def among_sentence(
     # p = (1 + controls that lower the objective at least as much) / (1 + controls); see ``ranks.rank_p``.
     reaching = round(numbers["p_controls"] * (count + 1)) - 1
     text = (
-        f"The {features(k)} cost {numbers['top']:z.2f} {unit}; {count} {words} of the same dose cost "
+        f"The {counted(k, 'top feature')} cost {numbers['top']:z.2f} {unit}; {count} {words} of the same dose cost "
         f"{numbers['median']:z.2f} in the median and {numbers['high']:z.2f} at the 95th percentile, and {reaching} of "
         "them at least as much"
     )
@@ -353,7 +354,8 @@ def enough_sentence(enough: Sequence[Kept]) -> str:
     parts = []
     for kept in (enough[0], *enough[1:][-1:]):
         left = kept.left
-        text = f"{features(kept.features)} leave {100 * left.mean:.0f} % [{100 * left.low:.0f}, {100 * left.high:.0f}]"
+        text = f"{counted(kept.features, 'top feature')} leave{'s' * (kept.features == 1)} {100 * left.mean:.0f} % "
+        text += f"[{100 * left.low:.0f}, {100 * left.high:.0f}]"
         parts.append(f"{text} of the logit difference")
         if kept.left_without_error:
             parts[-1] += f", {100 * kept.left_without_error.mean:.0f} % without the error term"
@@ -485,9 +487,4 @@ def replication_sentence(counts: Mapping[str, int], dictionaries: int, differing
     """
     listed = ", ".join(f"{count} ({question})" for question, count in counts.items())
     ending = f"another answer than the tested one's: {', '.join(differing)}" if differing else "no answer contradicts"
-    return f"Of {dictionaries} dictionaries of other seeds so many answer yes: {listed}; {ending}."
-
-
-def features(k: int) -> str:
-    """Return "10 top features" with the right number."""
-    return f"{k} top feature{'' if k == 1 else 's'}"
+    return f"Of {counted(dictionaries, 'dictionary')} of other seeds so many answer yes: {listed}; {ending}."

@@ -51,6 +51,7 @@ from saejax.results import Interval
 from saejax.statistics import bootstrap
 from saejax.statistics.intervals import wilson
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
+from saejax.wording import counted
 
 
 @check_classes
@@ -376,7 +377,7 @@ def _without_controls(measured: MeasuredBehaviour, group: str) -> _Test:
         return _not_tested(f"no {wording.CONTROLS[group]} were measured")
     sentence = (
         f"Not testable: all {len(pool[0].features)} other features that fire change the site less than the "
-        f"{wording.features(measured.k)}; use a smaller k or a wider dictionary."
+        f"{counted(measured.k, 'top feature')}; use a smaller k or a wider dictionary."
     )
     return _Test(None, lambda _: CausalAnswer("not testable", sentence))
 

@@ -35,6 +35,7 @@ from saejax.serving.store import GraphStore, StoredGraph
 from saejax.stages.attribute.outputs import lens_note
 from saejax.stages.attribute.requests import folders
 from saejax.unicode import has_surrogates
+from saejax.wording import counted
 
 _OWN = Path(__file__).parent / "viewer"
 _LARGEST = 1e30  # factor or activation
@@ -78,7 +79,7 @@ def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphCon
         dict(graphs=listed, problems=[f"{path}: {problem}" for path, problem in store.problems.items()]),
         style=(VIEWER / "graph.css").read_text("utf-8"),
         title=f"Attribution graphs of {root.resolve().name}",
-        about=f"{len(graphs)} graph{'s' * (len(graphs) != 1)} in {root}",
+        about=f"{counted(len(graphs), 'graph')} in {root}",
         note=why or note,
         why=why,
         max_features=config.max_features,

@@ -13,7 +13,8 @@
    Labels are permuted over items; the statistic is Welch's t, for which the spread of both kinds may differ.
 
 Of a feature that is silent on nearly all test items nothing can be told, and neither where even the smallest p-value
-that the items and permutations allow is above the level after correction: such answers are not testable.
+that the items and permutations allow is above the level after correction: the p-value that it would have if the items
+with the label were those on which it is most active, or whose drop is largest. Such answers are not testable.
 
 What is correlated need be neither readable on new items nor used, so the three answers stand beside each other.
 """
@@ -141,14 +142,20 @@ def associate(
         return BenchmarkAssociations(labels, ())
     has_PxC = np.stack([train_labels[name] for name in names], axis=1).astype(np.float64)
     trained_FxC, _ = label_correlations(train_PxF, has_PxC)
-    rows = []
+    rows, least = [], []
     for feature in tested:
         name = names[int(trained_FxC[feature].argmax())]
         seen = seen_FxL[feature, list(kept).index(name)]
-        p_value = (1 + int((largest_S >= seen - 1e-12).sum())) / (1 + _PERMUTATIONS)
+        best, _ = label_correlations(test_QxF[:, [feature]], _top(test_QxF[:, feature], kept[name])[:, None])
+        p_value, p_best = (
+            (1 + int((largest_S >= value - 1e-12).sum())) / (1 + _PERMUTATIONS) for value in (seen, float(best[0, 0]))
+        )
         columns = train_PxF[:, [feature]], train_labels[name].astype(int)
-        auc, p_probe = _probe(*columns, test_QxF[:, [feature]], kept[name].astype(int), rng)
-        drop_Q = drops.get(feature)
+        auc, p_probe, least_probe = _probe(*columns, test_QxF[:, [feature]], kept[name].astype(int), rng)
+        drop_Q, p_causal, least_causal = drops.get(feature), None, 1.0
+        if drop_Q is not None:
+            p_causal, least_causal = contrast_p(drop_Q, kept[name], order_SxQ)
+        least.append((least_probe, least_causal))
         rows.append(
             FeatureAssociation(
                 feature=int(feature),
@@ -156,16 +163,23 @@ def associate(
                 items=int(kept[name].sum()),
                 correlation=_correlation(test_QxF[:, feature], kept[name], weight_RxQ),
                 p_value=p_value,
-                associated=_answer(p_value) if live_F[feature] else _UNTESTABLE,
+                associated=_answer(p_value) if live_F[feature] and p_best <= LEVEL else _UNTESTABLE,
                 auc=auc,
                 p_probe=p_probe,
                 probe="no" if np.ptp(train_PxF[:, feature]) and np.ptp(test_QxF[:, feature]) else _UNTESTABLE,
                 causal_drop=None if drop_Q is None else _contrast(drop_Q, kept[name], weight_RxQ),
-                p_causal=None if drop_Q is None else contrast_p(drop_Q, kept[name], order_SxQ),
+                p_causal=p_causal,
                 causal="not tested" if drop_Q is None else "no" if np.ptp(drop_Q) else _UNTESTABLE,
             )
         )
-    return BenchmarkAssociations(labels, _corrected(rows, items))
+    return BenchmarkAssociations(labels, _corrected(rows, least, items))
+
+
+def _top(value_Q: np.ndarray, has_Q: np.ndarray) -> np.ndarray:
+    """Return the items of largest value, as many as have a label."""
+    is_top_Q = np.zeros(len(value_Q), bool)
+    is_top_Q[np.argsort(-value_Q, kind="stable")[: has_Q.sum()]] = True
+    return is_top_Q
 
 
 def _answer(p_value: float) -> str:
@@ -174,8 +188,8 @@ def _answer(p_value: float) -> str:
 
 def _probe(
     train_Px1: np.ndarray, train_P: np.ndarray, test_Qx1: np.ndarray, test_Q: np.ndarray, rng: np.random.Generator
-) -> tuple[float, float]:
-    """Return the AUC of a probe of one feature on test items, and its permutation p-value."""
+) -> tuple[float, float, float]:
+    """Return the AUC of a probe of one feature on test items, its permutation p-value and the smallest possible."""
     from scipy.stats import rankdata
 
     answers = fit_probe(ProbeTask(train_Px1.astype(float), train_P, test_Qx1.astype(float), test_Q), None, 1.0)
@@ -183,10 +197,12 @@ def _probe(
     # The AUC is Mann and Whitney's statistic, a sum of ranks, of which only the labels are permuted.
     rank_Q, count = rankdata(answers.score_M), int(test_Q.sum())
     order_SxQ = rng.permuted(np.tile(test_Q, (_PERMUTATIONS, 1)), axis=1)
-    auc, *shuffled = (np.vstack([test_Q, order_SxQ]) @ rank_Q - count * (count + 1) / 2) / (
+    auc, best, *shuffled = (np.vstack([test_Q, _top(rank_Q, test_Q), order_SxQ]) @ rank_Q - count * (count + 1) / 2) / (
         count * (len(test_Q) - count)
     )
-    return float(auc), (1 + int((np.array(shuffled) >= auc - 1e-12).sum())) / (1 + _PERMUTATIONS)
+    return float(auc), *(
+        (1 + int((np.array(shuffled) >= value - 1e-12).sum())) / (1 + _PERMUTATIONS) for value in (auc, best)
+    )
 
 
 def _correlation(value_Q: np.ndarray, has_Q: np.ndarray, weight_RxQ: np.ndarray) -> Interval:
@@ -211,11 +227,11 @@ def _contrast(drop_Q: np.ndarray, has_Q: np.ndarray, weight_RxQ: np.ndarray) -> 
     return Interval(float(drop_Q[has_Q].mean() - drop_Q[~has_Q].mean()), *percentile_interval(difference_R))
 
 
-def contrast_p(drop_Q: np.ndarray, has_Q: np.ndarray, order_SxQ: np.ndarray) -> float:
-    """Return the p-value of a larger mean drop of items with a label than of others, by permutations.
+def contrast_p(drop_Q: np.ndarray, has_Q: np.ndarray, order_SxQ: np.ndarray) -> tuple[float, float]:
+    """Return the p-value of a larger mean drop of items with a label than of others, and the smallest possible one.
 
-    The statistic is Welch's t (Janssen, 1997): with it the level holds where the spreads differ, as far as that of
-    Welch's test does.
+    By permutations; the statistic is Welch's t (Janssen, 1997): with it the level holds where the spreads differ, as
+    far as that of Welch's test does.
 
     Args:
       drop_Q: drop of each item.
@@ -232,35 +248,42 @@ def contrast_p(drop_Q: np.ndarray, has_Q: np.ndarray, order_SxQ: np.ndarray) -> 
             errors.append((weight_SxQ * (drop_Q[None] - mean_S[:, None]) ** 2).sum(axis=1) / (count_S - 1) / count_S)
         return (means[0] - means[1]) / np.sqrt(np.maximum(sum(errors), 1e-24))
 
-    seen, *shuffled = of(np.concatenate([has_Q[None], has_Q[order_SxQ]]))
-    return (1 + int((np.array(shuffled) >= seen - 1e-9).sum())) / (1 + len(order_SxQ))
+    seen, top, *shuffled = of(np.concatenate([has_Q[None], _top(drop_Q, has_Q)[None], has_Q[order_SxQ]]))
+    # The items of largest drop have nearly the largest t.
+    values = seen, max(seen, top, *shuffled)
+    p_value, least = ((1 + int((np.array(shuffled) >= value - 1e-9).sum())) / (1 + len(order_SxQ)) for value in values)
+    return p_value, least
 
 
-def _corrected(rows: Sequence[FeatureAssociation], items: int) -> tuple[FeatureAssociation, ...]:
+def _corrected(
+    rows: Sequence[FeatureAssociation], least: Sequence[tuple[float, float]], items: int
+) -> tuple[FeatureAssociation, ...]:
     """Return the rows with p-values after Holm's correction, of probes and of drops, and their answers.
 
     Args:
       rows: one for each tested feature; questions that are not testable, or were not tested, say so.
+      least: the smallest p-values that its probe and its drops could have, before correction.
       items: number of test items.
     """
     probe = holm_by_key({place: row.p_probe for place, row in enumerate(rows)})
     causal = holm_by_key({place: row.p_causal for place, row in enumerate(rows) if row.p_causal is not None})
 
-    def answer(row: FeatureAssociation, earlier: str, p_value: float | None, tests: int) -> str:
+    def answer(row: FeatureAssociation, earlier: str, p_value: float | None, tests: int, best: float) -> str:
         """Return the answer to a question with so many tests, if there is none yet."""
         if earlier != "no" or p_value is None:
             return earlier
         # Even labels that fit perfectly have this p-value: as few ways there are to give them to the items.
-        least = max(1 / (1 + _PERMUTATIONS), 1 / math.comb(items, row.items))
-        return _UNTESTABLE if tests * least > LEVEL else _answer(p_value)
+        if tests * max(1 / (1 + _PERMUTATIONS), 1 / math.comb(items, row.items)) > LEVEL:
+            return _UNTESTABLE
+        return "yes" if p_value <= LEVEL else _UNTESTABLE if tests * best > LEVEL else "no"
 
     return tuple(
         dataclasses.replace(
             row,
             p_probe=probe[place],
-            probe=answer(row, row.probe, probe[place], len(probe)),
+            probe=answer(row, row.probe, probe[place], len(probe), least[place][0]),
             p_causal=causal.get(place),
-            causal=answer(row, row.causal, causal.get(place), len(causal)),
+            causal=answer(row, row.causal, causal.get(place), len(causal), least[place][1]),
         )
         for place, row in enumerate(rows)
     )

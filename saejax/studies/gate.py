@@ -28,8 +28,9 @@ GATE = (
     f"{100 * POWER:g} % of cases. No signal: question 1 or 2 is answered no. Not specific: question 3, against placebo "
     "sets, is answered no. No better than untrained: question 4, against untrained dictionaries, is answered no. "
     "Cannot tell: question 3 or 4 is not testable or was not tested, or fewer than "
-    f"{SEEDS} dictionaries that differ in their seed were tested. Interpretable: questions 1 to 3 are answered yes in "
-    "at least two of three of these, and all four in the tested one. Unstable: everything else."
+    f"{SEEDS} dictionaries that differ in their seed were tested, or those of them in which questions 1 to 3 are not "
+    "testable would decide what follows. Interpretable: questions 1 to 3 are answered yes in at least two of three of "
+    "these, and all four in the tested one. Unstable: everything else."
 )
 RULES = dict(gate=GATE, alignment=alignment.RULE)
 
@@ -51,7 +52,8 @@ def overall_answer(
     needed = items_needed(_effect(tested).effect, items, smallest)
     holds = [[_effect(verdict).answer, verdict.random.answer, verdict.placebo.answer] for verdict in answers]
     agreeing = sum(three == ["yes"] * 3 for three in holds)
-    answer, reason = _decide(tested, len(answers), agreeing)
+    untold = sum("no" not in three for three in holds) - agreeing
+    answer, reason = _decide(tested, len(answers), agreeing, untold)
     if answer == "no signal" and holds[0][0] == "no" and needed is not None and needed > items:
         answer = "cannot tell"
         reason += (
@@ -78,13 +80,14 @@ def overall_answer(
     )
 
 
-def _decide(tested: BehaviourVerdict, seeds: int, agreeing: int) -> tuple[Gated, str]:
+def _decide(tested: BehaviourVerdict, seeds: int, agreeing: int, untold: int) -> tuple[Gated, str]:
     """Return the overall answer, power left aside, and the sentence that decides it.
 
     Args:
       tested: the answers of the tested dictionary.
       seeds: number of dictionaries that differ in their seed, the tested one included.
       agreeing: dictionaries of them in which questions 1 to 3 are answered yes.
+      untold: dictionaries of them in which none is answered no, but not all of them yes.
     """
     first, second = _effect(tested), tested.random
     third, fourth = tested.placebo, tested.trained
@@ -104,11 +107,12 @@ def _decide(tested: BehaviourVerdict, seeds: int, agreeing: int) -> tuple[Gated,
             return "cannot tell", question.sentence
     if seeds < SEEDS:
         return "cannot tell", f"The answers hold, but {seeds} of {SEEDS} dictionaries of different seeds were tested."
-    stable = 3 * agreeing >= 2 * seeds
-    return (
-        "interpretable" if stable else "unstable",
-        f"Questions 1 to 3 are answered yes in {agreeing} of {seeds} dictionaries, question 4 in the tested one.",
-    )
+    text = f"Questions 1 to 3 are answered yes in {agreeing} of {seeds} dictionaries"
+    if 3 * agreeing >= 2 * seeds:
+        return "interpretable", f"{text}, question 4 in the tested one."
+    if 3 * (agreeing + untold) >= 2 * seeds:
+        return "cannot tell", f"{text}, and in {untold} not all of them are testable."
+    return "unstable", f"{text}, question 4 in the tested one."
 
 
 def items_needed(effect: Interval | None, items: int, smallest: float) -> int | None:

@@ -215,6 +215,7 @@ def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
             top=results.k,
             items=results.items.test,
             categories=len({name for some in results.categories.values() for name in some}),
+            can_name=results.primitives is not None and results.primitives.can_name,
             at_chance=results.at_chance,
             accuracy=scores["clean"].accuracy if scores else None,
             accuracy_drop=answers["accuracy"].effect,

@@ -22,6 +22,7 @@ from saejax.studies.results import (
     plain,
 )
 from saejax.studies.sheet import select
+from saejax.wording import counted
 
 MOST = 0.5  # share of the first row's features that have a partner, beyond chance
 
@@ -83,7 +84,7 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
     groups = select(figures.primitives, **here)
     # With a single category there is no other with which it could be compared.
     if any(effect.categories > 1 for effect in effects):
-        yield "primitives", _primitives(groups)
+        yield "primitives", _primitives(groups, any(effect.can_name for effect in effects))
     ranked: tuple[Asked, ...] = ("features", "items")
     for name in ranked if row != first else ():
         for pair in select(figures.alignment, first=first, second=row, benchmark=benchmark, by=name):
@@ -95,12 +96,19 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
                 yield "shared", ("cannot tell", "a dictionary has no feature that fires often enough to have a partner")
 
 
-def _primitives(groups: Sequence[PrimitiveFigures]) -> tuple[Answered, str]:
-    """Return whether a named group does more than its controls and recurs in half of the other seeds."""
+def _primitives(groups: Sequence[PrimitiveFigures], can_name: bool) -> tuple[Answered, str]:
+    """Return whether a named group does more than its controls and recurs in half of the other seeds.
+
+    Args:
+      groups: stable groups of a row on a benchmark.
+      can_name: whether there are enough items that a group could be named.
+    """
     named = [group for group in groups if group.name]
     held = [group for group in named if holds(group)]
-    evidence = f"{len(held)} of {len(named)} groups named after a category, {len(groups)} stable groups"
+    evidence = f"{len(held)} of {len(named)} groups named after a category, {counted(len(groups), 'stable group')}"
     untold = [group.more == "not testable" or (group.more == "yes" and group.p_recurs is None) for group in named]
+    if not can_name:
+        return "cannot tell", f"{evidence}; there are too few items to name any"
     if not held and any(untold):
         return "cannot tell", evidence
     return plain(bool(held)), evidence

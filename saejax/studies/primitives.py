@@ -17,7 +17,9 @@ Transfer to unseen domains is measured alike: features chosen on one benchmark a
 compared with random lists of their dose there, without them.
 """
 
+import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -104,6 +106,9 @@ class BenchmarkPrimitives:
     seeds: Mapping[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
     #: share of permutations of names with as many recurrences of all groups together; None: too few names to be rare
     p_recurs: float | None = None
+    can_name: bool = (
+        True  #: whether any group could be named: False where even the best fit is not rare on so few items
+    )
 
 
 def find_primitives(
@@ -153,7 +158,15 @@ def find_primitives(
         shuffled=shuffled,
         primitives=tuple(primitives),
         effects=(),
+        can_name=_least_p(inside_CxP) <= LEVEL,
     )
+
+
+def _least_p(inside_CxP: np.ndarray) -> float:
+    """Return the smallest p-value that a group's largest contrast can have, of so many ways to permute categories."""
+    sizes = collections.Counter(inside_CxP.sum(axis=1).tolist())
+    # A group that stands out in one category does so in any other of that size where the items change places.
+    return min((count / math.comb(inside_CxP.shape[1], size) for size, count in sizes.items()), default=1.0)
 
 
 def group_profiles(profile_KxP: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -25,6 +25,7 @@ from saejax.studies.results import TABLES, StudyFigures
 from saejax.studies.sheet import as_csv, duration
 from saejax.studies.units import ROWS
 from saejax.versions import package_versions
+from saejax.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ def write_report(root: Path, figures: StudyFigures) -> None:
     """Write the report; ``study.json`` last, which says that the others are there."""
     for folder in ("tables", "figures"):
         (root / folder).mkdir(exist_ok=True)
-    title = f"A study of {_count(len(figures.models), 'model')}"
+    title = f"A study of {counted(len(figures.models), 'model')}"
     parts, lead = _sections(root, figures), _lead(figures)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
     for old in (root / "tables").glob("*.csv"):
@@ -50,19 +51,15 @@ def write_report(root: Path, figures: StudyFigures) -> None:
     write_json(root / FILE, to_json(figures))
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
 def _lead(figures: StudyFigures) -> Sequence[str]:
     gates = [f"{gate.row} on {gate.benchmark}: {gate.gate}" for gate in figures.gates]
-    lines = [f"{_count(len(figures.models), 'row')}, each a model in a folder of its own."]
+    lines = [f"{counted(len(figures.models), 'row')}, each a model in a folder of its own."]
     if gates:
         lines.append("; ".join(gates) + ".")
     if figures.failures:
         failed = sum(failure.state == "failed" for failure in figures.failures)
         missing = (
-            f"{_count(failed, 'unit')} failed, and {len(figures.failures) - failed} that depend on them were skipped"
+            f"{counted(failed, 'unit')} failed, and {len(figures.failures) - failed} that depend on them were skipped"
         )
         lines.append(f"Not everything was done: {missing}; the last section says why.")
     return lines
@@ -132,17 +129,18 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
     """Yield the groups of features that matter for the same items."""
     if not figures.primitives:
         if figures.gates:
-            yield Text("No group of features was stable: no row has a primitive.")
+            few = " Too few items chose features to name one." * (not any(row.can_name for row in figures.effects))
+            yield Text(f"No group of features was stable: no row has a primitive.{few}")
         return
     named = [primitive for primitive in figures.primitives if primitive.name]
     held = [primitive for primitive in named if holds(primitive)]
     sentence = (
-        f"{_count(len(figures.primitives), 'group')} of features are stable, {len(named)} of them have a category, and "
-        f"{len(held)} of these also lower its answers more than both kinds of control sets and recur in at least half "
+        f"{counted(len(figures.primitives), 'stable group')} of features: {len(named)} with a category, of which "
+        f"{len(held)} also lower its answers more than both kinds of control sets and recur in at least half "
         "of the other seeds."
     )
     if untold := sum(primitive.more == "not testable" for primitive in named):
-        sentence += f" {_count(untold, 'group')} with a category could not be tested."
+        sentence += f" {counted(untold, 'group')} with a category could not be tested."
     if held:
         sentence += f" They are: {'; '.join(f'{primitive.name} in {primitive.row}' for primitive in held)}."
     if any(not primitive.seeds for primitive in named):
@@ -173,12 +171,12 @@ def _associations(figures: StudyFigures) -> Iterator[Block]:
         yield Text("No top feature has all three answers: of correlation, of a probe and of ablation.")
     if read := sum(association.probe == "yes" and association.causal == "no" for association in tested):
         yield Text(
-            f"A probe of {_count(read, 'top feature')} finds the label of new items, but ablating it does not cost "
+            f"A probe of {counted(read, 'top feature')} finds the label of new items, but ablating it does not cost "
             "these items more than others."
         )
     if used := sum(association.probe == "no" and association.causal == "yes" for association in tested):
         yield Text(
-            f"Ablating {_count(used, 'top feature')} costs items of the label more, but a probe does not find it."
+            f"Ablating {counted(used, 'top feature')} costs items of the label more, but a probe does not find it."
         )
     yield from _tables(figures, "associations", "labels")
 

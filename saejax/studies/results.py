@@ -8,6 +8,7 @@ from saejax.page.tables import MISSING, count, interval, number, percent, signif
 from saejax.page.tables import answer as yes_or_no
 from saejax.results import Interval
 from saejax.studies.sheet import Figures, column, duration, joined, listed, points, quoted, size
+from saejax.wording import counted
 
 Answered = Literal["yes", "no", "cannot tell"]
 Asked = Literal[
@@ -157,13 +158,14 @@ class EffectFigures(RowFigures):
     #: its name
     benchmark: str = joined(
         "Benchmark",
-        lambda row: f"{row.benchmark}, {row.items} items; {row.top} features of {row.dictionary}",
+        lambda row: f"{row.benchmark}, {counted(row.items, 'item')}; {counted(row.top, 'feature')} of {row.dictionary}",
         words=True,
     )
     dictionary: str  #: whose features
     top: int  #: features that are ablated
     items: int  #: that judge them
     categories: int  #: distinct categories of all items
+    can_name: bool  #: whether a group of features could be named after one, with so few items that choose them
     at_chance: bool | None  #: whether accuracy before any edit is not shown to be above guessing's; None: not measured
     #: before any edit
     accuracy: float | None = joined(

@@ -360,6 +360,8 @@ def test_what_is_left_is_a_share_of_the_clean_difference():
     assert second.controls == dict(placebo=pytest.approx((0.16, 0.12)), untrained=pytest.approx((0.08, 0.04)))
     sentence = enough_sentence((first, second))
     assert "4 top features leave 80 % [" in sentence
+    single = enough_sentence([dataclasses.replace(first, features=1)])
+    assert single.startswith("Kept alone, all other features at their means: 1 top feature leaves 20 % [")
     assert "40 % without the error term." in sentence
     for edit in [edit for edit in rows.edits if edit.group.endswith("no_error")]:  # as with error=drop
         rows.blocks = [block for block in rows.blocks if edit not in block.edits]
@@ -393,6 +395,7 @@ def test_what_cannot_be_told_of_another_seed_does_not_replicate():
     tested = rows.judge()[TESTED]["b"]
     assert tested.random.answer == "yes"
     assert tested.replication.answer == "not testable", "the other seed was compared with no sets"
+    assert tested.replication.sentence.startswith("Of 1 dictionary of other seeds so many answer yes: ")
 
 
 def test_dictionaries_of_other_seeds_are_compared_with_the_same_untrained_ones():

@@ -19,9 +19,9 @@ from saejax.runner.workspace import SUMMARY
 from saejax.tasks.settings import TaskConfig
 
 
-def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question(report):
+def test_the_page_opens_with_pictures_and_the_table(report):
     html = report.html.partition("<main>")[2]
-    pieces = ("<figure", "<table", "1. Does ablating the top features have an effect?", "<details>")
+    pieces = ("<figure", "<table", "1. Effect, logits", "Simpler bases", "<details>")
     order = [html.index(piece) for piece in pieces]
     assert order == sorted(order)
     assert html[: order[0]].count("<p") <= 1, "a sentence before the first picture"
@@ -30,13 +30,10 @@ def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question
 
 def test_both_say_the_answers_figures_scores_and_settings(report):
     assert report.results.specific == dict(agreement="yes", capital="yes", greater_than="no", addition="no")
-    answers = "yes for Subject-verb agreement, Capital of a country; no for Greater-than on years, Two-digit addition."
     tested = load_results(report.root / "inputs/ablate/topk").verdict.dictionaries["tested"]
     for text in report.texts:
         for words in (
-            f"On the logit difference: {answers} On top-1 accuracy: {answers}",
-            "Capital of a country: more than MLP neurons, principal components.",
-            "No for Subject-verb agreement, Capital of a country, Greater-than on years; yes for Two-digit addition.",
+            "more than MLP neurons, principal components",
             "Ablating the 20 top features lowers the logit difference by 4.3",
             "placebo sets, chosen for other answers, cost more than nearly all random lists",
             "features that change the site as much cost",
@@ -54,7 +51,6 @@ def test_both_say_the_answers_figures_scores_and_settings(report):
             *("jax==0.10.2", "12.3", "1 × cpu", "task 42, train 123"),  # the settings
         ):
             assert words in text
-        assert text.count(f"Y{answers[1:]}") == 3, "questions 2 to 4"
         assert not re.search(r"[ \[]-\d", text)  # true minus signs
         for result in (tested["agreement"], tested["capital"]):
             assert result.fooled > 40, "placebo sets with half of the effect"
@@ -69,7 +65,7 @@ def test_without_a_specific_behaviour_this_is_said_first(report, tmp_path):
     write_json(inputs["ablate/topk"] / SUMMARY, summary)
     text = Report(tmp_path, inputs).markdown
     place = text.index("For no behaviour are the top features shown to be specific to its answer.")
-    assert place < text.index("Does ablating the top features have an effect?")
+    assert place < text.index("The rule in full")
 
 
 def test_a_behaviour_without_top_features_is_named(report, tmp_path):

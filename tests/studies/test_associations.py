@@ -85,7 +85,8 @@ def test_the_p_value_of_a_contrast_is_that_of_scipy():
 
     halves, options = (drop_Q[has_Q], drop_Q[~has_Q]), dict(n_resamples=4999, alternative="greater", vectorized=True)
     wanted = permutation_test(halves, welch, **options)
-    assert contrast_p(drop_Q, has_Q, order_SxQ) == pytest.approx(wanted.pvalue, abs=0.015)
+    p_value, least = contrast_p(drop_Q, has_Q, order_SxQ)
+    assert p_value == pytest.approx(wanted.pvalue, abs=0.015) and least == 1 / 5000
 
 
 def test_no_drop_is_said_to_go_with_a_label_where_none_does():
@@ -141,6 +142,12 @@ def test_what_can_only_be_answered_no_is_not_testable():
     drops = dict.fromkeys((0, 2, 3, 4), 1.0 * is_sum_P[:8])
     found = associate(acts_PxF, labels, acts_PxF[:8], few, [*drops], drops, 0)
     assert {(one.probe, one.causal) for one in found.top} == {("not testable", "not testable")}
+    # A feature of four items, all of the 32 with a label: of 18 % of the ways to give the label the same is true.
+    often = {"addition": np.arange(ITEMS) % 3 > 0, "logic": np.arange(ITEMS) % 3 == 0}
+    acts_PxF[:, 1] = drops[1] = 1.0 * np.isin(np.arange(ITEMS), [1, 2, 4, 5])
+    (seldom,) = associate(acts_PxF, often, acts_PxF, often, [1], {1: drops[1]}, 0).top
+    assert seldom.label == "addition" and seldom.correlation.low > 0
+    assert {seldom.associated, seldom.probe, seldom.causal} == {"not testable"}
     many = associate(acts_PxF, labels, acts_PxF, labels, [0, *range(2, 12)], {}, 0)  # 11 / 200 is above the level
     assert {one.probe for one in many.top} == {"not testable"} and {one.causal for one in many.top} == {"not tested"}
 
@@ -177,6 +184,6 @@ def test_correlation_and_activation_of_items_are_those_of_numpy():
 def test_the_area_under_the_curve_is_that_of_scikit_learn():
     rng = np.random.default_rng(4)
     value_Qx1, has_Q = np.round(rng.normal(size=(40, 1)), 1), np.arange(40) % 3 == 0
-    auc, p_value = associations._probe(value_Qx1, has_Q.astype(int), value_Qx1, has_Q.astype(int), rng)
+    auc, p_value, _ = associations._probe(value_Qx1, has_Q.astype(int), value_Qx1, has_Q.astype(int), rng)
     found = roc_auc_score(has_Q, value_Qx1[:, 0])
     assert auc == pytest.approx(max(found, 1 - found)) and 0 < p_value <= 1

@@ -98,6 +98,19 @@ def test_groups_that_have_nothing_to_do_with_categories_have_no_name():
         assert found.primitives and not any(one.name for one in found.primitives)
 
 
+@pytest.mark.parametrize(("sizes", "can_name"), [((3, 3), False), ((4, 4), True), ((2, 2, 2), False), ((1, 20), True)])
+def test_too_few_items_name_no_group_however_well_it_fits(sizes, can_name):
+    """Three of six items in either of two categories: of 20 ways two fit as well as the best, 10 %."""
+    categories = np.repeat(np.arange(len(sizes)), sizes)
+    rows_PxF = np.random.default_rng(0).normal(0.2, 0.01, (len(categories), 8))
+    rows_PxF[:, :4] += 5.0 * (categories == 0)[:, None]
+    found = find_primitives(rows_PxF, IDS[: len(categories)], [(f"c{category}",) for category in categories], 0)
+    assert found.can_name is can_name
+    if not can_name:
+        assert not any(one.name for one in found.primitives)
+    assert not find_primitives(rows_PxF, IDS[: len(categories)], [()] * len(categories), 0).can_name
+
+
 def test_an_item_may_be_of_several_categories():
     rows_PxF, categories, groups = make_attributions(1, 1)
     levels = [(*some, f"level {i % 3}") for i, some in enumerate(categories)]

@@ -59,6 +59,12 @@ def test_the_gate():
     seed = result(trained="not tested")
     assert gate(yes, seed, seed).gate == gate(yes, yes, result("no")).gate == "interpretable"
     assert gate(yes, result("no"), result(placebo="no")).gate == "unstable"
+    # Seeds whose questions cannot be tested contradict nothing, where they would decide.
+    untestable = result(random="not testable")
+    untold = gate(yes, untestable, result("no"))
+    assert untold.gate == "cannot tell" and "yes in 1 of 3 dictionaries, and in 1 not all of them" in untold.reason
+    assert gate(yes, yes, untestable).gate == "interpretable"
+    assert gate(yes, result("no"), result(random="no", placebo="not testable")).gate == "unstable"
     assert gate(result(placebo="no"), yes, yes).gate == "not specific"
     # The untrained dictionary answers all questions like the tested one: training is not shown to matter.
     untrained = gate(result(trained="no"), yes, yes)

@@ -35,6 +35,7 @@ def effect(row, lowers, random, placebo, trained):
         placebo=placebo,
         random_nats=0.25,
         categories=2,
+        can_name=True,
         dictionary="topk",
     )
     return EffectFigures(**fields | answers | dict(trained=trained))
@@ -191,6 +192,11 @@ def test_a_group_must_recur_in_other_seeds(figures, recurs, seeds, p_recurs, ans
     figures = dataclasses.replace(figures, primitives=(dataclasses.replace(group("base", "yes"), **changes),))
     answers = {one.question: one.answer for one in learned(figures) if one.row == "base"}
     assert answers["primitives"] == answer
+    # So few items that not even the best fit would be named contradict nothing.
+    few = tuple(dataclasses.replace(effect, can_name=False) for effect in figures.effects)
+    unnamed = dataclasses.replace(figures, effects=few, primitives=())
+    (found,) = (one for one in learned(unnamed) if (one.row, one.question) == ("base", "primitives"))
+    assert found.answer == "cannot tell" and found.evidence.endswith("there are too few items to name any")
     # Of a benchmark of one category it is not asked.
     single = tuple(dataclasses.replace(effect, categories=1) for effect in figures.effects)
     assert "primitives" not in {one.question for one in learned(dataclasses.replace(figures, effects=single))}

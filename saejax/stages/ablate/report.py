@@ -34,6 +34,7 @@ from saejax.page.words import behaviour, detail_title, sentence, signed
 from saejax.results import Interval
 from saejax.runner.labels import labels_in
 from saejax.tasks.results import BaselineResults
+from saejax.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,10 +64,11 @@ def answer(findings: Findings, draw: Draw) -> Section:
         "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Controls change the "
         "site as much as the top features: their median effect, the 95th percentile, and the corrected p-value. "
         "Shares: what the top features take from this answer's logit difference, and the 95th percentile of what they "
-        "take from those of other likely tokens. Left: share of the logit difference that is left where so many "
+        "take from those of other likely tokens. Simpler bases: whether the top features cost more than directions "
+        "of these that change the site as much. Left: share of the logit difference that is left where so many "
         "features alone are kept, all others at their means; with the error term, and without it."
     )
-    caption = f"The six questions, for the {ablate.k} top features of each behaviour"
+    caption = f"The six questions, for the {counted(ablate.k, 'top feature')} of each behaviour"
     if weak:
         note += " Weak: the model itself is unsure of the behaviour, so that the answers of its row prove little."
     rows = {f"{behaviour(name)}{' (weak)' if name in weak else ''}": result for name, result in tested.items()}
@@ -74,7 +76,7 @@ def answer(findings: Findings, draw: Draw) -> Section:
     blocks += seed_table("Behaviour", ablate.verdict.dictionaries, ablate.dictionary)
     if not any(result.placebo.answer == "yes" for result in tested.values()):
         blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))
-    blocks += [summary(tested), rule_in_full(ablate.verdict.rule)]
+    blocks.append(rule_in_full(ablate.verdict.rule))
     return Section("The answer", tuple(blocks))
 
 
@@ -85,7 +87,8 @@ def headline(title: str, result: BehaviourVerdict) -> str:
     share = (result.placebo.parts or {}).get("share")
     cost = f"{number(ablation.effect.mean)} {ABLATION_READOUTS[objective][2]}"
     cost += f", {percent(share.mean)}," if share else ""
-    text = f"{title}: ablating {len(result.features)} features costs {cost} of {ABLATION_READOUTS[objective][0]}"
+    some = counted(len(result.features), "feature")
+    text = f"{title}: ablating {some} costs {cost} of {ABLATION_READOUTS[objective][0]}"
     parts = []
     for answered, words in (
         (result.random, "random features that change the site as much cost"),
@@ -166,42 +169,6 @@ def features(findings: Findings, shown: int) -> list[Section]:
             blocks.insert(1, Text(text))
         sections.append(Section(detail_title(name), tuple(blocks), level=3))
     return sections
-
-
-def summary(verdicts: Mapping[str, BehaviourVerdict]) -> Terms:
-    """Answer each question in one plain sentence, over all behaviours or benchmarks."""
-
-    def listed(answer_of: Callable[[BehaviourVerdict], CausalAnswer]) -> str:
-        """Group behaviours by their answer: "yes for A, B; no for C"."""
-        answers = {behaviour(name): answer_of(result).answer for name, result in verdicts.items()}
-        groups = dict.fromkeys(answers.values())
-        if len(groups) == 1 and len(answers) > 1:
-            return f"{next(iter(groups))} for all {len(answers)}"
-        return "; ".join(
-            f"{group} for {', '.join(name for name, each in answers.items() if each == group)}" for group in groups
-        )
-
-    objective, accuracy = _main_readouts(next(iter(verdicts.values())))
-    effects = {
-        objective: listed(lambda result: result.ablation[objective]),
-        accuracy: listed(lambda result: result.ablation[accuracy]),
-    }
-    bases = [f"{behaviour(name)}: {_bases_phrase(each)}." for name, each in verdicts.items()]
-    sentences = {
-        "1. Does ablating the top features have an effect?": " ".join(
-            f"On {ABLATION_READOUTS[readout][0]}: {answers}." for readout, answers in effects.items()
-        ),
-        "2. Do they do more than random features that change the site as much?": sentence(
-            listed(lambda result: result.random)
-        ),
-        "3. Is the effect specific to this answer?": sentence(listed(lambda result: result.placebo)),
-        "4. Did training matter: do they do more than those of untrained dictionaries?": sentence(
-            listed(lambda result: result.trained)
-        ),
-        "Do they do more than simpler directions?": " ".join(bases),
-        "5. Do other behaviours and held-out text stay as they are?": sentence(listed(lambda result: result.selective)),
-    }
-    return Terms(tuple((title, signed(text)) for title, text in sentences.items()))
 
 
 def _main_readouts(result: BehaviourVerdict) -> tuple[str, str]:
@@ -347,6 +314,8 @@ def table_of_answers(caption: str, what: str, verdicts: Mapping[str, BehaviourVe
         "4. Training mattered": lambda _, result: _set_cell(result.trained),
         "5. Selective": lambda _, result: result.selective.answer,
     }
+    if any(result.bases for result in verdicts.values()):
+        columns["Simpler bases"] = lambda _, result: _bases_phrase(result)
     if any(result.enough for result in verdicts.values()):
         columns["6. Left"] = _enough_cell
     return Table.of(caption, verdicts.items(), columns, words=set(columns), note=note)

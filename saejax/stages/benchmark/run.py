@@ -18,6 +18,7 @@ from saejax.tasks.benchmarks import origin, read_items
 from saejax.tasks.results import BenchmarkResults
 from saejax.tasks.scored_items import WAYS
 from saejax.tasks.settings import TaskConfig
+from saejax.wording import counted
 
 FILE, BATCHES = "items.jsonl", "batches"
 _ITEMS = 64  # scored by log-likelihood between two writings
@@ -70,7 +71,7 @@ def run_benchmark(run: Run) -> BenchmarkResults:
 
 def line(results: BenchmarkResults) -> str:
     """Return the figures in a line of text."""
-    n = f"{results.n} items"
+    n = counted(results.n, "item")
     if results.log_likelihood_per_token and results.token_accuracy:
         nats = results.log_likelihood_per_token
         return (

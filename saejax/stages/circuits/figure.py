@@ -16,6 +16,7 @@ from saejax.files import read_json
 from saejax.page.style import BLUE, INK, ORANGE, styled
 from saejax.page.tables import number
 from saejax.stages.circuits.claims import DATA
+from saejax.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +65,7 @@ def draw_circuit(
     }
     for row, group in enumerate(sorted(circuit.groups, key=lambda group: group.layer)):
         shown = ", ".join(dict.fromkeys(names[key] for key in group.members[:_NAMED]))
-        count = f"{len(group.members)} feature{'s' * (len(group.members) > 1)}"
+        count = counted(len(group.members), "feature")
         boxes[group.name] = group.role, row, group.name, f"layer {group.layer:.0f}, {count}: {shown}"
     arrows = []
     for edge in circuit.drawn():

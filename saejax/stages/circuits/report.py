@@ -34,6 +34,7 @@ from saejax.stages.circuits import figure
 from saejax.stages.circuits.claims import CONFIRMED, NOT_TESTABLE, compare_claims
 from saejax.tasks.behaviours import Prompt
 from saejax.unicode import visible
+from saejax.wording import counted
 
 _COLOURS = {figure.CARD: "--card", figure.SOFT: "--soft"}
 _SHEET = (*COLUMNS, "dictionary", "automatic_label", "group", "role", "promotes", "contexts")
@@ -158,7 +159,7 @@ def _draw_picture(folder: Path, name: str, circuit: CircuitResults, names: Mappi
             "the sizes of its effects are not drawn."
         )
     arrows = "; ".join(f"{edge.source} to {edge.target} {number(edge.effect.mean)}" for edge in circuit.drawn())
-    alt = f"Circuit of {title(name)} with {len(circuit.groups)} groups. Edges: {arrows or 'none'}."
+    alt = f"Circuit of {title(name)} with {counted(len(circuit.groups), 'group')}. Edges: {arrows or 'none'}."
     # Narrow screens scroll: text of this size is still read where the picture is 60 rem wide.
     svg_inline = style.inline(svg, f"circuit_{name}", alt, _COLOURS)
     return Picture(f"circuit_{name}", svg_inline, caption, alt, "svg", "max(100%, 58rem)")
@@ -241,7 +242,7 @@ def circuit_sections(results: CircuitsResults, address: Callable[[str], str]) ->
     outcomes, count = [row.outcome for row in comparisons], len(results.behaviours)
     untested = outcomes.count(NOT_TESTABLE)
     lead = (
-        f"Features that return over prompts were grouped in {count} behaviour{'s' * (count != 1)} and each group's "
+        f"Features that return over prompts were grouped in {counted(count, 'behaviour')} and each group's "
         f"effect was measured. Of {len(outcomes) - untested} published claims about such circuits that could be "
         f"tested, {outcomes.count(CONFIRMED)} are confirmed on this model; {untested} others could not be tested."
     )

@@ -18,6 +18,7 @@ from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.wording import counted
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
@@ -90,7 +91,7 @@ def links(findings: Findings, draw: Draw) -> list[Section]:
     for unit, results in findings.each(AtlasResults).items():
         for member in results.members:
             address = findings.address(findings.folders[f"atlas/{unit}"] / member.folder / "index.html")
-            items.append((f"{member.dictionary}: {member.features:,} features", address))
+            items.append((f"{member.dictionary}: {counted(member.features, 'feature')}", address))
             sheets += [(member.dictionary, sheet) for sheet in member.reviewed]
     if not items:
         return []

@@ -23,6 +23,7 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, answer, interval, number, percent
 from saejax.page.words import behaviour
+from saejax.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +76,8 @@ def _picture(results: SitePatchResults, name: str, result: PatchedSites, grid: P
         where += f" positions {results.positions} together"
     caption = (
         f"{behaviour(name)}: {results.kind} {where} is replaced by its value in the other run, on "
-        f"{result.prompts} pairs of prompts. Colour is the mean effect on the logit difference, {scale}.{labels}"
+        f"{counted(result.prompts, 'pair')} of prompts. Colour is the mean effect on the logit difference, {scale}."
+        f"{labels}"
     )
     if not result.is_normalised:
         caption += (
@@ -159,7 +161,8 @@ def _carried_table(results: FeaturePatchResults) -> Table:
         "fall of the logit difference when the top features take the counterpart's activations. Restored: its rise in "
         "the counterpart when they take the prompt's. Logits, 95 % bootstrap intervals over prompts within templates."
     )
-    return Table.of(f"Interchange of the top {results.k} features", results.behaviours.items(), columns, note=note)
+    caption = f"Interchange of {counted(results.k, 'top feature')}"
+    return Table.of(caption, results.behaviours.items(), columns, note=note)
 
 
 def _answers(results: FeaturePatchResults) -> dict[str, str]:

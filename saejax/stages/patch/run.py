@@ -47,6 +47,7 @@ from saejax.statistics import bootstrap
 from saejax.statistics.intervals import wilson
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.gate import read_tested
+from saejax.wording import counted
 
 
 class BehaviourPairs(NamedTuple):
@@ -155,7 +156,7 @@ def _measure_sites(
         columns=describe_columns(lm, pairs.tests),
         published=published,
     )
-    line = f"{results.prompts} pairs; logit difference {results.clean.mean:.2f} of the prompts, "
+    line = f"{counted(results.prompts, 'pair')}; logit difference {results.clean.mean:.2f} of the prompts, "
     line += f"{results.corrupted.mean:.2f} of their counterparts"
     return parts.Measured(results, line)
 

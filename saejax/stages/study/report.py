@@ -14,10 +14,10 @@ from saejax.stages.ablate.report import (
     headline,
     rule_in_full,
     seed_table,
-    summary,
     table_of_answers,
 )
 from saejax.stages.study.results import AnswerScores, StudyResults
+from saejax.wording import counted
 
 _GROUPS = dict(
     clean="unedited model",
@@ -53,13 +53,14 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         blocks.append(Text(headline(name, result)))
     rows = judged[TESTED]
     note = (
-        f"The {first.k} features of {first.dictionary} (in {place(first.site)}) with the largest attribution for the "
-        "reference answers to one half of the items, ablated on the other half. Effect: lost log-likelihood of the "
-        "reference answer, with its 95 % interval over items. Questions 2 and 4: median and 95th percentile of the "
-        "effects of controls of the same dose, and the corrected p-value. Question 3: the same in nats of another "
-        "quantity, the final answer's log-probability beyond a corrupted one's, under sets chosen for corrupted "
-        "answers. Placebo sets that pass 2: those that cost more log-likelihood of the reference answer than nearly "
-        "all random lists."
+        f"The {counted(first.k, 'feature')} of {first.dictionary} (in {place(first.site)}) with the largest "
+        "attribution for the reference answers to one half of the items, ablated on the other half. Effect: lost "
+        "log-likelihood of the reference answer, with its 95 % interval over items. Questions 2 and 4: median and "
+        "95th percentile of the effects of controls of the same dose, and the corrected p-value. Question 3: the same "
+        "in nats of another quantity, the final answer's log-probability beyond a corrupted one's, under sets chosen "
+        "for corrupted answers. Placebo sets that pass 2: those that cost more log-likelihood of the reference answer "
+        "than nearly all random lists. Simpler bases: whether the features cost more than directions of these of the "
+        "same dose."
     )
     blocks.append(table_of_answers("The questions, for benchmarks", "Benchmark", rows, note))
     blocks += seed_table("Benchmark", judged, first.dictionary)
@@ -74,7 +75,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
             "are compared there."
         )
         blocks.append(Text(chance, strong=True))
-    blocks += [summary(judged[TESTED]), rule_in_full(first.rule)]
+    blocks.append(rule_in_full(first.rule))
     return [Section("Benchmarks under ablation", tuple(blocks))]
 
 

@@ -22,6 +22,7 @@ from saejax.page.scripts import elements_script, interactive
 from saejax.page.tables import number
 from saejax.results import to_json
 from saejax.unicode import visible
+from saejax.wording import counted
 
 _VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = ("grid", "panel", "main")
@@ -143,9 +144,9 @@ def summary(text: TrackedText) -> str:
     tests = [step.test for step in text.steps if step.test]
     harmed, answer = sum(test.hurt == "yes" for test in tests), text.lens.answer[-1]
     return (
-        f"{text.tokens} tokens, {len(text.sites)} layers, {text.links:,} links; probability of "
-        f"{visible(text.answer)!r} {answer:.2f}; ablating its features lowers the log-likelihood of {harmed} of "
-        f"{len(tests)} tested steps more than random sets"
+        f"{counted(text.tokens, 'token')}, {counted(len(text.sites), 'layer')}, {counted(text.links, 'link')}; "
+        f"probability of {visible(text.answer)!r} {answer:.2f}; ablating its features lowers the log-likelihood of "
+        f"{harmed} of {len(tests)} tested steps more than random sets"
     )
 
 

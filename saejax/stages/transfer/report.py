@@ -14,6 +14,7 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.results import Interval
+from saejax.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,10 +30,10 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
 
 def _section(results: TransferResults, draw: Draw) -> Section:
     intro = (
-        f"{len(results.dictionaries)} dictionaries in {len(results.pairs)} pairs. {results.rule}. Null: random "
-        "directions with the mean and covariance of the second dictionary's rows or, for activity, its activations on "
-        "text shifted by half. All values are signed. Features that fire on no held-out text, and for activity "
-        "features with too few firings, are not compared."
+        f"{counted(len(results.dictionaries), 'dictionary')} in {counted(len(results.pairs), 'pair')}. "
+        f"{results.rule}. Null: random directions with the mean and covariance of the second dictionary's rows or, "
+        "for activity, its activations on text shifted by half. All values are signed. Features that fire on no "
+        "held-out text, and for activity features with too few firings, are not compared."
     )
     unknown = [_short(entry.name) for entry in results.dictionaries if not entry.dead_known]
     if unknown and {*WEIGHTS} & {measure for pair in results.pairs for measure in pair.measures}:
