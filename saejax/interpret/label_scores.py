@@ -29,6 +29,7 @@ from saejax.statistics.intervals import wilson_of
 
 CHANCE = 0.5
 _INTRUDERS = 5  # questions for an intruder
+_LEAST_NEAR = 2  # near misses: with one, right replies to all contexts would still be no better than chance
 _RESAMPLES = 1000
 
 
@@ -57,7 +58,7 @@ def detection(held: HeldOut, label: str, seed: int) -> Exam:
     def read(replies: Sequence[str | None]) -> tuple[dict[str, Interval], int]:
         called, unparsed = _read_groups(groups, replies)
         scores = {"detection": balanced_accuracy(called, active, silent), "near misses": None}
-        if near:
+        if len(near) >= _LEAST_NEAR:
             scores["near misses"] = balanced_accuracy(called, active, near)
         return {name: score for name, score in scores.items() if score}, unparsed
 

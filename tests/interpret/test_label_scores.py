@@ -1,5 +1,6 @@
 """Exams of labels: what each question shows, and scores of judges whose knowledge is known."""
 
+import dataclasses
 import json
 import re
 
@@ -60,6 +61,10 @@ def test_a_label_of_the_topic_alone_fails_on_near_misses(held):
     assert known["detection"].mean == known["near misses"].mean == 1
     for read, kept in ((told, False), (known, True)):
         assert is_kept({name: LabelScore(score, 0.5) for name, score in read.items()}) == kept
+    # A single near miss shows nothing, whatever the replies: the label is judged by the other contexts.
+    single, _ = scores("detection", dataclasses.replace(held, near=held.near[:1]), knowing)
+    assert single.keys() == {"detection"}
+    assert is_kept({name: LabelScore(score, 0.5) for name, score in single.items()})
     asked = [text for question in EXAMS["detection"](held, "a label", 1).questions for text in texts_of(question)]
     assert sorted(asked) == sorted("".join(one["tokens"]) for one in (*held.active, *held.silent, *held.near))
     guess = np.random.default_rng(0)
