@@ -251,7 +251,7 @@ def ablation_sentence(
     is_sure: bool,
     is_large: bool,
     disagreeing: Mapping[str, float],
-    too_few: str = "",
+    lacks: str = "",
 ) -> str:
     """Return the sentence of question 1.
 
@@ -263,7 +263,7 @@ def ablation_sentence(
       is_sure: whether the drop is significant.
       is_large: whether it exceeds the criterion.
       disagreeing: drop by template, if the templates disagree.
-      too_few: from ``too_few_prompts``.
+      lacks: why it is not testable, if it is not: from ``too_few_prompts`` or ``too_low_accuracy``.
     """
     name, factor, unit = ABLATION_READOUTS[readout.removesuffix(RESAMPLED)]
     verb = "Resampling" if readout.endswith(RESAMPLED) else "Ablating"
@@ -273,8 +273,8 @@ def ablation_sentence(
     low, high = sorted((shown.low, shown.high))
     text = f"{verb} the {counted(k, 'top feature')} {'raises' if rises else 'lowers'} {name} by "
     text += f"{shown.mean:.{digits}f} {unit} [{low:.{digits}f}, {high:.{digits}f}] from {factor * clean:.{digits}f}"
-    if too_few:
-        return f"{text}: {too_few}."
+    if lacks:
+        return f"{text}: {lacks}."
     if rises and effect.high < 0:
         return f"{text}: the opposite of what was asked."
     if not is_sure:
@@ -295,6 +295,11 @@ def too_few_prompts(count: int, least: int) -> str:
       least: number that is needed.
     """
     return f"not testable with {count} prompts, {least} are needed" if count < least else ""
+
+
+def too_low_accuracy(least_drop: float) -> str:
+    """Return that an accuracy without an edit is too low to fall by the share that counts as an effect, in words."""
+    return f"not testable, it is not above the {100 * least_drop:g} points by which it would have to fall"
 
 
 def among_sentence(

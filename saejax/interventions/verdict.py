@@ -279,20 +279,23 @@ def _test_ablation(measured: MeasuredBehaviour, readout: str, config: VerdictCon
     effect, sample_R = measured.interval(drop_P)
     p_value = bootstrap.two_sided_p(sample_R)
     means = bootstrap.stratum_means(drop_P, measured.templates)
+    lacks = wording.too_few_prompts(len(drop_P), config.least_prompts)
     if name in ("two_way", "top1", "accuracy"):
+        # Where the model is hardly ever right, no ablation could make it wrong as often as counts.
+        if clean_P.mean() <= config.min_accuracy_drop:
+            lacks = lacks or wording.too_low_accuracy(config.min_accuracy_drop)
         is_large = effect.mean > config.min_accuracy_drop
         # At 0 or 100 % the accuracy of a template may stay where it is: only a rise contradicts.
         templates_agree = min(means.values()) >= 0
     else:
         is_large, templates_agree = True, bootstrap.has_same_sign(list(means.values()))
-    too_few = wording.too_few_prompts(len(drop_P), config.least_prompts)
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         is_sure = p_holm is not None and p_holm <= config.level and effect.low > 0
-        answer = "not testable" if too_few else "yes" if is_sure and is_large and templates_agree else "no"
+        answer = "not testable" if lacks else "yes" if is_sure and is_large and templates_agree else "no"
         disagreeing = {} if templates_agree else means
         sentence = wording.ablation_sentence(
-            measured.k, readout, effect, float(clean_P.mean()), is_sure, is_large, disagreeing, too_few
+            measured.k, readout, effect, float(clean_P.mean()), is_sure, is_large, disagreeing, lacks
         )
         return CausalAnswer(answer, sentence, effect, p_value, p_holm)
 

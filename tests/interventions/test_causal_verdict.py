@@ -11,6 +11,7 @@ from saejax.errors import UserError
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig, enough_sentence
 from saejax.interventions.table import (
     RANKS,
+    READOUTS,
     TESTED,
     TEXT,
     EditDefinition,
@@ -455,6 +456,18 @@ def test_a_behaviour_without_top_features_is_spared_or_not():
     assert selective.answer == "no" and selective.parts["d"].mean == pytest.approx(3.0)
     assert list(answers.dictionaries[TESTED]) == ["b"] and list(answers.untested) == ["d"]
     assert verdict(merge_tables(make_rows().blocks), CONFIG).untested is None
+
+
+def test_an_accuracy_that_cannot_fall_is_not_testable():
+    """Of a model whose likeliest token is never the right one."""
+    table = merge_tables(make_rows().blocks)
+    values = np.where(table.readout_N == READOUTS.index("top1"), 0.0, table.value_N)
+    ablation = verdict(dataclasses.replace(table, value_N=values), CONFIG).dictionaries[TESTED]["b"].ablation
+    assert {name: answer.answer for name, answer in ablation.items()} == dict(
+        logit_diff="yes", log_prob="yes", two_way="yes", top1="not testable"
+    )
+    wanted = "from 0.0: not testable, it is not above the 5 points by which it would have to fall."
+    assert ablation["top1"].sentence.endswith(wanted)
 
 
 def test_means_of_few_prompts_are_not_testable():
