@@ -200,9 +200,10 @@ def _probe(
     auc, best, *shuffled = (np.vstack([test_Q, _top(rank_Q, test_Q), order_SxQ]) @ rank_Q - count * (count + 1) / 2) / (
         count * (len(test_Q) - count)
     )
-    return float(auc), *(
+    p_value, least = (
         (1 + int((np.array(shuffled) >= value - 1e-12).sum())) / (1 + _PERMUTATIONS) for value in (auc, best)
     )
+    return float(auc), p_value, least
 
 
 def _correlation(value_Q: np.ndarray, has_Q: np.ndarray, weight_RxQ: np.ndarray) -> Interval:
