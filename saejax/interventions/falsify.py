@@ -139,7 +139,7 @@ def falsify(
       UserError: there are fewer than 4 texts of a kind, the dictionary does not fit the model, or a feature does not
         exist or appears twice.
     """
-    features = dictionary.feature_indices(features).tolist()
+    tested: list[int] = dictionary.feature_indices(features).tolist()
     lm = follow_bos(lm, [dictionary.config])
     if not test_texts:
         # Tokens are chosen on other texts than test them: the largest of many is large by chance on its own texts.
@@ -151,10 +151,10 @@ def falsify(
     if min(map(len, kinds)) < 2:
         counts = ", ".join(str(len(kind)) for kind in kinds)
         raise UserError(f"falsify has {counts} texts to choose tokens, to test, and ordinary ones: expected 2 of each")
-    count, rng = len(features), np.random.default_rng(seed)
+    count, rng = len(tested), np.random.default_rng(seed)
     groups = [
-        ("tested", dictionary, list(features)),
-        (CONTROL_GROUPS[0], dictionary, _draw_live(lm, dictionary, kinds[0], features, count, rng)),
+        ("tested", dictionary, tested),
+        (CONTROL_GROUPS[0], dictionary, _draw_live(lm, dictionary, kinds[0], tested, count, rng)),
     ]
     if random_dictionary is not None:
         # Drawn among features that fire: features that never do would be undecided, all of them.
