@@ -235,7 +235,7 @@ def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray) -> Interval:
     return Interval(float(values_P.mean()), *percentile_interval(weight_RxP @ values_P))
 
 
-def no_top_features(behaviours: Sequence[str]) -> str:
+def explain_no_top_features(behaviours: Sequence[str]) -> str:
     """Return why some behaviours have no top features, in words."""
     return (
         "no feature of the dictionary has an attribution above zero on the train prompts of "

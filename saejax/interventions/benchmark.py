@@ -11,7 +11,6 @@ as another number of as many digits. A placebo target is a pair of corrupted ans
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -24,17 +23,15 @@ from saejax.interventions.ablation import (
     RowProgress,
     expected_rows,
     measure_behaviour,
+    measure_controls,
     root_mean_square,
 )
-from saejax.interventions.activity import FeatureStatistics
-from saejax.interventions.answers import no_top_features
-from saejax.interventions.controls import MIN_FIRING, Changes, choose_pool, control_edits
-from saejax.interventions.edits import ZERO
+from saejax.interventions.answers import explain_no_top_features
 from saejax.interventions.references import Reference, References, answer_pairs, attributions
 from saejax.interventions.settings import AblateConfig, StudyConfig
 from saejax.interventions.slopes import leaders
 from saejax.interventions.split_model import SplitModel
-from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, merge_tables
+from saejax.interventions.table import TESTED, EditDefinition, EffectsTable, PromptDefinition, merge_tables
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.progress import OnProgress, silent
 from saejax.tasks import benchmark_scores
@@ -48,6 +45,7 @@ from saejax.tasks.settings import TaskConfig
 CORRUPTED = 8  # corrupted answers of an item, of which placebo targets are pairs
 POOL = 256  # activations of a feature from which it is resampled
 ITEMS = 16  # items scored between two checks whether to stop
+ItemAblation = BehaviourAblation[References]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,181 +130,6 @@ class BenchmarkItems:
         return rows
 
 
-@dataclasses.dataclass(kw_only=True)
-class BenchmarkAblation(BehaviourAblation):
-    """One dictionary, or another basis, on the items of one benchmark."""
-
-    items: BenchmarkItems  #: the items
-    batch_tokens: int  #: tokens per batch
-    #: attribution of each feature for each placebo target, [F] each, once these were measured.
-    placebo_attribution: list[np.ndarray] = dataclasses.field(default_factory=list, init=False)
-    #: the other dictionaries whose placebo sets were chosen with this one's.
-    sharing: "list[BenchmarkAblation]" = dataclasses.field(default_factory=list, init=False)
-
-    def __post_init__(self):
-        config, train = self.config, self.items.train
-        self.test = list(self.items.test)
-        self.train = list(train[: config.attribution_prompts or len(train)])
-        self.split, self.replacement = SplitModel(self.lm, self.basis), ZERO
-        self._whole_references = self.items.references(self.test)
-        self.test_references = self._references(self._whole_references)
-        # Train items alone choose features; test items judge them.
-        self._train_references = self.items.references(self.train)
-        shared = self.like and self.like.split.point == self.split.point
-        self.slopes = self.like.slopes if self.like and shared else self.answer_slopes()
-        #: attribution of each feature for each train reference that chooses features
-        self._train_rows_NxF = self._attributions(self._train_references, slopes_of=self.slopes)[0]
-        self.attribution_F = self._train_rows_NxF.mean(axis=0, dtype=np.float64)
-        self.like = None
-
-    def answer_slopes(self) -> list[np.ndarray]:
-        """Return slopes of the train references' log-likelihoods, which dictionaries of the site share."""
-        return self._references(self._train_references).slopes()
-
-    def changes(self, features: Sequence[int] | np.ndarray) -> Changes:
-        """Return the changes that ablating some features makes on the test items."""
-        return self.test_references.changes(features)
-
-    def ranks(self, edit: EditDefinition) -> None:
-        """Return nothing: answers of several tokens have no ranks beside them."""
-
-    def keep(self, sets: Sequence[Sequence[int]]) -> None:
-        """Return nothing: question 6 is about answers of one token."""
-
-    def _references(self, references: Sequence[Reference]) -> References:
-        return References(self.split, references, self.batch_tokens, self.progress.check)
-
-    def _attributions(
-        self, references: Sequence[Reference], splits: Sequence[SplitModel] = (), **options: Any
-    ) -> list[np.ndarray]:
-        """Return ``attributions`` of this dictionary and of those in ``splits``, with its options."""
-        return attributions([self.split, *splits], references, self.batch_tokens, self.progress.check, **options)
-
-    def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, np.ndarray]:
-        """Return the log-likelihood of the reference answers, [1 + E, P]: without an edit, then with each edit."""
-        on_progress = self.progress.of_call(len(edits) * len(self.test))
-        values = dict(answer_log_prob=self.test_references.log_likelihoods(self.edits(edits), on_progress))
-        chosen = [e for e, edit in enumerate(edits) if edit.group == "placebo" or edit == self._whole_top(edit)]
-        if chosen and self._final_answers:
-            places, right, corrupted = self._final_answers
-            some = self.edits([edits[e] for e in chosen])
-            margin_ExP = np.full((1 + len(edits), len(self.test)), np.nan)
-            margin_AxN = right.log_likelihoods(some) - corrupted.log_likelihoods(some)
-            margin_ExP[np.array([0, *(1 + e for e in chosen)])[:, None], places] = margin_AxN
-            values["answer_margin"] = margin_ExP
-        return values
-
-    def _whole_top(self, edit: EditDefinition) -> EditDefinition | None:
-        return edit if edit.group == "top" and edit.fraction == 1.0 else None
-
-    @functools.cached_property
-    def _final_answers(self) -> tuple[list[int], References, References] | None:
-        """The test items whose final answer can be corrupted, with their right and corrupted answers; None: no item."""
-        every = self.items.final_answers(self.test, self.config.seed)
-        places = [place for place, answers in enumerate(every) if len(answers) > 1]
-        if not places:
-            return None
-        right, corrupted = (self._references([every[place][which] for place in places]) for which in (0, 1))
-        return places, right, corrupted
-
-    def definitions(self) -> list[PromptDefinition]:
-        """Return the definitions of all items."""
-        return self.items.definitions()
-
-    def norms(self, definitions: Sequence[EditDefinition]) -> np.ndarray:
-        """Return the norm of each edit's change on each test item, [E, P]."""
-        return self.test_references.change_norms(self.edits(definitions))
-
-    @functools.cached_property
-    def statistics(self) -> FeatureStatistics:
-        """Firing statistics on the test items with their reference answers."""
-        return self.test_references.statistics()
-
-    def site_values(self) -> np.ndarray:
-        """Return the site's values on the train items, [N, D]."""
-        return np.concatenate([value_NxD for _, value_NxD in self._references(self._train_references).values()])
-
-    def answer_means(self) -> np.ndarray:
-        """Return no means: nearly every item has an answer of its own."""
-        return np.zeros((0, 0))
-
-    def choose_placebos(self, ablations: Sequence[BehaviourAblation]) -> None:
-        """Choose the placebo sets of this dictionary, and of those in ``ablations``."""
-        self.sharing = [cast(BenchmarkAblation, each) for each in ablations]
-        every, wanted, seed = [self, *self.sharing], self.config.placebo_targets, self.config.seed
-        answers = self.items.final_answers(self.train, seed) if wanted else []
-        corrupted = [some[1:] for some in answers if len(some) > 2]  # two make a pair
-        # More than are wanted: sets that would have to be scaled too far are left out.
-        targets = answer_pairs(list(map(len, corrupted)), 2 * wanted, seed)
-        for each in every:
-            each._placebos = []
-        if not targets:
-            return
-        flat = [reference for some in corrupted for reference in some]
-        # Attribution is linear in the target: a pair's is the difference of both answers'.
-        weight_MxR = np.zeros((len(targets), len(flat)))
-        for weight_R, (first_N, second_N) in zip(weight_MxR, targets, strict=True):
-            weight_R[first_N], weight_R[second_N] = 1 / len(corrupted), -1 / len(corrupted)
-        sums = self._attributions(flat, [each.split for each in self.sharing], weight_MxN=weight_MxR)
-        self.progress.of_call(len(flat))(1, 1)
-        for each, mean_MxF in zip(every, sums, strict=True):
-            sets = []
-            for number, attribution_F in enumerate(mean_MxF):
-                sets.append(leaders(attribution_F, self.config.top))
-                if number < wanted:
-                    each.placebo_attribution.append(attribution_F)
-            each._placebos = [(None, members) for members in sets if members]
-
-    def controls_of(self, whole: EditDefinition, places: Sequence[int], groups: Sequence[str]) -> EffectsTable:
-        """Return the rows of control lists, and placebo sets, of a set's dose on some test items, measured there."""
-        references = self._references([self._whole_references[place] for place in places])
-        config, definitions = self.config, [self.tests[place] for place in places]
-        dose = root_mean_square(references.change_norms(self.edits([whole]))[0])
-        if not dose:
-            return EffectsTable((), (), *np.zeros((4, 0), np.int64))
-
-        def define(kind: str, members: Sequence[int], index: int, fraction: float, target: Any) -> EditDefinition:
-            features = tuple(map(int, members))
-            return EditDefinition(self.behaviour, control_group(kind, whole.group), index, features, fraction)
-
-        firing_F = references.statistics().prompts_F
-        pool = choose_pool(firing_F, len(places), whole.features, MIN_FIRING, config.seed)
-        sets = self.placebo_sets() if "placebo" in groups else []
-        counts = config.random_sets * ("random" in groups), config.placebo_targets
-        not_run, *edits = control_edits(define, references.changes, pool, sets, dose, counts, config.seed)
-        unmeasured = EffectsTable((not_run,), (), *np.zeros((4, 0), np.int64))
-        if not edits:
-            return unmeasured
-        on_progress = self.progress.of_call(len(edits) * len(places))
-        values = dict(answer_log_prob=references.log_likelihoods(self.edits(edits), on_progress))
-        norm_ExP = references.change_norms(self.edits(edits))
-        values["change_norm"] = np.vstack([0 * norm_ExP[:1], norm_ExP])
-        return merge_tables([EffectsTable.block([self.clean, *edits], definitions, values), unmeasured])
-
-    def choose_features(self, items: BenchmarkItems) -> list[int]:
-        """Return the top features of another benchmark's train items, by the same attribution."""
-        references = items.references(items.train[: self.config.attribution_prompts or len(items.train)])
-        return leaders(self._attributions(references)[0].mean(axis=0, dtype=np.float64), self.config.top)
-
-    def item_attributions(self, dictionaries: Sequence[Dictionary] = ()) -> list[np.ndarray]:
-        """Return the attribution of each feature for the answer to each item, train items first, float32 [P, F].
-
-        Args:
-          dictionaries: some of ``sharing``, whose attributions follow the tested one's.
-        """
-        ablation_of = {id(each.basis): each for each in self.sharing}
-        chosen = [self, *(ablation_of[id(dictionary)] for dictionary in dictionaries)]
-        # Those for the first train items, which chose features, are there already.
-        new = [*self.items.train, *self.items.test][len(self.train) :]
-        rows_of = self._attributions(self.items.references(new), [each.split for each in chosen[1:]])
-        pairs = zip(chosen, rows_of, strict=True)
-        return [np.concatenate([each._train_rows_NxF, rows_MxF]) for each, rows_MxF in pairs]
-
-    def pools(self, features: Sequence[int]) -> dict[int, list[float]]:
-        """Return activations of each feature where it fires on train items, from which it is resampled."""
-        return self._references(self._train_references).pools(features, POOL, self.config.seed)
-
-
 def ablate_config(config: StudyConfig) -> AblateConfig:
     """Return the settings of an ablation that a study makes."""
     names = ("top", "random_sets", "placebo_targets", "untrained_dictionaries", "baselines", "repeats")
@@ -315,13 +138,71 @@ def ablate_config(config: StudyConfig) -> AblateConfig:
     return AblateConfig(attribution_prompts=config.attribution_items, **shared)
 
 
+@dataclasses.dataclass(frozen=True)
+class MeasuredBenchmark:
+    """Log-likelihoods of a benchmark's reference answers, and the dictionaries for further measurements."""
+
+    items: BenchmarkItems  #: the items
+    batch_tokens: int  #: tokens per batch
+    tested: ItemAblation  #: the tested dictionary
+    ablations: Mapping[str, ItemAblation]  #: this one, and dictionaries of other seeds by name
+    table: EffectsTable  #: all that the verdict needs but accuracy
+    placebo_RxF: np.ndarray  #: attribution of each feature of the tested dictionary for each placebo target wanted
+
+    def choose_features(self, items: BenchmarkItems) -> list[int]:
+        """Return the top features of another benchmark's train items, by the same attribution."""
+        tested, config = self.tested, self.tested.config
+        references = items.references(items.train[: config.attribution_prompts or len(items.train)])
+        (rows_NxF,) = attributions([tested.split], references, self.batch_tokens, tested.progress.check)
+        return leaders(rows_NxF.mean(axis=0, dtype=np.float64), config.top)
+
+    def item_attributions(self) -> list[np.ndarray]:
+        """Return the attribution of each feature for the answer to each item, train items first, float32 [P, F].
+
+        Those of the dictionaries of other seeds follow the tested one's.
+        """
+        every = [*self.ablations.values()]
+        # Those for the first train items, which chose features, are there already.
+        new = [*self.items.train, *self.items.test][len(self.tested.train) :]
+        splits, check_stop = [each.split for each in every], self.tested.progress.check
+        rows_of = attributions(splits, self.items.references(new), self.batch_tokens, check_stop)
+        pairs = zip(every, rows_of, strict=True)
+        return [np.concatenate([each.train.attribution_NxF, rows_MxF]) for each, rows_MxF in pairs]
+
+    def measure_group(
+        self, group: str, features: Sequence[int], places: Sequence[int], controls: Sequence[str]
+    ) -> EffectsTable:
+        """Return the rows of a further set of features, and of controls of its dose on some items.
+
+        Args:
+          group: the set's name, the group of its edit.
+          features: the set, ablated whole on all test items.
+          places: of the test items on which it is compared with controls, by their order.
+          controls: groups of controls, ``random`` and ``placebo``; they are measured on these items, under the names
+            ``control_group`` gives.
+        """
+        tested, config = self.tested, self.tested.config
+        whole = EditDefinition(tested.behaviour, group, features=tuple(map(int, features)))
+        tables = [tested.table([whole], tested.norms([whole]))]
+        if controls and len(places):
+            references = self.items.references([self.items.test[place] for place in places])
+            some = References(tested.split, references, self.batch_tokens, tested.progress.check)
+            here = dataclasses.replace(tested, definitions=[tested.tests[place] for place in places], test=some)
+            dose = root_mean_square(here.norms([whole])[0])
+            if dose > 0:
+                placebos = tested.placebos if "placebo" in controls else []
+                counts = config.random_sets * ("random" in controls), config.placebo_targets
+                tables += measure_controls(here, features, placebos, dose, counts, ending=control_group("", group))
+        return merge_tables(tables)
+
+
 def measure_benchmark(
     items: BenchmarkItems,
     dictionary: Dictionary,
     config: StudyConfig,
     repeats: Mapping[str, Dictionary] | None = None,
     on_progress: OnProgress = silent,
-) -> tuple[EffectsTable, BenchmarkAblation]:
+) -> MeasuredBenchmark:
     """Measure log-likelihoods of the reference answers: all that the verdict needs but accuracy.
 
     Args:
@@ -331,48 +212,73 @@ def measure_benchmark(
       repeats: dictionaries of other seeds, by name.
       on_progress: called with rows done and expected; may raise to stop.
 
-    Returns:
-      The table, and the tested dictionary's ablation for further measurements.
-
     Raises:
       UserError: a dictionary does not fit the model, or no feature has an attribution above zero.
     """
-    settings = ablate_config(config)
-    definitions = {items.name: items.definitions()}
-    expected = expected_rows(settings, cast(Mapping, definitions), items.name, dictionary.config.n_features)
-    tested = BenchmarkAblation(
-        items.lm,
-        dictionary,
-        items.name,
-        [],
-        settings,
-        RowProgress(on_progress, expected),
-        items=items,
-        batch_tokens=config.batch_tokens,
+    settings, definitions = ablate_config(config), items.definitions()
+    rows = expected_rows(settings, cast(Any, {items.name: definitions}), items.name, dictionary.config.n_features)
+    progress, split = RowProgress(on_progress, rows), SplitModel(items.lm, dictionary)
+    # Train items alone choose features; test items judge them.
+    choosing = items.train[: settings.attribution_prompts or len(items.train)]
+    train, test = (
+        References(split, items.references(some), config.batch_tokens, progress.check)
+        for some in (choosing, items.test)
     )
+    tested = BehaviourAblation(dictionary, items.name, settings, progress, definitions, train, test)
     if not tested.top():
-        raise UserError(no_top_features([items.name]))
-    return measure_behaviour(tested, {items.name: []}, repeats=repeats), tested
+        raise UserError(explain_no_top_features([items.name]))
+    ablations = {TESTED: tested} | {name: tested.with_basis(repeat) for name, repeat in (repeats or {}).items()}
+    answers = items.final_answers(choosing, config.seed) if config.placebo_targets else []
+    corrupted = [some[1:] for some in answers if len(some) > 2]  # two make a pair
+    targets_of = _attribute_pairs(corrupted, [*ablations.values()], config.batch_tokens)
+    for each, target_MxF in zip(ablations.values(), targets_of, strict=True):
+        sets = [leaders(attribution_F, config.top) for attribution_F in target_MxF]
+        each.placebos = [(None, members) for members in sets if members]
+    table = measure_behaviour(ablations)
+    table = merge_tables([table, *_measure_margins(items, table, ablations, config.batch_tokens)])
+    # More were chosen than are wanted.
+    placebo_RxF = targets_of[0][: config.placebo_targets]
+    return MeasuredBenchmark(items, config.batch_tokens, tested, ablations, table, placebo_RxF)
 
 
-def measure_group(
-    ablation: BenchmarkAblation, group: str, features: Sequence[int], places: Sequence[int], controls: Sequence[str]
-) -> EffectsTable:
-    """Return the rows of a further set of features, and of controls of its dose on some items.
+def _attribute_pairs(
+    corrupted: Sequence[Sequence[Reference]], ablations: Sequence[ItemAblation], batch_tokens: int
+) -> list[np.ndarray]:
+    """Return each feature's attribution for M pairs of corrupted answers, float64 [M, F], of each dictionary."""
+    config, progress, splits = ablations[0].config, ablations[0].progress, [each.split for each in ablations]
+    # More than are wanted: sets that would have to be scaled too far are left out.
+    targets = answer_pairs(list(map(len, corrupted)), 2 * config.placebo_targets, config.seed)
+    if not targets:
+        return [np.zeros((0, split.dictionary.config.n_features)) for split in splits]
+    flat = [reference for some in corrupted for reference in some]
+    # Attribution is linear in the target: a pair's is the difference of both answers'.
+    weight_MxR = np.zeros((len(targets), len(flat)))
+    for weight_R, (first_N, second_N) in zip(weight_MxR, targets, strict=True):
+        weight_R[first_N], weight_R[second_N] = 1 / len(corrupted), -1 / len(corrupted)
+    sums = attributions(splits, flat, batch_tokens, progress.check, weight_MxN=weight_MxR)
+    progress.of_call(len(flat))(1, 1)
+    return sums
 
-    Args:
-      ablation: the tested dictionary on the benchmark.
-      group: the set's name, the group of its edit.
-      features: the set, ablated whole on all test items.
-      places: of the test items on which it is compared with controls, by their order.
-      controls: groups of controls, ``random`` and ``placebo``; they are measured on these items, under the names
-        ``control_group`` gives.
-    """
-    whole = EditDefinition(ablation.behaviour, group, features=tuple(map(int, features)))
-    tables = [ablation.table([whole], ablation.norms([whole]))]
-    if controls and len(places):
-        tables.append(ablation.controls_of(whole, places, controls))
-    return merge_tables(tables)
+
+def _measure_margins(
+    items: BenchmarkItems, table: EffectsTable, ablations: Mapping[str, ItemAblation], batch_tokens: int
+) -> list[EffectsTable]:
+    """Measure the final answer's margin over a corrupted one under T and placebo sets, where the answer has one."""
+    (tested, *_), tables = ablations.values(), []
+    answers = items.final_answers(items.test, tested.config.seed)
+    places = [place for place, some in enumerate(answers) if len(some) > 1]
+    for name, each in ablations.items() if places else ():
+        right, corrupted = (
+            References(each.split, [answers[place][which] for place in places], batch_tokens, each.progress.check)
+            for which in (0, 1)
+        )
+        tests = [each.tests[place] for place in places]
+        for edits in table.select_edits(items.name, "top", name)[-1:], table.select_edits(items.name, "placebo", name):
+            if edits:
+                some = each.edits(edits)
+                margin_ExN = right.log_likelihoods(some) - corrupted.log_likelihoods(some)
+                tables.append(EffectsTable.block([each.clean, *edits], tests, dict(answer_margin=margin_ExN)))
+    return tables
 
 
 def control_group(kind: str, group: str) -> str:

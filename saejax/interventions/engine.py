@@ -31,7 +31,7 @@ from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError, one_of
 from saejax.interventions import controls
-from saejax.interventions.controls import Changes, GatheredPrompts
+from saejax.interventions.controls import GatheredPrompts
 from saejax.interventions.edits import ActivationReplacement, FeatureEdits
 from saejax.interventions.references import Reference, References
 from saejax.interventions.rows import (
@@ -249,14 +249,6 @@ def change_norms(split: SplitModel, runs: Sequence[CleanRun], edits: FeatureEdit
     """Return the norm of the change at the site, over all positions of each prompt, float64 ``[S, P]``."""
     prompts = sum(len(run.index_P) for run in runs)
     return controls.change_norms(gathered_prompts(split, runs, edits.replacement), edits, prompts)
-
-
-def measure_changes(
-    split: SplitModel, runs: Sequence[CleanRun], source: ActivationReplacement, features: Sequence[int] | np.ndarray
-) -> Changes:
-    """Return the changes that ablating each of some features makes at the site, alone and with each other."""
-    prompts = sum(len(run.index_P) for run in runs)
-    return controls.measure_changes(gathered_prompts(split, runs, source), features, prompts)
 
 
 def rank_logits(

@@ -20,6 +20,7 @@ import numpy as np
 from saejax.interventions import activity
 from saejax.interventions.ablation import BehaviourAblation
 from saejax.interventions.answers import ImportanceSummary, VerdictConfig
+from saejax.interventions.behaviour_prompts import BehaviourPrompts
 from saejax.interventions.columns import Columns
 from saejax.interventions.table import EffectsTable
 from saejax.statistics.bootstrap import resampling_weights
@@ -61,7 +62,7 @@ class Importance(Columns):
         )
 
 
-def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Importance:
+def measure_importance(table: EffectsTable, ablation: BehaviourAblation[BehaviourPrompts]) -> Importance:
     """Return the importance of every feature of a table's group ``every``.
 
     Args:
@@ -80,8 +81,8 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
     # All features at once: there may be tens of thousands.
     template_P = np.array(templates)
     sign_GxN = np.sign([drop_NxP[:, template_P == name].mean(axis=1) for name in dict.fromkeys(templates)])
-    statistics = ablation.statistics
-    largest_NxP = activity.maxima(ablation.split, ablation.runs)[:, feature_N].T.astype(np.float64)
+    statistics, test = ablation.statistics, ablation.test
+    largest_NxP = activity.maxima(ablation.split, test.runs)[:, feature_N].T.astype(np.float64)
     p_fwer = max_t_p(drop_NxP, PERMUTATIONS, ablation.config.seed)
     return Importance(
         feature=feature_N,
@@ -93,7 +94,7 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation) -> Impo
         accuracy_drop=(clean_P > 0).mean() - (ablated_NxP > 0).mean(axis=1),
         p_fwer=p_fwer if len(prompts) >= VerdictConfig.least_prompts else np.full(len(p_fwer), np.nan),
         same_sign=(np.abs(sign_GxN.sum(axis=0)) == len(sign_GxN)).astype(np.float64),
-        attribution=ablation.mean_attribution(ablation.runs)[feature_N],
+        attribution=test.attribution_F[feature_N],
         activation_correlation=correlations(largest_NxP, clean_P[None]),
     )
 

@@ -34,7 +34,7 @@ from saejax.interventions.settings import BASES, AblateConfig, ProbeConfig, Stee
 from saejax.interventions.several_sites import join_saes, open_crosscoder
 from saejax.interventions.split_model import SplitModel, parse_positions
 from saejax.interventions.steering import BehaviourSteering, SteeringTest, judge
-from saejax.interventions.table import EffectsTable, merge_tables
+from saejax.interventions.table import TESTED, EffectsTable, merge_tables
 from saejax.interventions.text import LENGTH, HeldOutText
 from saejax.interventions.verdict import verdict
 from saejax.models.language_model import LanguageModel
@@ -196,20 +196,21 @@ def ablate(
     for name in config.baselines:
         if "/" not in name:
             one_of(name, BASES, "basis, and no folder of a dictionary:")
-    text = _held_out_text(lm, documents, TEXT_LENGTH)
+    text, tested_and_repeats = _held_out_text(lm, documents, TEXT_LENGTH), {TESTED: tested, **(repeats or {})}
     tables, top, importance = [], {}, {}
     for name in by_behaviour:
         with show_progress(f"ablate {name}") as on_progress:
-            ablation = begin_ablation(
-                lm, tested, name, by_behaviour, config, on_progress, len(documents), features=features, **readouts
+            count = len(documents)
+            ablations = begin_ablation(
+                lm, tested_and_repeats, name, by_behaviour, config, on_progress, count, features=features, **readouts
             )
-            table = measure_behaviour(ablation, by_behaviour, text, repeats)
+            table = measure_behaviour(ablations, by_behaviour, text)
         tables.append(table)
         if not table.behaviours:  # without top features, as the verdict says
             continue
-        top[name] = describe_top(table, ablation)
+        top[name] = describe_top(table, ablations[TESTED])
         if config.effects == "all":
-            importance[name] = measure_importance(table, ablation)
+            importance[name] = measure_importance(table, ablations[TESTED])
     table = merge_tables(tables)
     return Ablation(table, verdict(table, verdict_config(config)), top, importance or None)
 

@@ -34,14 +34,13 @@ from threadpoolctl import threadpool_limits
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions import activity
 from saejax.interventions.answers import mean_interval
-from saejax.interventions.controls import MIN_FIRING, Changes, choose_pool, random_lists
-from saejax.interventions.edits import ZERO, mask
-from saejax.interventions.engine import measure_changes, run_edits
-from saejax.interventions.references import Reference, References
+from saejax.interventions.behaviour_prompts import BehaviourPrompts
+from saejax.interventions.controls import MIN_FIRING, choose_pool, random_lists
+from saejax.interventions.edits import mask
+from saejax.interventions.references import References
 from saejax.interventions.settings import ProbeConfig
-from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, in_order, of_features
+from saejax.interventions.split_model import SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 from saejax.results import Interval
@@ -299,35 +298,14 @@ def paired_difference(right_M: np.ndarray, baseline_M: np.ndarray, seed: int) ->
 class FeatureAblation(NamedTuple):
     """Test prompts on which sets of features are ablated."""
 
-    readout: str  #: the readout whose fall is measured
-    fires_F: np.ndarray  #: number of prompts on which each feature fires
-    templates: Sequence[str]  #: template of each of the P prompts
-    changes: Callable[[Sequence[int]], Changes]  #: features -> the changes that ablating them makes
-    #: takes S sets and the fraction of each, returns the fall of the readout without each, float64 [S, P].
-    measure_drop: Callable[[Sequence[Sequence[int]], Sequence[float]], np.ndarray]
+    readout: str  #: what the readout whose fall is measured is called
+    texts: BehaviourPrompts | References  #: P prompts, or reference answers
+    templates: Sequence[str]  #: template of each
 
-
-def ablation_on_prompts(split: SplitModel, prompts: Sequence[Prompt]) -> FeatureAblation:
-    """Return the ablation of features on prompts with two answers; the readout is the logit difference."""
-    runs, templates = split.run(prompts), [prompt.template for prompt in prompts]
-
-    def measure_drop(sets: Sequence[Sequence[int]], fractions: Sequence[float]) -> np.ndarray:
-        diff_ExP = run_edits(split, runs, mask(split.dictionary, sets, fractions))["logit_diff"]
-        return diff_ExP[0] - diff_ExP[1:]
-
-    changes, fires_F = functools.partial(measure_changes, split, runs, ZERO), activity.statistics(split, runs).prompts_F
-    return FeatureAblation(LOGIT_DIFFERENCE, fires_F, templates, changes, measure_drop)
-
-
-def ablation_on_references(split: SplitModel, references: Sequence[Reference]) -> FeatureAblation:
-    """Return the ablation of features on reference answers; the readout is their log-likelihood, in nats."""
-    answers, templates = References(split, references, GROUP_TOKENS), [""] * len(references)
-
-    def measure_drop(sets: Sequence[Sequence[int]], fractions: Sequence[float]) -> np.ndarray:
-        value_ExN = answers.log_likelihoods(mask(split.dictionary, sets, fractions))
-        return value_ExN[0] - value_ExN[1:]
-
-    return FeatureAblation(LOG_LIKELIHOOD, answers.statistics().prompts_F, templates, answers.changes, measure_drop)
+    def measure_drop(self, sets: Sequence[Sequence[int]], fractions: Sequence[float]) -> np.ndarray:
+        """Return the fall of the readout without each of S sets, given the fraction of each, float64 [S, P]."""
+        (value_ExP,) = self.texts.measure(mask(self.texts.split.dictionary, sets, fractions)).values()
+        return value_ExP[0] - value_ExP[1:]
 
 
 def _control_task(task: ProbeTask, k: int, name: str, rng: np.random.Generator) -> ProbeTask:
@@ -500,7 +478,8 @@ def probe_label(
 def ablation_of(split: SplitModel, labelled: Labelled) -> FeatureAblation | None:
     """Return the ablation of features on a behaviour's test prompts; None if there are none."""
     tests = [p for p in labelled.prompts if p.split == "test" and p.wrong and labelled.behaviour == p.behaviour]
-    return ablation_on_prompts(split, tests) if tests else None
+    templates = [prompt.template for prompt in tests]
+    return FeatureAblation(LOGIT_DIFFERENCE, BehaviourPrompts(split, tests), templates) if tests else None
 
 
 def ablate_selected(
@@ -515,8 +494,8 @@ def ablate_selected(
     if tests is None or len(tests.templates) < LEAST_PROMPTS:
         return None
     features = list(sparse[-1].inputs or ())
-    pool = choose_pool(tests.fires_F, len(tests.templates), features, MIN_FIRING, config.seed)
-    changes = tests.changes([*features, *pool.tolist()])
+    pool = choose_pool(tests.texts.statistics().prompts_F, len(tests.templates), features, MIN_FIRING, config.seed)
+    changes = tests.texts.changes([*features, *pool.tolist()])
     doses = [changes.dose([feature]) for feature in features]
     lists_of = [random_lists(changes, pool, dose, _CONTROLS, config.seed) if dose else [] for dose in doses]
     every = [*(((feature,), 1.0) for feature in features), *itertools.chain(*lists_of)]

@@ -13,7 +13,6 @@ site are run, on the references that the edit changes. Long contexts are the rul
 the layers below the site are run once more for each call, not kept.
 """
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -90,6 +89,11 @@ class References:
         self._batch_tokens, self._check_stop = batch_tokens, check_stop
         self._kept: list[tuple[np.ndarray, ReferenceBatch]] | None = None
 
+    replacement = ZERO  #: what replaces the activations of ablated features
+
+    def __len__(self) -> int:
+        return len(self._references)
+
     @property
     def split(self) -> SplitModel:
         """The model, split at a dictionary's site."""
@@ -99,10 +103,16 @@ class References:
         """Run the layers below the site now, and keep their values for later calls."""
         self._kept = list(self.batches())
 
-    def with_split(self, split: SplitModel) -> "References":
-        """Return the references, and the kept batches, for another dictionary that ``reads_like`` this one."""
-        other = copy.copy(self)
-        other._split = split
+    def with_split(self, split: SplitModel, train: "References | None" = None) -> "References":
+        """Return the references for another dictionary, with kept batches and slopes where these are the same.
+
+        ``train`` is not used: nothing that replaces activations depends on other references.
+        """
+        other = References(split, self._references, self._batch_tokens, self._check_stop)
+        if split.reads_like(self._split):
+            other._kept = self._kept
+        if "slopes" in vars(self) and split.point == self._split.point:
+            other.slopes = self.slopes
         return other
 
     def statistics(self) -> FeatureStatistics:
@@ -126,6 +136,10 @@ class References:
             domain_BxT = np.asarray(batch.domain_BxT)
             read_BxTxD, value_BxTxD = np.asarray(batch.read_BxTxD), np.asarray(batch.value_BxTxD)
             yield read_BxTxD[domain_BxT].astype(np.float32), value_BxTxD[domain_BxT].astype(np.float32)
+
+    def site_values(self) -> np.ndarray:
+        """Return the site's values at editable positions, [N, D]."""
+        return np.concatenate([value_NxD for _, value_NxD in self.values()])
 
     def pools(self, features: Sequence[int], most: int, seed: int) -> dict[int, list[float]]:
         """Return activations of each feature where it fires: all, or ``most`` drawn by ``seed``, for each by itself."""
@@ -157,10 +171,29 @@ class References:
             gather_features = functools.partial(self._gather, batch, source=source.of_run(number))
             yield GatheredPrompts(places_Q, np.asarray(batch.domain_BxT)[: len(places_Q)], gather_features)
 
+    @functools.cached_property
     def slopes(self) -> list[np.ndarray]:
-        """Return the slope of each reference's log-likelihood at the site, [B, T, D] for each batch."""
+        """Slopes of each reference's log-likelihood at the site, [B, T, D] for each batch."""
         point = _keeping_little(self._split.point)
         return [np.asarray(_answer_slopes(point, self._split.params, batch)) for _, batch in self.batches()]
+
+    @functools.cached_property
+    def attribution_NxF(self) -> np.ndarray:
+        """Attribution of each feature for each reference."""
+        batch_tokens, check_stop = self._batch_tokens, self._check_stop
+        return attributions([self._split], self._references, batch_tokens, check_stop, slopes_of=self.slopes)[0]
+
+    @property
+    def attribution_F(self) -> np.ndarray:
+        """Attribution of each feature, mean over the references."""
+        # float64, because features of nearly equal attribution are ranked.
+        return self.attribution_NxF.mean(axis=0, dtype=np.float64)
+
+    def measure(
+        self, edits: FeatureEdits, on_progress: OnProgress = silent, full: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Return ``log_likelihoods`` as a readout; there are no further ones that ``full`` could ask for."""
+        return dict(answer_log_prob=self.log_likelihoods(edits, on_progress))
 
     def _gather(
         self, batch: ReferenceBatch, features_K: np.ndarray, source: ActivationReplacement = ZERO

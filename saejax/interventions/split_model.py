@@ -78,6 +78,7 @@ class SplitModel:
       readout: what is measured in place of the logit difference, if it is not that.
 
     Attributes:
+      lm: the model before it is split.
       point: where the model is split (static).
       params: parameters of the decoder.
       dictionary: in output units (``rescale.to_output_units``); its features are split over the mesh's axis ``model``.
@@ -119,7 +120,7 @@ class SplitModel:
         self._least_tokens = self.point.least_tokens()
         self.params = model.params
         self.dictionary = dictionary.on_mesh(model.mesh)
-        self._model, self._positions, self.error = model, positions, error
+        self.lm, self._positions, self.error = model, positions, error
 
     @property
     def objective(self) -> str:
@@ -132,6 +133,10 @@ class SplitModel:
         # Without the error term a clean run goes through the dictionary.
         errors_kept = self.error == other.error == "keep"
         return errors_kept and sinks[0] == sinks[1] and (self.point, self._positions) == (other.point, other._positions)
+
+    def with_dictionary(self, dictionary: Dictionary) -> "SplitModel":
+        """Return the model split at the site of another dictionary."""
+        return SplitModel(self.lm, dictionary, self._positions, self.error, self.point.readout)
 
     def with_readout(self, readout: Readout) -> Self:
         """Return the model with another readout and the same clean runs."""
@@ -154,7 +159,7 @@ class SplitModel:
         if counterparts:
             pairs = zip(self.run(prompts, least=least), self.run(self._swap_sides(prompts), least=least), strict=True)
             return [dataclasses.replace(run, counterpart=counterpart) for run, counterpart in pairs]
-        tokens = self._model.tokenize([prompt.text for prompt in prompts])
+        tokens = self.lm.tokenize([prompt.text for prompt in prompts])
         positions, least_tokens = self.point.positions, self._least_tokens
         for place in np.flatnonzero(tokens.lengths_B < least_tokens)[:1]:
             takes = f"the logits at {positions} positions"
@@ -167,7 +172,7 @@ class SplitModel:
         answers_Nx2 = np.zeros((len(prompts), 2), np.int32)
         # Of a readout of the user's, prompts may be without answers.
         if not self.point.readout or any(prompt.correct or prompt.wrong for prompt in prompts):
-            answers_Nx2 = first_answer_ids(self._model.tokenizer, prompts)
+            answers_Nx2 = first_answer_ids(self.lm.tokenizer, prompts)
         runs = []
         lengths_N = np.maximum(tokens.lengths_B, least)
         step_of = functools.partial(row_step, devices=document_devices(self.point.mesh))
@@ -189,7 +194,7 @@ class SplitModel:
                     "or use another --ablate.replacement"
                 )
         texts = [prompt.text for prompt in prompts], [prompt.counterpart for prompt in prompts]
-        lengths, counterpart_lengths = (self._model.tokenize(side).lengths_B for side in texts)
+        lengths, counterpart_lengths = (self.lm.tokenize(side).lengths_B for side in texts)
         for row in np.flatnonzero(lengths != counterpart_lengths)[:1]:
             raise UserError(
                 f"{prompts[row].behaviour}: {prompts[row].text!r} has {lengths[row]} tokens and its counterpart "
@@ -200,7 +205,7 @@ class SplitModel:
 
     def common_length(self, prompts: Sequence[Prompt]) -> int:
         """Return the tokens to which short prompts are padded together; 0 if there are long ones."""
-        longest = int(self._model.tokenize([prompt.text for prompt in prompts]).lengths_B.max())
+        longest = int(self.lm.tokenize([prompt.text for prompt in prompts]).lengths_B.max())
         return longest if longest <= SHORT else 0
 
     def slices(self, run: CleanRun, most: int = PROMPTS) -> Iterator[tuple[slice, SiteRows]]:

@@ -71,7 +71,7 @@ def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalV
     """
     config = config or VerdictConfig()
     if table.untested and not table.behaviours:
-        raise UserError(wording.no_top_features(table.untested))
+        raise UserError(wording.explain_no_top_features(table.untested))
     judged = {dictionary: _judge_dictionary(table, dictionary, config) for dictionary in table.dictionaries}
     seeds = [answers for name, answers in judged.items() if name != TESTED]
     if seeds and TESTED in judged:
@@ -79,7 +79,7 @@ def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalV
             behaviour: dataclasses.replace(result, replication=wording.replication(behaviour, result, seeds))
             for behaviour, result in judged[TESTED].items()
         }
-    untested = {behaviour: wording.no_top_features([behaviour]) for behaviour in table.untested}
+    untested = {behaviour: wording.explain_no_top_features([behaviour]) for behaviour in table.untested}
     return CausalVerdict(config.rule, judged, untested or None)
 
 

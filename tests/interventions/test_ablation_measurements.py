@@ -12,10 +12,8 @@ import saejax
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import ablation as ablation_module
-from saejax.interventions import activity, edits, engine, in_memory
+from saejax.interventions import activity, behaviour_prompts, edits, engine, in_memory
 from saejax.interventions.ablation import (
-    BehaviourAblation,
-    RowProgress,
     begin_ablation,
     measure_behaviour,
     spread_over_templates,
@@ -51,6 +49,12 @@ def make_prompts(make_prompt, *behaviours):
     ]
 
 
+def begin(lm, dictionary, prompts, config):
+    """Return the ablation of a dictionary on the prompts of one behaviour."""
+    (name,) = {prompt.behaviour for prompt in prompts}
+    return begin_ablation(lm, {TESTED: dictionary}, name, {name: prompts}, config)[TESTED]
+
+
 @pytest.fixture(scope="module")
 def dictionary(make_dictionary):
     return make_dictionary("resid_post.1")
@@ -83,22 +87,22 @@ def test_likely_tokens_that_are_answers_are_no_placebo_targets(tiny, dictionary,
     ids = {word: tiny.token_id(word) for prompt in prompts for word in (prompt.correct, prompt.wrong)}
     others = [token for token in range(100, 383) if tiny.tokenizer.decode([token]).strip().isalpha()]
     others = [token for token in others if token not in ids.values()][:30]
-    monkeypatch.setattr(ablation_module, "likely_tokens", lambda *_: np.unique([*ids.values(), *others]))
+    monkeypatch.setattr(behaviour_prompts, "likely_tokens", lambda *_: np.unique([*ids.values(), *others]))
     config = AblateConfig(top=TOP, placebo_targets=500)
-    tokens = BehaviourAblation(tiny, dictionary, "only", prompts, config, RowProgress()).placebo_tokens()
-    drawn = {tiny.tokenizer.decode([token]).strip() for token in tokens.tolist()}
+    targets = begin(tiny, dictionary, prompts, config).train.placebo_targets()
+    drawn = {text.strip() for pair in targets.names for text in pair}
     assert len(drawn) > 10
     assert drawn and not any(answer.strip().startswith(text) for text in drawn for answer in ids)
 
 
 def test_features_are_ranked_by_the_chosen_estimate(tiny, dictionary, make_prompt):
     config, prompts = AblateConfig(top=TOP, attribution="integrated"), make_prompts(make_prompt, "only")
-    ranked = BehaviourAblation(tiny, dictionary, "only", prompts, config, RowProgress())
-    again = ranked.with_basis(dictionary, like=ranked).attribution_F
-    expected_F = attribution(ranked.split, ranked.train_runs, steps=10)
+    ranked = begin(tiny, dictionary, prompts, config)
+    again, runs = ranked.with_basis(dictionary).attribution_F, ranked.train.runs
+    expected_F = attribution(ranked.split, runs, steps=10)
     np.testing.assert_array_equal(ranked.attribution_F, expected_F)
     np.testing.assert_array_equal(again, expected_F)
-    assert np.abs(expected_F - attribution(ranked.split, ranked.train_runs)).max() > 1e-4
+    assert np.abs(expected_F - attribution(ranked.split, runs)).max() > 1e-4
 
 
 def test_draws_of_another_behaviour_do_not_depend_on_a_third(tiny, dictionary, make_prompt):
@@ -111,8 +115,7 @@ def test_draws_of_another_behaviour_do_not_depend_on_a_third(tiny, dictionary, m
     values = []
     for others in (("second", "third"), ("second",), ("third",)):
         some = {name: prompts[name] for name in ("first", *others)}
-        tested = BehaviourAblation(tiny, dictionary, "first", some["first"], config, RowProgress())
-        table = measure_behaviour(tested, some)
+        table = measure_behaviour(begin_ablation(tiny, {TESTED: dictionary}, "first", some, config), some)
         edit = table.select_edits("first", "top")[-1]
         values += [table.values([edit], table.select_prompts(name), "logit_diff")[0] for name in others]
     np.testing.assert_allclose(values[0], values[2], atol=1e-5)
@@ -254,13 +257,11 @@ def test_dictionaries_of_other_seeds_answer_all_questions(tiny, dictionary, make
     config = AblateConfig(
         top=TOP, bootstrap=200, random_sets=3, placebo_targets=3, untrained_dictionaries=4, baselines=()
     )
-    prompts, done = make_prompts(make_prompt, "only"), []
-    progress = RowProgress(lambda done_rows, rows: done.append((done_rows, rows)))
-    tested = BehaviourAblation(tiny, dictionary, "only", prompts, config, progress)
+    prompts = {"only": make_prompts(make_prompt, "only")}
     # The tested dictionary itself, under another name, one that reads another site, and one that writes nothing.
     silent = Dictionary(dictionary.config, **dictionary.arrays | dict(W_dec_FxD=0 * dictionary.W_dec_FxD[...]))
     repeats = {"same": dictionary, "elsewhere": make_dictionary("resid_post.0"), "silent": silent}
-    table = measure_behaviour(tested, {"only": prompts}, repeats=repeats)
+    table = measure_behaviour(begin_ablation(tiny, {TESTED: dictionary, **repeats}, "only", prompts, config), prompts)
     answers = verdict(table, VerdictConfig(resamples=200)).dictionaries
     assert list(answers) == [TESTED, "same", "elsewhere"]
     first, same, elsewhere = (answers[name]["only"] for name in (TESTED, "same", "elsewhere"))
@@ -286,7 +287,7 @@ def exchange_answers(prompts, behaviour):
 
 def keep_leaders(lm, dictionary, prompts):
     """Return the dictionary without features that raise the difference: with exchanged answers none lowers it."""
-    tested = BehaviourAblation(lm, dictionary, "first", prompts, AblateConfig(top=TOP), RowProgress())
+    tested = begin(lm, dictionary, prompts, AblateConfig(top=TOP))
     is_leader_F = tested.attribution_F > 0
     assert is_leader_F.sum() > 20
     arrays = dictionary.arrays | dict(W_dec_FxD=dictionary.W_dec_FxD[...] * is_leader_F[:, None])
@@ -329,9 +330,10 @@ def test_the_forecast_of_rows_is_what_is_run(tiny, dictionary, make_prompt, chan
     prompts = {name: make_prompts(make_prompt, name) for name in ("first", "second")}
     prompts["second"] = prompts["second"][:15]  # fewer test prompts
     text = HeldOutText([tiny.encode("The river follows the old road to the sea.")] * 3)
-    tested = begin_ablation(tiny, dictionary, "first", prompts, config, lambda *rows: seen.append(rows), documents=3)
+    dictionaries = {name: dictionary for name in (TESTED, *config.repeats)}
+    ablations = begin_ablation(tiny, dictionaries, "first", prompts, config, lambda *rows: seen.append(rows), 3)
+    measure_behaviour(ablations, prompts, text)
     (forecast,) = {expected for _, expected in seen}
-    measure_behaviour(tested, prompts, text, {name: dictionary for name in config.repeats})
     assert seen[-1] == (forecast, forecast)
 
 
@@ -500,7 +502,7 @@ def test_the_stage_tests_one_set_of_several_sites(make_run, tiny, make_dictionar
 
 def test_neurons_of_several_experts_are_no_basis(tiny, dictionary):
     lm = types.SimpleNamespace(config=dataclasses.replace(tiny.config, n_experts=4, experts_per_token=2))
-    tested = types.SimpleNamespace(lm=lm, basis=dictionary)
+    tested = types.SimpleNamespace(split=types.SimpleNamespace(lm=lm), basis=dictionary)
     assert ablation_module._on_basis(tested, "neurons") is None
 
 

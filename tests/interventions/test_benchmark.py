@@ -12,7 +12,7 @@ from scipy import sparse
 
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
-from saejax.interventions import benchmark
+from saejax.interventions import benchmark, references
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.edits import mask
 from saejax.interventions.references import Reference, References, answer_pairs, attributions
@@ -399,18 +399,20 @@ def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary
 
         return recorded
 
-    def place(lm, basis):
-        placed.append(id(basis))
-        return SplitModel(lm, basis)
+    split = SplitModel.__init__
 
-    monkeypatch.setattr(benchmark, "attributions", record(attributions))
-    monkeypatch.setattr(benchmark, "SplitModel", place)
+    def place(self, lm, basis, *rest):
+        placed.append(id(basis))
+        split(self, lm, basis, *rest)
+
+    for module in (benchmark, references):
+        monkeypatch.setattr(module, "attributions", record(attributions))
+    monkeypatch.setattr(SplitModel, "__init__", place)
     halves = benchmark_measure.split_items(read_items("gsm8k", task), CONFIG, "gsm8k")
     items = benchmark.BenchmarkItems(tiny, "gsm8k", task, *halves)
     config = dataclasses.replace(CONFIG, attribution_items=4, baselines=(), placebo_targets=1, repeats=("again",))
     repeat = make_dictionary(SITE, dead=8, seed=9)
-    _, ablation = benchmark.measure_benchmark(items, dictionary, config, dict(again=repeat))
-    ablation.item_attributions([repeat])
+    benchmark.measure_benchmark(items, dictionary, config, dict(again=repeat)).item_attributions()
     # Four train items choose, with eight corrupted answers each; the eight others follow.
     assert len(set(seen)) == len(seen) == 2 * (4 + 4 * 8 + 8) and placed == [id(dictionary), id(repeat)]
 

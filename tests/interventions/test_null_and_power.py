@@ -24,7 +24,7 @@ from effect_worlds import (
 )
 
 from saejax.dictionaries import Dictionary
-from saejax.interventions.ablation import BehaviourAblation, RowProgress, measure_behaviour
+from saejax.interventions.ablation import begin_ablation, measure_behaviour
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
 from saejax.interventions.settings import AblateConfig
 from saejax.interventions.slopes import slopes
@@ -217,8 +217,8 @@ def with_planted(tiny, dictionary: Dictionary, prompts, planted: int, seed: int)
 
 def measure_and_judge(tiny, dictionary, prompts, features=None, placebos=39) -> BehaviourVerdict:
     config = dataclasses.replace(CONFIG, placebo_targets=placebos)
-    tested = BehaviourAblation(tiny, dictionary, "b", prompts, config, RowProgress(), features)
-    table = measure_behaviour(tested, {"b": prompts})
+    ablations = begin_ablation(tiny, {TESTED: dictionary}, "b", {"b": prompts}, config, features=features)
+    table = measure_behaviour(ablations)
     return verdict(table, VerdictConfig(resamples=200)).dictionaries[TESTED]["b"]
 
 

@@ -17,9 +17,10 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.files import write_lines
 from saejax.interventions import probing
+from saejax.interventions.behaviour_prompts import BehaviourPrompts
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import change_norms, effects
-from saejax.interventions.references import Reference
+from saejax.interventions.references import Reference, References
 from saejax.interventions.settings import ProbeConfig
 from saejax.interventions.split_model import SplitModel
 from saejax.results import Interval, from_json, to_json
@@ -304,35 +305,43 @@ def test_raw_controls_are_random_directions():
     assert fit.control.mean == pytest.approx(fit.accuracy.mean, abs=0.05)
 
 
+def on_prompts(split, prompts):
+    templates = [prompt.template for prompt in prompts]
+    return probing.FeatureAblation("logit difference", BehaviourPrompts(split, prompts), templates)
+
+
 def test_effects_of_selected_features(tiny, make_dictionary, prompts, plain):
     """Of logit differences against a hook, of reference answers against the engine."""
     dictionary, some = make_dictionary("resid_post.1"), prompts[:3]
     split = SplitModel(tiny, dictionary)
-    drop_SxP = probing.ablation_on_prompts(split, some).measure_drop([[3], [50]], [1.0, 1.0])
+    drop_SxP = on_prompts(split, some).measure_drop([[3], [50]], [1.0, 1.0])
     for p, prompt in enumerate(some):
         run = plain(dictionary, prompt)
         wanted_S = [run.ablated([]) - run.ablated([feature]) for feature in (3, 50)]
         np.testing.assert_allclose(drop_SxP[:, p], wanted_S, atol=2e-5)
     references = [Reference(*encode_pair(tiny.tokenizer, prompt.text, prompt.correct)) for prompt in some]
-    drop_SxP = probing.ablation_on_references(split, references).measure_drop([[3], [50]], [1.0, 1.0])
+    answers = References(split, references, 8192)
+    drop_SxP = probing.FeatureAblation("", answers, [""] * 3).measure_drop([[3], [50]], [1.0, 1.0])
     value_SxP = effects(tiny, some, mask(dictionary, [[], [3], [50]]), ["answer_log_prob"])[..., 0]
     np.testing.assert_allclose(drop_SxP, value_SxP[:1] - value_SxP[1:], atol=1e-5)
     assert np.abs(drop_SxP).max() > 1e-3
 
 
-def test_controls_of_selected_features_have_their_doses(tiny, make_dictionary, prompts):
+def test_controls_of_selected_features_have_their_doses(tiny, make_dictionary, prompts, monkeypatch):
     """Random lists of other features, each measured where it changes the site as much as the feature does."""
     split = SplitModel(tiny, make_dictionary("resid_post.1"))
-    tests, seen = probing.ablation_on_prompts(split, prompts[:6]), []
+    tests, seen = on_prompts(split, prompts[:6]), []
+    measure_drop = probing.FeatureAblation.measure_drop
 
-    def measure_drop(sets, fractions):
+    def record(self, sets, fractions):
         seen.extend(zip(sets, fractions, strict=True))
-        return tests.measure_drop(sets, fractions)
+        return measure_drop(self, sets, fractions)
 
+    monkeypatch.setattr(probing.FeatureAblation, "measure_drop", record)
     (fit,) = [fit for fit, _ in probing.run_probes(make_task(), CONFIG, [1]) if fit.k == 1]
-    firing = np.argsort(-tests.fires_F, kind="stable")[:2].tolist()
+    firing = np.argsort(-tests.texts.statistics().prompts_F, kind="stable")[:2].tolist()
     fit = dataclasses.replace(fit, inputs=tuple(firing))
-    selected = probing.ablate_selected(CONFIG, [fit], lambda: tests._replace(measure_drop=measure_drop))
+    selected = probing.ablate_selected(CONFIG, [fit], lambda: tests)
     edits = mask(split.dictionary, *map(list, zip(*seen, strict=True)))
     dose_S = np.sqrt(np.mean(np.square(change_norms(split, split.run(prompts[:6]), edits)), axis=1))
     assert len(seen) == 2 + 2 * 5 and [len(each.controls) for each in selected.features] == [5, 5]
@@ -345,10 +354,12 @@ def test_noise_on_few_prompts_is_not_testable(prompts):
     """On two prompts with effects of one sign every resample agrees: noise was significant in most runs."""
     noise = np.random.default_rng(0).normal(size=(40, prompts))
 
+    class Noise(probing.FeatureAblation):
+        def measure_drop(self, sets, fractions):
+            return noise[np.concatenate(sets)]
+
     def ablation():
-        return probing.FeatureAblation(
-            "", np.ones(40), [""] * prompts, None, lambda sets, _: noise[np.concatenate(sets)]
-        )
+        return Noise("", None, [""] * prompts)
 
     fits = [fit for fit, _ in probing.run_probes(make_task(test=2 * prompts), CONFIG, [1])]
     assert probing.ablate_selected(CONFIG, fits, ablation) is None

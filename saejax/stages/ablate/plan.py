@@ -14,7 +14,8 @@ from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.flops import pass_flops
 from saejax.interventions import slopes
-from saejax.interventions.ablation import STEPS, TOKENS, expected_rows
+from saejax.interventions.ablation import expected_rows
+from saejax.interventions.behaviour_prompts import STEPS, TOKENS
 from saejax.interventions.edits import GATHERED, ActivationReplacement, filled_features
 from saejax.interventions.rows import CleanValues, PromptTree, few_rows, fill, gather, run_rows
 from saejax.interventions.settings import AblateConfig

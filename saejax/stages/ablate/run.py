@@ -17,12 +17,12 @@ from saejax.interventions.ablation import (
     measure_behaviour,
     verdict_config,
 )
-from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary, no_top_features
+from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary, explain_no_top_features
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.settings import BASES, AblateConfig
 from saejax.interventions.several_sites import JointSAEs, join_saes, open_crosscoder
 from saejax.interventions.split_model import parse_positions
-from saejax.interventions.table import load_effects, merge_tables, save_effects
+from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
 from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import summarise, verdict
 from saejax.parallel.collectives import is_first_process, wait_for_all
@@ -90,10 +90,12 @@ def run_ablate(run: Run) -> AblateResults:
         corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
         text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
 
+        dictionaries = {TESTED: tested, **repeats}
+
         def measure(name: str, on_progress: OnProgress) -> parts.Measured:
             documents = len(text.documents) if text else 0
-            ablation = begin_ablation(lm, tested, name, prompts, config, on_progress, documents)
-            table = measure_behaviour(ablation, prompts, text, repeats)
+            ablations = begin_ablation(lm, dictionaries, name, prompts, config, on_progress, documents)
+            table, ablation = measure_behaviour(ablations, prompts, text), ablations[TESTED]
             importance = measure_importance(table, ablation) if config.effects == "all" and table.behaviours else None
             if is_first_process():
                 # Before the part's results, whose file says that the part is done.
@@ -109,7 +111,7 @@ def run_ablate(run: Run) -> AblateResults:
                 )
             results = BehaviourResults(top, importance.summary if importance else None)
             line = f"{len(table.edits):,} edits on {len(ablation.test)} test prompts"
-            return parts.Measured(results, line if top else f"not testable: {no_top_features([name])}")
+            return parts.Measured(results, line if top else f"not testable: {explain_no_top_features([name])}")
 
         return measure
 

@@ -15,7 +15,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import published_heads
 from saejax.interventions.ablation import begin_ablation, measure_behaviour
-from saejax.interventions.answers import VerdictConfig, mean_interval, no_top_features
+from saejax.interventions.answers import VerdictConfig, explain_no_top_features, mean_interval
 from saejax.interventions.edits import swap
 from saejax.interventions.engine import run_edits
 from saejax.interventions.patching import (
@@ -35,7 +35,7 @@ from saejax.interventions.patching import (
 )
 from saejax.interventions.published_heads import compare_published_heads, is_gpt2_small
 from saejax.interventions.settings import AblateConfig, PatchConfig
-from saejax.interventions.table import load_effects, merge_tables, save_effects
+from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
 from saejax.interventions.verdict import summarise, verdict
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import HEAD_KINDS, Site
@@ -183,17 +183,18 @@ def _measure_features(
         bootstrap=config.bootstrap,
         batch_rows=config.batch_rows,
     )
-    ablation = begin_ablation(lm, dictionary, name, prompts, settings, on_progress)
+    ablations = begin_ablation(lm, {TESTED: dictionary}, name, prompts, settings, on_progress)
+    ablation = ablations[TESTED]
     if not ablation.top():
-        reason = no_top_features([name])
+        reason = explain_no_top_features([name])
         return parts.Measured(reason, f"not patched: {reason}")
-    table = measure_behaviour(ablation, prompts)
+    table = measure_behaviour(ablations, prompts)
     save_effects(run.folder / f"{name}-effects", table)
     definitions = table.select_prompts(name)
     # The ablation measured noising. Denoising is the same with prompts and counterparts exchanged.
     (noised_P,) = table.values(table.select_whole_edits(name, "top"), definitions, "logit_diff")
     exchanged = [
-        dataclasses.replace(clean.counterpart, counterpart=clean) for clean in ablation.runs if clean.counterpart
+        dataclasses.replace(clean.counterpart, counterpart=clean) for clean in ablation.test.runs if clean.counterpart
     ]
     edits = swap(ablation.split.dictionary, [ablation.top()])
     corrupted_P, denoised_P = run_edits(ablation.split, exchanged, edits, config.batch_rows)["logit_diff"]

@@ -12,18 +12,19 @@ from saejax.errors import UserError
 from saejax.files import read_lines
 from saejax.interventions.benchmark import BenchmarkItems
 from saejax.interventions.probing import (
+    LOG_LIKELIHOOD,
     FeatureAblation,
     ProbedLabel,
     ProbeResults,
     ablation_of,
-    ablation_on_references,
     correct,
     label_all,
     probe_inputs,
     probe_label,
 )
+from saejax.interventions.references import References
 from saejax.interventions.settings import ProbeConfig
-from saejax.interventions.split_model import SplitModel
+from saejax.interventions.split_model import GROUP_TOKENS, SplitModel
 from saejax.progress import OnProgress
 from saejax.results import from_json
 from saejax.runner import parts
@@ -73,9 +74,9 @@ def run_probe(run: Run) -> ProbeResults:
             ids = [prompt.items[0] for prompt in labelled.prompts if prompt.split == "test"][:BENCHMARK_ITEMS]
             items = {item.id: item for item in read_items(labelled.behaviour, task)}
             chosen = [items[each] for each in ids]
-            return ablation_on_references(
-                split, BenchmarkItems(lm, labelled.behaviour, task, (), chosen).references(chosen)
-            )
+            references = BenchmarkItems(lm, labelled.behaviour, task, (), chosen).references(chosen)
+            answers = References(split, references, GROUP_TOKENS)
+            return FeatureAblation(LOG_LIKELIHOOD, answers, [""] * len(references))
 
         def measure(name: str, on_progress: OnProgress) -> parts.Measured:
             inputs = inputs_of(wanted[name].prompts)

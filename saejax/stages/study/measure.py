@@ -13,14 +13,9 @@ from saejax.errors import UserError
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.files import write_json
 from saejax.interventions import bases
-from saejax.interventions.ablation import describe_top
+from saejax.interventions.ablation import BehaviourAblation, describe_top
 from saejax.interventions.answers import FeatureEffect
-from saejax.interventions.benchmark import (
-    BenchmarkAblation,
-    BenchmarkItems,
-    measure_benchmark,
-    measure_group,
-)
+from saejax.interventions.benchmark import POOL, BenchmarkItems, MeasuredBenchmark, measure_benchmark
 from saejax.interventions.falsify import Falsification, falsify
 from saejax.interventions.references import References
 from saejax.interventions.settings import StudyConfig
@@ -99,12 +94,14 @@ def measure_items(run: Run, items: BenchmarkItems, dictionary: Dictionary, repea
     """Choose the top features and ablate them, their controls and groups; write what was chosen and measured."""
     config = run.configs[StudyConfig]
     on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
-    table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
-    attribution_PxF, *of_repeats = ablation.item_attributions(list(repeats.values()))
+    measured = measure_benchmark(items, dictionary, config, repeats, on_progress)
+    table, ablation = measured.table, measured.tested
+    attribution_PxF, *of_repeats = measured.item_attributions()
     of_seeds = dict(zip(repeats, of_repeats, strict=True))
+    pools = ablation.train.pools(ablation.top(), POOL, config.seed)
     chosen = ChosenFeatures(
         top=describe_top(table, ablation),
-        pools={feature: tuple(pool) for feature, pool in ablation.pools(ablation.top()).items()},
+        pools={feature: tuple(pool) for feature, pool in pools.items()},
         activations=_measure_activations(ablation),
         primitives=_find_primitives(items.train, attribution_PxF, of_seeds, config.seed),
     )
@@ -116,13 +113,13 @@ def measure_items(run: Run, items: BenchmarkItems, dictionary: Dictionary, repea
         is_testable = testable > 0 and len(places) > 1
         testable -= is_testable
         controls = ("random", "placebo") if is_testable else ()
-        tables.append(measure_group(ablation, f"{GROUP}{number}", primitive.features, places, controls))
+        tables.append(measured.measure_group(f"{GROUP}{number}", primitive.features, places, controls))
     for name in config.benchmarks:
         if name != run.name:
-            features = ablation.choose_features(read_benchmark(name, items.lm, items.task, config))
-            tables.append(measure_group(ablation, CHOSEN_ON + name, features, range(len(items.test)), ("random",)))
+            features = measured.choose_features(read_benchmark(name, items.lm, items.task, config))
+            tables.append(measured.measure_group(CHOSEN_ON + name, features, range(len(items.test)), ("random",)))
     table = merge_tables(tables)
-    _save_activity(run.folder, items, ablation, config.seed)
+    _save_activity(run.folder, measured, config.seed)
     sparse.save_npz(run.folder / ITEM_ATTRIBUTION, sparse.csr_array(attribution_PxF))
     save_effects(run.folder / MEASURED, table)
     write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
@@ -153,7 +150,7 @@ def _find_primitives(
     return dataclasses.replace(tested, seeds=seeds, p_recurs=p_recurs)
 
 
-def _ranking(ablation: BenchmarkAblation, top: Sequence[FeatureEffect]) -> tuple[BenchmarkFeature, ...]:
+def _ranking(ablation: BehaviourAblation[References], top: Sequence[FeatureEffect]) -> tuple[BenchmarkFeature, ...]:
     """Return all features that fire on the test items, the largest attribution first."""
     statistics, drops = ablation.statistics, {effect.feature: effect.drop for effect in top}
     order_F = np.argsort(-ablation.attribution_F, kind="stable")
@@ -169,10 +166,10 @@ def _ranking(ablation: BenchmarkAblation, top: Sequence[FeatureEffect]) -> tuple
     )
 
 
-def _measure_activations(ablation: BenchmarkAblation) -> BenchmarkActivations:
+def _measure_activations(ablation: BehaviourAblation[References]) -> BenchmarkActivations:
     """Return statistics of the site on the test items, and how well the dictionary reconstructs it."""
     norms: list[np.ndarray] = []
-    references: References = ablation.test_references
+    references = ablation.test
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for read_NxD, value_NxD in references.values():
@@ -191,14 +188,14 @@ def _measure_activations(ablation: BenchmarkAblation) -> BenchmarkActivations:
     )
 
 
-def _save_activity(folder: Path, items: BenchmarkItems, ablation: BenchmarkAblation, seed: int) -> None:
+def _save_activity(folder: Path, measured: MeasuredBenchmark, seed: int) -> None:
     """Write what ``saejax.matching.importance`` compares: features on all items, and those of a rotated dictionary."""
+    items, ablation = measured.items, measured.tested
     is_fast = getattr(items.lm.tokenizer, "is_fast", False)
     if not is_fast or ablation.basis.config.d_in != items.lm.config.d_model:
         return  # no character offsets, or no site of the stream: not compared with features of other models
     texts, none_0xF = _item_texts([*items.train, *items.test]), np.zeros((0, ablation.basis.config.n_features))
-    placebo_RxF = np.array(ablation.placebo_attribution) if ablation.placebo_attribution else none_0xF
-    rotated = dataclasses.replace(ablation, basis=rotate(ablation.basis, [seed]))
+    rotated, placebo_RxF = ablation.with_basis(rotate(ablation.basis, [seed])), measured.placebo_RxF
     for name, some, targets_RxF in ((FEATURES_ON_ITEMS, ablation, placebo_RxF), (ROTATED_ON_ITEMS, rotated, none_0xF)):
         read_features(items.lm, some.basis, texts, some.attribution_F, targets_RxF).save(folder / name)
 
