@@ -427,11 +427,12 @@ class PromptTree(NamedTuple):
 
     tree: SharedPrefixBatch
     end_SxC: jax.Array  #: index among its shard's tokens of each row's last one, or of its last ones, row after row
-    place_SxR: jax.Array  #: each row's place in the clean run; -1 in copies that fill a shard up
+    #: each row's place in the clean run; -1 in copies that fill a shard up. All of it on the host of every process.
+    place_SxR: np.ndarray
 
     @property
-    def is_prompt_X(self) -> jax.Array:
-        """Return which of the S * R rows are prompts."""
+    def is_prompt_X(self) -> np.ndarray:
+        """Truth of each of the S * R rows being a prompt."""
         return self.place_SxR.reshape(-1) >= 0
 
 
@@ -465,4 +466,4 @@ def prompt_trees(
             ends = end_SxC.reshape(len(end_SxC), batch.size, -1)
             for array in (tree.prompt_SxR, tree.first_SxR, tree.token_index_SxRxT, ends) if count else ():
                 array[shard, count:] = array[shard, 0]
-        yield PromptTree(SharedPrefixBatch(*split.by_row(*tree)), *split.by_row(end_SxC, place_SxR))
+        yield PromptTree(SharedPrefixBatch(*split.by_row(*tree)), split.by_row(end_SxC)[0], place_SxR)

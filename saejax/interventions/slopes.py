@@ -208,7 +208,7 @@ def answer_slopes(
         some, sides = [], _sides(split, run, source)
         for rows in prompt_trees(split, EditedRun(run, source), PROGRAM_TOKENS):
             # Rows that fill a shard up take any answers.
-            answers_1xSxRx2 = run.answers_Bx2[None, np.asarray(rows.place_SxR)]
+            answers_1xSxRx2 = run.answers_Bx2[None, rows.place_SxR]
             some.append(AnswerSlopes(rows, _mean_slopes(split, run, rows, answers_1xSxRx2, source, sides, steps)))
         slopes_of.append(some)
     return slopes_of
@@ -248,8 +248,7 @@ def target_attributions(
     for runs in zip(*runs_of, strict=True):
         sides_of = [_sides(split, run, source) for split, run in zip(splits, runs, strict=True)]
         for rows in prompt_trees(splits[0], EditedRun(runs[0], source), TARGET_TOKENS, runs[1:]):
-            place_SxR = np.asarray(rows.place_SxR)
-            targets = np.broadcast_to(padded, (len(padded), *place_SxR.shape, 2))
+            targets = np.broadcast_to(padded, (len(padded), *rows.place_SxR.shape, 2))
             for first in range(0, len(padded), TARGETS):
                 on_progress(done, count * prompts)
                 chunk = slice(first, first + TARGETS)
@@ -257,7 +256,7 @@ def target_attributions(
                 for total, split, sides in zip(totals, splits, sides_of, strict=True):
                     scored = score_slopes(split.point, split.dictionary, sides, rows.tree, slope_CxSxNxD, source)
                     total[chunk] += to_host(scored)
-                done += int((place_SxR >= 0).sum()) * min(TARGETS, count - first)
+                done += int(rows.is_prompt_X.sum()) * min(TARGETS, count - first)
     if not all(np.isfinite(total).all() for total in totals):
         raise UserError(not_finite(splits[0].point, f"at {splits[0].point.site}"))
     return [total[:count] / prompts for total in totals]

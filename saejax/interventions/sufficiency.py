@@ -51,7 +51,7 @@ def keep_features(
     for run in runs:
         clean = run.stream_BxTxX, run.value_BxTxD, run.read_BxTxD, run.domain_BxT, split.past(run)[1]
         for rows in prompt_trees(split, EditedRun(run, ZERO), PROGRAM_TOKENS // (2 * SETS)):
-            place_X = np.asarray(rows.place_SxR).reshape(-1)
+            place_X = rows.place_SxR.reshape(-1)
             answers_Xx2, prompt_Q = run.answers_Bx2[place_X], run.index_P[place_X[place_X >= 0]]
             for first in range(0, len(sets), SETS):
                 # Sets of one width, the last ones repeated: one program runs all. The first feature fills a set up,

@@ -116,7 +116,8 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         count = min(-(-ranking // shards), max(most // length, 1))
         kept = kept_prompts(plan, mesh, ranking)
         tree = _abstract_tree(mesh, fill(count), length, fill(count * length))
-        rows = PromptTree(tree, by_row(mesh, tree.prompt_SxR.shape, jnp.int32), tree.prompt_SxR)
+        place: Any = whole(mesh, tree.prompt_SxR.shape, jnp.int32)
+        rows = PromptTree(tree, by_row(mesh, tree.prompt_SxR.shape, jnp.int32), place)
         clean, editable = value(whole, kept), domain(whole, kept)
         # Random replacements are drawn from each feature's own activations, so their counts travel along.
         counterpart = (clean, editable) if ablate.replacement == "counterpart" and targets == 1 else None
