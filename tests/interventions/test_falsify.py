@@ -12,6 +12,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.interventions import falsify as module
 from saejax.interventions.falsify import RULE, falsify, judge_injection
+from saejax.models.language_model import LanguageModel
 
 WORDS, LOGIC = 120, 20  # plain words of the language, and those of reasoning, which come after them
 LENGTH = 64  # words of a text
@@ -35,7 +36,7 @@ class Words:
 
 
 @dataclasses.dataclass
-class World:
+class World(LanguageModel):
     """A model whose one site says which word stands here, one-hot, and how many of the last words followed.
 
     Texts that reason have many words of reasoning, and most of their plain words follow from the one ``FAR`` tokens
@@ -173,7 +174,7 @@ def test_a_real_model(tiny, make_dictionary):
     assert [row.group for row in result.features] == ["tested"] * 2 + ["random features"] * 2
     with pytest.raises(UserError, match="falsify has 1, 1, 1, 1 texts"):
         saejax.falsify(tiny, make_dictionary("resid_post.1"), [3], texts[:2], texts[:2])
-    for features, message in (([160], "does not exist"), ([-1], "does not exist"), ([3, 3], "holds a feature twice")):
+    for features, message in (([160], "do not exist"), ([-1], "do not exist"), ([3, 3], "none twice")):
         with pytest.raises(UserError, match=message):
             saejax.falsify(tiny, make_dictionary("resid_post.1"), features, texts, texts)
     damaged = make_dictionary("resid_post.1")
