@@ -4,7 +4,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,6 +22,7 @@ _MADE_BY = {
     "LocalModel": "saejax.LocalModel(lm, transcoders, prompt)",
     "Prompt": "saejax.make_prompts(lm, BEHAVIOUR)",
 }
+_MADE_IN_LISTS = "Prompt"  # the class of which the call makes a list, not a single object
 # By the annotation of a list: the class of a single item in its place, and how a message calls it.
 _SINGLE = ((Sequence[str], str, "is one string"), (Sequence[int], Integral, "is one number"))
 
@@ -56,7 +57,11 @@ def _list_sources(hint: Any) -> list[str]:
         return [f"the result of {call}"]
     if any(hint == of_items for of_items, _, _ in _SINGLE):
         return ["a list of them"]
-    return list(dict.fromkeys(source for part in typing.get_args(hint) for source in _list_sources(part)))
+    parts, origin = typing.get_args(hint), typing.get_origin(hint)
+    name = getattr(parts[0], "__name__", "") if origin is Sequence else ""
+    if name in _MADE_BY and name != _MADE_IN_LISTS:
+        return [f"a list of results of {_MADE_BY[name]}"]
+    return list(dict.fromkeys(source for part in parts for source in _list_sources(part)))
 
 
 def _explain_misfit(value: Any, hint: Any) -> str:
@@ -75,7 +80,9 @@ def _explain_misfit(value: Any, hint: Any) -> str:
         if hint == of_items:
             return words if isinstance(value, single) else ""
     if isinstance(origin, type) and issubclass(origin, Iterable):
-        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        # Of a mapping the items are its keys.
+        is_other = isinstance(value, str | bytes) or (origin is Sequence and isinstance(value, Mapping))
+        if is_other or not isinstance(value, Iterable):
             return reason
         if isinstance(value, Collection) and len(parts) == 1:
             return next(

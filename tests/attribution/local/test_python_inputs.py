@@ -104,9 +104,12 @@ def test_prompts_and_targets(lm, transcoders):
         ),
         (dict(targets=[(saejax.Direction("d", np.ones(64)), 5)]), r"the target token Direction\(name='d'"),
         (dict(logit_mass=None), "logit_mass None"),
-        (dict(dictionaries=transcoders[0]), "transcoders is a Dictionary: expected a list"),
-        (dict(dictionaries=dict(enumerate(transcoders))), "transcoders is a dict: expected a list"),
-        (dict(dictionaries=None), "transcoders is a NoneType"),
+        (
+            dict(dictionaries=transcoders[0]),
+            "dictionaries is a Dictionary: expected a list of results",
+        ),
+        (dict(dictionaries=dict(enumerate(transcoders))), "dictionaries is a dict: expected a list"),
+        (dict(dictionaries=None), "dictionaries is None: expected a list"),
         (dict(dictionaries=[made_sae(lm, "resid_post.1", IDS)]), r"resid_post.1 is an SAE, .* saejax.open_saes"),
     ):
         with pytest.raises(UserError, match=said):
