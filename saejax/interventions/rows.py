@@ -432,7 +432,7 @@ class PromptTree(NamedTuple):
 
     @property
     def is_prompt_X(self) -> np.ndarray:
-        """Truth of each of the S * R rows being a prompt."""
+        """Return which of the S * R rows are prompts, not copies."""
         return self.place_SxR.reshape(-1) >= 0
 
 
