@@ -186,3 +186,13 @@ def test_prompts_that_begin_alike_share_tokens_and_change_no_mean(tiny, prompts,
     (target_RxF,) = slopes.target_attributions([split], [runs], targets)
     for r in range(len(targets)):
         assert_attributed(target_RxF[r], np.mean(alone_PxRxF, axis=0)[r])
+
+
+def test_many_tokens_take_one_target_at_a_time(tiny, prompts, dictionary, monkeypatch):
+    split, targets = SplitModel(tiny, dictionary), np.array([[3, 5], [7, 11], [5, 7]])
+    runs = split.run(prompts)
+    (together_RxF,) = slopes.target_attributions([split], [runs], targets)
+    monkeypatch.setattr(slopes, "CPU_VALUES", 1)
+    (alone_RxF,) = slopes.target_attributions([split], [runs], targets)
+    for r in range(len(targets)):
+        assert_attributed(alone_RxF[r], together_RxF[r])
