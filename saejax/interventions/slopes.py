@@ -52,9 +52,7 @@ from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
 TARGETS = 16  # targets whose slopes are computed together: as many times the tokens of a batch
-TARGET_TOKENS = 7 * PROGRAM_TOKENS // 64  # tokens of such a batch, for each device
-# On CPUs, XLA's program of jaxlib 0.10.2 for several targets gives wrong slopes where they have as many values or more.
-CPU_VALUES = 4096 * 576
+TARGET_TOKENS = PROGRAM_TOKENS // 8  # tokens of such a batch, for each device
 
 
 @check_classes
@@ -251,24 +249,17 @@ def target_attributions(
         sides_of = [_sides(split, run, source) for split, run in zip(splits, runs, strict=True)]
         for rows in prompt_trees(splits[0], EditedRun(runs[0], source), TARGET_TOKENS, runs[1:]):
             targets = np.broadcast_to(padded, (len(padded), *rows.place_SxR.shape, 2))
-            at_once = _targets_at_once(splits[0].point, rows)
-            for first in range(0, count if at_once == 1 else len(padded), at_once):
+            for first in range(0, len(padded), TARGETS):
                 on_progress(done, count * prompts)
-                chunk = slice(first, first + at_once)
+                chunk = slice(first, first + TARGETS)
                 slope_CxSxNxD = _mean_slopes(splits[0], runs[0], rows, targets[chunk], source, sides_of[0], steps)
                 for total, split, sides in zip(totals, splits, sides_of, strict=True):
                     scored = score_slopes(split.point, split.dictionary, sides, rows.tree, slope_CxSxNxD, source)
                     total[chunk] += to_host(scored)
-                done += int(rows.is_prompt_X.sum()) * min(at_once, count - first)
+                done += int(rows.is_prompt_X.sum()) * min(TARGETS, count - first)
     if not all(np.isfinite(total).all() for total in totals):
         raise UserError(not_finite(splits[0].point, f"at {splits[0].point.site}"))
     return [total[:count] / prompts for total in totals]
-
-
-def _targets_at_once(point: SplitPoint, rows: PromptTree) -> int:
-    """Return how many targets one program takes; see ``CPU_VALUES``."""
-    values = TARGETS * rows.tree.row_SxN.size * point.config.d_model
-    return 1 if point.mesh.devices.flat[0].platform == "cpu" and values >= CPU_VALUES else TARGETS
 
 
 class Sides(NamedTuple):
