@@ -11,10 +11,9 @@ def avoid_wrong_programs() -> None:
     """Keep XLA from handing parts of programs for CPUs to the library YNNPACK, unless the user's XLA_FLAGS say how.
 
     jaxlib 0.10.2 does so by default, and sums of products then come out wrong from some thousand rows on: of the
-    gradients of several targets, for instance, all but the first (https://github.com/jax-ml/jax/issues/39103). Others
-    end the process (https://github.com/jax-ml/jax/issues/39257). Programs without YNNPACK are as fast, and every jaxlib
-    that saejax runs with knows the flag. XLA reads XLA_FLAGS once, when JAX first looks for devices; where that has
-    happened, a warning says what to do.
+    gradients of several targets, for instance, all but the first (JAX issue 39103). Others end the process (issue
+    39257). Programs without YNNPACK are as fast, and every jaxlib that saejax runs with knows the flag. XLA reads
+    XLA_FLAGS once, when JAX first looks for devices; where that has happened, a warning says what to do.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if FLAG in flags:
