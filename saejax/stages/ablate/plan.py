@@ -3,6 +3,8 @@
 They are: clean runs, attribution for answers and for placebo targets, changes of features, the layers above the site.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from jax.sharding import Mesh
 
 from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
+from saejax.dictionaries import DictionaryConfig
 from saejax.flops import pass_flops
 from saejax.interventions import slopes
 from saejax.interventions.ablation import expected_rows
@@ -58,6 +61,73 @@ def kept_prompts(plan: PlannedRun, mesh: Mesh, count: int) -> int:
     return step * min(-(-count // step), most)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """The model, split at a dictionary's site, with shapes in place of arrays."""
+
+    plan: PlannedRun
+    mesh: Mesh
+
+    @functools.cached_property
+    def used(self) -> DictionaryConfig:
+        """The dictionary whose features are ablated."""
+        return self.plan.dictionary("ablate")
+
+    @functools.cached_property
+    def point(self) -> SplitPoint:
+        """Where the model is split."""
+        reads, writes = Site.parse(self.used.site), Site.parse(self.used.target or self.used.site)
+        return SplitPoint(self.plan.model, writes, reads, self.mesh)
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """Parameters of the model."""
+        return abstract_params(self.plan.model, self.mesh, self.plan.dtype)
+
+    @functools.cached_property
+    def dictionary(self) -> Any:
+        """Parameters of the dictionary."""
+        return abstract_dictionary(self.used, self.plan.configs[TrainConfig], self.mesh)
+
+    @functools.cached_property
+    def length(self) -> int:
+        """Tokens of a prompt, padded."""
+        return prompt_length(self.plan)
+
+    @functools.cached_property
+    def source(self) -> ActivationReplacement:
+        """What replaces the features' activations."""
+        config, features = self.plan.configs[AblateConfig], self.used.n_features
+        return ActivationReplacement(
+            config.replacement,
+            mean_F=jax.ShapeDtypeStruct((features,), jnp.float32) if config.replacement == "mean" else None,
+            seed=jax.ShapeDtypeStruct((), jnp.uint32) if config.replacement == "random" else None,
+        )
+
+    def value(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
+        """Return the shape of the stream, the site's value or what is read, of ``count`` prompts."""
+        return place(self.mesh, (count, self.length, self.used.d_in), self.plan.dtype)
+
+    def domain(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
+        """Return the shape of the editable positions of ``count`` prompts."""
+        return place(self.mesh, (count, self.length), bool)
+
+    def program(self, name: str, size: str, function: Callable, arguments: tuple, flops: float, runs: float) -> Program:
+        """Return a program; model and dictionary are kept in memory even where it does not read them."""
+        argument_ids = {id(argument) for argument in arguments}
+        kept: list[Any] = [tree for tree in (self.params, self.dictionary) if id(tree) not in argument_ids]
+        return Program(f"ablate: {name}", size, function, arguments, kept, flops, runs)
+
+    def suffix_flops(self, count: int) -> float:
+        """Return the operations of the layers above the site on ``count`` prompts."""
+        layers = self.plan.model.n_layers - Site.parse(self.used.site).layer - 1
+        return pass_flops(self.plan.model, count * self.length, self.length, layers)
+
+    def encode_flops(self, count: int) -> float:
+        """Return the operations of the encoder on ``count`` prompts; the decoder has as many."""
+        return 2.0 * count * self.length * self.used.d_in * self.used.n_features
+
+
 def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """Return the programs of the stage, each with its expected number of calls; none without behaviours.
 
@@ -67,137 +137,104 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
       plan: the run.
       mesh: the devices.
     """
-    if not plan.configs[TaskConfig].has_behaviours:
+    split = _Split(plan, mesh)
+    # Programs of several sites are not planned.
+    if not plan.configs[TaskConfig].has_behaviours or split.used.widths:
         return []
-    ablate, task, train = plan.configs[AblateConfig], plan.configs[TaskConfig], plan.configs[TrainConfig]
-    used, length, ranking = plan.dictionary("ablate"), prompt_length(plan), ranking_prompts(plan)
-    prompts = kept_prompts(plan, mesh, max(task.train_prompts, task.test_prompts))
-    at_once, shards = rows_at_once(prompts, length), document_devices(mesh)
-    if used.widths:  # programs of several sites are not planned
-        return []
-    reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
-    point = SplitPoint(plan.model, writes, reads, mesh)
-    params, dictionary = abstract_params(plan.model, mesh, plan.dtype), abstract_dictionary(used, train, mesh)
-    source = _abstract_replacement(ablate, used.n_features)
-
-    def value(place: Callable, count: int) -> jax.ShapeDtypeStruct:
-        """Return the shape of the stream, the site's value or what is read, of ``count`` prompts."""
-        return place(mesh, (count, length, used.d_in), plan.dtype)
-
-    def domain(place: Callable, count: int) -> jax.ShapeDtypeStruct:
-        """Return the shape of the editable positions of ``count`` prompts."""
-        return place(mesh, (count, length), bool)
-
-    def program(name: str, size: str, function: Callable, arguments: tuple, flops: float, runs: float) -> Program:
-        """Return a program; model and dictionary are kept in memory even where it does not read them."""
-        argument_ids = {id(argument) for argument in arguments}
-        kept: list[Any] = [tree for tree in (params, dictionary) if id(tree) not in argument_ids]
-        return Program(f"ablate: {name}", size, function, arguments, kept, flops, runs)
-
-    def suffix_flops(count: int) -> float:
-        return pass_flops(plan.model, count * length, length, plan.model.n_layers - reads.layer - 1)
-
-    def encode_flops(count: int) -> float:  # the decoder has as many
-        return 2.0 * count * length * used.d_in * used.n_features
-
-    behaviours, trainings = count_all_behaviours(task), 1 + len(ablate.repeats)
-    test = [Prompt("", "test", "", "", "")] * task.test_prompts
-    named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
-    edited_rows = _FIRING * behaviours * expected_rows(ablate, named, "0", used.n_features)
-    ranked = behaviours * ranking / at_once
-    points = STEPS if ablate.attribution == "integrated" else 1
+    ablate, task = plan.configs[AblateConfig], plan.configs[TaskConfig]
+    behaviours, trainings, ranking = count_all_behaviours(task), 1 + len(ablate.repeats), ranking_prompts(plan)
     bases = trainings + len(ablate.baselines) + ablate.untrained_dictionaries + bool(ablate.untrained_dictionaries)
-    size = f"{at_once} prompts of {length} tokens"
-    counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, train.state_dtype))
+    prompts = kept_prompts(plan, mesh, max(task.train_prompts, task.test_prompts))
+    at_once = rows_at_once(prompts, split.length)
+    ids_BxT, last_B = by_row(mesh, (at_once, split.length), jnp.int32), by_row(mesh, (at_once,), jnp.int32)
+    head = split.point, ablate.error, split.params, split.dictionary, ids_BxT, last_B, split.domain(by_row, at_once)
+    flops = pass_flops(plan.model, at_once * split.length, split.length, split.point.site.layer + 1)
+    size, runs = f"{at_once} prompts of {split.length} tokens", 2 * behaviours * ranking / at_once
+    programs = [split.program("head", size, run_head, head, flops, runs)]
 
-    def slope_programs(name: str, targets: int, most: int, points: float, dictionaries: float) -> list[Program]:
-        """Return the slopes of some targets on as many prompts as ``most`` tokens hold, and attributions by them."""
-        # Rows that share no tokens, each read from its first one on.
-        count = min(-(-ranking // shards), max(most // length, 1))
-        kept = kept_prompts(plan, mesh, ranking)
-        tree = _abstract_tree(mesh, fill(count), length, fill(count * length))
-        place: Any = whole(mesh, tree.prompt_SxR.shape, jnp.int32)
-        rows = PromptTree(tree, by_row(mesh, tree.prompt_SxR.shape, jnp.int32), place)
-        clean, editable = value(whole, kept), domain(whole, kept)
-        # Random replacements are drawn from each feature's own activations, so their counts travel along.
-        counterpart = (clean, editable) if ablate.replacement == "counterpart" and targets == 1 else None
-        sides = slopes.Sides(clean, editable, counterpart, counts if ablate.replacement == "random" else None)
-        targets_CxSxRx2 = whole(mesh, (targets, *tree.prompt_SxR.shape, 2), jnp.int32)
-        value_SxNxD = by_row(mesh, (*tree.row_SxN.shape, used.d_in), plan.dtype)
-        shape = targets, *value_SxNxD.shape
-        slope_CxSxNxD = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=slopes.place_slopes(mesh, shape))
-        size = f"{count * shards} prompts of {length} tokens"
-        sloped = point, params, _abstract_past(point, params, clean), clean, value_SxNxD, rows, targets_CxSxRx2
-        scored = point, dictionary, sides, tree, slope_CxSxNxD, source
-        flops = [(1 + targets) * each(count * shards) for each in (suffix_flops, encode_flops)]
-        runs = behaviours * ranking / (count * shards)
-        return [
-            program(f"{name}slopes", size, slopes.target_slopes, sloped, flops[0], runs * points),
-            program(f"{name}attribution", size, slopes.score_slopes, scored, flops[1], runs * dictionaries),
-        ]
-
-    ids_BxT, last_B = by_row(mesh, (at_once, length), jnp.int32), by_row(mesh, (at_once,), jnp.int32)
-    head = (point, ablate.error, params, dictionary, ids_BxT, last_B, domain(by_row, at_once))
-    head_flops = pass_flops(plan.model, at_once * length, length, writes.layer + 1)
-    programs = [program("head", size, run_head, head, head_flops, 2 * ranked)]
     # Dictionaries share slopes without an edit.
-    programs += slope_programs("", 1, PROGRAM_TOKENS, points * (bases if points > 1 else trainings), bases)
+    points = STEPS if ablate.attribution == "integrated" else 1
+    programs += _slope_programs(split, "", 1, PROGRAM_TOKENS, points * (bases if points > 1 else trainings), bases)
     if ablate.placebo_targets:
         sharing = trainings if ablate.error == "keep" else 1  # dictionaries of the site
         groups = max(TOKENS, ablate.placebo_targets) / slopes.TARGETS
-        programs += slope_programs("placebo ", slopes.TARGETS, slopes.TARGET_TOKENS, groups * points, groups * sharing)
+        limits = slopes.TARGETS, slopes.TARGET_TOKENS
+        programs += _slope_programs(split, "placebo ", *limits, groups * points, groups * sharing)
 
     # The engine gathers the columns of the features that a group of edits needs, filled up to a few widths.
-    gathered = filled_features(min(used.n_features, max(GATHERED, ablate.top)))
-    sides = [value(whole, prompts), domain(whole, prompts)] * (2 if ablate.replacement == "counterpart" else 1)
-    chosen = (point, dictionary, source, sides, whole(mesh, (gathered,), jnp.int32), prompts)
-    flops = len(sides) / 2 * encode_flops(prompts)
-    size = f"{prompts} prompts, {gathered} features"
+    gathered = filled_features(min(split.used.n_features, max(GATHERED, ablate.top)))
+    clean_sides = [split.value(whole, prompts), split.domain(whole, prompts)]
+    sides = clean_sides * (2 if ablate.replacement == "counterpart" else 1)
+    chosen = split.point, split.dictionary, split.source, sides, whole(mesh, (gathered,), jnp.int32), prompts
+    flops, size = len(sides) / 2 * split.encode_flops(prompts), f"{prompts} prompts, {gathered} features"
     # Each dictionary or basis encodes the test prompts for its list, its dose and its edit.
-    programs.append(program("features", size, gather, chosen, flops, 3 * behaviours * bases))
+    programs.append(split.program("features", size, gather, chosen, flops, 3 * behaviours * bases))
 
     # Rows that share no tokens, each changed from its start on: batches are full.
+    test = [Prompt("", "test", "", "", "")] * task.test_prompts
+    named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
+    edited_rows = _FIRING * behaviours * expected_rows(ablate, named, "0", split.used.n_features)
     batch = ablate.batch_rows
-    f_PxTxK = whole(mesh, (prompts, length, gathered), train.state_dtype)
-    W_dec_KxD = whole(mesh, (gathered, used.d_in), train.state_dtype)
-    edited = _edited_rows(point, params, value(whole, prompts), f_PxTxK, W_dec_KxD, batch)
-    flops = suffix_flops(batch) + 2.0 * batch * length * gathered * used.d_in
-    programs.append(program("tail", f"{batch} edited prompts", run_rows, edited, flops, edited_rows / batch))
+    flops = split.suffix_flops(batch) + 2.0 * batch * split.length * gathered * split.used.d_in
+    edited = _edited_rows(split, prompts, gathered, batch)
+    programs.append(split.program("tail", f"{batch} edited prompts", run_rows, edited, flops, edited_rows / batch))
     return programs
 
 
-def _abstract_replacement(config: AblateConfig, features: int) -> ActivationReplacement:
-    """Return what replaces the activations of a dictionary's features, with shapes in place of arrays."""
-    return ActivationReplacement(
-        config.replacement,
-        mean_F=jax.ShapeDtypeStruct((features,), jnp.float32) if config.replacement == "mean" else None,
-        seed=jax.ShapeDtypeStruct((), jnp.uint32) if config.replacement == "random" else None,
-    )
+def _slope_programs(
+    split: _Split, name: str, targets: int, most: int, points: float, dictionaries: float
+) -> list[Program]:
+    """Return the slopes of some targets on as many prompts as ``most`` tokens hold, and attributions by them."""
+    plan, mesh, ablate = split.plan, split.mesh, split.plan.configs[AblateConfig]
+    ranking, shards, length = ranking_prompts(plan), document_devices(mesh), split.length
+    # Rows that share no tokens, each read from its first one on.
+    count = min(-(-ranking // shards), max(most // length, 1))
+    kept = kept_prompts(plan, mesh, ranking)
+    tree = _abstract_tree(mesh, fill(count), length, fill(count * length))
+    place: Any = whole(mesh, tree.prompt_SxR.shape, jnp.int32)
+    rows = PromptTree(tree, by_row(mesh, tree.prompt_SxR.shape, jnp.int32), place)
+    clean, editable = split.value(whole, kept), split.domain(whole, kept)
+    counterpart = (clean, editable) if ablate.replacement == "counterpart" and targets == 1 else None
+    counts = None
+    if ablate.replacement == "random":  # drawn from each feature's own activations
+        dtypes = jnp.int32, plan.configs[TrainConfig].state_dtype
+        counts = tuple(whole(mesh, (split.used.n_features,), dtype) for dtype in dtypes)
+    sides = slopes.Sides(clean, editable, counterpart, counts)
+    targets_CxSxRx2 = whole(mesh, (targets, *tree.prompt_SxR.shape, 2), jnp.int32)
+    value_SxNxD = by_row(mesh, (*tree.row_SxN.shape, split.used.d_in), plan.dtype)
+    shape = targets, *value_SxNxD.shape
+    slope_CxSxNxD = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=slopes.place_slopes(mesh, shape))
+    past = _abstract_past(split, clean)
+    sloped = split.point, split.params, past, clean, value_SxNxD, rows, targets_CxSxRx2
+    scored = split.point, split.dictionary, sides, tree, slope_CxSxNxD, split.source
+    flops = [(1 + targets) * each(count * shards) for each in (split.suffix_flops, split.encode_flops)]
+    runs = count_all_behaviours(plan.configs[TaskConfig]) * ranking / (count * shards)
+    size = f"{count * shards} prompts of {length} tokens"
+    return [
+        split.program(f"{name}slopes", size, slopes.target_slopes, sloped, flops[0], runs * points),
+        split.program(f"{name}attribution", size, slopes.score_slopes, scored, flops[1], runs * dictionaries),
+    ]
 
 
-def _edited_rows(
-    point: SplitPoint,
-    params: Any,
-    value_PxTxD: jax.ShapeDtypeStruct,
-    f_PxTxK: jax.ShapeDtypeStruct,
-    W_dec_KxD: jax.ShapeDtypeStruct,
-    batch: int,
-) -> tuple:
+def _edited_rows(split: _Split, prompts: int, gathered: int, batch: int) -> tuple:
     """Return the arguments of the program that runs a batch of edited prompts, each changed from its start on."""
-    mesh, (_, length, gathered) = point.mesh, f_PxTxK.shape
-    past = _abstract_past(point, params, value_PxTxD)
+    mesh, dtype = split.mesh, split.plan.configs[TrainConfig].state_dtype
+    value_PxTxD = split.value(whole, prompts)
+    f_PxTxK = whole(mesh, (prompts, split.length, gathered), dtype)
+    W_dec_KxD = whole(mesh, (gathered, split.used.d_in), dtype)
+    past = _abstract_past(split, value_PxTxD)
     clean = CleanValues(value_PxTxD, value_PxTxD, f_PxTxK, W_dec_KxD, past, None, None)
     of_shard = -(-batch // document_devices(mesh))
-    tree = _abstract_tree(mesh, few_rows(of_shard), length, fill(of_shard * length))
+    tree = _abstract_tree(mesh, few_rows(of_shard), split.length, fill(of_shard * split.length))
     answers_SxRx2 = by_row(mesh, (*tree.prompt_SxR.shape, 2), jnp.int32)
     fraction_SxRxK = by_row(mesh, (*tree.prompt_SxR.shape, gathered), jnp.float32)
-    return point, params, clean, tree, tree.prompt_SxR, answers_SxRx2, fraction_SxRxK, None
+    return split.point, split.params, clean, tree, tree.prompt_SxR, answers_SxRx2, fraction_SxRxK, None
 
 
-def _abstract_past(point: SplitPoint, params: Any, value_PxTxD: jax.ShapeDtypeStruct) -> PrefixKV:
+def _abstract_past(split: _Split, value_PxTxD: jax.ShapeDtypeStruct) -> PrefixKV:
     """Return keys and values of the clean run above the site."""
-    past = jax.eval_shape(point.run_suffix_with_kv, params, value_PxTxD, value_PxTxD)[1]
-    return placed(past, past.placements(point.mesh))
+    past = jax.eval_shape(split.point.run_suffix_with_kv, split.params, value_PxTxD, value_PxTxD)[1]
+    return placed(past, past.placements(split.mesh))
 
 
 def _abstract_tree(mesh: Mesh, rows: int, length: int, tokens: int) -> SharedPrefixBatch:
