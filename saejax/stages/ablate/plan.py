@@ -75,7 +75,7 @@ class _Split:
 
     @functools.cached_property
     def point(self) -> SplitPoint:
-        """Where the model is split."""
+        """The model, split where the dictionary writes."""
         reads, writes = Site.parse(self.used.site), Site.parse(self.used.target or self.used.site)
         return SplitPoint(self.plan.model, writes, reads, self.mesh)
 
@@ -96,7 +96,7 @@ class _Split:
 
     @functools.cached_property
     def source(self) -> ActivationReplacement:
-        """What replaces the features' activations."""
+        """The replacement of the features' activations."""
         config, features = self.plan.configs[AblateConfig], self.used.n_features
         return ActivationReplacement(
             config.replacement,
