@@ -131,6 +131,14 @@ def test_settings_that_a_stage_refuses(refuse, stage, changes, message):
     assert re.search(message, refuse([stage], **changes))
 
 
+def test_a_flag_file_is_named_by_its_flag(refuse, tmp_path):
+    plain = tmp_path / "mine"
+    plain.write_text("--train.k=8\n")
+    for name in ("mine.flags", str(plain)):
+        assert refuse(["train"], name).endswith(f" is not a flag: a file of flags is read with --flagfile={name}")
+    assert refuse(["train"], "nowhere").endswith("is not a flag: flags are --group.field=value; --help lists them")
+
+
 def test_a_process_that_cannot_find_the_others(tmp_path):
     flags = [f"--workdir={tmp_path / 'run'}", "--mesh.processes=2"]
     process = subprocess.run(

@@ -131,7 +131,10 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Seq
         return Configs()
     if len(rest) > 1:
         argument = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
-        raise UserError(f"{argument} is not a flag: flags are --group.field=value; --help lists them")
+        expected = "flags are --group.field=value; --help lists them"
+        if os.path.isfile(rest[1]) or rest[1].endswith(".flags"):
+            expected = f"a file of flags is read with --flagfile={rest[1]}"
+        raise UserError(f"{argument} is not a flag: {expected}")
     accepted = None
     if stages is not None:
         accepted = accepted_groups(stages)
