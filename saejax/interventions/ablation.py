@@ -337,6 +337,8 @@ def begin_ablation(
     every, definitions = prompts[behaviour], define_prompts(behaviour, prompts[behaviour])
     equivalents = EQUIVALENTS.get(behaviour, ())
     chosen = spread_over_templates([prompt for prompt in every if prompt.split == "train"], config.attribution_prompts)
+    if placebo := readouts.get("placebo_readout"):
+        split.with_readout(placebo).tokenize(chosen)  # of a prompt without the token that it reads, all slopes are 0
     tests = [prompt for prompt in every if prompt.split == "test"]
     train = BehaviourPrompts(
         split,
@@ -344,7 +346,7 @@ def begin_ablation(
         config,
         answers=frozenset(text for prompt in every for text in (prompt.correct, prompt.wrong)).union(equivalents),
         length=split.common_length([*chosen, *tests]),
-        placebo_readout=readouts.get("placebo_readout"),
+        placebo_readout=placebo,
     )
     progress, test = RowProgress(on_progress, rows), dataclasses.replace(train, prompts=tests, train=train)
     tested = BehaviourAblation(basis, behaviour, config, progress, definitions, train, test, features)

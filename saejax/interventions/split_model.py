@@ -20,6 +20,7 @@ from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import PrefixKV, Readout, SplitPoint
+from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import by_row, document_devices, row_sharding, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
@@ -142,7 +143,22 @@ class SplitModel:
         """Return the model with another readout and the same clean runs."""
         split = copy.copy(self)
         split.point = dataclasses.replace(self.point, readout=readout)
+        split._least_tokens = split.point.least_tokens()
         return split
+
+    def tokenize(self, prompts: Sequence[Prompt]) -> Tokens:
+        """Return the token ids of prompts; raise a ``UserError`` if one is too short for the readout."""
+        tokens = self.lm.tokenize([prompt.text for prompt in prompts])
+        positions, least_tokens = self.point.positions, self._least_tokens
+        for place in np.flatnonzero(tokens.lengths_B < least_tokens)[:1]:
+            takes = f"the logits at {positions} positions"
+            if tokens.lengths_B[place] >= positions:
+                takes = f"the attention to one of {least_tokens} tokens"
+            raise UserError(
+                f"a readout takes {takes}, and the prompt {prompts[place].text!r} has {tokens.lengths_B[place]} "
+                "tokens: give longer prompts"
+            )
+        return tokens
 
     def run(self, prompts: Sequence[Prompt], counterparts: bool = False, least: int = 0) -> list[CleanRun]:
         """Run prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
@@ -159,16 +175,7 @@ class SplitModel:
         if counterparts:
             pairs = zip(self.run(prompts, least=least), self.run(self._swap_sides(prompts), least=least), strict=True)
             return [dataclasses.replace(run, counterpart=counterpart) for run, counterpart in pairs]
-        tokens = self.lm.tokenize([prompt.text for prompt in prompts])
-        positions, least_tokens = self.point.positions, self._least_tokens
-        for place in np.flatnonzero(tokens.lengths_B < least_tokens)[:1]:
-            takes = f"the logits at {positions} positions"
-            if tokens.lengths_B[place] >= positions:
-                takes = f"the attention to one of {least_tokens} tokens"
-            raise UserError(
-                f"the readout takes {takes}, and the prompt {prompts[place].text!r} has {tokens.lengths_B[place]} "
-                "tokens: give longer prompts"
-            )
+        tokens = self.tokenize(prompts)
         answers_Nx2 = np.zeros((len(prompts), 2), np.int32)
         # Of a readout of the user's, prompts may be without answers.
         if not self.point.readout or any(prompt.correct or prompt.wrong for prompt in prompts):

@@ -261,6 +261,14 @@ def test_readouts_that_cannot_be_used_are_refused(tiny, dictionary, asked):
             dict(readout=lambda of: of.attention(2, 0, -1, 40), readout_layers=[2]),
             "to one of 41 tokens, and the prompt",
         ),
+        (
+            dict(
+                readout=lambda of: of.attention(2, 0, -1, 0),
+                placebo_readouts=[lambda of, key=key: of.attention(2, 0, -1, key) for key in (1, 40)],
+                readout_layers=[2],
+            ),
+            "a readout takes the attention to one of 41 tokens, and the prompt '",
+        ),
         (dict(readout=lambda of: of.attention(2, 4, -1, 0), readout_layers=[2]), "head 4 of layer 2, .* heads 0 to 3"),
     ):
         with pytest.raises(UserError, match=message):
