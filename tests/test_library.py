@@ -155,6 +155,13 @@ def test_wrong_numbers_of_arguments_and_unknown_names_are_told_by_python(lm):
         saejax.capture("smollm2", TEXTS, SITE, device="cuda")
 
 
+def test_values_are_found_by_the_name_of_their_site(acts):
+    assert acts[SITE] is acts.values[SITE]
+    for call in (acts.__getitem__, acts.max_norm, acts.rows):
+        with pytest.raises(UserError, match="unknown captured site 'resid_post.9': expected one of resid_post.1, "):
+            call("resid_post.9")
+
+
 def test_captured_rows_are_the_models_own_values(lm, acts):
     for text in (0, 3, len(TEXTS) - 1):
         tokens = lm.tokenize([TEXTS[text]])

@@ -12,7 +12,7 @@ from saejax.activations.manifest import CapturedModel
 from saejax.activations.store import Store
 from saejax.activations.writer import write_store
 from saejax.arguments import check_classes
-from saejax.errors import UserError
+from saejax.errors import UserError, one_of
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches
 from saejax.models.tokens import Tokens, bos_tokens, tokenize_in_pieces
@@ -35,14 +35,18 @@ class Activations:
     model: CapturedModel  #: the language model
     bos: bool  #: whether every text begins with a BOS token
 
+    def __getitem__(self, site: str) -> np.ndarray:
+        """Return the values at a site, fp32 [N, D]; raise a ``UserError`` if it was not captured."""
+        return self.values[one_of(site, self.values, "captured site")]
+
     def max_norm(self, site: str) -> float:
         """Norm above which a row is an attention sink."""
-        return float(np.float32(self.sink_factor * float(np.median(np.linalg.norm(self.values[site], axis=1)))))
+        return float(np.float32(self.sink_factor * float(np.median(np.linalg.norm(self[site], axis=1)))))
 
     def rows(self, *sites: str) -> np.ndarray:
         """Rows, ascending, that are attention sinks at none of the sites; all sites by default."""
         sites = sites or tuple(self.values)
-        norms = [np.linalg.norm(self.values[site], axis=1) <= self.max_norm(site) for site in sites]
+        norms = [np.linalg.norm(self[site], axis=1) <= self.max_norm(site) for site in sites]
         return np.flatnonzero(np.all(norms, axis=0))
 
     def save(self, folder: str | Path, held_out: int = 0) -> Store:
