@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
-from saejax.errors import UserError
+from saejax.errors import UserError, nearest_names
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,9 +32,10 @@ def check_classes(function: Callable[P, R]) -> Callable[P, R]:
 
     Checked are the parameters whose annotation has one of the classes of ``_MADE_BY``, or is a list of texts or of
     numbers, of which Python would read a single text letter by letter. Wrong numbers of arguments and unknown names
-    raise Python's own ``TypeError``.
+    raise Python's own ``TypeError``, with the nearest names.
     """
     signature = inspect.signature(function)
+    takes_others = any(entry.kind is entry.VAR_KEYWORD for entry in signature.parameters.values())
     hints = {name: entry.annotation for name, entry in signature.parameters.items() if _list_sources(entry.annotation)}
 
     @functools.wraps(function)
@@ -42,6 +43,13 @@ def check_classes(function: Callable[P, R]) -> Callable[P, R]:
         try:
             values = signature.bind(*args, **kwargs).arguments
         except TypeError:
+            for name in kwargs if not takes_others else ():
+                near = nearest_names(name, signature.parameters)
+                if near and name not in signature.parameters:
+                    raise TypeError(
+                        f"{function.__name__}() got an unexpected keyword argument {name!r}. Did you mean "
+                        f"{' or '.join(map(repr, near))}?"
+                    ) from None
             values = {}  # the call tells it in better words
         for name, hint in hints.items():
             if name in values and (wrong := _explain_misfit(values[name], hint)):

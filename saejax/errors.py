@@ -5,10 +5,11 @@ and exit with status 2. Everything else that is raised is a bug and keeps its tr
 """
 
 import contextlib
+import difflib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _TOLD, _NAMED = 20, 100  # faults of a file that a message tells; further places that it names
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
@@ -88,6 +89,24 @@ def out_of_room(error: BaseException) -> str:
         if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
             return reason
     return ""
+
+
+def nearest_names(wanted: str, names: Iterable[str]) -> list[str]:
+    """Return at most three names that somebody may have meant, the likeliest first.
+
+    They are written nearly like it (bach, batch), share a word with it (batch_size, batch) or have it as their initials
+    (lr, learning_rate).
+    """
+    words = set(wanted.lower().split("_"))
+    likeness = {}
+    for name in names:
+        parts = name.lower().split("_")
+        is_abbreviated = wanted.lower() == "".join(part[:1] for part in parts)
+        shared = 1.0 if is_abbreviated else len(words.intersection(parts)) / len(parts)
+        alike = difflib.SequenceMatcher(None, wanted.lower(), name.lower()).ratio()
+        if shared or alike > 0.75:
+            likeness[name] = (shared, alike)
+    return sorted(likeness, key=likeness.__getitem__, reverse=True)[:3]
 
 
 def one_of(wanted: str, names, what: str) -> str:

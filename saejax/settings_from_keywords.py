@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from saejax.config import Config
-from saejax.errors import UserError, one_of
+from saejax.errors import UserError, nearest_names
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 _TAKES: dict[Any, Any] = {bool: bool | np.bool_, int: Integral, float: Real, str: str | os.PathLike}
@@ -35,7 +35,10 @@ def make_config(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
         if inside := {name: settings.pop(name) for name in names & set(settings)}:
             values[field.name] = {unit: make_config(inner, **inside)}
     for name, value in settings.items():
-        one_of(name, hints, f"setting of {cls.__name__}")
+        if name not in hints:
+            near = " or ".join(nearest_names(name, hints))
+            meant = f"did you mean {near}? " if near else ""
+            raise UserError(f"unknown setting of {cls.__name__} {name!r}: {meant}expected one of {', '.join(hints)}")
         takes_list = typing.get_origin(hints[name]) is tuple
         listed = value if isinstance(value, tuple | list) else (value,)
         kind = typing.get_args(hints[name])[0] if takes_list else hints[name]

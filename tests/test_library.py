@@ -153,6 +153,8 @@ def test_wrong_numbers_of_arguments_and_unknown_names_are_told_by_python(lm):
         saejax.capture(lm, TEXTS)
     with pytest.raises(TypeError, match="unexpected keyword argument 'device'"):
         saejax.capture("smollm2", TEXTS, SITE, device="cuda")
+    with pytest.raises(TypeError, match=r"keyword argument 'batch_size'\. Did you mean 'batch_tokens'\?"):
+        saejax.capture(lm, TEXTS, SITE, batch_size=3)
 
 
 def test_values_are_found_by_the_name_of_their_site(acts):
@@ -160,6 +162,23 @@ def test_values_are_found_by_the_name_of_their_site(acts):
     for call in (acts.__getitem__, acts.max_norm, acts.rows):
         with pytest.raises(UserError, match="unknown captured site 'resid_post.9': expected one of resid_post.1, "):
             call("resid_post.9")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("lr", "learning_rate"),
+        ("learning_rte", "learning_rate"),
+        ("l1_coefficient", "l1 or l1_by_depth"),
+        ("steps", "max_steps or "),
+        ("batch_size", "batch"),
+    ],
+)
+def test_an_unknown_setting_is_told_with_the_nearest_ones(wrong, right):
+    with pytest.raises(
+        UserError, match=rf"unknown setting of TrainConfig '{wrong}': did you mean {right}.*\? expected one"
+    ):
+        make_config(TrainConfig, **{wrong: 1})
 
 
 def test_captured_rows_are_the_models_own_values(lm, acts):
