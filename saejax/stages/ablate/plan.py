@@ -40,9 +40,9 @@ from saejax.training.settings import TrainConfig
 
 PROMPT_TOKENS = 32  # of a prompt of a behaviour; the built-in ones have 7 to 32
 _FIRING = 0.85  # share of the rows that are run: a set that changes nothing on a prompt is not
-# Share of the tokens of rows of PROMPT_TOKENS that are run, in the demo: prompts are shorter, rows begin where they
-# change, and they share tokens.
-_TOKENS = 0.2
+# Share of the time of rows of PROMPT_TOKENS that edited prompts take, in the demo: prompts are shorter, rows begin
+# where they change, and they share tokens. A fifth of the tokens are left, in smaller programs, beside some not planned.
+_SHORTER = 0.5
 
 
 def prompt_length(plan: PlannedRun) -> int:
@@ -176,7 +176,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     # Rows that share no tokens, each changed from its start on: batches are full.
     test = [Prompt("", "test", "", "", "")] * task.test_prompts
     named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
-    edited_rows = _TOKENS * _FIRING * behaviours * expected_rows(ablate, named, "0", split.used.n_features)
+    edited_rows = _SHORTER * _FIRING * behaviours * expected_rows(ablate, named, "0", split.used.n_features)
     batch = ablate.batch_rows
     flops = split.suffix_flops(batch) + 2.0 * batch * split.length * gathered * split.used.d_in
     edited = _edited_rows(split, prompts, gathered, batch)
@@ -211,7 +211,7 @@ def _slope_programs(
     sloped = split.point, split.params, past, clean, value_SxNxD, rows, targets_CxSxRx2
     scored = split.point, split.dictionary, sides, tree, slope_CxSxNxD, split.source
     flops = [(1 + targets) * each(count * shards) for each in (split.suffix_flops, split.encode_flops)]
-    runs = _TOKENS * count_all_behaviours(plan.configs[TaskConfig]) * ranking / (count * shards)
+    runs = _SHORTER * count_all_behaviours(plan.configs[TaskConfig]) * ranking / (count * shards)
     size = f"{count * shards} prompts of {length} tokens"
     return [
         split.program(f"{name}slopes", size, slopes.target_slopes, sloped, flops[0], runs * points),
