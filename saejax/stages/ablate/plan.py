@@ -41,7 +41,7 @@ from saejax.training.settings import TrainConfig
 PROMPT_TOKENS = 32  # of a prompt of a behaviour; the built-in ones have 7 to 32
 _FIRING = 0.85  # share of the rows that are run: a set that changes nothing on a prompt is not
 # Share of the time of rows of PROMPT_TOKENS that edited prompts take, in the demo: prompts are shorter, rows begin
-# where they change, and they share tokens. A fifth of the tokens are left, in smaller programs, beside some not planned.
+# where they change, and share tokens. A fifth of the tokens are left, in smaller programs, and not all are planned.
 _SHORTER = 0.5
 
 
