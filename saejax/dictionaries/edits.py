@@ -44,6 +44,16 @@ class FeatureEdit:
         """Return the edit with the sink rule of its dictionary's sites; see ``Dictionary.with_sink_norms``."""
         return dataclasses.replace(self, dictionary=self.dictionary.with_sink_norms(sink_norm))
 
+    @property
+    def is_at_first_token(self) -> bool:
+        """Return whether it acts at the first token of texts alone, which is an attention sink of many models."""
+        return not self.positions.only and int(self.positions.stop) == 1
+
+    def is_at_sinks(self, values: Mapping[str, jax.Array]) -> bool:
+        """Return whether the first token of every text is an attention sink, given [B, T, D] at both sites."""
+        first = (values[str(site)][:, 0] for site in (self.reads, self.site))
+        return not bool(self.dictionary.is_not_sink(*first).any())
+
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the edited value of ``site``."""
         dictionary = self.dictionary

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, rescale
@@ -190,6 +191,14 @@ class SplitModel:
             stream, value, read, domain = self._run_head(ids_BxT, last_B, wanted_BxT, texts)
             prefix_PxT = prefixes((2 * ids_BxT + wanted_BxT)[: len(index_P)])  # editable positions are part of it
             runs.append(CleanRun(index_P, stream, value, read, domain, prefix_PxT, last_B, answers_Nx2[rows_B]))
+        if not any(np.asarray(run.domain_BxT).any() for run in runs):
+            logging.warning(
+                "edits change nothing, with the positions %r: in each of these %d prompts they are attention sinks at "
+                "%s, which edits of features leave alone, or there are none",
+                self._positions,
+                len(prompts),
+                self.point.reads,
+            )
         return runs
 
     def _swap_sides(self, prompts: Sequence[Prompt]) -> list[Prompt]:

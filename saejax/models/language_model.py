@@ -15,6 +15,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from saejax.errors import UserError
@@ -305,6 +306,7 @@ class LanguageModel:
         tokens.check(self.config.vocab, self.config.context)
         # Edits of dictionaries that do not know their sink rule yet get the model's rule.
         edits = [edit.with_sink_norms(self.sink_norm) if hasattr(edit, "with_sink_norms") else edit for edit in edits]
+        self._warn_of_sinks(edits, tokens)
         edits = [each for edit in edits for each in self._at_single_sites(edit, tokens)]
         for site in (*sites, *(edit.site for edit in edits)):
             self._check_site(site)
@@ -312,6 +314,20 @@ class LanguageModel:
             if edit.site.kind == PATTERN:
                 Site.parse(str(edit.site))  # which says why nothing can be edited there
         return sites, self._place_edits(fit_values(edits, tokens.ids_BxT.shape, length))
+
+    def _warn_of_sinks(self, edits: Sequence[Any], tokens: Tokens) -> None:
+        """Name the edits of features at the first token that change nothing, since it is always an attention sink."""
+        for edit in edits:
+            if not getattr(edit, "is_at_first_token", False) or edit.parts:
+                continue
+            values = self(tokens, capture=list(dict.fromkeys((edit.reads, edit.site))), logits=False).sites
+            if edit.is_at_sinks(values):
+                logging.warning(
+                    "an edit at %s changes nothing: it acts at the first token alone, an attention sink in each of "
+                    "these %d prompts, and edits of features leave sinks alone",
+                    edit.site,
+                    len(tokens.lengths_B),
+                )
 
     def _at_single_sites(self, edit: Any, tokens: Tokens) -> Sequence[Edit]:
         """Return the edits of single sites that an edit makes: of a crosscoder, one at each of its sites."""

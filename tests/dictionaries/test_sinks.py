@@ -62,6 +62,21 @@ def test_edits_of_a_dictionary_of_others_leave_sinks_alone(lm, foreign, place):
     assert len(before) and lm.generate(pad([ids]), 3, edits=[foreign.steer([3], 0.0)])[0].ids == before
 
 
+def test_an_edit_of_sinks_alone_is_told(lm, foreign, caplog):
+    at_sinks, elsewhere = pad([[SINK, *USUAL]] * 2), pad([[SINK, *USUAL], [*USUAL, SINK]])
+    for call in (lambda edit, ids: lm(ids, edits=[edit]), lambda edit, ids: lm.generate(ids, 2, edits=[edit])):
+        for positions, ids, is_told in (
+            ((0, 1), at_sinks, True),
+            ((0, 1), elsewhere, False),
+            ((0, 2), at_sinks, False),
+            ("all", at_sinks, False),
+        ):
+            caplog.clear()
+            call(foreign.steer([3], 5.0, positions=positions), ids)
+            told = f"an edit at {SITE} changes nothing: it acts at the first token alone"
+            assert (told in caplog.text) == is_told, (positions, caplog.text)
+
+
 def test_a_transcoder_leaves_sinks_of_either_site_alone(lm):
     transcoder = make_dictionary(lm.config.d_model, "mlp_in.1", "mlp_out.1")
     ids = pad([[SINK, *USUAL]])

@@ -226,6 +226,19 @@ def test_features_of_normalised_tokens_add_what_they_do_in_the_model(tiny, few, 
         engine.effects(tiny, some, edits.add(known, FEW_SETS, 0.4))
 
 
+def test_edits_where_no_position_is_editable_are_told(tiny, few, dictionary, caplog):
+    config = dataclasses.replace(dictionary.config, max_norm=1e-6)  # every position is an attention sink
+    for known, positions, is_told in (
+        (dictionary, "all", False),
+        (Dictionary(config, **dictionary.arrays), "all", True),
+        (dictionary, "90:91", True),
+    ):
+        caplog.clear()
+        values_ExP = engine.effects(tiny, few[:2], edits.mask(known, [FEW_SETS[1], []]), positions=positions)[:, :, 0]
+        assert ("edits change nothing, with the positions" in caplog.text) == is_told
+        assert (np.ptp(values_ExP, axis=0).max() == 0) == is_told
+
+
 def test_simpler_bases_of_a_dictionary_in_units_of_the_site(dictionary):
     """They read the site as it is; an untrained dictionary normalises tokens as the tested one does."""
     config = dataclasses.replace(dictionary.config, input_norm="layer_norm", output_units=True)
