@@ -275,14 +275,23 @@ class LanguageModel:
           The readings of the lens and of its control at all layers, positions and prompts; see ``lens``.
 
         Raises:
-          UserError: the prompts do not fit the model.
+          UserError: the prompts do not fit the model, an answer is no id of a token, or ``top`` is below 1.
         """
+        listed = np.ravel(answers).tolist()
+        for answer in listed:
+            if not isinstance(answer, int) or not 0 <= answer < self.config.vocab:
+                raise UserError(
+                    f"answers has {answer!r:.60}: expected ids of tokens, 0 to {self.config.vocab - 1}, as lm.token_id "
+                    "returns them"
+                )
+        if top < 1:
+            raise UserError(f"top is {top}: expected 1 or more")
         layers = range(self.config.n_layers)
         sites = self(tokens, capture=[Site("resid_post", layer) for layer in layers], logits=False).sites
         x_LxBxTxD = jnp.stack([sites[f"resid_post.{layer}"] for layer in layers])
         for layer, jacobian_DxD in (jacobians or {}).items():
             x_LxBxTxD = x_LxBxTxD.at[layer].set(lens.carry(x_LxBxTxD[layer], jacobian_DxD))
-        return lens.read_lens(self.config, self.params, x_LxBxTxD, tuple(answers), top, seed)
+        return lens.read_lens(self.config, self.params, x_LxBxTxD, tuple(listed), top, seed)
 
     def _prepare(
         self, tokens: Tokens, capture: Sequence[str | AnySite] | str | AnySite, edits: Sequence[Edit], length: int

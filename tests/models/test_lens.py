@@ -2,8 +2,10 @@
 
 import jax
 import numpy as np
+import pytest
 
 from saejax import load_model
+from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.tokens import pad
 
@@ -41,3 +43,15 @@ def test_the_logit_lens_reads_what_the_formula_says(tiny_llama, one_device):
     np.testing.assert_allclose(carried.answer_logp_LxBxTxN[1], logp[..., [7, 11]], atol=2e-4)
     for layer in {*range(layers)} - {1}:
         np.testing.assert_allclose(carried.kl_LxBxT[layer], reading.kl_LxBxT[layer], atol=1e-5)
+
+
+def test_answers_that_are_no_ids_are_refused(tiny_llama, one_device):
+    lm = load_model(str(tiny_llama), mesh=one_device)
+    for options, message in (
+        (dict(answers="Paris"), "answers has 'Paris': expected ids of tokens, 0 to 383, as lm.token_id returns them"),
+        (dict(answers=[7, 384]), "answers has 384: "),
+        (dict(answers=[-1]), "answers has -1: "),
+        (dict(top=0), "top is 0: expected 1 or more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lm.lens(pad([[1, 2, 3]]), **options)
