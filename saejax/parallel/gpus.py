@@ -19,7 +19,7 @@ def visible_gpus(environment: Mapping[str, str], gpus: int) -> list[str]:
 
     CUDA_VISIBLE_DEVICES lists numbers, or ids such as "GPU-8932f937", of which a beginning will do that no other GPU
     has. CUDA ignores what stands behind the first entry that names no GPU, such as -1, the number of one that is not
-    there or an unknown id, and sees none where one is named twice.
+    there or an unknown id, and sees none where one is named twice, also once by its number and once by its id.
 
     Args:
       environment: variables of the process.
@@ -39,7 +39,9 @@ def visible_gpus(environment: Mapping[str, str], gpus: int) -> list[str]:
         if name is None or (number and int(name) >= gpus):
             break
         named.append(name)
-    return named if len(set(named)) == len(named) else []
+    # nvidia-smi lists the GPUs in the order of CUDA's numbers, where all of a node are of one kind.
+    numbers = {name: str(number) for number, name in enumerate(name for name in ids if name.startswith("GPU-"))}
+    return named if len({numbers.get(name, name) for name in named}) == len(named) else []
 
 
 def count_visible(environment: Mapping[str, str], gpus: int) -> int:

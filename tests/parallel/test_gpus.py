@@ -57,7 +57,8 @@ LISTED += "  MIG 1g.10gb     Device  0: (UUID: MIG-c6d4f1ef)\n"
     ("visible", "names"),
     [
         *[("GPU-46f2aa,GPU-8932f937", [IDS[0], IDS[2]]), ("GPU-00000000", []), ("GPU-8932f937,GPU-0,1", [IDS[2]])],
-        ("GPU-8932,GPU-8932f937", []),  # one GPU twice
+        *[("GPU-8932,GPU-8932f937", []), ("2,GPU-8932f937", []), ("GPU-46f2aa,1,0", [])],  # one GPU twice
+        ("1,GPU-8932f937", ["1", IDS[2]]),
         ("GPU-46f2", []),  # either of two
         *[("MIG-c6d4f1ef", ["MIG-c6d4f1ef"]), ("MIG-00000000", [])],
         *[("MIG-GPU-8932f937/7/0", ["MIG-GPU-8932f937/7/0"]), ("MIG-GPU-0/7/0", [])],
