@@ -26,6 +26,18 @@ def folder_name(dictionary: str) -> str:
     return f"{hashlib.sha256(dictionary.encode()).hexdigest()[:8]}-{end}"
 
 
+def unique_folder_name(*names: str) -> str:
+    """Return a folder's name for one or several names, such as "runs-a" for "runs/a", that no other names have.
+
+    It is ``folder_name`` where hyphens stand for slashes alone; else a hash follows: "runs-a-0a1b2c3d" for "runs-a".
+    """
+    joined = "+".join(names)
+    name = folder_name(joined)
+    if name == joined.replace("/", "-") and "-" not in joined:
+        return name
+    return f"{name}-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
+
+
 def _is_mark(char: str) -> bool:
     """Return whether a character is part of a word though no letter: "_", an accent, a vowel sign of Hindi or Thai."""
     return char == "_" or unicodedata.category(char) in ("Mn", "Mc")

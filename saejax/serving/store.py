@@ -8,6 +8,7 @@ save is kept in ``DIR/serve/``, in files that the stages take.
 import dataclasses
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from saejax.attribution.forms.neuronpedia import INDEX, read_list, to_document
 from saejax.attribution.graph import Graph, circuit_tracer
 from saejax.attribution.settings import GraphConfig
 from saejax.dictionaries.labels import labels_of_sheets
-from saejax.dictionaries.names import folder_name
+from saejax.dictionaries.names import folder_name, unique_folder_name
 from saejax.errors import UserError
 from saejax.files import file_sha256, locked, read_json, write_json
 from saejax.interpret.labels import write_label
@@ -254,7 +255,7 @@ class GraphStore:
         return path
 
     def _labels_file(self, folders: Sequence[str]) -> Path:
-        return self.root / _SAVED / folder_name("-".join(folders)) / "labels.csv"
+        return self.root / _SAVED / unique_folder_name(*map(os.path.normpath, folders)) / "labels.csv"
 
     def _groups_file(self, graph: StoredGraph) -> Path:
         unit = graph.id.rpartition("/graphs/")[0] if graph.unit else ""

@@ -229,6 +229,16 @@ def test_labels_are_saved_for_the_atlas_and_shown(root):
     assert wanted.items() <= store.labels(SET).items() and store.labels(SET)[3, 17] == "cities, towns"
 
 
+def test_sets_whose_folders_differ_in_a_sign_have_labels_of_their_own(root):
+    store = GraphStore(root)
+    sets = [["runs/a"], ["runs-a"], ["runs_a"], ["runs--a"], ["runs", "a"], ["runs/a", "b"], ["runs/a/b"], ["/runs/a"]]
+    for number, folders in enumerate(sets):
+        store.save_label(folders, 3, 17, f"label {number}")
+    assert [store.labels(folders) for folders in sets] == [{(3, 17): f"label {n}"} for n in range(len(sets))]
+    assert store.labels(["./runs/a/"]) == {(3, 17): "label 0"}
+    assert (root / "serve" / "runs-a" / "labels.csv").exists()
+
+
 def test_labels_of_ones_own_keep_their_lines_and_columns(root):
     store = GraphStore(root)
     own = store.save_label(SET, 3, 17, "first")
