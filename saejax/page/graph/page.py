@@ -35,6 +35,7 @@ _SCRIPTS = [
     *("tables", "app", "main"),
 ]
 FULL = 300  # features, the most influential ones, whose contexts a page has; of the others it has names
+_UNNAMED = "graph"  # the name of a graph that has none, which is not said: "Attribution graph graph"
 _LIVE = ["stream", "effects", "live"]  # scripts where a server answers
 
 
@@ -56,7 +57,7 @@ def write_page(path: Path, document: GraphDocument, **shown: Any) -> None:
 
 def graph_page(graph: Graph, labels: Mapping[Feature, str] | None = None) -> str:
     """Return the page of a pruned graph; ``labels`` are labels of its features."""
-    return page_html(to_document(graph, "graph", labels=labels))
+    return page_html(to_document(graph, _UNNAMED, labels=labels))
 
 
 def page_html(
@@ -97,15 +98,15 @@ def page_html(
         "live": live,
     }
     metadata = document["metadata"]
-    heading = metadata["prompt"] or metadata["slug"]
+    heading = metadata["prompt"] or _name(metadata)
     names = [*_LIVE, *_SCRIPTS] if live else _SCRIPTS
     write = functools.partial(
         interactive,
         VIEWER,
         "graph",
         [visible_script(), *((VIEWER / f"{name}.js").read_text(encoding="utf-8") for name in names)],
-        title=f"Attribution graph: {heading}",
-        heading=heading,
+        title=": ".join(filter(None, ["Attribution graph", heading])),
+        heading=heading or "Attribution graph",
         about=f"{_about(metadata)} {note}".strip(),
         tables=bool(tables),
         live=bool(live),
@@ -153,7 +154,7 @@ def _source(metadata: Mapping[str, Any]) -> str:
 
 def _about(metadata: Mapping[str, Any]) -> str:
     """Return the line below the heading: the graph's name, the model, the scores, and the shares that were kept."""
-    parts = [f"Attribution graph {metadata['slug']}", *describe_sources(metadata)]
+    parts = [f"Attribution graph {_name(metadata)}".strip(), *describe_sources(metadata)]
     scores = {name: metadata.get(name) for name in ("replacement_score", "completeness_score")}
     scores = {name: score for name, score in scores.items() if _is_number(score)}
     parts += [f"{name.replace('_', ' ')} {score:.2f}" for name, score in scores.items()]
@@ -171,6 +172,11 @@ def _about(metadata: Mapping[str, Any]) -> str:
     if _is_number(settings.get("edge_threshold")):
         parts.append(f"{percent(settings['edge_threshold'])} of the influence of edges")
     return ", ".join(parts) + "."
+
+
+def _name(metadata: Mapping[str, Any]) -> str:
+    """Return the graph's name; "": it was given none."""
+    return "" if metadata["slug"] == _UNNAMED else metadata["slug"]
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

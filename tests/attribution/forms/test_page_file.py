@@ -101,6 +101,22 @@ def test_the_model_is_named_and_not_the_transcoders_in_its_place(document, scan,
     assert said in page_html({**document, "metadata": metadata})
 
 
+@pytest.mark.parametrize(
+    ("name", "prompt", "title", "about"),
+    [
+        ("graph", "a < b", "Attribution graph: a &lt; b", "Attribution graph, "),  # made in Python, without a name
+        ("graph", "", "Attribution graph", "Attribution graph, "),
+        ("war", "", "Attribution graph: war", "Attribution graph war, "),
+    ],
+)
+def test_the_name_of_a_graph_is_said_where_it_has_one(document, name, prompt, title, about):
+    document = copy.deepcopy(document)
+    document["metadata"] |= dict(slug=name, prompt=prompt)
+    page = page_html(document)
+    heading = title.removeprefix("Attribution graph: ")
+    assert f"<title>{title}</title>" in page and f"<h1>{heading}</h1>\n<p>{about}" in page
+
+
 @needs_graphs
 @each_graph
 def test_an_older_file_of_circuit_tracer_is_refused_where_its_ids_do_not_tell_nodes_apart(folder):
