@@ -1,7 +1,6 @@
 """The decoder on SmolLM2 against transformers: logits, sites, gradients; the memory that a gradient takes."""
 
 import dataclasses
-import os
 from functools import partial
 
 import jax
@@ -21,7 +20,7 @@ SITES = [str(Site(kind, layer)) for layer in range(30) for kind in (*KINDS, NEUR
 
 
 def test_smollm2_equals_transformers(smollm2, smollm2_torch):
-    """In fp32; and as close to fp64, where fp32 is not good to 1e-5: a sink that layer 10 all but cancels."""
+    """In fp32; or about as close to fp64, where fp32 is not good to 1e-5: a sink that layer 10 all but cancels."""
     tokens = smollm2.tokenize(fifty_prompts())
     sink = smollm2.tokenize(["The war lasted from the year 17"])  # the space before a year
     ours, ours_of_sink = smollm2(tokens, capture=SITES), smollm2(sink, capture=SITES).sites
@@ -30,6 +29,7 @@ def test_smollm2_equals_transformers(smollm2, smollm2_torch):
         theirs_of_sink = {name: value.numpy() for name, value in run_torch(smollm2_torch, sink.ids_BxT)[1].items()}
         smollm2_torch.double()
         try:
+            exact_of_prompts = run_torch(smollm2_torch, tokens.ids_BxT)[1]
             exact = {name: value.numpy() for name, value in run_torch(smollm2_torch, sink.ids_BxT)[1].items()}
         finally:
             smollm2_torch.float()
@@ -37,12 +37,16 @@ def test_smollm2_equals_transformers(smollm2, smollm2_torch):
     assert len(mask) == 50
     difference = np.abs(np.asarray(ours.logits_BxTxV) - logits.detach().numpy())[mask].max()
     errors = {name: relative_error(value[mask], theirs[name].detach()[mask]) for name, value in ours.sites.items()}
+    rounding = {
+        name: relative_error(value.detach()[mask], exact_of_prompts[name].detach()[mask])
+        for name, value in theirs.items()
+    }
     worst = max(errors, key=errors.get)
     print(f"largest logit difference {difference:.2e}; largest error {errors[worst]:.2e}, at {worst}")
     assert len(errors) == 210
     assert difference < 1e-3
-    # Programs that are compiled with little effort (conftest.py) add in another order: 1.06e-5 at resid_post.10.
-    assert errors[worst] < (1e-5 if os.environ.get("SAEJAX_FULL_COMPILER") else 1.2e-5), worst
+    # Both round: at resid_post.10 transformers itself is 8.2e-6 away from fp64.
+    assert all(errors[name] < max(1e-5, 2 * rounding[name]) for name in errors), worst
     our_error, their_error = (
         max(relative_error(values[name], exact[name]) for name in exact) for values in (ours_of_sink, theirs_of_sink)
     )
