@@ -13,7 +13,7 @@ def avoid_wrong_programs() -> None:
 
     On CPUs jaxlib 0.10.2 gives it sums, too, and sums of products then come out wrong from some thousand rows on: of
     the gradients of several targets, for instance, all but the first (JAX issue 39103). Other programs end the process
-    (issue 39257). Products are right, and in bfloat16 2.4 times as fast as without YNNPACK. jaxlib 0.10.0 to 0.10.2
+    (issue 39257). Products are right, and in bfloat16 2.4 times as fast as without YNNPACK. jaxlib 0.10.0 to 0.11.2
     know the flag; XLA ends the process for one that it does not know. It reads XLA_FLAGS once, when JAX first looks for
     devices; where that has happened, a warning says what to do.
     """
