@@ -12,7 +12,7 @@ from saejax.errors import UserError
 from saejax.models.identity import content_sha256
 from saejax.models.model_cache import cached_model, save_pretrained
 
-_CONVERSION = 2  # raise it when the conversion changes, so that old caches are left behind
+_CONVERSION = 3  # raise it when the conversion changes, so that old caches are left behind
 # Settings of a file, below its architecture, that cannot change the result: sizes that the tensors show, or facts of
 # the training.
 _INERT = {"vocab_size", "feed_forward_length", "tensor_data_layout", "rope.scaling.finetuned"}

@@ -10,7 +10,6 @@ from pathlib import Path
 from saejax.files import file_sha256, write_text
 from saejax.models.checkpoint import weight_files
 
-MARK = "saejax.json"  # left in a folder that saejax made; not part of the model
 SETTINGS = (  # the files of a model, apart from its weights
     "config.json",
     "generation_config.json",

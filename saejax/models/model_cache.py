@@ -17,12 +17,13 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.files import locked, read_json, write_json
-from saejax.models.identity import MARK, cache_folder, fingerprint, settings_fingerprint
+from saejax.models.identity import cache_folder, content_sha256, settings_fingerprint
 from saejax.models.tokenizer_files import LOCAL, read_tokenizer
 
+_MARK = "saejax.json"  # left in each folder; not part of the model
 _LOADING = ("local_files_only", "is_local", "trust_remote_code")
 _ERROR = 300  # characters of another library's error in a message
-_SEED, _MAKING = 0, 2  # of random weights; raise _MAKING when what is made changes
+_SEED, _MAKING = 0, 3  # of random weights; raise _MAKING when what is made changes
 
 
 def cached_model(name: str, origin: str, make: Callable[[Path], None]) -> Path:
@@ -82,9 +83,25 @@ def _is_whole(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     try:
-        return json.loads((folder / MARK).read_text())["fingerprint"] == fingerprint(folder)
-    except (OSError, ValueError, KeyError, UserError):
+        files = json.loads((folder / _MARK).read_text())["files"]
+        return all(content_sha256(folder / name) == content for name, content in files.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # the mark, too, may be damaged
         return False
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files in a folder and in those below it."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _mark(folder: Path, origin: str) -> None:
+    """Leave in a folder where its model is from, and what each file holds.
+
+    These are hashes of whole files, not the model's fingerprint: that changes with the version of saejax that computes
+    it, and another version which reads the cache at the same time must not find the folder damaged and make it anew.
+    """
+    files = {str(path.relative_to(folder)): content_sha256(path) for path in _files(folder)}
+    write_json(folder / _MARK, dict(origin=origin, files=files))
 
 
 def _make(folder: Path, origin: str, make: Callable[[Path], None]) -> None:
@@ -95,9 +112,9 @@ def _make(folder: Path, origin: str, make: Callable[[Path], None]) -> None:
     writing.mkdir()
     try:
         make(writing)
-        write_json(writing / MARK, dict(origin=origin, fingerprint=fingerprint(writing)))
+        _mark(writing, origin)
         # On disk before the rename: after a crash, a folder that looks whole has to be whole.
-        for path in (path for path in writing.rglob("*") if path.is_file()):
+        for path in _files(writing):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         os.rename(writing, folder)

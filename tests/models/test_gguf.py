@@ -13,7 +13,7 @@ from loaded_models import resolve
 from safetensors.numpy import load_file
 
 from saejax.errors import UserError
-from saejax.models import gguf, source
+from saejax.models import gguf, identity, source
 
 
 def write_gguf(file, tokenizer, architecture="llama", settings=(), drop=(), add=()):
@@ -135,6 +135,14 @@ def test_a_damaged_cache_is_not_used(tiny_gguf, cache, conversions, damage):
     assert resolve(tiny_gguf[0]) == first
     assert len(conversions) == 2
     assert names_in(cache) == [first.folder.name]
+
+
+def test_a_folder_is_whole_for_versions_that_hash_models_otherwise(tiny_gguf, cache, conversions, monkeypatch):
+    """Two versions of saejax may read one cache at the same time: neither replaces the folder under the other."""
+    first = resolve(tiny_gguf[0])
+    monkeypatch.setattr(identity, "SETTINGS", ("config.json",))
+    second = resolve(tiny_gguf[0])
+    assert second.fingerprint != first.fingerprint and second.folder == first.folder and len(conversions) == 1
 
 
 def test_two_at_once_convert_once(tiny_gguf, cache, conversions):
