@@ -75,7 +75,13 @@ class Guard:
         if not pages.issuperset(map(_plain, headers.get("origin", []))):
             return 403, "another page asks: start the server with --hosts=HOST to allow a tunnel or proxy"
         token, *rest = scope["path"].removeprefix("/").split("/")
-        if not secrets.compare_digest(token.encode("utf-8", "replace"), self._token.encode()):
+        if not self._is_token(token):
+            if any(map(self._is_token, rest)):
+                before = scope["path"][: scope["path"].index(self._token)]
+                return 403, (
+                    f"{before} stands before the server's token: the proxy has to take it off, as /proxy/PORT/ of "
+                    "jupyter-server-proxy does and /proxy/absolute/PORT/ does not"
+                )
             return 403, "the address lacks the server's token: open the one that the server printed"
         if not rest and scope["method"] == "GET":  # copied without its end, from which other addresses are relative
             return _REDIRECT, f"{token}/"
@@ -86,6 +92,9 @@ class Guard:
         # Of a body in chunks the length is not known, whatever is said of it.
         (size,) = [""] if "transfer-encoding" in headers else headers.get("content-length", [""])[:1]
         return None if size.isdecimal() and int(size) <= MOST else (413, f"expected at most {MOST} bytes, and how many")
+
+    def _is_token(self, part: str) -> bool:
+        return secrets.compare_digest(part.encode("utf-8", "replace"), self._token.encode())
 
 
 def _plain(name: str) -> str:

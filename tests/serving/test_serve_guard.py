@@ -93,6 +93,15 @@ def test_a_tunnel_and_a_proxy_that_are_named_may_ask_with_the_token(host, origin
     assert ask("/wrong/", headers, proxies=proxies)[0]["status"] == 403
 
 
+def test_a_proxy_that_keeps_its_prefix_is_told():
+    for prefix in ("/proxy/absolute/8765/", "/user/me/"):
+        start, body = ask(f"{prefix}{TOKEN}/graph")
+        text = body["body"].decode()
+        assert text.startswith(f"{prefix} stands before the server's token: the proxy has to take it off")
+        assert start["status"] == 403 and TOKEN not in text
+    assert "lacks the server's token" in ask(f"/proxy/{TOKEN}x/")[1]["body"].decode()
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
