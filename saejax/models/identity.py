@@ -1,6 +1,7 @@
 """Identities of models: hashes of the files that their results depend on, whatever the folder."""
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from saejax.files import file_sha256, write_text
+from saejax.files import fingerprint as hash_json
 from saejax.models.checkpoint import weight_files
 
 SETTINGS = (  # the files of a model, apart from its weights
@@ -23,6 +25,10 @@ SETTINGS = (  # the files of a model, apart from its weights
     "*.model",
     "*.jinja",
 )
+_GENERATION, _OF_GENERATION = "generation_config.json", "eos_token_id"  # the only field of it that is read
+# Where the model was loaded from before it was saved. Other fields of config.json stay in the hash: transformers reads
+# even its own version, to choose how a tokenizer cuts texts.
+_ORIGIN = "_name_or_path"
 _HASHED_AT_ONCE = 1 << 20  # bytes up to which a file is hashed each time
 _LFS_BLOB, _HEXADECIMAL = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16,64}")
 
@@ -33,7 +39,10 @@ def cache_folder() -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a hash, 16 hexadecimal digits, of a model's configuration, tokenizer and weights."""
+    """Return a hash, 16 hexadecimal digits, of a model's configuration, tokenizer and weights.
+
+    Of ``generation_config.json`` only the ids that end a text count, of ``config.json`` all but the model's origin.
+    """
     return _digest([*setting_files(folder), *weight_files(folder)])
 
 
@@ -51,8 +60,23 @@ def _digest(files: list[Path]) -> str:
     """Return a hash, 16 hexadecimal digits, of the names and contents of files."""
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.name} {content_sha256(path)}\n".encode())
+        if content := _hash_what_is_read(path):
+            digest.update(f"{path.name} {content}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _hash_what_is_read(path: Path) -> str:
+    """Return a hash of what is read of a model's file; "" if that is nothing."""
+    if path.name not in (_GENERATION, "config.json"):
+        return content_sha256(path)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        ends, others = fields.get(_OF_GENERATION), {name: fields[name] for name in fields if name != _ORIGIN}
+    except (ValueError, AttributeError, RecursionError):  # refused where it is used
+        return content_sha256(path)
+    if path.name == _GENERATION:
+        return "" if ends is None else hash_json(ends)
+    return hash_json(others)
 
 
 def content_sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import saejax
 from saejax.errors import UserError
 from saejax.models import identity, source
+from saejax.models.generation import eos_ids
 from saejax.models.tokens import pad
 
 
@@ -77,6 +78,30 @@ def test_the_fingerprint_changes_with_any_byte_of_a_file_that_matters(tiny_llama
         (copy / vocabulary).write_text("a word")
         before, earlier = identity.fingerprint(copy), before
         assert before != earlier
+
+
+def test_what_is_not_read_of_a_models_settings_is_not_in_its_fingerprint(copy):
+    """Of generation_config.json only the ids that end a text are read; where config.json came from says nothing."""
+    generation, config = copy / "generation_config.json", json.loads((copy / "config.json").read_text())
+    generation.unlink()
+    first = identity.fingerprint(copy)
+    for unread in (dict(temperature=0.5), dict(temperature=0.7, top_k=3, eos_token_id=None)):
+        generation.write_text(json.dumps(unread))
+        assert identity.fingerprint(copy) == first and eos_ids(copy, None) == (config["eos_token_id"],)
+    generation.write_text(json.dumps(dict(temperature=0.5, eos_token_id=5)))
+    ends = identity.fingerprint(copy)
+    generation.write_text(json.dumps(dict(eos_token_id=5, do_sample=True), indent=1))
+    assert identity.fingerprint(copy) == ends != first
+    for content in (dict(eos_token_id=[5, 6]), dict(eos_token_id=6), [], "x"):
+        generation.write_text(json.dumps(content) if content != "x" else "{damaged")
+        before, ends = ends, identity.fingerprint(copy)
+        assert ends not in (before, first)
+    generation.unlink()
+    (copy / "config.json").write_text(json.dumps(config | dict(_name_or_path="/home/me/model")))
+    assert identity.fingerprint(copy) == first
+    for name, value in (("transformers_version", "4.0.0"), ("rope_theta", 1.0), ("eos_token_id", 9)):
+        (copy / "config.json").write_text(json.dumps(config | {name: value}))
+        assert identity.fingerprint(copy) != first
 
 
 def test_a_large_file_is_read_once(copy, cache, monkeypatch, caplog):
