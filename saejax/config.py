@@ -5,7 +5,7 @@ its fields is made with ``setting`` and becomes the flag ``--train.<field>``. Fi
 float, bool and ``tuple[...]`` of those (written as a comma-separated list on the command line). One field may be made
 with ``nested``: groups by name, whose settings become ``--train.<name>.<field>``. A setting that several groups have in
 common, such as the seed of all causal tests, is *shared*: one flag, ``--causal.seed``, gives its value to all of them.
-A field that is not made with ``setting`` is no flag: code alone sets it.
+A field that is not made with ``setting`` is no flag: code alone sets it. ``Place`` and ``Text`` are kinds of str.
 """
 
 import dataclasses
@@ -13,11 +13,16 @@ import json
 import math
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from pathlib import Path, PurePath
+from typing import Annotated, Any, TypeVar
 
 from saejax import results
 from saejax.errors import UserError
+
+#: The type of a setting that results depend on and that can name a file or folder.
+Place = Annotated[str, "place"]
+#: The type of a setting that holds a text, in which any sign may stand.
+Text = Annotated[str, "text"]
 
 
 def setting(
@@ -148,8 +153,15 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def is_of(field: dataclasses.Field, kind: Any) -> bool:
+    """Return whether a setting, or each element of its tuple, is of a kind: ``Place`` or ``Text``."""
+    return kind in (field.type, *typing.get_args(field.type))
+
+
 def counted(*configs: Config, but: Collection[str] = ()) -> dict[str, Any]:
     """Return the settings of groups that results may depend on, flagless ones included, as JSON data by "group.field".
+
+    A folder is named in one way: "DIR/" and "./DIR" are "DIR".
 
     Args:
       configs: the groups; a setting of a group inside of one is "group.inner.field".
@@ -163,9 +175,18 @@ def counted(*configs: Config, but: Collection[str] = ()) -> dict[str, Any]:
             groups[f"{label}.{name}"] = getattr(config, field).get(name) or inner()
         for prefix, group in groups.items():
             data = to_json(group)
-            fields = (field for field in dataclasses.fields(group) if "nested" not in field.metadata)
-            values |= {f"{prefix}.{f.name}": data[f.name] for f in fields if f.metadata.get("changes_results", True)}
+            for f in dataclasses.fields(group):
+                if "nested" not in f.metadata and f.metadata.get("changes_results", True):
+                    values[f"{prefix}.{f.name}"] = _in_one_way(data[f.name]) if is_of(f, Place) else data[f.name]
     return {name: value for name, value in values.items() if name not in but}
+
+
+def _in_one_way(places: Any) -> Any:
+    """Return the name of a file or folder, or a list of names, without "./" and slashes that say nothing."""
+    if isinstance(places, list):
+        return [_in_one_way(place) for place in places]
+    is_path = places and "://" not in places
+    return str(PurePath(places)) if is_path else places
 
 
 def from_json(cls: type[C], data: Any, source: str | Path, field: str = "") -> C:

@@ -1,6 +1,7 @@
 """Each binary accepts the flags of its stage and of the stages it reads, refuses others, and explains those it has."""
 
 import os
+import re
 import sys
 
 import pytest
@@ -119,6 +120,30 @@ def test_what_is_wrong_with_a_flag_is_said_in_a_line(tmp_path):
     ):
         with pytest.raises(flags.Error, match=said):
             read(None, argument)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--train.epochs=3  # short", "--train.zero_optimizer # yes", "--train.kinds=topk\t# one",
+        "--patch.top=3 // few", "--workdir=runs/a # here", "--model.path=smollm2 #small",
+    ],
+)  # fmt: skip
+def test_a_comment_behind_a_flag_is_refused(line, tmp_path):
+    path = tmp_path / "mine.flags"
+    path.write_text(f"# a comment\n{line}\n")
+    flag = re.split(r"\s", line)[0]
+    with pytest.raises(UserError, match=f"mine.flags, line 2: a comment needs a line .* what follows {flag}, or, if"):
+        read(["train"], f"--flagfile={path}")
+
+
+def test_texts_in_a_flag_file_keep_their_number_signs(tmp_path):
+    path = tmp_path / "mine.flags"
+    path.write_text("--graph.prompt=Track # 1 // is\n--graph.target= #\n--report.title=Model #1\n--corpus.path=a#b\n")
+    configs = read(None, f"--flagfile={path}")
+    assert (configs.named("graph").prompt, configs.named("report").title) == ("Track # 1 // is", "Model #1")
+    assert (configs.named("graph").target, configs.named("corpus").path) == (" #", "a#b")
+    assert read(None, "--model.path=a # b").named("model").path == "a # b"  # by the command line
 
 
 def test_stages_take_the_only_kind_that_is_trained():

@@ -140,8 +140,8 @@ def test_pages_link_to_and_guides_name_what_exists(path):
 def test_command_lines_of_the_guides_are_read(path, tmp_path):
     """As far as flags go: their names, ranges and choices, whether their binary takes them, and the files they name."""
     text = path.read_text("utf-8").replace("\\\n", " ")
-    # The reader's own flag file is the block of flags that stands before the commands.
-    (tmp_path / "mine.flags").write_text("".join(re.findall(r"^```\n((?:--.*\n)+)```$", text, re.MULTILINE)))
+    # The reader's own flag file is the block of flags, one a line, that stands before the commands.
+    (tmp_path / "mine.flags").write_text("".join(re.findall(r"^```\n((?:--\S*\n)+)```$", text, re.MULTILINE)))
     several = dict(baseline=["baseline", "benchmark"], pipeline=list(all_stages()))
     for binary, line in re.findall(r"^\.venv/bin/python -m experiments\.(\w+) (.*)$", text, re.MULTILINE):
         if binary not in ("study_run", "serve", "compare"):

@@ -8,9 +8,12 @@ import pytest
 import runs
 from torch_sites import relative_error
 
+from saejax.attribution.settings import GraphConfig
+from saejax.config import counted
 from saejax.runner import command, command_line
 from saejax.runner.registry import all_stages
 from saejax.runner.workplan import Workplan
+from saejax.stages.attribute import requests
 
 READ = ["baseline", "benchmark", "capture", "train", "evaluate", "ablate", "probe", "interpret", "report"]
 
@@ -155,3 +158,28 @@ def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
         else:
             assert np.array_equal(ours, theirs), file
     assert capture(grown, "resid_post.1", ["capture"])[0] == set(), "a store of fewer sites takes all of them"
+
+
+@pytest.mark.parametrize("written", ["runs/bases/", "./runs/bases", ".//runs/./bases//"])
+def test_a_folder_is_the_same_however_its_name_is_written(inputs, tmp_path, monkeypatch, written):
+    folder = tmp_path / "runs" / "bases"
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+    def hashes(name):
+        """Of units whose settings name folders, as they are written, and of a trace."""
+        settings = dict(ablate__baselines=f"neurons,{name}", transfer__dictionaries=f"topk,{name}")
+        plan = plan_of(inputs, tmp_path, graph__transcoders=name, graph__prompt="a/ ", **settings)
+        stages = [all_stages()[name] for name in ("ablate", "transfer", "attribute")]
+        units = [unit for stage in stages for unit in stage.units(plan.configs)]
+        return [*map(plan.fingerprint, units), requests.set_identity(plan.configs[GraphConfig])]
+
+    assert hashes(written) == hashes("runs/bases") and len(hashes(written)) == 4
+
+
+def test_names_on_the_hub_and_texts_are_hashed_as_they_are_written():
+    for name in ("org/name", "org/name@main", "hf://org/name/folder", "topk", ""):
+        assert counted(GraphConfig(transcoders=name))["graph.transcoders"] == name
+    for text in ("a/", "./", "/"):
+        assert counted(GraphConfig(target=text))["graph.target"] == text

@@ -3,7 +3,7 @@
 import dataclasses
 
 from saejax import shared_settings as shared
-from saejax.config import Config, setting
+from saejax.config import Config, Place, Text, setting
 
 GRAPH_ESTIMATES = ("gradient", "relp")
 
@@ -12,7 +12,7 @@ GRAPH_ESTIMATES = ("gradient", "relp")
 class GraphConfig(Config):
     """Attribution graphs of prompts."""
 
-    transcoders: str = setting(
+    transcoders: Place = setting(
         "",
         "transcoders of all layers: a folder or hub id of a set (circuit-tracer's or Gemma Scope's, per layer or "
         "cross-layer; org/name/subfolder, org/name@revision), a short name such as qwen3-4b, or the folder of a "
@@ -23,7 +23,7 @@ class GraphConfig(Config):
         "choice among several Gemma Scope transcoders per layer: words of their names, such as small, or "
         "16k,big,affine; or a number such as 100, for the transcoder with the nearest L0 in each layer",
     )
-    dictionaries: tuple[str, ...] = setting(
+    dictionaries: tuple[Place, ...] = setting(
         (),
         "folders of SAEs to use in place of transcoders, such as runs/mine/train/topk, at most one SAE per layer; "
         "edges are then first-order estimates (activation x gradient)",
@@ -38,8 +38,8 @@ class GraphConfig(Config):
         "with SAEs: freeze the sites in between, so that an effect through their features counts only in the edges "
         "from those features; otherwise it also counts in the edge from the source",
     )
-    prompt: str = setting("", "the text to trace")
-    prompts: str = setting(
+    prompt: Text = setting("", "the text to trace")
+    prompts: Place = setting(
         "",
         '.jsonl file of prompts, in place of --graph.prompt: {"slug": "paris", "prompt": "...", "targets": [" '
         'Paris"]}, or "token_ids"; a target is a text, or a list of two for the difference of their logits; a line '
@@ -49,11 +49,11 @@ class GraphConfig(Config):
         (), "behaviours whose first test prompt is traced, with the logit difference as target"
     )
     chat_template: bool = shared.chat_template()
-    target: str = setting(
+    target: Text = setting(
         "",
         "token to explain, such as ' Paris', as it is written; empty: the most probable next tokens",
     )
-    minus: str = setting(
+    minus: Text = setting(
         "",
         "token whose logit is subtracted from that of --graph.target, such as ' Rome', to explain the difference; "
         "empty: none",
@@ -67,17 +67,17 @@ class GraphConfig(Config):
         0.0, "smallest size of the edges that are kept, in units of the target's pre-activation", low=0.0
     )
     slug: str = setting("", "name of the graph and of its folder; empty: derived from the prompt or the file name")
-    supernodes: str = setting(
+    supernodes: Place = setting(
         "",
         'file of groups of nodes that the page and Neuronpedia show, .json: {"paris": [["cities", "3_17_4", '
         '"5_208_4"]]} ("*": all graphs), or a state saved by the page; empty: none',
     )
-    labels: str = setting(
+    labels: Place = setting(
         "",
         'file of labels of features, .json: {"3_17": "cities"}, by layer and index; or a sheet that a person filled '
         "in, .csv, as the stages atlas and circuits write them; or a folder of such sheets",
     )
-    features: str = setting(
+    features: Place = setting(
         "",
         "folder of feature files, whose contexts and labels the page shows: circuit-tracer's or Neuronpedia's, or "
         "hf://org/name/folder for packed ones on the hub; those in the set's folder features/ and those of interpret "
@@ -90,7 +90,7 @@ class GraphConfig(Config):
         "names them by the tokens on which they fire (transcoders only); 0: none",
         low=0,
     )
-    lens: str = shared.lens()
+    lens: Place = shared.lens()
     query_key: tuple[str, ...] = setting(
         (),
         "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "

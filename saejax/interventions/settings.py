@@ -3,7 +3,7 @@
 import dataclasses
 
 from saejax import shared_settings as shared
-from saejax.config import Config, setting
+from saejax.config import Config, Place, setting
 from saejax.tasks.settings import BENCHMARKS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
@@ -65,7 +65,7 @@ class AblateConfig(Config):
         "39 with two, and 20 more for each further one; 0: it is not asked",
         low=0,
     )
-    baselines: tuple[str, ...] = setting(
+    baselines: tuple[Place, ...] = setting(
         BASES,
         "simpler bases to compare with at equal dose: neurons (of the layer's MLP), pca (principal components of the "
         "site on the train prompts), diff_means (differences of the site's means by answer), or the folder of a "
@@ -78,7 +78,7 @@ class AblateConfig(Config):
         "0: none, and whether effects are selective is not fully tested",
         low=0,
     )
-    repeats: tuple[str, ...] = setting(
+    repeats: tuple[Place, ...] = setting(
         (),
         "dictionaries of other seeds, such as topk/seed43, whose own top features are asked the same six questions; "
         "each takes about half as long as the first, whose untrained dictionaries it is compared with",
@@ -191,7 +191,7 @@ class StudyConfig(Config):
         choices=BENCHMARKS,
         changes_results=False,
     )
-    dictionary: str = setting(
+    dictionary: Place = setting(
         "topk",
         "dictionary whose features are ablated: a kind trained here (topk), a member of its stack (topk/k32), or a "
         "folder or hub address as in --ablate.dictionary",
@@ -216,13 +216,13 @@ class StudyConfig(Config):
     untrained_dictionaries: int = setting(
         39, "untrained dictionaries to compare with, to see whether training mattered; 0: it is not asked", low=0
     )
-    baselines: tuple[str, ...] = setting(
+    baselines: tuple[Place, ...] = setting(
         ("neurons", "pca"),
         "simpler bases to compare with at equal dose: neurons, pca, or the folder of a dictionary; see "
         "--ablate.baselines; empty: none",
         order=BASES,
     )
-    repeats: tuple[str, ...] = setting(
+    repeats: tuple[Place, ...] = setting(
         (), "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way"
     )
     falsify: int = setting(

@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from saejax.config import Configs, group_name
+from saejax.config import Configs, Text, group_name, is_of
 from saejax.errors import UserError
 from saejax.runner import plugins
 from saejax.runner.flag_files import FileLine, read_flag_files
@@ -109,14 +109,15 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Seq
         shared, and refused on the command line. None: all flags are accepted.
 
     Raises:
-      UserError: an argument is no flag, a value is out of range, a flag belongs to another stage, or a plugin cannot be
-        loaded.
+      UserError: an argument is no flag, a value is out of range, a flag belongs to another stage, a line of a flag
+        file ends in a comment, or a plugin cannot be loaded.
       flags.Error: a flag is unknown or cannot be read.
     """
     argv = [argv[0], *read_flag_files(argv[1:])]
     # Plugins define settings, so they are loaded before flags are defined.
     plugins.load_named(argv[1:])
     define_flags(all_groups(), flag_values)
+    _refuse_comments(argv)
     try:
         rest = flag_values(list(argv), known_only=False)
     except flags.Error as error:
@@ -168,6 +169,19 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
             raise UserError(
                 f"--{flag} belongs to the stage {' or '.join(owners)}, which {stages[0]} does not read: "
                 "leave it out (in a flag file it is ignored)"
+            )
+
+
+def _refuse_comments(argv: Sequence[str]) -> None:
+    """Raise a ``UserError`` for a comment behind a flag in a flag file, which would be a part of the value."""
+    fields = {flag: field for name, group in all_groups().items() for flag, field in flag_fields(name, group).items()}
+    texts = {flag for flag, field in fields.items() if is_of(field, Text)}
+    for line in argv:
+        if isinstance(line, FileLine) and _flag_of(line) not in texts and (comment := re.search(r"\s(#|//)", line)):
+            flag, sign = textwrap.shorten(line[: comment.start()], 80), comment[1]
+            raise UserError(
+                f"{line.place}: a comment needs a line of its own: leave out what follows {flag}, or, if {sign} is a "
+                "part of the value, give the flag on the command line"
             )
 
 

@@ -3,15 +3,15 @@
 import dataclasses
 
 from saejax import shared_settings as shared
-from saejax.config import Config, setting
+from saejax.config import Config, Place, Text, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackConfig(Config):
     """Prompts and worked solutions, followed through the layers."""
 
-    prompt: str = setting("", "the text to follow; its sentences are the steps")
-    prompts: str = setting(
+    prompt: Text = setting("", "the text to follow; its sentences are the steps")
+    prompts: Place = setting(
         "",
         'file of up to four instead, shown side by side, .jsonl: {"slug": "apples", "prompt": "...", "solution": '
         '"...", "answer": " 12"}; the sentences of a solution, or the texts of a list of them, are the steps',
@@ -22,11 +22,11 @@ class TrackConfig(Config):
         "solution is followed as one (0: none)",
         low=0,
     )
-    dictionaries: tuple[str, ...] = setting(
+    dictionaries: tuple[Place, ...] = setting(
         (),
         "dictionaries of the layers: trained stacks such as topk, members such as topk/resid_post.3, or folders; at "
         "most one of each layer",
     )
-    lens: str = shared.lens()
+    lens: Place = shared.lens()
     random_sets: int = shared.random_sets()
     seed: int = shared.causal_seed()

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from saejax.config import Config, setting
+from saejax.config import Config, Place, setting
 from saejax.shared_settings import analysis_batch_tokens
 
 MEASURES = ("decoder", "encoder", "activity")
@@ -12,7 +12,7 @@ MEASURES = ("decoder", "encoder", "activity")
 class TransferConfig(Config):
     """Comparison of dictionaries of different layers, seeds, sizes and models."""
 
-    dictionaries: tuple[str, ...] = setting(
+    dictionaries: tuple[Place, ...] = setting(
         (),
         "dictionaries to compare, at least two: kinds trained here with all members of their stacks (topk), members "
         "(topk/seed5), or folders; empty: none",

@@ -11,6 +11,7 @@ from saejax.attribution.forms.document import are_groups
 from saejax.attribution.forms.features import index_on_hub
 from saejax.attribution.local.dictionaries import find_folder
 from saejax.attribution.settings import GraphConfig
+from saejax.config import counted
 from saejax.dictionaries.labels import labels_of_sheets
 from saejax.errors import UserError
 from saejax.files import fingerprint
@@ -96,7 +97,9 @@ def identity(config: GraphConfig) -> str:
 
 def set_identity(config: GraphConfig) -> str:
     """Return a fingerprint of the dictionaries alone: their names, files, and the choice among these."""
-    return fingerprint([config.transcoders, config.dictionaries, config.l0, _set_files(config)[1]])
+    settings = counted(config)
+    chosen = [settings[f"graph.{name}"] for name in ("transcoders", "dictionaries", "l0")]
+    return fingerprint([*chosen, _set_files(config)[1]])
 
 
 def _set_files(config: GraphConfig) -> tuple[list[Path], list[str]]:

@@ -3,14 +3,14 @@
 import dataclasses
 
 from saejax import shared_settings as shared
-from saejax.config import Config, setting
+from saejax.config import Config, Place, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig(Config):
     """Groups of features that fire together."""
 
-    dictionaries: tuple[str, ...] = setting(
+    dictionaries: tuple[Place, ...] = setting(
         (),
         "dictionaries whose features to group: kinds trained here with all members of their stacks (topk), members "
         "(topk/seed5), or folders; empty: none",

@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from saejax.config import Config, setting
+from saejax.config import Config, Place, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class PreflightConfig(Config):
     """Checks before anything runs."""
 
-    models: tuple[str, ...] = setting(
+    models: tuple[Place, ...] = setting(
         (),
         "models to check: hub ids (only config.json is downloaded), folders, or .json files of a model's shape such as "
         "configs/shapes/llama-3-8b.json; empty: the model of --model.path",

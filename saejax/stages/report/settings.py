@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from saejax.config import Config, setting
+from saejax.config import Config, Text, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig(Config):
     """The written report."""
 
-    title: str = setting("Which features cause these behaviours?", "title of the report")
+    title: Text = setting("Which features cause these behaviours?", "title of the report")
