@@ -1,6 +1,8 @@
 """Small whole runs for tests: a tiny random model that reads real prompts, flags, and processes."""
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import gzip
 import json
@@ -12,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 from tiny_models import save_tiny_llama
 
@@ -102,6 +105,13 @@ def flag_file(flags: Iterable[str], folder: Path) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".flags", dir=folder, delete=False) as file:
         file.write("\n".join(flags))
     return f"--flagfile={file.name}"
+
+
+def write_half(file: Path | IO[bytes]) -> None:
+    """Writes the first bytes of a file, named or open, as on a disk that is full then."""
+    with contextlib.nullcontext(file) if hasattr(file, "write") else open(file, "wb") as opened:
+        opened.write(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen:

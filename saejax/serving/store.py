@@ -259,8 +259,11 @@ class GraphStore:
 
     def _groups_file(self, graph: StoredGraph) -> Path:
         unit = graph.id.rpartition("/graphs/")[0] if graph.unit else ""
+        name = folder_name(unit)
+        if name != unit.replace("/", "-"):  # the name of another unit may read the same
+            name = unique_folder_name(unit)
         # Files of other programs may share a slug: each has a folder of its own.
-        return self.root / _SAVED / (folder_name(unit) if unit else graph.id) / "groups.json"
+        return self.root / _SAVED / (name if unit else graph.id) / "groups.json"
 
     def _saved_groups(self, graph: StoredGraph) -> dict[str, Any]:
         path = self._groups_file(graph)

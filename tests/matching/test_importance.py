@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import runs
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import spearmanr
@@ -132,7 +133,7 @@ def test_tokens_are_paired_where_they_end_together():
     assert match_features(first, dataclasses.replace(second, ids=("2",))) is None
 
 
-def test_features_are_read_and_kept(lm, tmp_path):
+def test_features_are_read_and_kept(lm, tmp_path, monkeypatch):
     W_dec_FxD = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
     config = DictionaryConfig(kind="standard", site="resid_post.1", d_in=64, n_features=32, centred=False)
     zeros = dict(b_enc_F=np.zeros(32, np.float32), b_dec_D=np.zeros(64, np.float32))
@@ -146,3 +147,8 @@ def test_features_are_read_and_kept(lm, tmp_path):
     last = lm(lm.tokenize([texts["b"]]), capture=["resid_post.1"]).sites["resid_post.1"][0, -1]
     wanted_F = np.maximum(np.asarray(last) @ W_dec_FxD.T, 0)
     np.testing.assert_allclose(again.activity.f_NxF[[-1]].toarray()[0], wanted_F, rtol=1e-3, atol=1e-3)
+    kept = (tmp_path / "features.npz").read_bytes()
+    monkeypatch.setattr(np, "savez", lambda file, **arrays: runs.write_half(file))
+    with pytest.raises(OSError, match="No space left"):  # what was there stays, and nothing beside it
+        found.save(tmp_path / "features.npz")
+    assert (tmp_path / "features.npz").read_bytes() == kept and len([*tmp_path.iterdir()]) == 1

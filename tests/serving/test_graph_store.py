@@ -154,6 +154,24 @@ def test_graphs_of_one_slug_have_groups_of_their_own(tmp_path):
     assert shown == ["group 0", "group 1", "group 2"]
 
 
+def test_units_whose_names_differ_in_a_sign_have_groups_of_their_own(root):
+    names = ["a-b", "a--b", "-a-b"]
+    for seed, name in enumerate(names):
+        folder = root / "attribute" / f"{name}-m0"
+        write_graph(folder / "graphs", made("water", seed))
+        for file in ("started.json", "done.json"):
+            (folder / file).write_text("{}")
+        os.symlink(folder.name, root / "attribute" / name)
+    store = GraphStore(root)
+    graphs = [store.find(f"attribute/{name}/graphs/water") for name in names]
+    files = [
+        store.save_groups(graph, [[name, store.document(graph)["nodes"][0]["node_id"]]])
+        for name, graph in zip(names, graphs, strict=True)
+    ]
+    assert [store.document(graph)["qParams"]["supernodes"][0][0] for graph in graphs] == names
+    assert len({*files}) == 3 and files[0] == root / "serve" / "attribute-a-b" / "groups.json"
+
+
 @pytest.mark.parametrize("content", ["[1]", '{"war": "x"}', '{"war": [[]]}', "{"])
 def test_damaged_groups_are_one_line(root, content):
     store = GraphStore(root)

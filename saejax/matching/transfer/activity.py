@@ -16,6 +16,7 @@ from scipy import sparse
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.files import whole_file
 from saejax.interpret.firings import encode_tokens
 from saejax.matching.rows import CentredRows
 from saejax.models.language_model import LanguageModel
@@ -122,7 +123,9 @@ class Activity:
     def save(self, path: Path, **more: Any) -> None:
         """Write the activity, and more arrays by name, to a .npz file."""
         f = self.f_NxF
-        np.savez(path, data=f.data, indices=f.indices, indptr=f.indptr, shape=f.shape, real_N=self.real_N, **more)
+        parts = dict(data=f.data, indices=f.indices, indptr=f.indptr, shape=f.shape, real_N=self.real_N)
+        with whole_file(path) as unfinished, open(unfinished, "wb") as file:
+            np.savez(file, **parts, **more)
 
     @classmethod
     def load(cls, path: Path) -> "Activity":
