@@ -52,8 +52,10 @@ from saejax.models.loading import load_model as load_model
 from saejax.runner.results import load_results as load_results
 from saejax.tasks.behaviours import Prompt as Prompt
 from saejax.training.in_memory import Evaluation as Evaluation
+from saejax.training.in_memory import Finetuning as Finetuning
 from saejax.training.in_memory import evaluate as evaluate
 from saejax.training.in_memory import export as export
+from saejax.training.in_memory import finetune as finetune
 from saejax.training.in_memory import train as train
 from saejax.training.in_memory import train_all as train_all
 

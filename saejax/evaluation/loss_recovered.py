@@ -196,14 +196,27 @@ def document_batches(
 ) -> Iterator[tuple[jax.Array, jax.Array, int]]:
     """Yield token ids [B, T], lengths [B] and the number of predicted tokens, on the model's devices."""
     documents = [document for document in documents if len(document) > 1]
-    shares = document_devices(lm.mesh)
     lengths_N = np.array([round_length(len(document)) for document in documents], np.int64)
-    for chosen, rows, length in even_batches(lengths_N, batch_tokens, shares, _PROGRAM):
-        # Rows that fill up a batch have one token, which predicts nothing.
-        padded = pad([*(documents[index].tolist() for index in chosen), *[[0]] * (rows - len(chosen))])
-        ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
-        placed_BxT, lengths_B = by_row(lm.mesh, ids_BxT, padded.lengths_B)
-        yield placed_BxT, lengths_B, sum(len(documents[index]) - 1 for index in chosen)
+    for chosen, rows, length in even_batches(lengths_N, batch_tokens, document_devices(lm.mesh), _PROGRAM):
+        yield place_documents(lm, [documents[index] for index in chosen], rows, length)
+
+
+def place_documents(
+    lm: LanguageModel, documents: Sequence[np.ndarray], rows: int, length: int
+) -> tuple[jax.Array, jax.Array, int]:
+    """Return token ids [B, T], lengths [B] and the number of predicted tokens of a batch, on the model's devices.
+
+    Args:
+      lm: the model.
+      documents: token ids of each document.
+      rows: B, at least as many.
+      length: T, at least as long.
+    """
+    # Rows that fill up a batch have one token, which predicts nothing.
+    padded = pad([*(document.tolist() for document in documents), *[[0]] * (rows - len(documents))])
+    ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
+    placed_BxT, lengths_B = by_row(lm.mesh, ids_BxT, padded.lengths_B)
+    return placed_BxT, lengths_B, sum(len(document) - 1 for document in documents)
 
 
 def count_groups(groups: Sequence[np.ndarray]) -> int:

@@ -98,6 +98,8 @@ def compare(
     if counted_BxT is not None:
         predicts_BxT &= counted_BxT
 
+    # A gradient keeps no logits of a chunk, but makes them again.
+    @jax.checkpoint
     def chunk(start: jax.Array) -> tuple[jax.Array, jax.Array]:
         def cut(values: jax.Array, axis: int) -> jax.Array:
             return lax.dynamic_slice_in_dim(values, start, size, axis)

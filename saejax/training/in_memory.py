@@ -14,7 +14,7 @@ from saejax.activations.in_memory import Activations, capture
 from saejax.activations.joined import single_sites
 from saejax.activations.store import INDEX, Store, shard_file
 from saejax.arguments import check_classes
-from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
+from saejax.dictionaries import Dictionary, load_dictionary, rescale, save_dictionary, save_transcoders
 from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.hashes import hash_dictionaries
@@ -29,15 +29,21 @@ from saejax.evaluation.temporal import evaluate_texts
 from saejax.files import fingerprint, read_object, write_json
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import OtherSite, site_parts
+from saejax.models.tokens import tokenize_in_pieces
 from saejax.parallel.mesh import check_mesh, make_mesh
 from saejax.progress import show_progress
 from saejax.settings_from_keywords import make_config
 from saejax.short_reprs import has_short_repr
+from saejax.training.finetune import CleanBatches, check_can_finetune, finetune_member, finetuning_stack
+from saejax.training.init_from import with_unit_rows
 from saejax.training.inputs import store_source
 from saejax.training.loop import TrainFolders, check_state_dtype, train_stack
 from saejax.training.members import Member, choose_sites, make_members
+from saejax.training.scales import SiteScale
 from saejax.training.settings import TrainConfig
-from saejax.training.stack import batch_parts
+from saejax.training.stack import TrainStack, batch_parts, check_divides
+from saejax.training.state import finish_dictionary
+from saejax.training.thresholds import Calibration
 
 # Settings of the stage that say what else is trained, and what to do here.
 _NOT_HERE = dict(
@@ -274,6 +280,99 @@ def _check_widths(lm: LanguageModel, target: str, d: int, d_in: int, mean_D: np.
             raise UserError(f"{what} has the {width}, but {target} of {lm.source.name} has {d}: give one of this model")
     if mean_D is not None and not np.isfinite(mean_D).all():
         raise UserError("mean_D is NaN or infinite: expected finite numbers")
+
+
+@has_short_repr
+@dataclasses.dataclass(frozen=True)
+class Finetuning:
+    """A dictionary that was fine-tuned through the model, and the course of it."""
+
+    dictionary: Dictionary  #: the fine-tuned dictionary
+    kl_S: np.ndarray  #: KL(clean || replaced) of each step's text before the step, nats per token
+    explained_variance_S: np.ndarray  #: explained variance on each step's text before the step
+
+
+@check_classes
+def finetune(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    texts: Sequence[str],
+    *,
+    steps: int | None = None,
+    learning_rate: float = 5e-5,
+    **settings: Any,
+) -> Finetuning:
+    """Fine-tune a trained dictionary through the model, on its error and the KL divergence that it causes.
+
+    The last phase of training in Karvonen (2025, arXiv 2503.17272), there of 25 million tokens after 500 million; see
+    ``saejax.training.finetune``. BatchTopK's threshold is calibrated anew. The devices are the model's.
+
+    Args:
+      lm: the model that it was trained on, in JAX.
+      dictionary: an SAE or a transcoder.
+      texts: training texts; texts that are longer than the model's context are split.
+      steps: number of steps; None: one pass over the texts.
+      learning_rate: learning rate of the first step, which falls linearly to 0; the default is the paper's.
+      **settings: other fields of ``saejax.training.settings.TrainConfig`` that the loss reads, such as batch=4096
+        (tokens per step), and the coefficients of kinds with a penalty, such as l1=2.0, which must be given.
+
+    Raises:
+      UserError: the dictionary cannot be fine-tuned, a setting is unknown, out of range or missing, or a loss is not
+        finite.
+    """
+    lm = follow_bos(lm, [dictionary.config])
+    check_can_finetune(lm, dictionary.config)
+    if steps is not None and steps < 1:
+        raise UserError(f"steps is {steps}: expected 1 or more, or None for one pass over the texts")
+    if not 0 < learning_rate < np.inf:
+        raise UserError(f"learning_rate is {learning_rate}: expected a number above 0")
+    tokens = tokenize_in_pieces(lm.tokenizer, texts, lm.config.context, lm.bos)
+    documents = [ids_T[:length] for ids_T, length in zip(tokens.ids_BxT, tokens.lengths_B, strict=True)]
+    config = _finetuning_config(dictionary, settings)
+    check_divides(config, dictionary.config.n_features, 1, lm.mesh.shape)
+    dictionary = with_unit_rows(dictionary.with_sink_norms(lm.sink_norm), "the dictionary").on_mesh(lm.mesh)
+    described = dictionary.config
+    (member,) = make_members(config, described.kind, [described.site])
+    member = dataclasses.replace(member, target=described.target or described.site)
+    raw = SiteScale(1.0, 1.0, np.zeros(described.d_in), described.max_norm, described.target_max_norm)
+    stack = TrainStack(config, described, [member], [raw], 1, lm.mesh)
+    batches = CleanBatches(finetuning_stack(stack, 0, 1, learning_rate), lm, documents)
+    scale = batches.scale(raw)
+    stack = dataclasses.replace(stack, scales=[scale])
+    stack = finetuning_stack(stack, 0, batches.per_epoch if steps is None else steps, learning_rate)
+    start = rescale.scale_for_training(dictionary, scale.input, scale.output, config.state_dtype)
+    with show_progress("finetune") as on_progress:
+        state, records = finetune_member(
+            stack, start.arrays, batches, lm.params, lambda step, metrics: on_progress(step, stack.steps)
+        )
+    finished = finish_dictionary(stack, state, 0, Calibration(stack)(state, batches, stack.steps))
+    kl_S, explained_S = (np.array([record[name] for record in records]) for name in ("kl", "explained_variance"))
+    return Finetuning(Dictionary(described, dictionary.matmul_dtype, **finished.arrays), kl_S, explained_S)
+
+
+def _finetuning_config(dictionary: Dictionary, settings: dict[str, Any]) -> TrainConfig:
+    """Return the settings of fine-tuning: a dictionary's own, and those that are given.
+
+    Raises:
+      UserError: a setting is unknown, out of range, given though the dictionary has it, or missing.
+    """
+    config, kind = dictionary.config, dictionary.kind
+    fixed: dict[str, Any] = dict(kinds=config.kind, sites=config.site, features=config.n_features)
+    fixed |= dict(form="skip_transcoder" if config.skip else "transcoder") if config.target else {}
+    of_kind = {field.name for field in dataclasses.fields(kind.Settings)}
+    fixed |= dict(k=config.k) if config.k and "k" in kind.reads else {}
+    # Shares of the features, as the settings of kinds with nested groups have them.
+    shares = tuple(count / config.n_features for count in config.groups)
+    fixed |= {name: shares for name in ("groups", "nested") if shares and name in of_kind}
+    if both := sorted(settings.keys() & {*fixed, "learning_rate", "form"}):
+        raise UserError(f"saejax.finetune takes no {', '.join(both)} among its settings: the dictionary has them")
+    needed = [name for name in ("k", "l1") if name in kind.reads] + [*{"l0_coefficient"} & of_kind]
+    if missing := [name for name in needed if name not in {*fixed, *settings}]:
+        raise UserError(
+            f"a {config.kind} dictionary does not say with which {' and '.join(missing)} it was trained: give "
+            f"{', '.join(f'{name}=' for name in missing)}, which keeps its features as sparse as they are"
+        )
+    return make_config(TrainConfig, config.kind, **fixed, **settings)
 
 
 @check_classes

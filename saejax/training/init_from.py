@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own
 from saejax.dictionaries.formats.hooks import short_model_name
+from saejax.dictionaries.kinds.base import Arrays
 from saejax.errors import UserError
 from saejax.links import member_folder
 from saejax.training.members import Member
@@ -52,11 +53,15 @@ def state_from_folder(
         if stack.config.widen != "random":
             assert rows is not None
             dictionary = _widen(stack, index, dictionary, rows, say)
-        start = _scale(stack, index, dictionary).arrays
-        for name, array_Mx in state.params.items():
-            put = jax.jit(_put_member, donate_argnums=0, out_shardings=array_Mx.sharding)
-            state.params[name] = put(array_Mx, index, start[name])
+        put_member(state, index, _scale(stack, index, dictionary).arrays)
     return state
+
+
+def put_member(state: TrainState, index: int, arrays: Arrays) -> None:
+    """Put arrays in the place of a member's parameters, which may have more features."""
+    for name, array_Mx in state.params.items():
+        put = jax.jit(_put_array, donate_argnums=0, out_shardings=array_Mx.sharding)
+        state.params[name] = put(array_Mx, index, arrays[name])
 
 
 def _widen(
@@ -70,7 +75,7 @@ def _widen(
     return wider.on_mesh(stack.mesh)
 
 
-def _put_member(array_Mx: jax.Array, index: jax.Array, member_x: jax.Array) -> jax.Array:
+def _put_array(array_Mx: jax.Array, index: jax.Array, member_x: jax.Array) -> jax.Array:
     """Return an array with one member replaced; to be traced. Where it has more features, further ones stay."""
     # A choice at each place, so that every device works on its own part: an update at an index that is known at run
     # time alone would be made on a copy of the whole.
@@ -103,16 +108,19 @@ def _scale(stack: TrainStack, index: int, dictionary: Dictionary) -> Dictionary:
     """Return the dictionary of the member's parameters, of which ``finish_dictionary`` makes the one that is given."""
     _check(stack, index, dictionary)
     scale = stack.scales[index]
-    dictionary = _with_unit_rows(stack, rescale.scale_parts(dictionary, scale.scales))
+    dictionary = rescale.scale_parts(dictionary, scale.scales)
+    if stack.config.decoder_norm == "unit":
+        dictionary = with_unit_rows(dictionary, f"--train.init_from={stack.config.init_from}")
     dictionary = rescale.centre(dictionary, stack.dictionary.centred)
     return rescale.scale_for_training(dictionary, scale.input, scale.output, stack.config.state_dtype)
 
 
-def _with_unit_rows(stack: TrainStack, dictionary: Dictionary) -> Dictionary:
-    """Return the dictionary with decoder rows of the length that training keeps them at."""
-    if stack.config.decoder_norm == "free":
-        return dictionary
-    name = f"--train.init_from={stack.config.init_from}"
+def with_unit_rows(dictionary: Dictionary, name: str) -> Dictionary:
+    """Return the dictionary, called ``name`` in messages, with rows of the length that training keeps them at.
+
+    Raises:
+      UserError: a decoder row is zero, or the dictionary would choose other features with rows of one length.
+    """
     length_F = rescale.all_decoder_lengths(dictionary)
     if not length_F.all():
         remedy = "give them directions" if dictionary.kind.no_free_decoder else "use --train.decoder_norm=free"

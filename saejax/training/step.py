@@ -12,6 +12,7 @@ The terms are defined in ``dictionaries.losses`` and ``dictionaries.kinds``.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,16 +115,43 @@ def _resample(
     return resampling.resample(stack, state, hyper, *batch), ()
 
 
+class LossTerms(NamedTuple):
+    """The terms of a member's loss on a batch, and what else its metrics are made of."""
+
+    terms: Arrays  #: scalars by name, which add up to the loss
+    residual_BxD: jax.Array  #: targets minus the reconstruction by all features, scaled
+    firings_F: jax.Array  #: number of tokens on which each feature fires
+
+    def metrics(self, loss: jax.Array, y_BxD: jax.Array) -> Arrays:
+        """Return the terms, the ``loss`` and figures of the reconstruction of the targets ``y``."""
+        return self.terms | dict(
+            loss=loss,
+            mse=losses.squared_size(self.residual_BxD),
+            l0=jnp.sum(self.firings_F) / y_BxD.shape[0],
+            explained_variance=losses.explained_variance(y_BxD, self.residual_BxD),
+        )
+
+
 def member_loss(stack: TrainStack, params: Arrays, batch: MemberBatch) -> tuple[jax.Array, tuple[Arrays, jax.Array]]:
     """Return the loss of one member on one batch.
+
+    For the arguments see ``loss_terms``.
+
+    Returns:
+      The loss, and (metrics, whether each feature fired on any token).
+    """
+    parts = loss_terms(stack, params, batch)
+    loss = sum(parts.terms.values(), jnp.zeros((), batch.y_BxD.dtype))
+    return loss, (parts.metrics(loss, batch.y_BxD), parts.firings_F > 0)
+
+
+def loss_terms(stack: TrainStack, params: Arrays, batch: MemberBatch) -> LossTerms:
+    """Return the terms of the loss of one member on one batch.
 
     Args:
       stack: what is trained.
       params: the member's arrays, as in ``parameter_table``.
       batch: the tokens of the step.
-
-    Returns:
-      The loss, and (metrics, whether each feature fired on any token).
     """
     config, member = stack.config, Dictionary(stack.dictionary, stack.config.matmul, **params)
     kind, settings = member.kind, config.of_kind(member.kind.name)
@@ -154,15 +182,7 @@ def member_loss(stack: TrainStack, params: Arrays, batch: MemberBatch) -> tuple[
         terms["decorrelation"] = config.decorrelation * losses.decorrelation(f_BxF)
     if config.alignment:
         terms["alignment"] = config.alignment * alignment(params["W_enc_DxF"], params["W_dec_FxD"])
-    loss = sum(terms.values(), jnp.zeros((), y_BxD.dtype))
-
-    metrics = terms | dict(
-        loss=loss,
-        mse=losses.squared_size(error_BxD),
-        l0=jnp.sum(firings_F) / x_BxD.shape[0],
-        explained_variance=losses.explained_variance(y_BxD, error_BxD),
-    )
-    return loss, (metrics, firings_F > 0)
+    return LossTerms(terms, error_BxD, firings_F)
 
 
 def member_residual(
