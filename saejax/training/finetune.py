@@ -15,6 +15,7 @@ first, then the dictionary on the tokens that it replaces, then the layers above
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,12 +45,61 @@ from saejax.training.state import TrainState, apply_update, init_state, state_sh
 from saejax.training.step import MemberBatch, loss_terms
 
 _PROGRAM = 8192  # tokens that run in the time in which the programs of another shape are compiled, roughly
+_PROGRESS_SECONDS = 5.0
 _LEAST_KL = 1e-8  # nats: below, rounding makes up the divergence
 _ORDER = 3  # stream of random numbers that the order of documents is drawn from
 # Settings that make no part of this phase.
 _OFF: Mapping[str, Any] = dict(
     warmup=0, decay=1.0, penalty_warmup=0.0, auxk=0.0, decorrelation=0.0, alignment=0.0, resample_every=0
 )
+
+
+def finetune_members(
+    stack: TrainStack,
+    state: TrainState,
+    lm: LanguageModel,
+    documents: Sequence[np.ndarray],
+    say: Callable[[str], None] = print,
+    stopping: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """Fine-tune the members of a stack, one after the other, as ``--train.kl_steps`` asks.
+
+    Args:
+      stack: what was trained.
+      state: the state after training; its parameters are replaced.
+      lm: the model, on the devices of the stack.
+      documents: token ids of the training text.
+      say: logs lines of progress.
+      stopping: as for ``finetune_member``.
+
+    Raises:
+      UserError: as for ``finetune_member`` and ``CleanBatches``.
+      Interrupted: asked to stop; nothing is kept.
+    """
+    for index, member in enumerate(stack.members):
+        single = finetuning_stack(stack, index, stack.config.kl_steps, stack.config.kl_learning_rate)
+        batches = CleanBatches(single, lm, documents)
+        report = _Progress(f"fine-tuning {member.name}".rstrip(), single.steps, say)
+        arrays = {name: array_Mx[index] for name, array_Mx in state.params.items()}
+        tuned, _ = finetune_member(single, arrays, batches, lm.params, report, stopping)
+        put_member(state, index, _of_member(tuned.params))
+    return state
+
+
+class _Progress:
+    """Lines of progress: of the first and the last step, and every few seconds."""
+
+    def __init__(self, title: str, steps: int, say: Callable[[str], None]):
+        self._title, self._steps, self._say, self._last = title, steps, say, -math.inf
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Say how far it is, if a line is due."""
+        if step in (1, self._steps) or time.monotonic() - self._last > _PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            self._say(
+                f"{self._title}: step {step} of {self._steps}, KL divergence {metrics['kl']:.4f}, explained variance "
+                f"{metrics['explained_variance']:.4f}"
+            )
 
 
 class CleanBatch(NamedTuple):
@@ -212,7 +262,10 @@ def finetune_member(
     hyper, records = _of_member(stack.hyperparams), list[dict[str, float]]()
     for step in range(stack.steps):
         if stopping():
-            raise Interrupted(f"stopped at step {step} of {stack.steps} of fine-tuning")
+            raise Interrupted(
+                f"stopped at step {step} of {stack.steps} of fine-tuning; what was trained before is saved: run the "
+                "same command to begin it again"
+            )
         state, values = step_fn(state, hyper, params, batches.clean(step))
         # Read at once: the next batch waits for the device anyway, to learn which of its tokens are sinks.
         records.append({name: float(value) for name, value in values.items()})

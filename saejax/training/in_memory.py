@@ -52,6 +52,7 @@ _NOT_HERE = dict(
     pretrained="use saejax.load_dictionary",
     source="it trains on the activations that it is given",
     ce_every="it has no model: use saejax.evaluate",
+    kl_steps="it has no model: use saejax.finetune",
 )
 
 

@@ -39,6 +39,7 @@ from saejax.training.held_out import LossScorer
 from saejax.training.scales import HELD_OUT_TOKENS, ScaledRows
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, batch_parts
+from saejax.training.state import TrainState
 
 Batch = tuple[jax.Array, ...]
 _RESIDENT_SHARE = 0.4  # share of the memory free once the state is placed that "auto" gives to activations
@@ -65,6 +66,8 @@ class Source:
     close: Callable[[], None] = lambda: None  #: frees memory
     #: returns a scorer of the members in the whole model, called before training; None: there is no model.
     loss_scorer: Callable[[TrainStack], LossScorer] | None = None
+    #: returns the trained state with parameters that were fine-tuned through the model; None: there is no model.
+    finetune: Callable[[TrainStack, TrainState], TrainState] | None = None
 
 
 def store_source(config: TrainConfig, store: Store, parts: Parts, say: Callable[[str], None] = print) -> Source:

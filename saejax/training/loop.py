@@ -196,6 +196,8 @@ def _train(
     with run as wandb:
         metrics = Metrics(stack, folder / METRICS, first_step, say, wandb)
         state = train_loop(stack, state, batches, metrics, checkpoints, stopping, midway=midway)
+    if source.finetune:  # without checkpoints of its own: it is short, and begins again after the last one
+        state = source.finetune(stack, state)
     return state, calibrate(state, batches, stack.steps), metrics
 
 

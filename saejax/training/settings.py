@@ -245,6 +245,16 @@ class TrainConfig(Config):
         "that fire on none of these tokens (replace)",
         choices=("random", "errors", "replace"),
     )
+    kl_steps: int = setting(
+        0,
+        "steps after training in which each dictionary is fine-tuned through the model, on its error and the KL "
+        "divergence that it causes, in equal parts (Karvonen, 2025); the whole model is loaded. 0: none",
+        low=0,
+        high=MOST_STEPS,
+    )
+    kl_learning_rate: float = setting(
+        5e-5, "learning rate of the first of --train.kl_steps, which falls linearly to 0", low=1e-30
+    )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
     score_every: int = setting(
         1000,
@@ -327,6 +337,8 @@ class TrainConfig(Config):
             # Kinds that keep the k largest have no penalty; a plugin's may have one.
             "penalty_warmup": "k" not in shared or bool(source),
             "expansion": not self.features,
+            "kl_steps": self.kl_steps > 0,
+            "kl_learning_rate": self.kl_steps > 0,
         }
         values = counted(self, but=[f"train.{name}" for name, is_read in conditions.items() if not is_read])
         prefix = f"train.{kind}."  # settings of other kinds are not read

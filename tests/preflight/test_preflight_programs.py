@@ -1,5 +1,7 @@
 """What preflight compiles is what the stages run: the same functions, with arguments of the same shapes and places."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from saejax.stages.ablate.plan import kept_prompts, prompt_length, ranking_promp
 from saejax.stages.baseline import plan as benchmarks
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.settings import TaskConfig
+from saejax.training.finetune import CleanBatches, finetuning_stack
 from saejax.training.state import init_state
 from saejax.training.step import train_step
 
@@ -111,6 +114,21 @@ def test_training(programs, plan, mesh):
     stack = make_stack(plan, mesh)
     batch = jax.make_array_from_process_local_data(stack.batch_sharding, np.ones((1, 64, 64), np.float32))
     assert_same_call(programs["train: topk step"], (init_state(stack), stack.hyperparams, (batch,)))
+
+
+def test_fine_tuning_through_the_model(mesh, lm):
+    changes = dict(train__kl_steps=5, train__batch=64, train__expansion=(4,), capture__store_dtype="float32")
+    plan = on_mesh(plan_run(lm.config, "mlp_out.1", **READ, **changes), mesh)
+    program = {program.name: program for program in stage_programs(plan)}["train: topk fine-tuning"]
+    stack = make_stack(plan, mesh)
+    stack = dataclasses.replace(stack, scales=[dataclasses.replace(scale, max_norm=1e9) for scale in stack.scales])
+    single = finetuning_stack(stack, 0, 5, 1e-3)
+    batches = CleanBatches(single, lm, [np.arange(32, dtype=np.int32)] * 2)
+    hyper = jax.tree.map(lambda leaf: leaf[0], single.hyperparams)
+    call = init_state(single), hyper, lm.params, batches.clean(0)
+    planned_shapes, shapes = ([(x.shape, x.dtype) for x in jax.tree.leaves(args)] for args in (program.arguments, call))
+    assert planned_shapes == shapes and jax.tree.structure(program.arguments) == jax.tree.structure(call)
+    assert topology.compile_for(program, 2**30).fits and program.runs == 5
 
 
 def test_they_are_the_stages_own_functions(programs):

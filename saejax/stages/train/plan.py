@@ -14,19 +14,23 @@ from saejax.activations.joined import single_sites
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import DTYPES
 from saejax.costs.plan import WIDTH, PlannedRun, PlannedStack
-from saejax.costs.programs import Program, abstract_params, whole
+from saejax.costs.programs import Program, abstract_params, by_row, whole
 from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.kinds import PRETRAINED
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
-from saejax.flops import pass_flops, step_flops, weights_share
+from saejax.flops import head_flops, pass_flops, step_flops, weights_share
 from saejax.models.config import DecoderConfig
+from saejax.models.lengths import round_length, rows_per_batch
 from saejax.models.settings import ModelConfig
 from saejax.models.sites import Site, decoder_site, is_joined
-from saejax.parallel.mesh import BY_DOCUMENT
+from saejax.models.split import SplitPoint
+from saejax.parallel.mesh import BY_DOCUMENT, document_devices
 from saejax.stages.capture.plan import batch_shape, recorded_rows
 from saejax.stages.train.pretrained import Pretrained, find_pretrained
+from saejax.tasks.settings import CorpusConfig
 from saejax.training.checkpoints import KEPT
+from saejax.training.finetune import CleanBatch, compile_finetune_step, finetuning_stack
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.scales import SiteScale
 from saejax.training.settings import TrainConfig
@@ -147,7 +151,7 @@ def _row_bytes(plan: PlannedRun, parts: int = 1) -> int:
 
 
 def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """Return the step of every stack and, where the JAX decoder makes activations as needed, how a buffer is filled.
+    """Return the step of every stack, and of its fine-tuning, and how a buffer is filled as activations are needed.
 
     There the model, the buffer and the training state are on the devices all the time.
 
@@ -165,6 +169,8 @@ def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
             programs.append(dataclasses.replace(fill, kept=(state, hyper)))
             step = dataclasses.replace(step, kept=(params, parts, norms))
         programs.append(step)
+        if plan.configs[TrainConfig].kl_steps:
+            programs.append(_finetuning(plan, stack, mesh))
     return programs
 
 
@@ -199,8 +205,8 @@ def _steps(plan: PlannedRun) -> float:
     return min(steps, train.max_steps or steps)
 
 
-def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
-    """Return the training step; its arguments are the state, the members' settings, and a batch."""
+def _trained(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> TrainStack:
+    """Return the members of the largest size as they are trained."""
     dictionary = stack.dictionary
     d_in, each = dictionary.d_in, [*plan.configs[TrainConfig].each_size().values()]
     config = max(each, key=lambda config: config.features_of(d_in))
@@ -209,7 +215,13 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     # A whitening matrix changes the program by its presence, not by its values.
     metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
     scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
-    trained = TrainStack(config, dictionary, members, [scale] * len(members), _STEPS, mesh)
+    return TrainStack(config, dictionary, members, [scale] * len(members), _STEPS, mesh)
+
+
+def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
+    """Return the training step; its arguments are the state, the members' settings, and a batch."""
+    dictionary, trained = stack.dictionary, _trained(plan, stack, mesh)
+    config, members, d_in = trained.config, trained.members, dictionary.d_in
     shape = (len(trained.sites), config.batch, d_in)
     batch = jax.ShapeDtypeStruct(
         shape, DTYPES[plan.configs[CaptureConfig].store_dtype], sharding=trained.batch_sharding
@@ -222,5 +234,48 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
         (abstract_state(trained), trained.abstract_hyperparams(), (batch,) if config.form == "sae" else (batch, batch)),
         (),
         weights_share(config.form, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
-        _steps(plan) * sum(of_size.features_of(d_in) for of_size in each) / config.features_of(d_in),
+        _steps(plan) * _sizes(plan, stack),
+    )
+
+
+def _sizes(plan: PlannedRun, stack: PlannedStack) -> float:
+    """Return the features of all sizes that are trained one after the other, in those of the largest."""
+    each = [config.features_of(stack.dictionary.d_in) for config in plan.configs[TrainConfig].each_size().values()]
+    return sum(each) / max(each)
+
+
+def _finetuning(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
+    """Return a step of fine-tuning through the model; all states of training stay on the devices meanwhile."""
+    trained = _trained(plan, stack, mesh)
+    config, model, member = trained.config, plan.model, trained.members[-1]
+    single = finetuning_stack(trained, len(trained.members) - 1, config.kl_steps, config.kl_learning_rate)
+    site, target = (Site.parse(name) for name in (member.site, member.target))
+    length = round_length(min(plan.configs[CorpusConfig].context, model.context))
+    devices = document_devices(mesh)
+    rows = -(-rows_per_batch(config.batch, length, 1) // devices) * devices
+    tokens, layers = rows * length, model.n_layers - target.layer
+    stream_BxTxD = by_row(mesh, (rows, length, model.d_model), plan.dtype)
+    x_BxTxD, y_BxTxD = (by_row(mesh, (rows, length, each.width(model)), plan.dtype) for each in (site, target))
+    batch = CleanBatch(
+        stream_BxTxD,
+        x_BxTxD,
+        y_BxTxD,
+        stream_BxTxD,
+        by_row(mesh, (rows, length), np.int32),
+        by_row(mesh, (rows,), np.int32),
+        whole(mesh, (), np.float32),
+        whole(mesh, (tokens,), np.int32),
+        whole(mesh, (rows, length), np.int32),
+    )
+    hyper = jax.tree.map(lambda leaf: whole(mesh, leaf.shape[1:], leaf.dtype), single.abstract_hyperparams())
+    # Forwards and twice backwards, without gradients of weights: twice the forward pass; and the clean model's.
+    of_model = pass_flops(model, tokens, length, 2 * layers + model.n_layers) + 3 * head_flops(model, tokens)
+    return Program(
+        f"train: {stack.dictionary.kind} fine-tuning",
+        f"{rows} x {length} tokens",
+        compile_finetune_step(single, SplitPoint(model, target, site, mesh)),
+        (abstract_state(single), hyper, abstract_params(model, mesh, plan.dtype), batch),
+        abstract_state(trained),
+        of_model + step_flops(tokens, stack.dictionary.d_in, stack.dictionary.n_features),
+        config.kl_steps * len(trained.members) * _sizes(plan, stack),
     )

@@ -27,6 +27,7 @@ from saejax.runner.workspace import STACK, STARTED, Run
 from saejax.stages.tokenize.run import text_documents
 from saejax.stages.train.metrics import split_metrics
 from saejax.stages.train.pretrained import run_pretrained
+from saejax.training.finetune import check_can_finetune, finetune_members
 from saejax.training.held_out import LossScorer
 from saejax.training.inputs import Source, model_source, store_source
 from saejax.training.longer import LENGTH
@@ -37,6 +38,7 @@ from saejax.training.results import TrainResults
 from saejax.training.scales import HELD_OUT_TOKENS
 from saejax.training.settings import TrainConfig
 from saejax.training.stack import TrainStack, batch_parts
+from saejax.training.state import TrainState
 
 
 def run_train(run: Run) -> TrainResults | None:
@@ -51,6 +53,8 @@ def run_train(run: Run) -> TrainResults | None:
     if run.name == PRETRAINED:
         return run_pretrained(run)
     check_state_dtype(config)
+    if config.kl_steps and process_count() > 1:
+        raise UserError(f"--train.kl_steps={config.kl_steps} runs in one process, and there are several: leave it out")
     (*_, results) = [_run_size(run, of_size, size) for size, of_size in config.each_size().items()]
     if not run.stack or not is_first_process():
         return results
@@ -75,6 +79,8 @@ def _run_size(run: Run, config: TrainConfig, size: str) -> TrainResults | None:
         source = store_source(config, store, parts, run.say)
     if config.ce_every:
         source = dataclasses.replace(source, loss_scorer=functools.partial(_loss_scorer, run, source.rows))
+    if config.kl_steps:
+        source = dataclasses.replace(source, finetune=functools.partial(_finetune, run, source.rows))
     return train_members(run, config, members, source, size)
 
 
@@ -97,6 +103,18 @@ def _loss_scorer(run: Run, rows: Any, stack: TrainStack) -> LossScorer:
     if stack.config.source == "store":
         rows.check_model(lm.source)
     return LossScorer(stack, lm, rows.documents.sample(HELD_OUT_TOKENS).of("held_out"))
+
+
+def _finetune(run: Run, rows: Any, stack: TrainStack, state: TrainState) -> TrainState:
+    """Return the state after its members were fine-tuned in the model of a store or a stream, which is loaded."""
+    lm = load_configured_model(run.configs[ModelConfig], stack.mesh)
+    if stack.config.source == "store":
+        rows.check_model(lm.source)
+    for member in stack.members:
+        check_can_finetune(lm, dataclasses.replace(stack.dictionary, site=member.site, target=member.target))
+    # As much of the text as the steps take, unless its documents are short; then it is read again.
+    documents = rows.documents.sample(stack.config.kl_steps * stack.config.batch).of("train")
+    return finetune_members(stack, state, lm, documents, run.say, run.stopping)
 
 
 def train_members(

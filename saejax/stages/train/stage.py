@@ -5,11 +5,14 @@ from typing import Any
 
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Configs, counted
+from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.kinds import PRETRAINED
 from saejax.errors import UserError
 from saejax.files import fingerprint
-from saejax.models.sites import parse_site, site_parts
+from saejax.models.settings import ModelConfig
+from saejax.models.sites import ModuleSite, is_joined, parse_site, site_parts
+from saejax.models.source import runs_in_torch
 from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages import identities
 from saejax.stages.train.members import place_in_stack, trained_sites, units_of_members
@@ -36,6 +39,23 @@ def _check(configs: Configs) -> None:
             parse_site(part)
     if folder and "://" not in folder and not Path(folder).exists():
         raise UserError(f"--train.init_from={folder} does not exist: name the folder of a dictionary")
+    if configs[TrainConfig].kl_steps:
+        _check_finetuning(configs)
+
+
+def _check_finetuning(configs: Configs) -> None:
+    """Raise a ``UserError`` unless dictionaries can be fine-tuned through the model, before they are trained."""
+    train, reason = configs[TrainConfig], ""
+    if train.form in FORMS:
+        reason = f"the form {train.form}"
+    elif joined := [site for site in train.sites if is_joined(site)]:
+        reason = f"crosscoders ({joined[0]})"
+    elif modules := [site for site in train.sites if ModuleSite.names(site)]:
+        reason = f"modules of PyTorch ({modules[0]})"
+    elif runs_in_torch(configs[ModelConfig]):
+        reason = "models that run in PyTorch"
+    if reason:
+        raise UserError(f"--train.kl_steps={train.kl_steps} is not for {reason}: leave it out")
 
 
 def _pretrained(configs: Configs) -> str:
@@ -49,7 +69,8 @@ def _settings(configs: Configs, name: str) -> dict[str, Any]:
     if name == PRETRAINED:
         return {}
     streamed = counted(configs[CorpusConfig], configs[CaptureConfig], but=_OF_STORES) if train.source == "model" else {}
-    return train.read_by(name) | streamed
+    # What it is fine-tuned through; captured activations have a dtype of their own.
+    return train.read_by(name) | streamed | (counted(configs[ModelConfig]) if train.kl_steps else {})
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
@@ -57,7 +78,8 @@ def _inputs(configs: Configs, name: str) -> dict[str, Input]:
         return inputs_of(configs, pretrained=_pretrained)
     outside = place_in_stack(configs)
     if configs[TrainConfig].source == "store":
-        return inputs_of(trained_sites(configs), "capture", initial=_initial, **outside)
+        tuned = dict(model=identities.model) if configs[TrainConfig].kl_steps else {}
+        return inputs_of(trained_sites(configs), "capture", initial=_initial, **tuned, **outside)
     text = identities.training_text(configs)
     return inputs_of(configs, *text, initial=_initial, model=identities.model, corpus=identities.corpus, **outside)
 
