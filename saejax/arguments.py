@@ -1,4 +1,4 @@
-"""Check of the arguments of public functions, so that a name in place of a model is refused in one line."""
+"""Checks of the arguments of public functions and methods: wrong classes and misspelt names are told in one line."""
 
 import functools
 import inspect
@@ -12,6 +12,7 @@ from saejax.errors import UserError, nearest_names
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_Class = TypeVar("_Class", bound=type)
 
 # Classes whose objects users confuse with their names, folders or values, and where such an object comes from.
 _MADE_BY = {
@@ -35,7 +36,6 @@ def check_classes(function: Callable[P, R]) -> Callable[P, R]:
     raise Python's own ``TypeError``, with the nearest names.
     """
     signature = inspect.signature(function)
-    takes_others = any(entry.kind is entry.VAR_KEYWORD for entry in signature.parameters.values())
     hints = {name: entry.annotation for name, entry in signature.parameters.items() if _list_sources(entry.annotation)}
 
     @functools.wraps(function)
@@ -43,13 +43,7 @@ def check_classes(function: Callable[P, R]) -> Callable[P, R]:
         try:
             values = signature.bind(*args, **kwargs).arguments
         except TypeError:
-            for name in kwargs if not takes_others else ():
-                near = nearest_names(name, signature.parameters)
-                if near and name not in signature.parameters:
-                    raise TypeError(
-                        f"{function.__name__}() got an unexpected keyword argument {name!r}. Did you mean "
-                        f"{' or '.join(map(repr, near))}?"
-                    ) from None
+            _suggest_names(function, signature, len(args), kwargs)
             values = {}  # the call tells it in better words
         for name, hint in hints.items():
             if name in values and (wrong := _explain_misfit(values[name], hint)):
@@ -57,6 +51,58 @@ def check_classes(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return checked
+
+
+def suggests_names(cls: _Class) -> _Class:
+    """Let the public methods of a class tell the nearest right names of misspelt ones: a decorator.
+
+    A call costs nothing more unless it raises a ``TypeError``.
+    """
+    for name, method in list(vars(cls).items()):
+        kind = type(method)
+        function = method.__func__ if kind in (classmethod, staticmethod) else method
+        if inspect.isfunction(function) and (not name.startswith("_") or name in ("__init__", "__call__")):
+            suggesting = _with_suggestions(function)
+            setattr(cls, name, kind(suggesting) if function is not method else suggesting)
+    return cls
+
+
+def _with_suggestions(method: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a method for ``suggests_names``."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def suggesting(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except TypeError:
+            _suggest_names(method, signature, len(args), kwargs)
+            raise
+
+    return suggesting
+
+
+def _suggest_names(
+    function: Callable[..., Any], signature: inspect.Signature, first: int, keywords: Collection[str]
+) -> None:
+    """Raise a ``TypeError`` for a keyword that a function does not take, if it takes something like it.
+
+    Args:
+      function: for the message.
+      signature: its signature.
+      first: number of arguments that are given without a keyword.
+      keywords: the given keywords.
+    """
+    if any(entry.kind is entry.VAR_KEYWORD for entry in signature.parameters.values()):
+        return
+    left = [name for name in [*signature.parameters][first:] if name not in keywords]
+    for name in keywords:
+        near = nearest_names(name, left)
+        if near and name not in signature.parameters:
+            raise TypeError(
+                f"{function.__qualname__}() got an unexpected keyword argument {name!r}. Did you mean "
+                f"{' or '.join(map(repr, near))}?"
+            ) from None
 
 
 def _list_sources(hint: Any) -> list[str]:

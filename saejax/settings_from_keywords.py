@@ -14,6 +14,23 @@ from saejax.errors import UserError, nearest_names
 ConfigT = TypeVar("ConfigT", bound=Config)
 _TAKES: dict[Any, Any] = {bool: bool | np.bool_, int: Integral, float: Real, str: str | os.PathLike}
 _WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+_SIZE = ("features", "expansion")
+# What SAELens, dictionary_learning and others call a setting of training, where its name here is not alike.
+_ELSEWHERE = {
+    **dict.fromkeys(("d_sae", "dict_size", "d_hidden", "hidden_dim", "n_latents", "num_latents", "width"), _SIZE),
+    **dict.fromkeys(("training_tokens", "n_steps", "steps"), ("max_steps", "epochs")),
+    **dict.fromkeys(("sparsity_penalty", "sparsity_coefficient", "l1_lambda"), ("l1",)),
+    **dict.fromkeys(("lr_warm_up_steps", "lr_warmup_steps"), ("warmup",)),
+    **dict.fromkeys(("l1_warm_up_steps", "sparsity_warmup_steps"), ("penalty_warmup",)),
+    **dict.fromkeys(("adam_beta1", "beta1"), ("b1",)),
+    **dict.fromkeys(("adam_beta2", "beta2"), ("b2",)),
+    "lr_decay_steps": ("decay",),
+    "decay_start": ("decay",),
+    "max_grad_norm": ("clip",),
+    "aux_loss_coefficient": ("auxk",),
+    "l0": ("k",),
+    "topk": ("k",),
+}
 
 
 def make_config(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
@@ -36,7 +53,8 @@ def make_config(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
             values[field.name] = {unit: make_config(inner, **inside)}
     for name, value in settings.items():
         if name not in hints:
-            near = " or ".join(nearest_names(name, hints))
+            known = [other for other in _ELSEWHERE.get(name, ()) if other in hints]
+            near = " or ".join(known or nearest_names(name, hints))
             meant = f"did you mean {near}? " if near else ""
             raise UserError(f"unknown setting of {cls.__name__} {name!r}: {meant}expected one of {', '.join(hints)}")
         takes_list = typing.get_origin(hints[name]) is tuple

@@ -21,6 +21,7 @@ from saejax.activations.documents import COLUMNS, Documents
 from saejax.config import to_json
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
+from saejax.interventions.edits import mask
 from saejax.models.tokens import bos_tokens
 from saejax.runner.registry import all_stages
 from saejax.settings_from_keywords import make_config
@@ -157,6 +158,71 @@ def test_wrong_numbers_of_arguments_and_unknown_names_are_told_by_python(lm):
         saejax.capture(lm, TEXTS, SITE, batch_size=3)
 
 
+def test_misspelt_names_of_methods_are_told_with_the_nearest_ones(lm, sae, acts):
+    tokens = lm.tokenize(TEXTS[:1])
+    for call, right in (
+        (lambda: lm.generate(tokens, max_tokens=3), r"LanguageModel.generate\(\) .* Did you mean 'max_new_tokens'\?$"),
+        (lambda: lm.tokenize(text=TEXTS), "'texts'"),
+        (lambda: lm(tokens, edit=[]), "'edits'"),
+        (lambda: lm(tokens).logit(answers=" a"), "'answer'"),
+        (lambda: sae.ablate(feature=3), "'features'"),
+        (lambda: sae.steer([3], amout=2.0), "'amount'"),
+        (lambda: saejax.SiteEdit.steer(SITE, np.ones(4), ammount=2.0), r"SiteEdit.steer\(\) .* 'amount'"),
+        (lambda: saejax.SAE.from_pretrained("a", sae="b"), "'sae_id'"),
+        (lambda: acts.save("folder", heldout=1), "'held_out'"),
+        (lambda: saejax.Graph.load(foldr="folder"), "'folder'"),
+        (lambda: saejax.LocalModel(lm, sae, prompts="a text"), "'prompt'"),
+    ):
+        with pytest.raises(TypeError, match=right):
+            call()
+    with pytest.raises(TypeError, match=r"tokenize\(\) missing 1 required positional argument: 'texts'"):
+        lm.tokenize()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda of: of.lm.tokenize(["a"], bos="sometimes"), "unknown bos 'sometimes': expected one of auto, al"),
+        (lambda of: of.lm.with_bos("sometimes"), "unknown bos 'sometimes'"),
+        (lambda of: of.lm.encode(None), "the text is None: expected one text"),
+        (lambda of: of.lm.encode(["a"]), r"the text is \['a'\]: expected one text"),
+        (lambda of: of.lm.lens([[5]], top=2.5), "top is 2.5: expected a whole number, 1 or more"),
+        (lambda of: of.lm.unembed(np.zeros((1, 2, 3))), r"the stream has the shape \[1, 2, 3\]: expected \[B, T, "),
+        (lambda of: of.sae.set([3], "x"), "the activation is 'x': expected a number, or 1 of them"),
+        (lambda of: of.sae.redraw([3, 4], [np.ones(2)], 8), "there are 1 pools for 2 features: give one for each"),
+        (lambda of: of.sae.redraw([3], [np.ones(2)], 0), "length is 0: expected a whole number, 1 or more"),
+        (lambda of: of.sae.redraw([3], [np.ones(2)], 8, seed=-1), "seed is -1: expected a whole number, 0 or more"),
+        (lambda of: saejax.SiteEdit.ablate(None), "the site is None: expected one such as resid_post.15"),
+        (lambda of: saejax.capture(of.lm, TEXTS, []), "sites is empty: name some"),
+        (
+            lambda of: saejax.effects(of.lm, PROMPTS, mask(of.sae, [[3]]), batch_rows=0),
+            "batch_rows is 0: expected 1 or more",
+        ),
+    ],
+)
+def test_arguments_that_methods_cannot_use_are_told_in_a_line(lm, sae, call, message):
+    with pytest.raises(UserError, match=message):
+        call(SimpleNamespace(lm=lm, sae=sae))
+
+
+def test_few_prompts_or_edits_or_tokens_are_as_many(lm, sae):
+    """No edits are the model itself; a prompt of one token and a single edit are a batch and a list."""
+    tokens = lm.tokenize(TEXTS[:2])
+    for none in ([], ()):
+        np.testing.assert_array_equal(lm(tokens, edits=none).logits_BxTxV, lm(tokens).logits_BxTxV)
+        assert lm.generate(tokens, 3, edits=none) == lm.generate(tokens, 3)
+    one = lm([[5]], capture=SITE, edits=sae.ablate([3]))
+    assert one.logits_BxTxV.shape[:2] == one.sites[SITE].shape[:2] == (1, 1)
+    assert len(lm.generate([[5]], 3, edits=[sae.ablate([3])])) == 1
+    for nothing in ([], [[]], np.zeros((0, 3), int), None):
+        for call in (lm, lambda ids: lm.generate(ids, 2), lm.lens):
+            with pytest.raises(UserError, match="tokens (is an? |has an empty prompt)"):
+                call(nothing)
+    for edits in (None, [None], "x", {"a": 1}):
+        with pytest.raises(UserError, match="edits has an? .*: expected edits such as"):
+            lm(tokens, edits=edits)
+
+
 def test_values_are_found_by_the_name_of_their_site(acts):
     assert acts[SITE] is acts.values[SITE]
     for call in (acts.__getitem__, acts.max_norm, acts.rows):
@@ -170,7 +236,11 @@ def test_values_are_found_by_the_name_of_their_site(acts):
         ("lr", "learning_rate"),
         ("learning_rte", "learning_rate"),
         ("l1_coefficient", "l1 or l1_by_depth"),
-        ("steps", "max_steps or "),
+        ("steps", "max_steps or epochs"),
+        ("d_sae", "features or expansion"),
+        ("dict_size", "features or expansion"),
+        ("adam_beta1", "b1"),
+        ("lr_warm_up_steps", "warmup"),
         ("batch_size", "batch"),
     ],
 )
@@ -333,6 +403,7 @@ def test_what_cannot_be_trained_on(acts):
         ("they have no covariance for --train.whiten_error=0.5", put(slice(None), 1.0), dict(whiten_error=0.5)),
         ("takes no source: it trains on the activations that it is given", acts, dict(source="model")),
         ("takes no kinds: give kind=", acts, dict(kinds="topk")),
+        ("takes no hook_name: give site=", acts, dict(hook_name="blocks.1.hook_resid_post")),
         ("takes no pretrained: use saejax.load_dictionary", acts, dict(kind="pretrained")),
     ):
         with pytest.raises(UserError, match=re.escape(message)):

@@ -11,7 +11,7 @@ from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.store import Store
 from saejax.activations.writer import write_store
-from saejax.arguments import check_classes
+from saejax.arguments import check_classes, suggests_names
 from saejax.errors import UserError, one_of
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches
@@ -23,6 +23,7 @@ from saejax.short_reprs import has_short_repr
 _PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
 
+@suggests_names
 @has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Activations:
@@ -103,8 +104,10 @@ def capture(
       sink_factor: norms above so many times the median of their site are attention sinks.
 
     Raises:
-      UserError: a text is empty, a site does not exist, or a value is not finite.
+      UserError: a text is empty, no site is named or one does not exist, or a value is not finite.
     """
+    if not sites:
+        raise UserError("sites is empty: name some, such as resid_post.15")
     most = lm.config.context
     tokens = tokenize_in_pieces(lm.tokenizer, texts, most if context is None else min(context, most), lm.bos)
     offsets = np.concatenate([[0], np.cumsum(tokens.lengths_B)])

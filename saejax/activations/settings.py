@@ -4,6 +4,7 @@ import dataclasses
 
 from saejax.config import Config, setting
 from saejax.models.site_ranges import expand_ranges
+from saejax.models.tokens import BOS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class CaptureConfig(Config):
     bos: str = setting(
         "auto",
         "whether every document begins with a BOS token: 'auto' (as the tokenizer itself does), 'always' or 'never'",
-        choices=("auto", "always", "never"),
+        choices=BOS,
     )
     store_dtype: str = setting(
         "bfloat16",

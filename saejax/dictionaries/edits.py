@@ -13,6 +13,8 @@ from saejax.models.edits import ForwardPass, Positions, SiteEdit, Values, check_
 from saejax.models.sites import Site
 from saejax.short_reprs import has_short_repr
 
+_FIRST = 8  # tokens at the start of a text among which sinks are looked for; chat templates begin with up to four
+
 
 @has_short_repr
 @jax.tree_util.register_dataclass
@@ -44,15 +46,30 @@ class FeatureEdit:
         """Return the edit with the sink rule of its dictionary's sites; see ``Dictionary.with_sink_norms``."""
         return dataclasses.replace(self, dictionary=self.dictionary.with_sink_norms(sink_norm))
 
-    @property
-    def is_at_first_token(self) -> bool:
-        """Return whether it acts at the first token of texts alone, which is an attention sink of many models."""
-        return not self.positions.only and int(self.positions.stop) == 1
+    def first_tokens(self, shortest: int) -> slice | None:
+        """Return the tokens at which it acts if these are among the first ones of texts, which may be attention sinks.
 
-    def is_at_sinks(self, values: Mapping[str, jax.Array]) -> bool:
-        """Return whether the first token of every text is an attention sink, given [B, T, D] at both sites."""
-        first = (values[str(site)][:, 0] for site in (self.reads, self.site))
-        return not bool(self.dictionary.is_not_sink(*first).any())
+        Args:
+          shortest: tokens of the shortest prompt; an edit that goes beyond may act at new tokens.
+
+        Returns:
+          The positions; None: it acts elsewhere, too.
+        """
+        start, stop = int(self.positions.start), int(self.positions.stop)
+        return slice(start, stop) if not self.positions.only and stop <= min(_FIRST, shortest) else None
+
+    def is_at_sinks(self, values: Mapping[str, jax.Array], positions: slice) -> bool:
+        """Return whether all these tokens of every text are attention sinks.
+
+        Args:
+          values: [B, T, D] at the sites ``reads`` and ``site``, of a crosscoder at its parts.
+          positions: of the tokens.
+        """
+        if self.parts:
+            joined = join(self.dictionary.config, {site: value[:, positions] for site, value in values.items()})
+            return not bool(self.dictionary.is_not_sink(joined).any())
+        tokens = (values[str(site)][:, positions] for site in (self.reads, self.site))
+        return not bool(self.dictionary.is_not_sink(*tokens).any())
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the edited value of ``site``."""

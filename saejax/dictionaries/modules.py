@@ -18,6 +18,7 @@ every stage do.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Self
 
 import jax
@@ -26,6 +27,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from saejax.arguments import suggests_names
 from saejax.dictionaries import joined, kinds
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.edits import FeatureEdit
@@ -60,6 +62,7 @@ def placements(config: DictionaryConfig, mesh: Mesh) -> dict[str, NamedSharding]
     return {name: fitting_sharding(mesh, shape, *axes) for name, (shape, axes) in parameter_table(config).items()}
 
 
+@suggests_names
 class Dictionary(nnx.Module):
     """A sparse autoencoder of one site, a transcoder from one site to another, or another basis; a pytree of arrays.
 
@@ -402,8 +405,17 @@ class Dictionary(nnx.Module):
           seed: seed of the draws.
           texts: a number for each text that the edit is used on; equal numbers get equal draws. None: all texts get the
             same draws, however many there are.
+
+        Raises:
+          UserError: there are not as many pools as features, a pool is not finite, or ``length`` or ``seed`` is out of
+            its range.
         """
         features_K = self.feature_indices(features)
+        if len(pools) != len(features_K):
+            raise UserError(f"there are {len(pools)} pools for {len(features_K)} features: give one for each")
+        for name, number, least in (("length", length, 1), ("seed", seed, 0)):
+            if not isinstance(number, Integral) or number < least:
+                raise UserError(f"{name} is {number!r}: expected a whole number, {least} or more")
         numbers, row_B = np.unique(np.zeros(1, int) if texts is None else texts, return_inverse=True)
         draw_NxTxK = np.zeros((len(numbers), length, len(features_K)), np.float32)
         factor_K = np.ones(len(features_K), np.float32)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.arguments import suggests_names
 from saejax.dictionaries import sparsity
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.formats import saelens, tensors
@@ -34,6 +35,7 @@ _EPSILON = 1e-6  # added to the norm of a prediction, as in SAELens
 _PROJECTIONS = ("k_ctx", "q_target", "v_ctx", "c_proj")  # SAELens' names
 
 
+@suggests_names
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TemporalSAE:

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.arguments import check_classes
+from saejax.arguments import check_classes, suggests_names
 from saejax.dictionaries.formats import place
 from saejax.errors import UserError
+from saejax.files import whole_file
 from saejax.models import decoder, lens
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.language_model import LanguageModel
@@ -34,6 +35,7 @@ LENGTH = 128  # tokens of a text, as in the reference implementation
 _AT_ONCE = 16  # dimensions of h_L whose gradients are computed together
 
 
+@suggests_names
 @has_short_repr
 @dataclasses.dataclass(frozen=True)
 class JacobianLens:
@@ -75,7 +77,8 @@ class JacobianLens:
             raise UserError(f"{path} is there already: name another file")
         matrices = {layer: torch.from_numpy(np.asarray(matrix, np.float16)) for layer, matrix in self.jacobians.items()}
         facts = dict(n_prompts=self.texts, d_model=self.lm.config.d_model, source_layers=sorted(matrices))
-        torch.save(dict(J=matrices, **facts), path)
+        with whole_file(Path(path)) as unfinished, open(unfinished, "wb") as file:
+            torch.save(dict(J=matrices, **facts), file)
 
 
 @check_classes

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from saejax.arguments import suggests_names
 from saejax.results import Interval
 from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval
@@ -55,6 +56,7 @@ NO_DOSE = (
 CONTROLS = dict(random="random lists", placebo="placebo sets", untrained="untrained dictionaries")
 
 
+@suggests_names
 @dataclasses.dataclass(frozen=True)
 class VerdictConfig:
     """The numbers of the rule."""

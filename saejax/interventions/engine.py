@@ -101,6 +101,8 @@ def effects(
             f"edits is a {type(edits).__name__}: expected edits of one dictionary's features, such as "
             "saejax.interventions.edits.mask(dictionary, [[3], [8, 20]])"
         )
+    if batch_rows < 1:
+        raise UserError(f"batch_rows is {batch_rows}: expected 1 or more")
     if not readouts:
         raise UserError(f"readouts is empty: name some of {', '.join((*READOUTS, 'change_norm', *TEXT_READOUTS))}")
     for name in readouts:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from saejax.arguments import suggests_names
 from saejax.errors import UserError
 from saejax.files import read_json, whole_file, write_json
 from saejax.links import resolve_links
@@ -109,6 +110,7 @@ class PromptDefinition:
     wrong: str = ""
 
 
+@suggests_names
 @has_short_repr
 @dataclasses.dataclass(frozen=True)
 class EffectsTable:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.arguments import suggests_names
 from saejax.errors import UserError
 from saejax.models.sites import Site, edit_site
 from saejax.short_reprs import has_short_repr
@@ -115,7 +116,10 @@ class Values:
     @classmethod
     def constant(cls, values: Any, n: int, what: str) -> Self:
         """Return the same ``n`` finite values everywhere, or one number; a ``UserError`` about ``what`` otherwise."""
-        array = np.asarray(values, np.float32)
+        try:
+            array = np.asarray(values, np.float32)
+        except (TypeError, ValueError):
+            raise UserError(f"{what} is {values!r:.60}: expected a number, or {n} of them") from None
         if array.shape not in ((), (n,)):
             raise UserError(f"{what} has the shape {array.shape}: expected a number or the shape ({n},)")
         if not np.isfinite(array).all():
@@ -204,6 +208,7 @@ def check_width(site: Site, width: int, what: str, actual: int) -> None:
         raise UserError(f"{what} has the width {actual}, but {site} is {width} wide: take one made for this model")
 
 
+@suggests_names
 @has_short_repr
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import functools
 import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 import jax
@@ -18,7 +19,8 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from saejax.errors import UserError
+from saejax.arguments import suggests_names
+from saejax.errors import UserError, one_of
 from saejax.models import decoder, decoding, generation, lens, sinks
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoder import run_layers
@@ -31,13 +33,14 @@ from saejax.models.lengths import round_length
 from saejax.models.lens import LensOutput
 from saejax.models.sites import PATTERN, AnySite, Site, readable_site
 from saejax.models.source import ModelSource
-from saejax.models.tokens import Tokens, as_tokens, encode, single_token_id, tokenize
+from saejax.models.tokens import BOS, Tokens, as_tokens, encode, single_token_id, tokenize
 from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding, sharding
 from saejax.short_reprs import has_short_repr
 
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
 
 
+@suggests_names
 @has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -77,6 +80,7 @@ class Output:
         return last_B if len(last_B) > 1 else last_B[0]
 
 
+@suggests_names
 class LanguageModel:
     """A JAX decoder with its weights and tokenizer.
 
@@ -118,6 +122,7 @@ class LanguageModel:
         Args:
           bos: "auto", "always" or "never"; see ``tokens.encode``.
         """
+        one_of(bos, BOS, "bos")
         # The same object each time: what is kept of a model is kept by its identity.
         lm = self._by_bos.get(bos)
         if lm is None:
@@ -249,7 +254,14 @@ class LanguageModel:
         return sinks.sink_norm(self, site, factor)
 
     def unembed(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Return the fp32 logits [B, T, V] of a stream leaving the last layer, such as ``resid_post`` of that layer."""
+        """Return the fp32 logits [B, T, V] of a stream leaving the last layer, such as ``resid_post`` of that layer.
+
+        Raises:
+          UserError: the stream has another width.
+        """
+        shape, width = np.shape(x_BxTxD), self.config.d_model
+        if shape[-1:] != (width,):
+            raise UserError(f"the stream has the shape {list(shape)}: expected [B, T, {width}]")
         return _unembed(self.config, self.params, x_BxTxD)
 
     def lens(
@@ -284,8 +296,8 @@ class LanguageModel:
                     f"answers has {answer!r:.60}: expected ids of tokens, 0 to {self.config.vocab - 1}, as lm.token_id "
                     "returns them"
                 )
-        if top < 1:
-            raise UserError(f"top is {top}: expected 1 or more")
+        if not isinstance(top, Integral) or top < 1:
+            raise UserError(f"top is {top!r}: expected a whole number, 1 or more")
         layers = range(self.config.n_layers)
         sites = self(tokens, capture=[Site("resid_post", layer) for layer in layers], logits=False).sites
         x_LxBxTxD = jnp.stack([sites[f"resid_post.{layer}"] for layer in layers])
@@ -325,16 +337,22 @@ class LanguageModel:
         return sites, self._place_edits(fit_values(edits, tokens.ids_BxT.shape, length))
 
     def _warn_of_sinks(self, edits: Sequence[Any], tokens: Tokens) -> None:
-        """Name the edits of features at the first token that change nothing, since it is always an attention sink."""
+        """Name the edits of features at first tokens that change nothing, since these are attention sinks."""
         for edit in edits:
-            if not getattr(edit, "is_at_first_token", False) or edit.parts:
+            positions = edit.first_tokens(int(tokens.lengths_B.min())) if hasattr(edit, "first_tokens") else None
+            if positions is None:
                 continue
-            values = self(tokens, capture=list(dict.fromkeys((edit.reads, edit.site))), logits=False).sites
-            if edit.is_at_sinks(values):
+            sites = edit.parts or tuple(dict.fromkeys((edit.reads, edit.site)))
+            if edit.is_at_sinks(self(tokens, capture=sites, logits=False).sites, positions):
+                first, last = positions.start, positions.stop - 1
+                where = f"token {first}" if first else "the first token"
+                where = f"tokens {first} to {last}" if last > first else where
                 logging.warning(
-                    "an edit at %s changes nothing: it acts at the first token alone, an attention sink in each of "
-                    "these %d prompts, and edits of features leave sinks alone",
-                    edit.site,
+                    "an edit at %s changes nothing: it acts at %s alone, %s in each of these %d prompts, and edits of "
+                    "features leave sinks alone",
+                    "+".join(map(str, edit.parts or (edit.site,))),
+                    where,
+                    "attention sinks" if last > first else "an attention sink",
                     len(tokens.lengths_B),
                 )
 

@@ -179,6 +179,8 @@ def readable_site(text: str) -> AnySite:
 
 def edit_site(site: str | Site) -> Site:
     """Return the site where an edit acts; of a ``TorchModel`` it may be a ``ModuleSite``, which decoders refuse."""
+    if not isinstance(site, str) and not hasattr(site, "check"):
+        raise UserError(f"the site is {site!r:.60}: expected one such as resid_post.15")
     return cast(Site, parse_site(site) if isinstance(site, str) else site)
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from saejax.errors import UserError
+from saejax.errors import UserError, one_of
 from saejax.short_reprs import has_short_repr
 from saejax.unicode import has_surrogates, show_bytes, text_of_piece
+
+BOS = ("auto", "always", "never")  # how texts begin, see ``encode``
 
 
 @has_short_repr
@@ -169,6 +171,8 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
     """
     if tokenizer is None:
         raise UserError("this model has no tokenizer: give token ids, with saejax.models.tokens.pad")
+    if not isinstance(text, str):
+        raise UserError(f"the text is {text!r:.60}: expected one text")
     # verbose=False: the tokenizer's own warning about long texts goes to the log; ours is an error.
     try:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -194,7 +198,7 @@ def bos_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:
     Raises:
       UserError: there is none of them though one is asked for.
     """
-    if bos == "never":
+    if one_of(bos, BOS, "bos") == "never":
         return []
     # Compared, as tokenizers have no attribute that says what they put in front, and some put tokens behind, too.
     whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jax.sharding import Mesh
 
+from saejax.arguments import suggests_names
 from saejax.errors import UserError
 from saejax.models import decoding, parity
 from saejax.models.config import RunRules, TorchConfig
@@ -37,6 +38,7 @@ _CACHES = ("past_key_values", "cache_params")  # what families call what they ke
 _NO_LIMIT = 2**30  # tokens, where a model's configuration names no longest input
 
 
+@suggests_names
 class TorchModel(LanguageModel):
     """A transformers model in PyTorch that runs with sites captured and edits on, and generates text.
 

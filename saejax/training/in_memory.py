@@ -45,10 +45,10 @@ from saejax.training.stack import TrainStack, batch_parts, check_divides
 from saejax.training.state import finish_dictionary
 from saejax.training.thresholds import Calibration
 
-# Settings of the stage that say what else is trained, and what to do here.
+# Settings of the stage that say what else is trained, other tools' names of parameters, and what to do here.
 _NOT_HERE = dict(
-    kinds="give kind=",
-    sites="give site=",
+    **dict.fromkeys(("kinds", "architecture"), "give kind="),
+    **dict.fromkeys(("sites", "hook_name"), "give site="),
     pretrained="use saejax.load_dictionary",
     source="it trains on the activations that it is given",
     ce_every="it has no model: use saejax.evaluate",

@@ -69,12 +69,40 @@ def test_an_edit_of_sinks_alone_is_told(lm, foreign, caplog):
             ((0, 1), at_sinks, True),
             ((0, 1), elsewhere, False),
             ((0, 2), at_sinks, False),
+            ((0, 2), pad([[SINK, SINK, *USUAL]] * 2), True),
+            ((1, 2), pad([[SINK, SINK, *USUAL]] * 2), True),
+            ((0, 9), pad([[SINK] * 9]), False),  # longer than what chat templates begin with
             ("all", at_sinks, False),
         ):
             caplog.clear()
             call(foreign.steer([3], 5.0, positions=positions), ids)
-            told = f"an edit at {SITE} changes nothing: it acts at the first token alone"
+            where = {(0, 1): "the first token alone, an", (1, 2): "token 1 alone, an"}
+            where = where.get(positions, "tokens 0 to 1 alone,")
+            told = f"an edit at {SITE} changes nothing: it acts at {where} attention sink"
             assert (told in caplog.text) == is_told, (positions, caplog.text)
+
+
+def test_an_edit_of_a_crosscoder_at_sinks_alone_is_told(lm, caplog):
+    d, parts = lm.config.d_model, ("resid_post.0", "resid_post.1")
+    at_sink = pad([[SINK, *USUAL]])
+    norms = [np.linalg.norm(np.asarray(value)[0], axis=-1) for value in lm(at_sink, capture=parts).sites.values()]
+    limits = tuple(float(np.sort(norm_T)[-2:].mean()) for norm_T in norms)
+    assert [norm_T.argmax() for norm_T in norms] == [0, 0]
+    config = DictionaryConfig(
+        kind="standard",
+        site="+".join(parts),
+        d_in=2 * d,
+        n_features=3 * d,
+        widths=(d, d),
+        scales=(1.0, 1.0),
+        max_norms=limits,
+    )
+    crosscoder = Dictionary.initial(config, jax.random.key(0))
+    for positions, is_told in (((0, 1), True), ((0, 3), False), ((1, 2), False)):
+        caplog.clear()
+        lm(at_sink, edits=crosscoder.steer([3], 5.0, positions=positions))
+        told = "an edit at resid_post.0+resid_post.1 changes nothing: it acts at the first token alone"
+        assert (told in caplog.text) == is_told, (positions, caplog.text)
 
 
 def test_a_transcoder_leaves_sinks_of_either_site_alone(lm):

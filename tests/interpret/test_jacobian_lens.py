@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import torch
 
 import saejax
@@ -45,6 +46,13 @@ def test_logits_are_those_of_the_carried_stream(lm, lens):
     last = saejax.fit_jacobian_lens(lm, TEXTS, [3], length=6, skipped=2)
     np.testing.assert_allclose(last.jacobians[3], np.eye(lm.config.d_model), atol=1e-6)
     np.testing.assert_allclose(last.logits(output.sites)["resid_post.3"], output.logits_BxTxV, atol=1e-4)
+
+
+def test_a_disk_that_fills_leaves_no_half_a_lens(lens, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda content, file: runs.write_half(file))
+    with pytest.raises(OSError, match="No space left"):
+        lens.save(tmp_path / "lens.pt")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_files_are_those_of_the_reference_implementation(lm, lens, tmp_path):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from safetensors.numpy import load_file
 
+from saejax.arguments import suggests_names
 from saejax.attribution.graph import circuit_tracer
 from saejax.attribution.graph.data import (
     DTYPES,
@@ -51,6 +52,7 @@ _COLUMNS = tuple(field.name for field in dataclasses.fields(Nodes))
 _DTYPES = dict(zip(_COLUMNS, DTYPES, strict=True)) | {"ids_P": np.int32, "node_N": np.int32}  # others: float32
 
 
+@suggests_names
 class Graph(GraphData):
     """A graph, as ``saejax.trace`` makes it; it has the fields of ``GraphData``."""
 

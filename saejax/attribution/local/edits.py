@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.rows import Readouts
@@ -201,7 +202,10 @@ def plan_edits(
     if is_circuits:
         # One size for all chunks, whose rows then share programs.
         return [(rows, CircuitEdits(state, edits[rows], min(size, len(edits)))) for rows in chunks]
-    return [(rows, ChangeEdits(state, edits[rows], len(state.ids_P))) for rows in chunks]
+    changes = [(rows, ChangeEdits(state, edits[rows], len(state.ids_P))) for rows in chunks]
+    for _, plan in changes:
+        plan.warn_of_sinks()
+    return list(changes)
 
 
 class ChangeEdits:
@@ -226,6 +230,16 @@ class ChangeEdits:
         table_Nx5 = placed_changes(rows, tokens, sizes)
         self._row_N, self._layer_N, self._position_N, self._feature_N = table_Nx5[:, :4].T.astype(np.int32)
         self._value_N = table_Nx5[:, 4].astype(np.float32)
+
+    def warn_of_sinks(self) -> None:
+        """Count the rows that change nothing, since no feature is used at the first positions: there each one is 0."""
+        is_idle_N = (self._position_N < self._state.first) & (self._value_N == 0)
+        if idle := {*self._row_N.tolist()} - {*self._row_N[~is_idle_N].tolist()}:
+            logging.warning(
+                "%d of %d rows of changes change nothing: they set features to 0 at attention sinks alone (the first "
+                "tokens, %d here), where no feature is used",
+                len(idle), len({*self._row_N.tolist()}), self._state.first,
+            )  # fmt: skip
 
     @property
     def layers(self) -> Collection[int]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.arguments import check_classes
+from saejax.arguments import check_classes, suggests_names
 from saejax.attribution.local.dictionaries import LayerTranscoders, open_transcoders
 from saejax.attribution.local.edits import (
     TOGETHER,
@@ -74,6 +74,7 @@ class Continuation:
     finished: str
 
 
+@suggests_names
 class LocalModel(LocalState):
     """The local replacement model of one prompt; ``LocalState`` has its attributes.
 
@@ -243,7 +244,7 @@ class LocalModel(LocalState):
         length, rng = len(self.ids_P), np.random.default_rng(seed)
         most = min(max_new_tokens, self.model.config.context - length)
         placed = [[place_in_texts(change, length) for change in changes] for changes in edits]
-        ChangeEdits(self, placed, length + most)  # refuses what no pass could make
+        ChangeEdits(self, placed, length + most).warn_of_sinks()  # refuses what no pass could make
         ends = eos_ids(self.model.source.folder, self.model.tokenizer)
         ids, logits = [self.ids_P.tolist() for _ in edits], [list[np.ndarray]() for _ in edits]
         open_rows = set(range(len(edits)))

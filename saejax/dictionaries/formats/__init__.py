@@ -26,7 +26,7 @@ from typing import Any
 from absl import logging
 from jax.sharding import Mesh
 
-from saejax.arguments import check_classes
+from saejax.arguments import check_classes, suggests_names
 from saejax.dictionaries import rescale
 from saejax.dictionaries.check import check_dictionary
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, own, published, saelens
@@ -131,6 +131,7 @@ def load_dictionary(
     return dictionary
 
 
+@suggests_names
 class SAE:
     """SAELens' way to load a dictionary of its registry, for those who know it."""
 

@@ -68,6 +68,23 @@ def test_edits_that_are_none(local, change):
             local.run(change, features=features)
 
 
+def test_changes_of_nothing_are_counted(local, change, caplog):
+    """No feature is used at the first token, where setting one to 0 is no change, and to another number is one."""
+    at_first, clean_V = Change(0, 0, 3, 0.0), local.run([[]]).logits_RxV[0]
+    for rows, told in (
+        ([[at_first], [change], [at_first, change], []], "1 of 3 rows of changes change nothing"),
+        ([[at_first._replace(position=slice(0, 1))]], "1 of 1 rows"),
+        ([[at_first._replace(value=2.0)], [at_first._replace(position=slice(0, 2))]], ""),
+    ):
+        caplog.clear()
+        logits_RxV = local.run(rows).logits_RxV
+        assert told in caplog.text if told else not caplog.text
+        if told:
+            np.testing.assert_allclose(logits_RxV[0], clean_V, atol=1e-5)
+    local.generate(at_first, 2)
+    assert caplog.text.count("change nothing") == 1
+
+
 def test_settings_of_generated_texts(local, change):
     greedy = local.generate(change, 3).ids_N
     np.testing.assert_array_equal(local.generate(change, np.int64(3), temperature=1e-300).ids_N, greedy)
