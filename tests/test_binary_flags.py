@@ -137,6 +137,12 @@ def test_a_comment_behind_a_flag_is_refused(line, tmp_path):
         read(["train"], f"--flagfile={path}")
 
 
+def test_a_plugin_that_ends_the_process_is_told(tmp_path):
+    (tmp_path / "ends.py").write_text("import sys\n\nsys.exit(3)\n")
+    with pytest.raises(UserError, match="--plugins=.*ends.py cannot be run: SystemExit: 3"):
+        read(["train"], f"--plugins={tmp_path / 'ends.py'}")
+
+
 def test_texts_in_a_flag_file_keep_their_number_signs(tmp_path):
     path = tmp_path / "mine.flags"
     path.write_text("--graph.prompt=Track # 1 // is\n--graph.target= #\n--report.title=Model #1\n--corpus.path=a#b\n")

@@ -85,6 +85,6 @@ def _run(file: Path, name: str) -> types.ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for their types
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--plugins={file} cannot be run: {type(error).__name__}: {error}") from error
     return module
