@@ -53,8 +53,8 @@ def make_config(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
             values[field.name] = {unit: make_config(inner, **inside)}
     for name, value in settings.items():
         if name not in hints:
-            known = [other for other in _ELSEWHERE.get(name, ()) if other in hints]
-            near = " or ".join(known or nearest_names(name, hints))
+            meant_here = [other for other in _ELSEWHERE.get(name, ()) if other in hints]
+            near = " or ".join(meant_here or nearest_names(name, hints))
             meant = f"did you mean {near}? " if near else ""
             raise UserError(f"unknown setting of {cls.__name__} {name!r}: {meant}expected one of {', '.join(hints)}")
         takes_list = typing.get_origin(hints[name]) is tuple
