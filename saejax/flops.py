@@ -37,13 +37,17 @@ def head_flops(model: DecoderConfig, positions: int) -> float:
     return 2.0 * positions * model.d_model * model.vocab
 
 
-def step_flops(tokens: int, d_in: int, features: int, active: int | None = None) -> float:
+def step_flops(tokens: int, d_in: int, features: int, active: int | None = None, d_out: int = 0) -> float:
     """Return the operations of a training step: encoder and decoder, each once forwards and twice backwards.
 
     With products of the ``active`` features of a token only, the encoder's forward product alone is of all
-    ``features``; None: dense products. ``tokens`` counts the batch, ``d_in`` is the dictionary's width.
+    ``features``; None: dense products. ``tokens`` counts the batch, ``d_in`` is the width that is read and ``d_out``
+    the width that is written; 0: the same.
     """
-    return 12.0 * tokens * d_in * features if active is None else tokens * d_in * (2.0 * features + 10.0 * active)
+    d_out = d_out or d_in
+    if active is None:
+        return 6.0 * tokens * (d_in + d_out) * features
+    return tokens * (d_in * (2.0 * features + 4.0 * active) + d_out * 6.0 * active)
 
 
 def weights_share(form: str, layers: int) -> float:

@@ -55,20 +55,24 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
         sites = lm(tokens, capture=list(dict.fromkeys((*read, *written))), logits=False).sites
     except UserError as error:
         raise UserError(f"a dictionary of {config.site} cannot be measured: {error}") from None
-    x_TxD, y_TxD = (
+    x_TxD, y_TxO = (
         joined.join(config, sites)[0] if is_joined(site) else jnp.asarray(sites[site][0], jnp.float32)
         for site in (config.site, config.target or config.site)
     )
-    if x_TxD.shape[-1] != config.d_in:
-        raise UserError(f"the dictionary reads {config.d_in} dimensions, but {config.site} has {x_TxD.shape[-1]}")
+    for verb, site, width, values in (
+        ("reads", config.site, config.d_in, x_TxD),
+        ("writes", config.target or config.site, config.d_out, y_TxO),
+    ):
+        if values.shape[-1] != width:
+            raise UserError(f"the dictionary {verb} {width} dimensions, but {site} has {values.shape[-1]}")
     dictionary = dictionary.with_sink_norms(lm.sink_norm)
     f_TxF = dictionary.encode(x_TxD)
     # In fp64: both sums are over thousands of squares of very different sizes.
-    error_TxD = np.asarray(y_TxD - dictionary.decode(f_TxF, x_TxD), np.float64)
-    kept_T = np.asarray(dictionary.is_not_sink(x_TxD, y_TxD))
-    target_NxD = np.asarray(y_TxD, np.float64)[kept_T]
-    variance = np.square(target_NxD - target_NxD.mean(0)).sum() if kept_T.any() else 0.0
-    explained = 1 - np.square(error_TxD[kept_T]).sum() / variance if variance > 0 else float("nan")
+    error_TxO = np.asarray(y_TxO - dictionary.decode(f_TxF, x_TxD), np.float64)
+    kept_T = np.asarray(dictionary.is_not_sink(x_TxD, y_TxO))
+    target_NxO = np.asarray(y_TxO, np.float64)[kept_T]
+    variance = np.square(target_NxO - target_NxO.mean(0)).sum() if kept_T.any() else 0.0
+    explained = 1 - np.square(error_TxO[kept_T]).sum() / variance if variance > 0 else float("nan")
     active_NxF = np.asarray(dictionary.fires(f_TxF))[kept_T]
     check = DictionaryCheck(
         float(active_NxF.sum(1).mean()) if kept_T.any() else 0.0, float(explained), int(kept_T.sum())

@@ -20,8 +20,9 @@ class DictionaryConfig(Config):
     kind: str = setting("topk", "sparsity, one of kinds.KINDS", choices=kind_names)
     site: str = setting("", "site that is read, such as resid_post.15")
     target: str = setting("", "site that a transcoder of mlp_in.15 predicts, such as mlp_out.15; empty: an SAE")
-    d_in: int = setting(1, "width of both", low=1)
+    d_in: int = setting(1, "width of the site", low=1)
     n_features: int = setting(1, "number of features F", low=1)
+    target_width: int = setting(0, "width of a transcoder's target; 0: as wide as the site", low=0)
     k: int = setting(
         0, "active features per token (topk, matching_pursuit; a mean for batchtopk and matryoshka; else 0)", low=0
     )
@@ -48,11 +49,28 @@ class DictionaryConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.target_width == self.d_in:  # so that equal ones compare as such
+            object.__setattr__(self, "target_width", 0)
+        if self.target_width and (self.centred or self.widths):
+            raise UserError(
+                f"a dictionary that reads {self.d_in} dimensions and writes {self.d_out} is a transcoder of one site: "
+                "expected centred=False, as its decoder's bias belongs to the target, and no widths of parts"
+            )
         if is_joined(self.site) and not self.widths:
             raise UserError(
                 f"a dictionary of the joined site {self.site} is a crosscoder, which has widths of its parts: name "
                 "one site for any other dictionary"
             )
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is rebuilt: a transcoder's target, or the site."""
+        return self.target_width or self.d_in
+
+    @property
+    def sizes(self) -> str:
+        """Widths and number of features in words, such as "576 -> 4608"; of a target of another width this, too."""
+        return f"{self.d_in} -> {self.n_features:,}" + (f" -> {self.d_out}" if self.d_out != self.d_in else "")
 
     def bos_conflict(self, begins_with_bos: bool) -> str:
         """Return in words how texts differ from the texts of training; "": they do not, or it is not known.

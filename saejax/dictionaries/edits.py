@@ -35,7 +35,7 @@ class FeatureEdit:
     #: factor_1x1xK and offset: as above; the offset's N is K.
     factor_1x1xK: jax.Array
     offset: Values
-    error: Values | None  #: e, its N is D; None: the error term stays
+    error: Values | None  #: e, its N is the width of y; None: the error term stays
     positions: Positions  #: where it acts; never at padding and attention sinks
     reads: Site = dataclasses.field(metadata=dict(static=True))  #: the site of x (static)
     site: Site = dataclasses.field(metadata=dict(static=True))  #: the site of y (static)
@@ -71,14 +71,14 @@ class FeatureEdit:
         tokens = (values[str(site)][:, positions] for site in (self.reads, self.site))
         return not bool(self.dictionary.is_not_sink(*tokens).any())
 
-    def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
+    def __call__(self, value_BxTxO: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the edited value of ``site``."""
         dictionary = self.dictionary
-        check_width(self.site, value_BxTxD.shape[-1], "a dictionary", dictionary.config.d_in)
-        x_BxTxD = value_BxTxD if self.reads == self.site else run.values[self.reads]
+        check_width(self.site, value_BxTxO.shape[-1], "a dictionary", dictionary.config.d_out)
+        x_BxTxD = value_BxTxO if self.reads == self.site else run.values[self.reads]
         f_BxTxK = dictionary.encode_features(x_BxTxD, self.features_K)
         offset_xK, known_BxT = self.offset.at(run)
-        where_BxT = self.positions.at(run) & known_BxT & dictionary.is_not_sink(x_BxTxD, value_BxTxD)
+        where_BxT = self.positions.at(run) & known_BxT & dictionary.is_not_sink(x_BxTxD, value_BxTxO)
         change_BxTxK = (self.factor_1x1xK - 1) * f_BxTxK + offset_xK
         if self.positions.only == "fires":
             fires_BxTxK = dictionary.fires(f_BxTxK)
@@ -87,15 +87,15 @@ class FeatureEdit:
             where_BxT &= fires_BxTxK.any(axis=-1)
         if self.error is None:
             # K rows of the decoder instead of F: what is not edited need not be decoded.
-            change_BxTxD = matmul(change_BxTxK, dictionary.W_dec_FxD[...][self.features_K])
+            change_BxTxO = matmul(change_BxTxK, dictionary.W_dec_FxD[...][self.features_K])
             scale_BxTx1 = dictionary.output_scale(x_BxTxD)
-            new_BxTxD = value_BxTxD + (change_BxTxD if scale_BxTx1 is None else change_BxTxD * scale_BxTx1)
+            new_BxTxO = value_BxTxO + (change_BxTxO if scale_BxTx1 is None else change_BxTxO * scale_BxTx1)
         else:
             error, known_BxT = self.error.at(run)
             where_BxT &= known_BxT
             f_BxTxF = dictionary.encode(x_BxTxD)
-            new_BxTxD = dictionary.decode(f_BxTxF.at[..., self.features_K].add(change_BxTxK), x_BxTxD) + error
-        return jnp.where(where_BxT[..., None], new_BxTxD.astype(value_BxTxD.dtype), value_BxTxD)
+            new_BxTxO = dictionary.decode(f_BxTxF.at[..., self.features_K].add(change_BxTxK), x_BxTxD) + error
+        return jnp.where(where_BxT[..., None], new_BxTxO.astype(value_BxTxO.dtype), value_BxTxO)
 
     def at_parts(self, values: Mapping[str, jax.Array], run: ForwardPass) -> list[SiteEdit]:
         """Return an edit for each part of a crosscoder, given the parts' values [B, T, width] in a pass ``run``.

@@ -43,17 +43,17 @@ from saejax.parallel.mesh import check_mesh, fitting_sharding, place_on
 
 def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
     """Return each array's shape, and the mesh axis over which each of its dimensions is split."""
-    d, f = config.d_in, config.n_features
+    d, o, f = config.d_in, config.d_out, config.n_features
     by_feature: tuple[tuple[int, ...], tuple[str | None, ...]] = ((f,), ("model",))
     table: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
         "W_enc_DxF": ((d, f), (None, "model")),
         "b_enc_F": by_feature,
-        "W_dec_FxD": ((f, d), ("model", None)),
-        "b_dec_D": ((d,), (None,)),
+        "W_dec_FxD": ((f, o), ("model", None)),
+        "b_dec_D": ((o,), (None,)),
     }
     table |= {name: by_feature for name in kinds.by_name(config.kind).vectors}
     if config.skip:
-        table["W_skip_DxD"] = ((d, d), (None, None))
+        table["W_skip_DxD"] = ((d, o), (None, None))
     return table
 
 
@@ -112,20 +112,28 @@ class Dictionary(nnx.Module):
     ) -> "Dictionary":
         """Return a dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0.
 
+        Where the target has another width than the site, encoder columns are random unit directions of their own.
+
         Args:
           config: configuration of the dictionary.
           key: random key of the directions.
           matmul_dtype: dtype of the operands of matrix products.
           dtype: dtype of the arrays.
         """
-        directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
-        directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
+
+        def draw_directions(key: jax.Array, width: int) -> jax.Array:
+            directions_FxX = jax.random.normal(key, (config.n_features, width), dtype)
+            return directions_FxX / jnp.linalg.norm(directions_FxX, axis=-1, keepdims=True)
+
+        rows_FxO = draw_directions(key, config.d_out)
+        is_square = config.d_in == config.d_out
+        columns_DxF = (rows_FxO if is_square else draw_directions(jax.random.fold_in(key, 1), config.d_in)).T
         arrays = {name: jnp.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}
-        first = dict(W_enc_DxF=directions_FxD.T, W_dec_FxD=directions_FxD)
+        first = dict(W_enc_DxF=columns_DxF, W_dec_FxD=rows_FxO)
         if config.widths:
             # Rows of norm 1 / length: the encoder is longer by as much, so that decode(encode(row)) gives the row.
-            length_Fx1 = joined.row_lengths(directions_FxD, config.widths)[:, None]
-            first = dict(W_enc_DxF=(directions_FxD * length_Fx1).T, W_dec_FxD=directions_FxD / length_Fx1)
+            length_Fx1 = joined.row_lengths(rows_FxO, config.widths)[:, None]
+            first = dict(W_enc_DxF=(rows_FxO * length_Fx1).T, W_dec_FxD=rows_FxO / length_Fx1)
         return Dictionary(config, matmul_dtype, **arrays | first)
 
     def __repr__(self) -> str:
@@ -262,23 +270,23 @@ class Dictionary(nnx.Module):
         return Dictionary(config, self.matmul_dtype, **arrays)
 
     def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
-        """Return the reconstruction, or the prediction of the target, [..., D].
+        """Return the reconstruction, or the prediction of the target, [..., O].
 
         Args:
           f_xF: feature activations.
           x_xD: the input, which a skip transcoder needs, and a dictionary that normalises each token.
         """
         self._check_width(f_xF, self.config.n_features)
-        written_xD = matmul(f_xF, self._matrix(self.W_dec_FxD), self.matmul_dtype)
+        written_xO = matmul(f_xF, self._matrix(self.W_dec_FxD), self.matmul_dtype)
         if not self.config.input_norm:
-            return self._add_bias(written_xD, x_xD)
+            return self._add_bias(written_xO, x_xD)
         if x_xD is None:
             raise ValueError("a dictionary that normalises each token decodes with its input: give x_xD")
-        normalised = normalise(x_xD.astype(written_xD.dtype), self.config.input_norm)
+        normalised = normalise(x_xD.astype(written_xO.dtype), self.config.input_norm)
         if self.config.output_units:  # features have the scale already
-            bias_xD = self._add_bias(jnp.zeros_like(written_xD), normalised.x_xD)
-            return written_xD + bias_xD * normalised.scale_x1 + normalised.shift_x1
-        return self._add_bias(written_xD, normalised.x_xD) * normalised.scale_x1 + normalised.shift_x1
+            bias_xO = self._add_bias(jnp.zeros_like(written_xO), normalised.x_xD)
+            return written_xO + bias_xO * normalised.scale_x1 + normalised.shift_x1
+        return self._add_bias(written_xO, normalised.x_xD) * normalised.scale_x1 + normalised.shift_x1
 
     def output_scale(self, x_xD: jax.Array) -> jax.Array | None:
         """Return the factor of decoder rows at each token, [..., 1]; None for 1 at all of them."""
@@ -286,23 +294,23 @@ class Dictionary(nnx.Module):
             return None
         return normalise(x_xD.astype(self.b_dec_D.dtype), self.config.input_norm).scale_x1
 
-    def without_bias(self, y_xD: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
+    def without_bias(self, y_xO: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """Return the part of targets y that is left for features: without the decoder's bias and the skip path.
 
         Args:
-          y_xD: targets.
+          y_xO: targets.
           x_xD: inputs of the dictionary; needed for a skip path alone.
         """
-        return y_xD - self._add_bias(jnp.zeros_like(y_xD), x_xD)
+        return y_xO - self._add_bias(jnp.zeros_like(y_xO), x_xD)
 
-    def _add_bias(self, y_xD: jax.Array, x_xD: jax.Array | None) -> jax.Array:
+    def _add_bias(self, y_xO: jax.Array, x_xD: jax.Array | None) -> jax.Array:
         """Return what the features write, with the decoder's bias and the skip path."""
-        y_xD = y_xD + row(self.b_dec_D[...], y_xD.ndim)
+        y_xO = y_xO + row(self.b_dec_D[...], y_xO.ndim)
         if not self.config.skip:
-            return y_xD
+            return y_xO
         if x_xD is None:
             raise ValueError("a skip transcoder decodes with its input: give x_xD")
-        return y_xD + matmul(x_xD.astype(y_xD.dtype), self._matrix(self.W_skip_DxD), self.matmul_dtype)
+        return y_xO + matmul(x_xD.astype(y_xO.dtype), self._matrix(self.W_skip_DxD), self.matmul_dtype)
 
     def __call__(self, x_xD: jax.Array) -> jax.Array:
         """Encode and decode."""
@@ -325,12 +333,12 @@ class Dictionary(nnx.Module):
         config = self.config.with_sink_norms(sink_norm, replace)
         return self if config == self.config else self.with_config(config)
 
-    def is_not_sink(self, x_xD: jax.Array, y_xD: jax.Array | None = None) -> jax.Array:
+    def is_not_sink(self, x_xD: jax.Array, y_xO: jax.Array | None = None) -> jax.Array:
         """Return True where a position is no attention sink; the shape of ``x`` without its last axis.
 
         Args:
           x_xD: values at the site that is read.
-          y_xD: values at a transcoder's target; a position is a sink if it is one at either site.
+          y_xO: values at a transcoder's target; a position is a sink if it is one at either site.
 
         Raises:
           UserError: the sink rule is not known yet.
@@ -341,8 +349,8 @@ class Dictionary(nnx.Module):
         if self.config.widths:
             return joined.is_not_sink(self.config, x_xD)
         is_not_sink_x = position_norms(x_xD) <= self.config.max_norm
-        if self.config.target and y_xD is not None:
-            is_not_sink_x &= position_norms(y_xD) <= self.config.target_max_norm
+        if self.config.target and y_xO is not None:
+            is_not_sink_x &= position_norms(y_xO) <= self.config.target_max_norm
         return is_not_sink_x
 
     # Edits of features.
@@ -434,21 +442,21 @@ class Dictionary(nnx.Module):
 
     def ablate_error(self, positions: str | Span = "all") -> FeatureEdit:
         """Return the edit y' = decode(f): the dictionary's error term goes and all features stay."""
-        return self._error_edit(Values.constant(0.0, self.config.d_in, "the error term"), positions)
+        return self._error_edit(Values.constant(0.0, self.config.d_out, "the error term"), positions)
 
     def patch_error(self, error_BxTxD: Any, positions: str | Span = "all") -> FeatureEdit:
         """Return the edit y' = decode(f) + an error term given for every position of the prompts.
 
         It is such as ``x - sae(x)`` of counterpart prompts; see ``patch``.
         """
-        return self._error_edit(Values.for_prompts(error_BxTxD, self.config.d_in, "the error term"), positions)
+        return self._error_edit(Values.for_prompts(error_BxTxD, self.config.d_out, "the error term"), positions)
 
     def _edit(
         self, features: Sequence[int] | int, factor: Any, offset: Any, positions: str | Span, error: str
     ) -> FeatureEdit:
         """Return the edit of checked features; see ``FeatureEdit``."""
         one_of(error, ("keep", "drop"), "error")
-        dropped = Values.constant(0.0, self.config.d_in, "the error term") if error == "drop" else None
+        dropped = Values.constant(0.0, self.config.d_out, "the error term") if error == "drop" else None
         where = Positions.parse(positions, ("all", "last", "fires"))
         return self._make_edit(self.feature_indices(features), factor, offset, where, dropped)
 

@@ -125,14 +125,14 @@ class Explained(NamedTuple):
     code: SparseCode  #: the active features
     pre_BxF: jax.Array  #: pre-activations of all features
     pre_for_auxk_BxF: jax.Array  #: the same, for AuxK, whose gradient is 0 while no feature is dead
-    residual_BxD: jax.Array  #: targets minus f @ W_dec
+    residual_BxO: jax.Array  #: targets minus f @ W_dec
 
 
 def explain(
     x_BxD: jax.Array,
-    y_BxD: jax.Array,
+    y_BxO: jax.Array,
     encoder: Encoder,
-    W_dec_FxD: jax.Array,
+    W_dec_FxO: jax.Array,
     k: int | jax.Array,
     max_k: int,
     matmul_dtype: str = "float32",
@@ -142,45 +142,45 @@ def explain(
 
     Args:
       x_BxD: inputs.
-      y_BxD: targets without what is added to f @ W_dec.
+      y_BxO: targets without what is added to f @ W_dec.
       encoder: what makes the codes.
-      W_dec_FxD: the decoder.
+      W_dec_FxO: the decoder.
       k: 1 <= k <= ``max_k``; may be traced. Of values that tie with the k-th largest, the first ones are kept.
       max_k: the largest k there can be, at most F; static.
       matmul_dtype: dtype of the encoder's product; the others are in the arrays' dtype.
       any_dead: False promises that ``pre_for_auxk_BxF`` has gradient 0. The gradient of ``pre_BxF`` is always exact.
     """
-    return _explain(x_BxD, y_BxD, encoder, W_dec_FxD, (jnp.asarray(k), jnp.asarray(any_dead)), max_k, matmul_dtype)
+    return _explain(x_BxD, y_BxO, encoder, W_dec_FxO, (jnp.asarray(k), jnp.asarray(any_dead)), max_k, matmul_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, max_k, matmul_dtype):
+def _explain(x_BxD, y_BxO, encoder, W_dec_FxO, flags, max_k, matmul_dtype):
     """Return codes and residuals; see ``explain``."""
     centred_BxD = x_BxD - encoder.centre_D[None]
     pre_BxF = matmul(centred_BxD, encoder.W_enc_DxF, matmul_dtype) + encoder.b_enc_F[None]
     value_BxK, feature_BxK = selection.k_largest(pre_BxF, flags[0], max_k)
     code = SparseCode(value_BxK, feature_BxK, FeatureOrder.of(feature_BxK, pre_BxF.shape[1]))
-    return Explained(code, pre_BxF, pre_BxF, y_BxD - code.product(W_dec_FxD))
+    return Explained(code, pre_BxF, pre_BxF, y_BxO - code.product(W_dec_FxO))
 
 
 def _forward(*arguments):
     """Return codes and residuals, and what their gradients need."""
     *primals, max_k, matmul_dtype = arguments  # with symbolic zeros, arrays come with whether they are perturbed
     values = jax.tree.map(lambda primal: primal.value, tuple(primals), is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
-    x_BxD, _, encoder, W_dec_FxD, (_, any_dead) = values
+    x_BxD, _, encoder, W_dec_FxO, (_, any_dead) = values
     explained = _explain(*values, max_k, matmul_dtype)
-    return explained, (x_BxD - encoder.centre_D[None], encoder.W_enc_DxF, W_dec_FxD, explained.code, any_dead)
+    return explained, (x_BxD - encoder.centre_D[None], encoder.W_enc_DxF, W_dec_FxO, explained.code, any_dead)
 
 
 def _backward(max_k, matmul_dtype, saved, to):
     """Return the gradients from the active features alone, as far as nothing depends on the others."""
-    x_BxD, W_enc_DxF, W_dec_FxD, code, any_dead = saved
-    to_residual_BxD = _instantiate(to.residual_BxD)
-    to_value_BxK = _instantiate(to.code.value_BxK) - _products_at(code.feature_BxK, W_dec_FxD, to_residual_BxD)
+    x_BxD, W_enc_DxF, W_dec_FxO, code, any_dead = saved
+    to_residual_BxO = _instantiate(to.residual_BxO)
+    to_value_BxK = _instantiate(to.code.value_BxK) - _products_at(code.feature_BxK, W_dec_FxO, to_residual_BxO)
     # Entries of value 0 only fill up a token's code: they are no features of it.
     to_value_BxK = jnp.where(code.value_BxK > 0, to_value_BxK, 0.0)
     to_W_enc_FxD = code.by_feature.transposed_product(to_value_BxK, x_BxD)
-    to_W_dec_FxD = code.by_feature.transposed_product(-code.value_BxK, to_residual_BxD)
+    to_W_dec_FxO = code.by_feature.transposed_product(-code.value_BxK, to_residual_BxO)
 
     def from_code() -> tuple[jax.Array, ...]:
         moved = code._replace(value_BxK=to_value_BxK)
@@ -202,7 +202,7 @@ def _backward(max_k, matmul_dtype, saved, to):
         gradients = from_all(*to_pre)
     to_x_BxD, to_W_DxF, to_b_F = gradients
     to_centre_D = -(matmul(W_enc_DxF, to_b_F[:, None])[:, 0])
-    return to_x_BxD, to_residual_BxD, Encoder(to_centre_D, to_W_DxF, to_b_F), to_W_dec_FxD, None
+    return to_x_BxD, to_residual_BxO, Encoder(to_centre_D, to_W_DxF, to_b_F), to_W_dec_FxO, None
 
 
 _explain.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -213,11 +213,11 @@ def _instantiate(cotangent: Any) -> jax.Array:
     return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
-def _products_at(feature_BxK: jax.Array, W_FxD: jax.Array, y_BxD: jax.Array) -> jax.Array:
+def _products_at(feature_BxK: jax.Array, W_FxO: jax.Array, y_BxO: jax.Array) -> jax.Array:
     """Return the entries of y @ W.T at each token's features; [B, K]."""
 
     def products_of_token(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        feature_K, y_D = pair
-        return jnp.matmul(W_FxD[feature_K], y_D, precision="highest")
+        feature_K, y_O = pair
+        return jnp.matmul(W_FxO[feature_K], y_O, precision="highest")
 
-    return lax.map(products_of_token, (feature_BxK, y_BxD), batch_size=_GATHERED)
+    return lax.map(products_of_token, (feature_BxK, y_BxO), batch_size=_GATHERED)

@@ -160,7 +160,7 @@ def stand_in_losses(
     target = Site.parse(config.target or config.site).check(lm.config)
     point = SplitPoint(lm.config, target, site, lm.mesh)
     target_limit = config.target_max_norm if config.target else config.max_norm
-    site_limit, target_limit, floor_D, zero_D = jax.device_put(
+    site_limit, target_limit, floor_O, zero_O = jax.device_put(
         tuple(np.asarray(a, np.float32) for a in (config.max_norm, target_limit, mean_D, np.zeros_like(mean_D))),
         # Arrays of the programs, not constants: dictionaries with other limits use the same programs.
         sharding(lm.mesh),
@@ -169,10 +169,10 @@ def stand_in_losses(
     for batch, group_BxT in grouped_batches(lm, documents, groups, batch_tokens):
         ids_BxT, *_ = batch
         limits = site_limit, target_limit
-        stream_BxTxX, x_BxTxD, y_BxTxD, inside_BxT = programs.head(point, lm.params, ids_BxT, *limits)
-        values = [y_BxTxD, *(programs.constant(y_BxTxD, inside_BxT, value_D) for value_D in (floor_D, zero_D))]
-        values += [programs.stand_in(member, x_BxTxD, y_BxTxD, inside_BxT) for member in members]
-        left = [programs.tail(point, lm.params, stream_BxTxX, value_BxTxD) for value_BxTxD in values]
+        stream_BxTxX, x_BxTxD, y_BxTxO, inside_BxT = programs.head(point, lm.params, ids_BxT, *limits)
+        values = [y_BxTxO, *(programs.constant(y_BxTxO, inside_BxT, value_O) for value_O in (floor_O, zero_O))]
+        values += [programs.stand_in(member, x_BxTxD, y_BxTxO, inside_BxT) for member in members]
+        left = [programs.tail(point, lm.params, stream_BxTxX, value_BxTxO) for value_BxTxO in values]
         sums.add(lm, left, *batch, group_BxT)
         on_progress(sums.tokens, total)
     return sums.losses()

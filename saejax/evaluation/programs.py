@@ -38,28 +38,28 @@ def head(
       The stream entering the suffix, the value that the dictionary reads, the target's value, each [B, T, D], and bool
       [B, T]: where neither value is a sink.
     """
-    stream_BxTxX, y_BxTxD, x_BxTxD = point.run_prefix(params, ids_BxT)
-    inside_BxT = (position_norms(x_BxTxD) <= site_limit) & (position_norms(y_BxTxD) <= target_limit)
-    return stream_BxTxX, x_BxTxD, y_BxTxD, inside_BxT
+    stream_BxTxX, y_BxTxO, x_BxTxD = point.run_prefix(params, ids_BxT)
+    inside_BxT = (position_norms(x_BxTxD) <= site_limit) & (position_norms(y_BxTxO) <= target_limit)
+    return stream_BxTxX, x_BxTxD, y_BxTxO, inside_BxT
 
 
 @jax.jit
-def constant(y_BxTxD: jax.Array, inside_BxT: jax.Array, value_D: jax.Array) -> jax.Array:
-    """Return ``value_D`` in place of y, the target's value, ``inside``: not at sinks."""
-    return jnp.where(inside_BxT[..., None], value_D[None, None].astype(y_BxTxD.dtype), y_BxTxD)
+def constant(y_BxTxO: jax.Array, inside_BxT: jax.Array, value_O: jax.Array) -> jax.Array:
+    """Return ``value_O`` in place of y, the target's value, ``inside``: not at sinks."""
+    return jnp.where(inside_BxT[..., None], value_O[None, None].astype(y_BxTxO.dtype), y_BxTxO)
 
 
 @jax.jit
-def stand_in(member: MemberData, x_BxTxD: jax.Array, y_BxTxD: jax.Array, inside_BxT: jax.Array) -> jax.Array:
+def stand_in(member: MemberData, x_BxTxD: jax.Array, y_BxTxO: jax.Array, inside_BxT: jax.Array) -> jax.Array:
     """Return the output for x, the site's value, in place of y, the target's value, ``inside``: not at sinks."""
-    y_hat_BxTxD = member.decode(member.encode(x_BxTxD), x_BxTxD)
-    return jnp.where(inside_BxT[..., None], y_hat_BxTxD.astype(y_BxTxD.dtype), y_BxTxD)
+    y_hat_BxTxO = member.decode(member.encode(x_BxTxD), x_BxTxD)
+    return jnp.where(inside_BxT[..., None], y_hat_BxTxO.astype(y_BxTxO.dtype), y_BxTxO)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def tail(point: SplitPoint, params: decoder.Params, stream_BxTxX: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
+def tail(point: SplitPoint, params: decoder.Params, stream_BxTxX: jax.Array, value_BxTxO: jax.Array) -> jax.Array:
     """Return the stream [B, T, D] leaving the last layer, given another value of the target."""
-    return point.run_suffix(params, stream_BxTxX, value_BxTxD)
+    return point.run_suffix(params, stream_BxTxX, value_BxTxO)
 
 
 @functools.partial(jax.jit, static_argnums=0)

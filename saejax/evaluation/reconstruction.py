@@ -76,7 +76,7 @@ def reconstruct(
       UserError: there are no activations, or a reconstruction is not finite.
     """
     members = MemberData.of(dictionaries, mesh)
-    spread = Spread(dictionaries[0].config.d_in)
+    spread = Spread(dictionaries[0].config.d_out)
     sums = [Sums(dictionary.config.n_features) for dictionary in dictionaries]
     for parts, count in batches(blocks, batch):
         placed = by_row(mesh, *parts)
@@ -138,35 +138,35 @@ class Sums:
 
 
 @jax.jit
-def _score(member: MemberData, x_BxD: jax.Array, y_BxD: jax.Array, count: int) -> tuple[jax.Array, ...]:
+def _score(member: MemberData, x_BxD: jax.Array, y_BxO: jax.Array, count: int) -> tuple[jax.Array, ...]:
     f_BxF = member.encode(x_BxD)
-    return measures(f_BxF, member.fires(f_BxF), member.decode(f_BxF, x_BxD), y_BxD, count)
+    return measures(f_BxF, member.fires(f_BxF), member.decode(f_BxF, x_BxD), y_BxO, count)
 
 
 def measures(
-    f_BxF: jax.Array, fires_BxF: jax.Array, y_hat_BxD: jax.Array, y_BxD: jax.Array, count: int
+    f_BxF: jax.Array, fires_BxF: jax.Array, y_hat_BxO: jax.Array, y_BxO: jax.Array, count: int
 ) -> tuple[jax.Array, ...]:
     """Return what ``Sums`` adds up for a batch.
 
     Args:
       f_BxF: activations.
       fires_BxF: where they count as active.
-      y_hat_BxD: the reconstruction.
-      y_BxD: its target.
+      y_hat_BxO: the reconstruction.
+      y_BxO: its target.
       count: number of rows, from the first on, that count.
 
     Returns:
       Squared error and cosine [B] of each token; how often [F] and how strongly, summed [F], each feature fires.
     """
-    counts_Bx1 = jnp.arange(len(y_BxD))[:, None] < count
-    y_BxD = y_BxD.astype(y_hat_BxD.dtype)
+    counts_Bx1 = jnp.arange(len(y_BxO))[:, None] < count
+    y_BxO = y_BxO.astype(y_hat_BxO.dtype)
     # Padding has an error, too: a row of zeros is rebuilt as the decoder's bias.
-    error_BxD = jnp.where(counts_Bx1, y_BxD - y_hat_BxD, 0.0)
-    lengths_B = jnp.linalg.norm(y_BxD, axis=-1) * jnp.linalg.norm(y_hat_BxD, axis=-1)
-    cosine_B = jnp.sum(y_BxD * y_hat_BxD, -1) / jnp.where(lengths_B > 0, lengths_B, 1.0)
+    error_BxO = jnp.where(counts_Bx1, y_BxO - y_hat_BxO, 0.0)
+    lengths_B = jnp.linalg.norm(y_BxO, axis=-1) * jnp.linalg.norm(y_hat_BxO, axis=-1)
+    cosine_B = jnp.sum(y_BxO * y_hat_BxO, -1) / jnp.where(lengths_B > 0, lengths_B, 1.0)
     fires_BxF = fires_BxF & counts_Bx1
     return (
-        jnp.sum(jnp.square(error_BxD), -1),
+        jnp.sum(jnp.square(error_BxO), -1),
         jnp.where(counts_Bx1[:, 0], cosine_B, 0.0),
         jnp.sum(fires_BxF, 0, dtype=jnp.int32),
         # Without their signs: the positive and negative activations of a linear dictionary would cancel.

@@ -76,16 +76,18 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
     original = dictionary.config
     rows = spread(store.rows("train", *{original.site, original.target or original.site}), _FITTED)
     x_NxD = store.read(original.site, rows).astype(np.float32)
-    y_NxD = store.read(original.target, rows).astype(np.float32) if original.target else x_NxD
+    y_NxO = store.read(original.target, rows).astype(np.float32) if original.target else x_NxD
     read_NxD, scale_Nx1, shift_Nx1 = _normalised(x_NxD, original.input_norm)
     # The norm is undone on what is decoded, so the decoder is fitted to what gives the target then.
-    y_NxD = (y_NxD - shift_Nx1) / np.where(scale_Nx1 > 0, scale_Nx1, 1)
+    y_NxO = (y_NxO - shift_Nx1) / np.where(scale_Nx1 > 0, scale_Nx1, 1)
     W_enc_DxF, mean_D = _directions(original.d_in, original.n_features, seed), read_NxD.mean(axis=0)
-    names = ("site", "target", "d_in", "n_features", "input_norm")
+    names = ("site", "target", "d_in", "target_width", "n_features", "input_norm")
     shape: dict[str, Any] = dict(centred=False, **{name: getattr(original, name) for name in names})
     # The mean is subtracted by way of the bias: no centring that the original has not is needed.
     b_enc_F = -mean_D @ W_enc_DxF
-    arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_enc_DxF.T, b_dec_D=y_NxD.mean(axis=0))
+    # Encoding reads no decoder; it is fitted below.
+    W_dec_FxO = np.zeros((original.n_features, original.d_out))
+    arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_dec_FxO, b_dec_D=y_NxO.mean(axis=0))
     if is_plain_topk(dictionary.kind):
         config = DictionaryConfig(kind="topk", k=original.k, signed=original.signed, **shape)
     else:
@@ -99,7 +101,7 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
         arrays |= dict(threshold_F=np.full(original.n_features, threshold, np.float32))
     arrays = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     f_NxF = _encode(_placed_like(dictionary, config, arrays), x_NxD)
-    arrays |= dict(W_dec_FxD=fit_decoder(f_NxF, y_NxD - arrays["b_dec_D"]))
+    arrays |= dict(W_dec_FxD=fit_decoder(f_NxF, y_NxO - arrays["b_dec_D"]))
     return _placed_like(dictionary, config, arrays)
 
 

@@ -141,6 +141,7 @@ def _like(dictionary: Dictionary, **changes: Any) -> DictionaryConfig:
     if config.target:
         # Directions are ablated where the dictionary writes: what it reads is another space for a transcoder.
         changes |= dict(site=config.target, target="", max_norm=config.target_max_norm, target_max_norm=None)
+        changes |= dict(d_in=config.d_out, target_width=0)
     plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, signed=False)
     plain |= dict(input_norm="", output_units=False)
     return dataclasses.replace(config, **plain | changes)

@@ -131,11 +131,11 @@ class References:
         )
 
     def values(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield what the dictionary reads and the site's value at editable positions, [N, D] each, batch by batch."""
+        """Yield what the dictionary reads [N, D] and the site's value [N, O] at editable positions, batch by batch."""
         for _, batch in self.batches():
             domain_BxT = np.asarray(batch.domain_BxT)
-            read_BxTxD, value_BxTxD = np.asarray(batch.read_BxTxD), np.asarray(batch.value_BxTxD)
-            yield read_BxTxD[domain_BxT].astype(np.float32), value_BxTxD[domain_BxT].astype(np.float32)
+            read_BxTxD, value_BxTxO = np.asarray(batch.read_BxTxD), np.asarray(batch.value_BxTxD)
+            yield read_BxTxD[domain_BxT].astype(np.float32), value_BxTxO[domain_BxT].astype(np.float32)
 
     def site_values(self) -> np.ndarray:
         """Return the site's values at editable positions, [N, D]."""

@@ -19,7 +19,7 @@ from saejax.errors import UserError, one_of
 from saejax.interventions.several_sites import SeveralSites
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import Site
+from saejax.models.sites import ALL_KINDS, Site
 from saejax.models.split import PrefixKV, Readout, SplitPoint
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import by_row, document_devices, row_sharding, sharding
@@ -102,16 +102,19 @@ class SplitModel:
         parts = dictionary.parts if isinstance(dictionary, SeveralSites) else [dictionary.config]
         for part in parts:
             site = Site.parse(part.site).check(model.config)
-            width = site.width(model.config)
-            if part.d_in != width:
-                raise UserError(f"the dictionary reads {part.d_in} dimensions, but {site} has {width}")
+            target = Site.parse(part.target or part.site).check(model.config)
+            for verb, place, width in (("reads", site, part.d_in), ("writes", target, part.d_out)):
+                if width != place.width(model.config):
+                    expected = place.width(model.config)
+                    raise UserError(f"the dictionary {verb} {width} dimensions, but {place} has {expected}")
             part.check_model(model.source.name, model.source.fingerprint)
         reads = Site.parse(dictionary.site)
         writes = Site.parse(dictionary.config.target or dictionary.site).check(model.config)
-        if writes != reads and (writes.layer != reads.layer or writes.kind in ("resid_pre", "resid_post")):
+        order = [ALL_KINDS.index(site.kind) for site in (reads, writes)]
+        if writes != reads and (writes.layer != reads.layer or order[0] > order[1]):
             raise UserError(
-                f"the dictionary is a transcoder from {reads} to {writes}: expected one to attn_out, resid_mid, mlp_in "
-                "or mlp_out of the layer that it reads"
+                f"the dictionary is a transcoder from {reads} to {writes}: expected one to a later site of the layer "
+                "that it reads"
             )
         # Dictionaries without a rule for attention sinks take the model's.
         dictionary = dictionary.with_sink_norms(model.sink_norm)
@@ -405,7 +408,7 @@ def read_site(
     error: str,
     dictionary: Dictionary,
     stream_BxTxX: jax.Array,
-    value_BxTxD: jax.Array,
+    value_BxTxO: jax.Array,
     read_BxTxD: jax.Array,
     last_B: jax.Array,
     wanted_BxT: jax.Array,
@@ -417,20 +420,20 @@ def read_site(
       error: likewise (static).
       dictionary: likewise.
       stream_BxTxX: from ``SplitPoint.run_prefix``, as are
-      value_BxTxD: the site's value, and
+      value_BxTxO: the site's value, and
       read_BxTxD: what the dictionary reads.
       last_B: as for ``run_head``.
       wanted_BxT: likewise.
     """
-    real_BxT = jnp.arange(value_BxTxD.shape[1])[None, :] <= last_B[:, None]
+    real_BxT = jnp.arange(value_BxTxO.shape[1])[None, :] <= last_B[:, None]
     # Padding has values, too, which no prompt sees: nothing is edited or counted there.
-    domain_BxT = real_BxT & dictionary.is_not_sink(read_BxTxD, value_BxTxD)
-    finite_BxT = jnp.isfinite(value_BxTxD).all(axis=-1) & jnp.isfinite(read_BxTxD).all(axis=-1)
+    domain_BxT = real_BxT & dictionary.is_not_sink(read_BxTxD, value_BxTxO)
+    finite_BxT = jnp.isfinite(value_BxTxO).all(axis=-1) & jnp.isfinite(read_BxTxD).all(axis=-1)
     if error == "drop":
-        rebuilt_BxTxD = dictionary.decode(dictionary.encode(read_BxTxD), read_BxTxD).astype(value_BxTxD.dtype)
+        rebuilt_BxTxO = dictionary.decode(dictionary.encode(read_BxTxD), read_BxTxD).astype(value_BxTxO.dtype)
         # Sinks keep their values: dictionaries were not trained to rebuild them.
-        value_BxTxD = jnp.where(domain_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
-    outputs = stream_BxTxX, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
+        value_BxTxO = jnp.where(domain_BxT[..., None], rebuilt_BxTxO, value_BxTxO)
+    outputs = stream_BxTxX, value_BxTxO, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
     return jax.lax.with_sharding_constraint(outputs, sharding(point.mesh))  # edited rows pick theirs from all of these
 
 

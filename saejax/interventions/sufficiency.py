@@ -78,28 +78,28 @@ def _run_kept(
     weight_ExK: jax.Array,
 ) -> jax.Array:
     """Return the logit differences of X rows of a clean run, with and without the error term, [2, E, X]."""
-    stream, value_SxNxD, read_SxNxD, domain_SxN = (rows.tree.take(array) for array in clean[:4])
+    stream, value_SxNxO, read_SxNxD, domain_SxN = (rows.tree.take(array) for array in clean[:4])
     f_SxNxF = active_features(dictionary, read_SxNxD, domain_SxN)
-    W_dec_FxD = dictionary.W_dec_FxD[...].astype(jnp.float32)
+    W_dec_FxO = dictionary.W_dec_FxD[...].astype(jnp.float32)
     fall_SxNxF = jnp.where(domain_SxN[..., None], f_SxNxF - mean_F.astype(f_SxNxF.dtype)[None, None, :], 0.0)
-    clean_SxNxD = value_SxNxD.astype(jnp.float32)
-    rebuilt_SxNxD = dictionary.decode(f_SxNxF, read_SxNxD).astype(jnp.float32)
+    clean_SxNxO = value_SxNxO.astype(jnp.float32)
+    rebuilt_SxNxO = dictionary.decode(f_SxNxF, read_SxNxD).astype(jnp.float32)
     # Attention sinks keep their values, as under every edit.
-    error_SxNxD = jnp.where(domain_SxN[..., None], clean_SxNxD - rebuilt_SxNxD, 0.0)
-    means_SxNxD = clean_SxNxD - matmul(fall_SxNxF, W_dec_FxD)  # all features at their means
+    error_SxNxO = jnp.where(domain_SxN[..., None], clean_SxNxO - rebuilt_SxNxO, 0.0)
+    means_SxNxO = clean_SxNxO - matmul(fall_SxNxF, W_dec_FxO)  # all features at their means
 
     last_X = rows.tree.last_positions(rows.end_SxC, point.positions)
 
-    def measure(edited_SxNxD: jax.Array) -> jax.Array:
-        edited_SxNxD = edited_SxNxD.astype(value_SxNxD.dtype)
-        ends = point.run_shared_ends(params, clean[4], rows.tree, stream, edited_SxNxD, rows.end_SxC)
+    def measure(edited_SxNxO: jax.Array) -> jax.Array:
+        edited_SxNxO = edited_SxNxO.astype(value_SxNxO.dtype)
+        ends = point.run_shared_ends(params, clean[4], rows.tree, stream, edited_SxNxO, rows.end_SxC)
         return point.readouts(params, ends, last_X, answers_Xx2)[:, 0]
 
     def keep(chosen: tuple[jax.Array, jax.Array]) -> jax.Array:
         members_K, weight_K = chosen
         weighted_SxNxK = fall_SxNxF[:, :, members_K] * weight_K[None, None, :]
-        kept_SxNxD = means_SxNxD + matmul(weighted_SxNxK, W_dec_FxD[members_K])
-        return jax.vmap(measure)(jnp.stack([kept_SxNxD, kept_SxNxD - error_SxNxD]))
+        kept_SxNxO = means_SxNxO + matmul(weighted_SxNxK, W_dec_FxO[members_K])
+        return jax.vmap(measure)(jnp.stack([kept_SxNxO, kept_SxNxO - error_SxNxO]))
 
     # Short prompts with all sets at once: the weights of a large model are read once, not once a set.
     together = SETS if 2 * SETS * domain_SxN.shape[1] <= PROGRAM_TOKENS else 1

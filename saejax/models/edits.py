@@ -62,7 +62,7 @@ class Edit(Protocol):
     def site(self) -> Site:
         """Return the site at which the edit acts."""
 
-    def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
+    def __call__(self, value_BxTxD: jax.Array, run: ForwardPass, /) -> jax.Array:
         """Return the new value. In generation a pass is over the prompts (T tokens) or over new tokens (T is 1)."""
 
 

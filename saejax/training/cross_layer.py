@@ -95,7 +95,7 @@ def cross_layer_loss(
     config, kind, hyper = stack.config, stack.kind, batch.hyper
     x_LxBxD, y_LxBxD, dead_LxF = batch.x_LxBxD, batch.y_LxBxD, batch.dead_LxF
     settings, decoders = config.of_kind(kind.name), [arrays["W_dec_FxD"] for arrays in layers]
-    dead_k = (config.auxk_features or max(stack.dictionary.d_in // 2, 1)) if config.auxk else 0
+    dead_k = (config.auxk_features or max(stack.dictionary.d_out // 2, 1)) if config.auxk else 0
 
     def encode(layer: Any) -> tuple[jax.Array, jax.Array, Arrays]:
         arrays, norms_F, x_BxD, values, dead_F = layer

@@ -106,10 +106,10 @@ class CleanBatch(NamedTuple):
     """Documents in the clean model, and the tokens at which a dictionary's output replaces its target."""
 
     stream_BxTxX: jax.Array  #: the stream entering the layers above, see ``SplitPoint.run_prefix``
-    #: x_BxTxD and y_BxTxD: raw values of the site that the dictionary reads, and of its target.
+    #: x_BxTxD and y_BxTxO: raw values of the site that the dictionary reads, and of its target.
     x_BxTxD: jax.Array
-    y_BxTxD: jax.Array
-    left_BxTxD: jax.Array  #: the clean model's stream leaving the last layer
+    y_BxTxO: jax.Array
+    left_BxTxX: jax.Array  #: the clean model's stream leaving the last layer
     #: ids_BxT and lengths_B: token ids of the documents, and their number of tokens.
     ids_BxT: jax.Array
     lengths_B: jax.Array
@@ -131,11 +131,11 @@ def check_can_finetune(lm: LanguageModel, config: DictionaryConfig) -> None:
         reason = "it runs in one process, and there are several"
     if reason:
         raise UserError(f"no fine-tuning through the model: {reason}")
-    for site in (config.site, config.target or config.site):
+    for site, expected in ((config.site, config.d_in), (config.target or config.site, config.d_out)):
         width = Site.parse(site).check(lm.config).width(lm.config)
-        if width != config.d_in:
+        if width != expected:
             raise UserError(
-                f"the dictionary has the width {config.d_in}, but {site} of {lm.source.name} has {width}: give one of "
+                f"the dictionary has the width {expected}, but {site} of {lm.source.name} has {width}: give one of "
                 "this model"
             )
 
@@ -201,8 +201,8 @@ class CleanBatches:
         documents = [self._documents[index] for index in chosen]
         ids_BxT, lengths_B, predicted = place_documents(self._lm, documents, rows, length)
         params = self._lm.params
-        stream_BxTxX, x_BxTxD, y_BxTxD, inside_BxT = programs.head(self.point, params, ids_BxT, *self._limits)
-        left_BxTxD = programs.tail(self.point, params, stream_BxTxX, y_BxTxD)
+        stream_BxTxX, x_BxTxD, y_BxTxO, inside_BxT = programs.head(self.point, params, ids_BxT, *self._limits)
+        left_BxTxX = programs.tail(self.point, params, stream_BxTxX, y_BxTxO)
         # Rows that fill up a batch are no documents.
         is_text_BxT = np.arange(length)[None] < np.asarray(lengths_B)[:, None]
         is_text_BxT[len(documents) :] = False
@@ -211,12 +211,12 @@ class CleanBatches:
         place_BxT.flat[index_N] = np.arange(len(index_N))
         data = np.float32(predicted), index_N, place_BxT
         placed = jax.device_put(data, sharding(self._lm.mesh))
-        return CleanBatch(stream_BxTxX, x_BxTxD, y_BxTxD, left_BxTxD, ids_BxT, lengths_B, *placed)
+        return CleanBatch(stream_BxTxX, x_BxTxD, y_BxTxO, left_BxTxX, ids_BxT, lengths_B, *placed)
 
     def batch(self, step: int) -> tuple[jax.Array, ...]:
         """Return the inputs [1, N, D] of a step, and for a transcoder the targets, as ``Calibration`` reads them."""
         clean = self.clean(step)
-        values = [clean.x_BxTxD, clean.y_BxTxD] if self.point.reads != self.point.site else [clean.x_BxTxD]
+        values = [clean.x_BxTxD, clean.y_BxTxO] if self.point.reads != self.point.site else [clean.x_BxTxD]
         return tuple(_rows(value_BxTxD, clean.index_N)[None] for value_BxTxD in values)
 
     def scale(self, raw: SiteScale) -> SiteScale:
@@ -333,26 +333,26 @@ def finetune_loss(
       batch: the documents.
     """
     dtype, dead_F = stack.config.state_dtype, jnp.zeros(stack.dictionary.n_features, bool)
-    x_NxD, y_NxD = (_rows(value_BxTxD, batch.index_N).astype(dtype) for value_BxTxD in (batch.x_BxTxD, batch.y_BxTxD))
+    x_NxD, y_NxO = (_rows(value_BxTxD, batch.index_N).astype(dtype) for value_BxTxD in (batch.x_BxTxD, batch.y_BxTxO))
     by_token = fitting_sharding(stack.mesh, x_NxD.shape, BY_DOCUMENT, None)
-    x_NxD, y_NxD = lax.with_sharding_constraint((x_NxD * hyper.input_scale, y_NxD * hyper.output_scale), by_token)
-    parts = loss_terms(stack, params, MemberBatch(x_NxD, y_NxD, hyper, jnp.int32(0), dead_F))
-    y_hat_NxD = (y_NxD - parts.residual_BxD) / hyper.output_scale
+    x_NxD, y_NxO = lax.with_sharding_constraint((x_NxD * hyper.input_scale, y_NxO * hyper.output_scale), by_token)
+    parts = loss_terms(stack, params, MemberBatch(x_NxD, y_NxO, hyper, jnp.int32(0), dead_F))
+    y_hat_NxO = (y_NxO - parts.residual_BxO) / hyper.output_scale
     # Where a token keeps its value, its place is -1: the first reconstruction is read, and not used.
-    value_BxTxD = jnp.where(
+    value_BxTxO = jnp.where(
         batch.place_BxT[..., None] >= 0,
-        y_hat_NxD[jnp.maximum(batch.place_BxT, 0)].astype(batch.y_BxTxD.dtype),
-        batch.y_BxTxD,
+        y_hat_NxO[jnp.maximum(batch.place_BxT, 0)].astype(batch.y_BxTxO.dtype),
+        batch.y_BxTxO,
     )
-    left_BxTxD = point.run_suffix(lm_params, batch.stream_BxTxX, value_BxTxD)
-    streams_ExBxTxD = jnp.stack([batch.left_BxTxD, left_BxTxD])
-    _, kl_CxExB = programs.compare(point.config, lm_params, streams_ExBxTxD, batch.ids_BxT, batch.lengths_B)
+    left_BxTxX = point.run_suffix(lm_params, batch.stream_BxTxX, value_BxTxO)
+    streams_ExBxTxX = jnp.stack([batch.left_BxTxX, left_BxTxX])
+    _, kl_CxExB = programs.compare(point.config, lm_params, streams_ExBxTxX, batch.ids_BxT, batch.lengths_B)
     kl, error = jnp.sum(kl_CxExB[:, 1]) / batch.predicted, parts.terms["error"]
     # A constant: with its gradient the sum would be twice the error, and the divergence would have no part in it.
     weight = lax.stop_gradient(error / jnp.maximum(kl, _LEAST_KL))
     rest = [term for name, term in parts.terms.items() if name != "error"]
     loss = (error + weight.astype(error.dtype) * kl) / 2 + sum(rest, jnp.zeros((), error.dtype))
-    return loss, (parts.metrics(loss, y_NxD) | dict(kl=kl), parts.firings_F > 0)
+    return loss, (parts.metrics(loss, y_NxO) | dict(kl=kl), parts.firings_F > 0)
 
 
 def _rows(value_BxTxD: jax.Array, index_N: jax.Array) -> jax.Array:

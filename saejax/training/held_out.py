@@ -109,7 +109,7 @@ def _add_batch(
         return error_M + error_L, fired_MxF + fired_LxF
 
     def of_member(
-        arrays: Arrays, hyper: Hyperparams, x_BxD: jax.Array, y_BxD: jax.Array, kept: jax.Array
+        arrays: Arrays, hyper: Hyperparams, x_BxD: jax.Array, y_BxO: jax.Array, kept: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         kind = stack.kind
         arrays = rescale.unit_rows(kind, kind.finish(arrays, kept), stack.dictionary.widths)
@@ -117,7 +117,7 @@ def _add_batch(
         numbers = {name: hyper.kind_params[name] for name in kind.numbers}
         f_BxF = member.encode(x_BxD, numbers)
         fired_F = jnp.sum(kind.fires(f_BxF, numbers).astype(jnp.float32), axis=0)
-        return jnp.sum(jnp.square(y_BxD - member.decode(f_BxF, x_BxD))).astype(jnp.float32), fired_F
+        return jnp.sum(jnp.square(y_BxO - member.decode(f_BxF, x_BxD))).astype(jnp.float32), fired_F
 
     errors_M, fired = measure_members(stack, of_member, params, hyper, batch, kept_M)
     return error_M + errors_M, fired_MxF + fired

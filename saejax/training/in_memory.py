@@ -71,8 +71,8 @@ def train(
 
     Args:
       acts: result of ``capture``; or a store, or its folder.
-      site: the site that it reads; may be left out where ``acts`` has one site. A transcoder (form="transcoder") reads
-        "mlp_in.L" and predicts "mlp_out.L"; both must be in ``acts``.
+      site: the site that it reads; may be left out where ``acts`` has one site. A transcoder (form="transcoder") of
+        "mlp_in.L" predicts "mlp_out.L", or another site of the layer (target="mlp_act"); both must be in ``acts``.
       kind: one of ``saejax.dictionaries.kinds.kind_names()``.
       folder: folder of checkpoints, metrics and the dictionary, from which an interrupted run resumes. None:
         nothing is kept.
@@ -143,10 +143,14 @@ def _train(
             store = acts.save(Path(temporary) / "capture")
         else:
             store = acts if isinstance(acts, Store) else Store.open(acts)
-        chosen = site or next(iter(store.sites))
-        if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
-            raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
-        config = make_config(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
+        if not site:
+            # A transcoder's target is there, too.
+            target = "" if settings.get("form", "sae") == "sae" else settings.get("target", TrainConfig.target)
+            readable = [each for each in store.sites if each.partition(".")[0] != target]
+            if len(readable) > 1:
+                raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
+            site = next(iter(readable or store.sites))
+        config = make_config(TrainConfig, kind, kinds=kind, sites=site, **settings)
         shared = {name for each in KINDS.values() for name in each.reads}
         for name in sorted(shared.intersection(settings).difference(KINDS[kind].reads)):
             logging.warning(
@@ -260,7 +264,8 @@ def evaluate(
         _check_widths(lm, dictionary.site, acts.values[site].shape[1], config.d_in, mean_D)
         return Evaluation(*evaluate_texts(lm, dictionary, acts.texts, mean_D))
     read = {name: join(config, acts.values) if config.widths else acts.values[name] for name in (site, target)}
-    _check_widths(lm, target, read[target].shape[1], config.d_in, mean_D)
+    _check_widths(lm, site, read[site].shape[1], config.d_in, None)
+    _check_widths(lm, target, read[target].shape[1], config.d_out, mean_D)
     # The model's rule, whoever trained the dictionary: as in the stage.
     dictionary = dictionary.with_sink_norms(lm.sink_norm, replace=True)
     inside_N = np.asarray(dictionary.is_not_sink(read[site], read[target]))
@@ -272,13 +277,13 @@ def evaluate(
     return Evaluation(score, losses)
 
 
-def _check_widths(lm: LanguageModel, target: str, d: int, d_in: int, mean_D: np.ndarray | None) -> None:
-    """Raise a ``UserError`` unless a dictionary of this ``d_in``, and the mean, have the width d of the target."""
+def _check_widths(lm: LanguageModel, site: str, d: int, width: int, mean_D: np.ndarray | None) -> None:
+    """Raise a ``UserError`` unless a dictionary's ``width`` there, and the mean, are the width d of a site."""
     mean_shape = (d,) if mean_D is None else np.shape(mean_D)
-    for what, shape in {"the dictionary": (d_in,), "mean_D": mean_shape}.items():
+    for what, shape in {"the dictionary": (width,), "mean_D": mean_shape}.items():
         if shape != (d,):
-            width = f"width {shape[0]}" if len(shape) == 1 else f"shape {shape}"
-            raise UserError(f"{what} has the {width}, but {target} of {lm.source.name} has {d}: give one of this model")
+            has = f"width {shape[0]}" if len(shape) == 1 else f"shape {shape}"
+            raise UserError(f"{what} has the {has}, but {site} of {lm.source.name} has {d}: give one of this model")
     if mean_D is not None and not np.isfinite(mean_D).all():
         raise UserError("mean_D is NaN or infinite: expected finite numbers")
 
@@ -335,7 +340,7 @@ def finetune(
     described = dictionary.config
     (member,) = make_members(config, described.kind, [described.site])
     member = dataclasses.replace(member, target=described.target or described.site)
-    raw = SiteScale(1.0, 1.0, np.zeros(described.d_in), described.max_norm, described.target_max_norm)
+    raw = SiteScale(1.0, 1.0, np.zeros(described.d_out), described.max_norm, described.target_max_norm)
     stack = TrainStack(config, described, [member], [raw], 1, lm.mesh)
     batches = CleanBatches(finetuning_stack(stack, 0, 1, learning_rate), lm, documents)
     scale = batches.scale(raw)
@@ -359,7 +364,9 @@ def _finetuning_config(dictionary: Dictionary, settings: dict[str, Any]) -> Trai
     """
     config, kind = dictionary.config, dictionary.kind
     fixed: dict[str, Any] = dict(kinds=config.kind, sites=config.site, features=config.n_features)
-    fixed |= dict(form="skip_transcoder" if config.skip else "transcoder") if config.target else {}
+    if config.target:
+        form = "skip_transcoder" if config.skip else "transcoder"
+        fixed |= dict(form=form, target=config.target.partition(".")[0])
     of_kind = {field.name for field in dataclasses.fields(kind.Settings)}
     fixed |= dict(k=config.k) if config.k and "k" in kind.reads else {}
     # Shares of the features, as the settings of kinds with nested groups have them.

@@ -146,7 +146,7 @@ def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
             ("skip " if config.skip else "") + ("transcoder" if config.target else "SAE")
             for config in (start, expected)
         ),
-        width=(start.d_in, expected.d_in),
+        width=(_width(start), _width(expected)),
         parts=(start.widths or "none", expected.widths or "none"),
         normalisation=tuple(config.input_norm or "none" for config in (start, expected)),
         features=(start.n_features, f"at most {expected.n_features}"),
@@ -168,6 +168,11 @@ def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
         member = stack.members[index].name
         of = f" for {member}" if member else ""
         raise UserError(f"--train.init_from={stack.config.init_from}: the dictionary{of} does not fit: {differences}")
+
+
+def _width(config: DictionaryConfig) -> str:
+    """Return the width of a dictionary's site, and of its target if that is another."""
+    return f"{config.d_in} to {config.d_out}" if config.d_out != config.d_in else str(config.d_in)
 
 
 def _model(config: DictionaryConfig, twice: bool) -> str:

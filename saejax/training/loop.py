@@ -180,10 +180,7 @@ def _train(
     verb = f"resuming {kind} at step {first_step}" if first_step else f"training {kind}"
     count = f"{len(names)} members, " if len(names) > 1 else ""
     axes = "x".join(str(size) for size in stack.mesh.shape.values())
-    say(
-        f"{verb}: {count}{stack.dictionary.d_in} -> {stack.dictionary.n_features}, {stack.steps} steps of "
-        f"{config.batch} tokens, mesh {axes}"
-    )
+    say(f"{verb}: {count}{stack.dictionary.sizes}, {stack.steps} steps of {config.batch} tokens, mesh {axes}")
     batches, folder = source.open(stack), folders.logs
     calibrate = Calibration(stack)
     is_due = 0 < config.score_every * config.ce_every <= stack.steps

@@ -12,8 +12,8 @@ from typing import Any
 from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.kinds import KINDS
 from saejax.errors import UserError, one_of
+from saejax.models.sites import ALL_KINDS, ModuleSite, is_joined, site_parts
 from saejax.models.sites import KINDS as SITE_KINDS
-from saejax.models.sites import ModuleSite, is_joined, site_parts
 from saejax.training.settings import TrainConfig
 
 
@@ -42,8 +42,8 @@ def make_members(config: TrainConfig, kind: str, sites: Sequence[str], size: str
       size: the name of that number there.
 
     Raises:
-      UserError: a transcoder's site is not "mlp_in.L", ``l1_by_depth`` does not have three values, or two members are
-        the same.
+      UserError: a transcoder's target does not follow its site, ``l1_by_depth`` does not have three values, or two
+        members are the same.
     """
     # A name holds only what differs between members, so that names in a plain run stay short.
     lists = swept_settings(config, kind)
@@ -58,7 +58,7 @@ def make_members(config: TrainConfig, kind: str, sites: Sequence[str], size: str
             parts += [size] if size else []
             parts += [f"{name}{settings[name]}" if name == "seed" else f"{name}{settings[name]:g}" for name in swept]
             members.append(
-                Member("-".join(parts), site, _target(config, site), settings | depth_l1.get(site, {}), of_site)
+                Member("-".join(parts), site, target_of(config, site), settings | depth_l1.get(site, {}), of_site)
             )
     names = [member.name for member in members]
     if len(set(names)) < len(members):
@@ -79,13 +79,22 @@ def swept_settings(config: TrainConfig, kind: str) -> dict[str, tuple[Any, ...]]
     }
 
 
-def _target(config: TrainConfig, site: str) -> str:
+def target_of(config: TrainConfig, site: str) -> str:
+    """Return what a dictionary that reads a site rebuilds: the site, or a transcoder's target in the same layer.
+
+    Raises:
+      UserError: the target is not computed after the site.
+    """
     if config.form == "sae":
         return site
     kind, _, layer = site.partition(".")
-    if kind != "mlp_in" or is_joined(site):
-        raise UserError(f"a transcoder reads mlp_in.L, but --train.sites names {site}: name sites such as mlp_in.15")
-    return f"mlp_out.{layer}"
+    later = ALL_KINDS[ALL_KINDS.index(kind) + 1 :] if kind in ALL_KINDS and not is_joined(site) else ()
+    if config.target not in later:
+        raise UserError(
+            f"a transcoder predicts what its layer computes after the site that it reads, and --train.target="
+            f"{config.target} does not follow {site} of --train.sites: name sites such as mlp_in.L, or another target"
+        )
+    return f"{config.target}.{layer}"
 
 
 def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[str, dict[str, float]]:

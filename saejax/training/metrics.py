@@ -60,7 +60,8 @@ class Metrics:
         # Of all members: XLA counts the body of a scan over members once.
         count, active = len(stack.members), stack.dictionary.k if stack.products == "rows" else None
         sizes = stack.config.batch, stack.dictionary.d_in, stack.dictionary.n_features
-        self._step_flops = weights_share(stack.config.form, count) * count * step_flops(*sizes, active)
+        step = step_flops(*sizes, active, stack.dictionary.d_out)
+        self._step_flops = weights_share(stack.config.form, count) * count * step
         self._peak_flops = peak_flops(stack.mesh.devices.flat[0], stack.config.matmul)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         # Records after the checkpoint were of steps that are done again.

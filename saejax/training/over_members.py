@@ -23,7 +23,7 @@ Batch = tuple[jax.Array, ...]
 def measure_members(
     stack: TrainStack, measure: Callable, params: Arrays, hyper: Hyperparams, batch: Batch, *more: jax.Array
 ) -> Any:
-    """Return ``measure(params, hyper, x_BxD, y_BxD, *more)`` of each member, on its own device, with its scaled values.
+    """Return ``measure(params, hyper, x_BxD, y_BxO, *more)`` of each member, on its own device, with its scaled values.
 
     Members of a device take turns, so that one member's memory suffices.
 
@@ -37,8 +37,8 @@ def measure_members(
     """
 
     def apply(_: TrainStack, index: jax.Array, *args: Any) -> tuple[jax.Array, Any]:
-        hyper, x_BxD, y_BxD, params, *more = args
-        return index, measure(params, hyper, x_BxD, y_BxD, *more)
+        hyper, x_BxD, y_BxO, params, *more = args
+        return index, measure(params, hyper, x_BxD, y_BxO, *more)
 
     # Parameters are read only: as a state that turns write to they would be copied.
     per_member = dataclasses.replace(hyper, metric_DxD=None), params, *more  # the metric is not read here
@@ -51,30 +51,30 @@ def measure_members(
 def map_over_batch(
     stack: TrainStack, apply: Callable, state: Any, per_member: tuple[Any, ...], batch: Batch, *common: jax.Array
 ) -> tuple[Any, Any]:
-    """Map ``apply(stack, state, hyper, x_BxD, y_BxD, *common, *read_only)`` over members, each with its scaled values.
+    """Map ``apply(stack, state, hyper, x_BxD, y_BxO, *common, *read_only)`` over members, each with its scaled values.
 
     ``per_member`` is (hyper, *read_only), arrays of all members, of which each gets its own.
     """
     hyper, *read_only = per_member
-    count, dtype, metric_SxDxD = len(common), stack.config.state_dtype, hyper.metric_DxD
+    count, dtype, metric_SxOxO = len(common), stack.config.state_dtype, hyper.metric_DxD
 
     def apply_to_member(state: Any, per_member: Any, *shared: jax.Array) -> tuple[Any, Any]:
         (hyper, values, read_only), common, shared = per_member, shared[:count], shared[count:]
         if values is None:
             # Several members read one site: each picks it from the batch, which is there once.
             values = [lax.dynamic_index_in_dim(each_Sx, hyper.site_index, keepdims=False) for each_Sx in shared]
-            if metric_SxDxD is not None:
+            if metric_SxOxO is not None:
                 # Of one site not by its index: members at the same time would each get a copy.
-                metric_DxD = shared[-1][0] if len(stack.sites) == 1 else values[-1]
-                hyper, values = dataclasses.replace(hyper, metric_DxD=metric_DxD), values[:-1]
+                metric_OxO = shared[-1][0] if len(stack.sites) == 1 else values[-1]
+                hyper, values = dataclasses.replace(hyper, metric_DxD=metric_OxO), values[:-1]
         x_BxD = values[0].astype(dtype) * hyper.input_scale
-        y_BxD = values[1].astype(dtype) * hyper.output_scale if len(values) > 1 else x_BxD
-        return apply(stack, state, hyper, x_BxD, y_BxD, *common, *read_only)
+        y_BxO = values[1].astype(dtype) * hyper.output_scale if len(values) > 1 else x_BxD
+        return apply(stack, state, hyper, x_BxD, y_BxO, *common, *read_only)
 
     placement = stack.mesh, stack.members_at_once
     if len(stack.sites) == len(stack.members):  # each member has its own values, on its own devices
         return map_over_members(apply_to_member, state, (hyper, batch, read_only), common, *placement)
-    once = batch if metric_SxDxD is None else (*batch, metric_SxDxD)
+    once = batch if metric_SxOxO is None else (*batch, metric_SxOxO)
     per_member = dataclasses.replace(hyper, metric_DxD=None), None, read_only
     return map_over_members(apply_to_member, state, per_member, (*common, *once), *placement)
 

@@ -40,8 +40,8 @@ def resample(
     state: TrainState,
     hyper: Hyperparams,
     x_BxD: jax.Array,
-    y_BxD: jax.Array,
-    error_BxD: jax.Array,
+    y_BxO: jax.Array,
+    error_BxO: jax.Array,
 ) -> TrainState:
     """Return a member's state, without member axis, with its dead features started again.
 
@@ -50,17 +50,17 @@ def resample(
       state: the member's state after the step on this batch.
       hyper: the member's hyperparameters.
       x_BxD: scaled inputs.
-      y_BxD: scaled targets.
-      error_BxD: the member's residuals of the targets.
+      y_BxO: scaled targets.
+      error_BxO: the member's residuals of the targets.
     """
     config, dictionary, params = stack.config, stack.dictionary, state.params
     rows = config.resample_from
     offset_BxD = x_BxD - params["b_dec_D"][None] if dictionary.centred else x_BxD
-    targets_BxD = _directions(error_BxD if rows == "errors" else y_BxD - params["b_dec_D"][None])
-    inputs_BxD = targets_BxD if rows == "errors" and not dictionary.target else _directions(offset_BxD)
+    targets_BxO = _directions(error_BxO if rows == "errors" else y_BxO - params["b_dec_D"][None])
+    inputs_BxD = targets_BxO if rows == "errors" and not dictionary.target else _directions(offset_BxD)
     # A token at the bias has no direction that a feature could start at.
-    has_direction_B = jnp.any(inputs_BxD != 0, axis=-1) & jnp.any(targets_BxD != 0, axis=-1)
-    loss_B = jnp.sum(jnp.square(error_BxD), axis=-1) * has_direction_B
+    has_direction_B = jnp.any(inputs_BxD != 0, axis=-1) & jnp.any(targets_BxO != 0, axis=-1)
+    loss_B = jnp.sum(jnp.square(error_BxO), axis=-1) * has_direction_B
     silent_F = state.silent_MxF >= config.dead_tokens
     dead_F, chosen_F = draw_tokens(hyper, state.step_M, loss_B, silent_F)
     # Short encoder columns keep a new feature from disturbing the others at once.
@@ -69,10 +69,10 @@ def resample(
     length *= 1.0 if rows == "errors" else _LENGTH
     start = stack.kind.start(config.of_kind(dictionary.kind))
     started = {name: jnp.full_like(value, start.get(name, 0.0)) for name, value in params.items()}
-    W_dec_FxD = targets_BxD[chosen_F]
+    W_dec_FxO = targets_BxO[chosen_F]
     if dictionary.widths:  # over the parts of a joined site a row's length is not its norm
-        W_dec_FxD /= jnp.maximum(row_lengths(W_dec_FxD, dictionary.widths), 1e-30)[:, None]
-    started |= dict(W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=W_dec_FxD)
+        W_dec_FxO /= jnp.maximum(row_lengths(W_dec_FxO, dictionary.widths), 1e-30)[:, None]
+    started |= dict(W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=W_dec_FxO)
     table = parameter_table(dictionary)
     by_feature = {name: spec.index("model") for name, (_, spec) in table.items() if "model" in spec}
 

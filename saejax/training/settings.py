@@ -9,6 +9,7 @@ from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.kinds import KINDS, PRETRAINED, settings_of_kinds, unit_names
 from saejax.errors import UserError
 from saejax.models.site_ranges import expand_ranges
+from saejax.models.sites import ALL_KINDS
 
 MOST_TOKENS = 2**31 - 1  # that a feature's silence is counted in
 MOST_STEPS, MOST_FEATURES = 10**9, 10**9  # more would overflow where they are counted
@@ -52,10 +53,16 @@ class TrainConfig(Config):
     )
     form: str = setting(
         "sae",
-        "sae rebuilds its site; transcoder reads mlp_in.L and predicts mlp_out.L; cross_layer_transcoder is one "
-        "dictionary of all layers, whose features write to their own MLP's output and to all later ones; skip_ adds a "
-        "linear path to either",
+        "sae rebuilds its site; transcoder predicts --train.target from it; cross_layer_transcoder is one "
+        "dictionary of all layers, which reads mlp_in.L and whose features write to their own MLP's output and to all "
+        "later ones; skip_ adds a linear path to either",
         choices=("sae", "transcoder", "skip_transcoder", *FORMS),
+    )
+    target: str = setting(
+        "mlp_out",
+        "kind of the site that a transcoder predicts, in the layer that it reads and computed after that, such as "
+        "mlp_act for --train.sites=mlp_in.5; of any width",
+        choices=ALL_KINDS,
     )
     expansion: tuple[int, ...] = setting(
         (8,),
@@ -89,7 +96,7 @@ class TrainConfig(Config):
         low=0.0,
     )
     auxk_features: int = setting(
-        0, "number of dead features per token in the AuxK loss; 0: half the site's width", low=0
+        0, "number of dead features per token in the AuxK loss; 0: half the width of what is rebuilt", low=0
     )
     whiten_error: float = setting(
         0.0,
@@ -339,6 +346,7 @@ class TrainConfig(Config):
             "expansion": not self.features,
             "kl_steps": self.kl_steps > 0,
             "kl_learning_rate": self.kl_steps > 0,
+            "target": self.form != "sae",
         }
         values = counted(self, but=[f"train.{name}" for name, is_read in conditions.items() if not is_read])
         prefix = f"train.{kind}."  # settings of other kinds are not read

@@ -34,7 +34,9 @@ from saejax.training.settings import TrainConfig
 
 _AT_ONCE = 2**26  # values of tokens x features of members that are vectorised: 256 MB in float32, times a few
 # Settings that a cross-layer transcoder does not support, and the values that turn them off.
-_NOT_CROSS_LAYER = dict(decorrelation=0.0, alignment=0.0, whiten_error=0.0, resample_every=0, init_from="")
+_NOT_CROSS_LAYER = dict(
+    target="mlp_out", decorrelation=0.0, alignment=0.0, whiten_error=0.0, resample_every=0, init_from=""
+)
 
 
 @jax.tree_util.register_dataclass
@@ -242,15 +244,12 @@ def stack_shape(
       widths: width of each of their sites, and of the parts of joined ones.
 
     Raises:
-      UserError: their sites differ in width, k or the groups do not fit the features, or two settings exclude each
-        other.
+      UserError: their sites differ in width, or their targets do, k or the groups do not fit the features, or two
+        settings exclude each other.
     """
-    sites = dict.fromkeys(site for member in members for site in (member.site, member.target))
-    shapes = {site: tuple(widths[part] for part in site_parts(site)) for site in sites}
-    if len(set(shapes.values())) > 1:
-        listed = {site: shape if len(shape) > 1 else shape[0] for site, shape in shapes.items()}
-        raise UserError(f"the sites of a stack must have one width, but have {listed}: train them in several runs")
-    shape = next(iter(shapes.values()))
+    shape, target_shape = (
+        _common_shape(sites, widths) for sites in zip(*((m.site, m.target) for m in members), strict=True)
+    )
     d_in, kind_object = sum(shape), kinds.by_name(kind)
     if kind_object.rebuilds_input and (config.form != "sae" or len(shape) > 1):
         raise UserError(
@@ -266,6 +265,7 @@ def stack_shape(
         site=members[0].site,
         target="" if config.form == "sae" else members[0].target,
         d_in=d_in,
+        target_width=sum(target_shape),
         n_features=features,
         skip=config.form in ("skip_transcoder", SKIP_FORM),
         centred=config.form == "sae",
@@ -275,6 +275,15 @@ def stack_shape(
     if not type(kind_object).__module__.startswith("saejax."):
         _check_inference(kind_object, dictionary)
     return dictionary
+
+
+def _common_shape(sites: Sequence[str], widths: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the widths of the parts of sites, one for a site that is not joined; a ``UserError`` if sites differ."""
+    shapes = {site: tuple(widths[part] for part in site_parts(site)) for site in sites}
+    if len(set(shapes.values())) > 1:
+        listed = {site: shape if len(shape) > 1 else shape[0] for site, shape in shapes.items()}
+        raise UserError(f"the sites of a stack must have one width, but have {listed}: train them in several runs")
+    return shapes[sites[0]]
 
 
 def read_facts(kind: kinds.Kind, values: Mapping[str, Any], settings: Any, n_features: int) -> Facts:

@@ -20,14 +20,16 @@ NOT_IN_SAELENS = [("linear", form) for form in FORMS] + [("topk", "transcoder"),
 IN_SAELENS = [pair for pair in EVERY if pair not in NOT_IN_SAELENS]
 
 
-def make(kind: str = "standard", form: str = "sae", layer: int = 3, seed: int = 0, **changes) -> Dictionary:
+def make(
+    kind: str = "standard", form: str = "sae", layer: int = 3, seed: int = 0, d_out: int = D, **changes
+) -> Dictionary:
     """A random dictionary with decoder rows of length 1."""
     of_k = kind in ("topk", "batchtopk", "matryoshka", "matching_pursuit")
     centred, skip = form == "sae", form == "skip_transcoder"
     site, target = (f"resid_post.{layer}", "") if centred else (f"mlp_in.{layer}", f"mlp_out.{layer}")
     k, groups = 4 if of_k else 0, (10, 20, F) if kind == "matryoshka" else ()
     facts = dict(max_norm=123.5, model="some/model", revision="abc", fingerprint="0123")
-    config = DictionaryConfig(kind, site, target, D, F, k=k, groups=groups, skip=skip, centred=centred, **facts)
+    config = DictionaryConfig(kind, site, target, D, F, d_out, k=k, groups=groups, skip=skip, centred=centred, **facts)
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(size=shape) for name, (shape, _) in parameter_table(config).items()}
     arrays["W_dec_FxD"] /= np.linalg.norm(arrays["W_dec_FxD"], axis=1, keepdims=True)

@@ -52,6 +52,7 @@ def make(folder: Path) -> None:
     variants += [(name, "bfloat16", {}) for name in ("standard", "jumprelu_skip_transcoder")]
     variants += [("standard", "float32", dict(apply_b_dec_to_input=False))]
     variants += [("topk", "float32", dict(rescale_acts_by_decoder_norm=True))]
+    variants += [(name, "float32", dict(d_out=d + 7)) for name in ("transcoder", "jumprelu_skip_transcoder")]
     for name, dtype, more in variants:
         sae_class, config_class = get_sae_class(name)
         sae = sae_class(config_class(**settings(name, d, features, dtype, **more)))

@@ -10,7 +10,7 @@ from known_dictionaries import D, F
 from safetensors.numpy import load_file
 
 from saejax.dictionaries import load_dictionary, save_dictionary
-from saejax.dictionaries.formats import saelens, tensors
+from saejax.dictionaries.formats import describe, saelens, tensors
 from saejax.errors import UserError
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -46,6 +46,21 @@ def test_a_dictionary_is_written_as_what_it_computes_and_comes_back(kind, form, 
     save_dictionary(tmp_path / "b", loaded, "saelens")
     assert cfg_of(tmp_path / "a") == cfg_of(tmp_path / "b")
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "form"), [pair for pair in known.IN_SAELENS if pair[1] != "sae"])
+def test_a_transcoder_to_another_width_is_written_and_comes_back(kind, form, tmp_path):
+    dictionary, x = known.make(kind, form, d_out=D + 5), known.activations()
+    save_dictionary(tmp_path / "a", dictionary, "saelens")
+    cfg = cfg_of(tmp_path / "a")
+    assert (cfg["d_in"], cfg["d_out"]) == (D, D + 5)
+    known.assert_computes(dictionary, x, known.saelens_by_formula(tmp_path / "a", x))
+    loaded = load_dictionary(tmp_path / "a")
+    assert loaded.config.d_out == D + 5 and known.relative(loaded(x), dictionary(x)) < 1e-5
+    assert "widths 12 to 17" in describe(loaded.config, "saelens")
+    (tmp_path / "a" / CFG).write_text(json.dumps(cfg | dict(d_out=D)))
+    with pytest.raises(UserError, match=r"d_out is 12, but the arrays of sae_weights.safetensors have 17"):
+        load_dictionary(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ def folder(tmp_path_factory, one_device) -> Path:
     judge("make", folder)
     for path in (folder / "theirs").iterdir():
         save_dictionary(folder / "returned" / path.name, load_dictionary(path), "saelens")
+    wide = {f"{kind}-wide": known.make(kind, "skip_transcoder", d_out=known.D + 5) for kind in ("standard", "jumprelu")}
+    for name, dictionary in wide.items():
+        save_dictionary(folder / "own" / name, dictionary)
+        save_dictionary(folder / "ours" / name, dictionary, "saelens")
+        np.save(folder / "ours" / name / "x.npy", known.activations())
     for kind, form in known.IN_SAELENS:
         dictionary, x = trained(kind, form, one_device)
         save_dictionary(folder / "own" / f"{kind}-{form}", dictionary)
@@ -69,7 +74,7 @@ def assert_same(theirs: Path, dictionary, x: np.ndarray) -> None:
     known.assert_computes(dictionary, jnp.asarray(x), (result["f"], result["y"]))
 
 
-@pytest.mark.parametrize("kind,form", known.IN_SAELENS)
+@pytest.mark.parametrize("kind,form", [*known.IN_SAELENS, ("standard", "wide"), ("jumprelu", "wide")])
 def test_sae_lens_computes_the_same_with_what_we_trained_and_saves_it_as_ours(kind, form, folder):
     name = f"{kind}-{form}"
     x = np.load(folder / "ours" / name / "x.npy")
@@ -82,7 +87,7 @@ def test_sae_lens_computes_the_same_with_what_we_trained_and_saves_it_as_ours(ki
 
 def test_we_compute_the_same_with_what_it_saved_and_it_with_what_comes_back(folder):
     x, names = np.load(folder / "x.npy"), sorted(path.name for path in (folder / "theirs").iterdir())
-    assert len(names) == 18
+    assert len(names) == 20
     for name in names:
         assert_same(folder / "read" / f"theirs-{name}.npz", load_dictionary(folder / "theirs" / name), x)
         before, after = (np.load(folder / "read" / f"{source}-{name}.npz") for source in ("theirs", "returned"))

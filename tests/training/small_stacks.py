@@ -46,8 +46,8 @@ def make_config(**changes) -> TrainConfig:
     return TrainConfig(by_kind=kinds, **{key: value for key, value in values.items() if key in names})
 
 
-def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, products="auto", **changes) -> TrainStack:
-    """Dictionaries of D -> F; lists among the changes make several members."""
+def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, products="auto", d_out=D, **changes) -> TrainStack:
+    """Dictionaries of D -> F -> D; lists among the changes make several members."""
     config = make_config(**changes)
     members = make_members(config, kind, config.sites)
     own = config.of_kind(kind)
@@ -58,12 +58,13 @@ def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, products="auto", 
         site=members[0].site,
         target="" if config.form == "sae" else members[0].target,
         d_in=D,
+        target_width=d_out,
         n_features=config.features_of(D),
         skip=config.form.startswith("skip_"),
         centred=config.form == "sae",
         **facts,
     )
-    scales = [SiteScale(scale, scale, np.full(D, 0.7))] * len(members)
+    scales = [SiteScale(scale, scale, np.full(d_out, 0.7))] * len(members)
     return TrainStack(config, dictionary, members, scales, steps, mesh or first_device(), products)
 
 

@@ -117,7 +117,7 @@ def test_bad_input_is_one_line(workdir, inputs, corpus, second_model, tmp_path, 
         ("train", "has an empty part, or one twice", both | dict(train__sites="resid_post.1+resid_post.1")),
         ("train", "has an empty part", both | dict(train__sites="resid_post.1+")),
         ("train", "resid_post.7", both | dict(train__sites="resid_post.1+resid_post.7")),
-        ("train", "a transcoder reads mlp_in.L", both | dict(train__form="transcoder")),
+        ("train", "--train.target=mlp_out does not follow resid_post.0", both | dict(train__form="transcoder")),
     ]:
         folder = tmp_path / ("run" if stage == "train" else "bad")
         assert go([stage], inputs, corpus, folder, **changes) == 2

@@ -23,6 +23,8 @@ SITES = tuple(f"resid_post.{layer}" for layer in range(6))
         (dict(k=(7,)), "topk", "resid_post.3", "resid_post.3", 7),
         (dict(k=(16, 32)), "standard", "resid_post.3", "resid_post.3", None),  # which reads no k
         (dict(form="transcoder", k=(7,)), "topk", "mlp_in.3", "mlp_out.3", 7),
+        (dict(form="transcoder", target="attn_out", k=(7,)), "topk", "attn_z.3", "attn_out.3", 7),
+        (dict(target="attn_out", k=(7,)), "topk", "attn_z.3", "attn_z.3", 7),
     ],
 )
 def test_one_member_has_no_name(changes, kind, site, target, k):
@@ -47,6 +49,8 @@ def test_l1_by_depth_goes_by_thirds_of_the_layers():
     ("changes", "kind", "sites", "message"),
     [
         (dict(form="transcoder"), "topk", ("resid_post.3",), "mlp_in.L"),
+        (dict(form="transcoder"), "topk", ("attn_z.3+mlp_in.3",), "does not follow"),
+        (dict(form="transcoder", target="attn_z"), "topk", ("mlp_in.3",), "target=attn_z does not follow mlp_in.3"),
         (dict(l1_by_depth=(1.0, 2.0)), "standard", SITES, "three values"),
         (dict(seed=(1, 1)), "topk", SITES[:1], "seed1"),
         ({}, "topk", (SITES[0], SITES[0]), "two members"),

@@ -542,10 +542,11 @@ def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what:
       name: of the model.
       what: how the message begins.
     """
-    if config.d_in != model.d_model:
-        raise UserError(
-            f"{what} reads {config.d_in} dimensions, but {name} has {model.d_model}: use the model it was trained on"
-        )
+    for verb, width in (("reads", config.d_in), ("writes", config.d_out)):
+        if width != model.d_model:
+            raise UserError(
+                f"{what} {verb} {width} dimensions, but {name} has {model.d_model}: use the model it was trained on"
+            )
 
 
 def _fold(dictionary: Dictionary) -> Dictionary:

@@ -253,7 +253,8 @@ def describe(config: DictionaryConfig, format: str) -> str:
     notes += ["keeps negative activations"] if config.signed else []
     notes += [f"texts {config.bos} began with BOS"] if config.bos != "auto" else []
     tail = f"; {', '.join(notes)}" if notes else ""
-    size = f"width {config.d_in:,}, {config.n_features:,} features"
+    widths = f"widths {config.d_in:,} to {config.d_out:,}" if config.d_out != config.d_in else f"width {config.d_in:,}"
+    size = f"{widths}, {config.n_features:,} features"
     return f"{format}: {config.kind} of {config.site}{predicts}, {size}{tail}"
 
 

@@ -528,6 +528,11 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
         if not holds_kind(config.kind) or config.input_norm:
             what = f"{config.kind} transcoders" + (f" with {config.input_norm}" if config.input_norm else "")
             raise UserError(f"circuit-tracer has no {what}: keep them in the format saejax")
+        if config.d_out != config.d_in:
+            raise UserError(
+                f"a transcoder of a set writes to the stream, which is as wide as what it reads, but one reads "
+                f"{config.d_in} dimensions and writes {config.d_out}: write saelens"
+            )
         if hooks.layer_of(config.site) != hooks.layer_of(config.target):
             raise UserError(
                 f"a transcoder of a set stays in its layer, but one predicts {config.target} of {config.site}"

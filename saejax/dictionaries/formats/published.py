@@ -394,7 +394,7 @@ def parse_llama_scope(folder: Path) -> tensors.Published:
         layout["threshold_F"] = next(
             (name for name in state if name.endswith("log_jumprelu_threshold")), "log_jumprelu_threshold"
         )
-    width, features = tensors.sizes(weights, state, layout)
+    width, features, _ = tensors.sizes(weights, state, layout)
     read, written = (settings.get(f"hook_point_{side}") for side in ("in", "out"))
     config = DictionaryConfig(
         kind=kind,

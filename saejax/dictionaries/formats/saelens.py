@@ -88,8 +88,8 @@ def parse(folder: Path, site: str = "", overrides: Mapping[str, Any] | None = No
     file = Path(folder) / DESCRIPTION
     settings = read_settings(file, overrides or {})
     state = tensors.open_tensors(file.with_name(WEIGHTS))
-    kind, _, skip = ARCHITECTURES[_architecture(file, settings)]
-    sizes = tensors.sizes(file.with_name(WEIGHTS), state, _layout(kind, skip))
+    kind, transcoder, skip = ARCHITECTURES[_architecture(file, settings)]
+    sizes = tensors.sizes(file.with_name(WEIGHTS), state, _layout(kind, skip), any_output=transcoder)
     config = _parse_config(file, settings, sizes, site)
     layout = _layout(config.kind, config.skip)
     layout |= {name: name for name in ("scaling_factor", "finetuning_scaling_factor") if name in state}
@@ -134,11 +134,11 @@ def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int], site: str) -> DictionaryConfig:
+def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int, int], site: str) -> DictionaryConfig:
     """Return the configuration of a dictionary of these sizes, with a site in place of the one that settings name."""
     kind, transcoder, skip = ARCHITECTURES[_architecture(file, settings)]
-    width, features = sizes
-    for key, size in (("d_in", width), ("d_sae", features), ("d_out", width)):
+    width, features, written = sizes
+    for key, size in (("d_in", width), ("d_sae", features), ("d_out", written)):
         if settings.get(key, size) != size:
             raise UserError(f"{file}: {key} is {settings[key]!r}, but the arrays of {WEIGHTS} have {size}")
     _check(file, settings, transcoder)
@@ -171,6 +171,7 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
         target=target if transcoder else "",
         d_in=width,
         n_features=features,
+        target_width=written,
         skip=skip,
         centred=not transcoder and tensors.flag(file, settings, "apply_b_dec_to_input", True),
         input_norm=_input_norm(file, settings, model, site, transcoder),
@@ -387,7 +388,7 @@ def _describe(config: DictionaryConfig, centred: bool, dtype: str) -> dict[str, 
     elif "k" in by_name(config.kind).numbers:
         settings |= dict(k=config.k, rescale_acts_by_decoder_norm=False)
     if config.target:
-        settings["d_out"] = config.d_in
+        settings["d_out"] = config.d_out
     return settings | dict(architecture=architecture(config))
 
 

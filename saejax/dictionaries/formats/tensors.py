@@ -213,11 +213,11 @@ def list_names(state: Mapping[str, Any]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def sizes(file: Path, state: Mapping[str, Tensor], layout: Layout) -> tuple[int, int]:
-    """Return width D and number of features F, from the shape of the encoder.
+def sizes(file: Path, state: Mapping[str, Tensor], layout: Layout, any_output: bool = False) -> tuple[int, int, int]:
+    """Return the width that is read, the number of features F, and the width that is written, from both matrices.
 
     Raises:
-      UserError: there is no encoder, or the decoder is of another width.
+      UserError: there is no encoder, or the decoder is of another width and that is not ``any_output``.
     """
     tensors, transposed = arrange(file, state, {name: layout[name] for name in ("W_enc_DxF", "W_dec_FxD")})
     shapes = {name: tensor.shape[::-1] if name in transposed else tensor.shape for name, tensor in tensors.items()}
@@ -225,11 +225,12 @@ def sizes(file: Path, state: Mapping[str, Tensor], layout: Layout) -> tuple[int,
         shapes_text = ", ".join(f"{layout[name].removesuffix('.T')} {tensors[name].shape}" for name in tensors)
         raise UserError(f"{file} has no encoder and decoder matrix: its shapes are {shapes_text}")
     (width, features), (_, written) = shapes["W_enc_DxF"], shapes["W_dec_FxD"]
-    if written != width:
+    if written != width and not any_output:
         raise UserError(
-            f"{file} reads width {width} and writes width {written}: here a transcoder's output is as wide as its input"
+            f"{file} reads width {width} and writes width {written}: expected one width, except of a transcoder in "
+            "SAELens' layout"
         )
-    return width, features
+    return width, features, written
 
 
 def check_finite(file: Path, arrays: Mapping[str, np.ndarray | jax.Array]) -> None:
@@ -266,7 +267,7 @@ def describe(
     Raises:
       UserError: tensors are missing or of other shapes, or k is larger than the number of features.
     """
-    width, features = sizes(file, state, layout)
+    width, features, _ = sizes(file, state, layout)
     config = DictionaryConfig(d_in=width, n_features=features, skip="W_skip_DxD" in layout, **facts)
     return Published(config, *arrange(file, state, layout, config), fold)
 

@@ -44,9 +44,9 @@ class EncodedBatch:
     #: the dictionary that is trained. A layer of a cross-layer transcoder has no decoder of its own, only its length,
     #: ``decoder_norms_F``.
     dictionary: Dictionary
-    #: x_BxD and y_BxD: inputs and targets, scaled to a mean norm of sqrt(d).
+    #: x_BxD and y_BxO: inputs and targets, scaled to a mean norm of sqrt(d).
     x_BxD: jax.Array
-    y_BxD: jax.Array
+    y_BxO: jax.Array
     pre_BxF: jax.Array  #: pre-activations, with the encoder's bias
     f_BxF: jax.Array  #: activations as in training
     dead_F: jax.Array  #: True for features that have been silent for too long

@@ -62,7 +62,7 @@ class Gated(Kind):
         # Else the gate's own loss would turn the decoder, which the magnitudes are decoded with, too.
         fixed = {name: lax.stop_gradient(array) for name, array in batch.dictionary.arrays.items()}
         matmul_dtype = batch.dictionary.matmul_dtype
-        y_hat_BxD = matmul(jax.nn.relu(batch.pre_BxF), fixed["W_dec_FxD"], matmul_dtype) + row(fixed["b_dec_D"], 2)
+        y_hat_BxO = matmul(jax.nn.relu(batch.pre_BxF), fixed["W_dec_FxD"], matmul_dtype) + row(fixed["b_dec_D"], 2)
         if "W_skip_DxD" in fixed:
-            y_hat_BxD += matmul(batch.x_BxD, fixed["W_skip_DxD"], matmul_dtype)
-        return dict(gate_error=losses.squared_error(batch.y_BxD, y_hat_BxD, batch.metric_DxD, matmul_dtype))
+            y_hat_BxO += matmul(batch.x_BxD, fixed["W_skip_DxD"], matmul_dtype)
+        return dict(gate_error=losses.squared_error(batch.y_BxO, y_hat_BxO, batch.metric_DxD, matmul_dtype))

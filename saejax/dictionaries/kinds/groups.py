@@ -23,9 +23,9 @@ def group_reconstructions(dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.A
     nested, partial = [], row(dictionary.b_dec_D[...], 2)
     if dictionary.config.skip:
         partial += matmul(x_BxD, dictionary.W_skip_DxD[...], dictionary.matmul_dtype)
-    W_dec_FxD, groups = dictionary.W_dec_FxD[...], dictionary.config.groups
-    for product_BxD in _group_products(f_BxF, W_dec_FxD, groups, dictionary.matmul_dtype):
-        partial += product_BxD
+    W_dec_FxO, groups = dictionary.W_dec_FxD[...], dictionary.config.groups
+    for product_BxO in _group_products(f_BxF, W_dec_FxO, groups, dictionary.matmul_dtype):
+        partial += product_BxO
         nested.append(partial)
     return nested
 

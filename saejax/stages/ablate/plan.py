@@ -107,8 +107,16 @@ class _Split:
             seed=jax.ShapeDtypeStruct((), jnp.uint32) if config.replacement == "random" else None,
         )
 
+    def stream(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
+        """Return the shape of the stream entering the suffix, of ``count`` prompts."""
+        return place(self.mesh, (count, self.length, self.plan.model.d_model), self.plan.dtype)
+
     def value(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
-        """Return the shape of the stream, the site's value or what is read, of ``count`` prompts."""
+        """Return the shape of the value where the dictionary writes, of ``count`` prompts."""
+        return place(self.mesh, (count, self.length, self.used.d_out), self.plan.dtype)
+
+    def read(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
+        """Return the shape of what the dictionary reads, of ``count`` prompts."""
         return place(self.mesh, (count, self.length, self.used.d_in), self.plan.dtype)
 
     def domain(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
@@ -127,7 +135,7 @@ class _Split:
         return pass_flops(self.plan.model, count * self.length, self.length, layers)
 
     def encode_flops(self, count: int) -> float:
-        """Return the operations of the encoder on ``count`` prompts; the decoder has as many."""
+        """Return the operations of the encoder on ``count`` prompts."""
         return 2.0 * count * self.length * self.used.d_in * self.used.n_features
 
 
@@ -166,7 +174,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
     # The engine gathers the columns of the features that a group of edits needs, filled up to a few widths.
     gathered = filled_features(min(split.used.n_features, max(GATHERED, ablate.top)))
-    clean_sides = [split.value(whole, prompts), split.domain(whole, prompts)]
+    clean_sides = [split.read(whole, prompts), split.domain(whole, prompts)]
     sides = clean_sides * (2 if ablate.replacement == "counterpart" else 1)
     chosen = split.point, split.dictionary, split.source, sides, whole(mesh, (gathered,), jnp.int32), prompts
     flops, size = len(sides) / 2 * split.encode_flops(prompts), f"{prompts} prompts, {gathered} features"
@@ -178,7 +186,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
     edited_rows = _SHORTER * _FIRING * behaviours * expected_rows(ablate, named, "0", split.used.n_features)
     batch = ablate.batch_rows
-    flops = split.suffix_flops(batch) + 2.0 * batch * split.length * gathered * split.used.d_in
+    flops = split.suffix_flops(batch) + 2.0 * batch * split.length * gathered * split.used.d_out
     edited = _edited_rows(split, prompts, gathered, batch)
     programs.append(split.program("tail", f"{batch} edited prompts", run_rows, edited, flops, edited_rows / batch))
     return programs
@@ -196,19 +204,19 @@ def _slope_programs(
     tree = _abstract_tree(mesh, fill(count), length, fill(count * length))
     place: Any = whole(mesh, tree.prompt_SxR.shape, jnp.int32)
     rows = PromptTree(tree, by_row(mesh, tree.prompt_SxR.shape, jnp.int32), place)
-    clean, editable = split.value(whole, kept), split.domain(whole, kept)
-    counterpart = (clean, editable) if ablate.replacement == "counterpart" and targets == 1 else None
+    stream, read, editable = (each(whole, kept) for each in (split.stream, split.read, split.domain))
+    counterpart = (read, editable) if ablate.replacement == "counterpart" and targets == 1 else None
     counts = None
     if ablate.replacement == "random":  # drawn from each feature's own activations
         dtypes = jnp.int32, plan.configs[TrainConfig].state_dtype
         counts = tuple(whole(mesh, (split.used.n_features,), dtype) for dtype in dtypes)
-    sides = slopes.Sides(clean, editable, counterpart, counts)
+    sides = slopes.Sides(read, editable, counterpart, counts)
     targets_CxSxRx2 = whole(mesh, (targets, *tree.prompt_SxR.shape, 2), jnp.int32)
-    value_SxNxD = by_row(mesh, (*tree.row_SxN.shape, split.used.d_in), plan.dtype)
+    value_SxNxD = by_row(mesh, (*tree.row_SxN.shape, split.used.d_out), plan.dtype)
     shape = targets, *value_SxNxD.shape
     slope_CxSxNxD = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=slopes.place_slopes(mesh, shape))
-    past = _abstract_past(split, clean)
-    sloped = split.point, split.params, past, clean, value_SxNxD, rows, targets_CxSxRx2
+    past = _abstract_past(split, kept)
+    sloped = split.point, split.params, past, stream, value_SxNxD, rows, targets_CxSxRx2
     scored = split.point, split.dictionary, sides, tree, slope_CxSxNxD, split.source
     flops = [(1 + targets) * each(count * shards) for each in (split.suffix_flops, split.encode_flops)]
     runs = _SHORTER * count_all_behaviours(plan.configs[TaskConfig]) * ranking / (count * shards)
@@ -222,11 +230,11 @@ def _slope_programs(
 def _edited_rows(split: _Split, prompts: int, gathered: int, batch: int) -> tuple:
     """Return the arguments of the program that runs a batch of edited prompts, each changed from its start on."""
     mesh, dtype = split.mesh, split.plan.configs[TrainConfig].state_dtype
-    value_PxTxD = split.value(whole, prompts)
+    stream_PxTxD, value_PxTxO = split.stream(whole, prompts), split.value(whole, prompts)
     f_PxTxK = whole(mesh, (prompts, split.length, gathered), dtype)
-    W_dec_KxD = whole(mesh, (gathered, split.used.d_in), dtype)
-    past = _abstract_past(split, value_PxTxD)
-    clean = CleanValues(value_PxTxD, value_PxTxD, f_PxTxK, W_dec_KxD, past, None, None)
+    W_dec_KxO = whole(mesh, (gathered, split.used.d_out), dtype)
+    past = _abstract_past(split, prompts)
+    clean = CleanValues(stream_PxTxD, value_PxTxO, f_PxTxK, W_dec_KxO, past, None, None)
     of_shard = -(-batch // document_devices(mesh))
     tree = _abstract_tree(mesh, few_rows(of_shard), split.length, fill(of_shard * split.length))
     answers_SxRx2 = by_row(mesh, (*tree.prompt_SxR.shape, 2), jnp.int32)
@@ -234,9 +242,10 @@ def _edited_rows(split: _Split, prompts: int, gathered: int, batch: int) -> tupl
     return split.point, split.params, clean, tree, tree.prompt_SxR, answers_SxRx2, fraction_SxRxK, None
 
 
-def _abstract_past(split: _Split, value_PxTxD: jax.ShapeDtypeStruct) -> PrefixKV:
-    """Return keys and values of the clean run above the site."""
-    past = jax.eval_shape(split.point.run_suffix_with_kv, split.params, value_PxTxD, value_PxTxD)[1]
+def _abstract_past(split: _Split, prompts: int) -> PrefixKV:
+    """Return keys and values of the clean run above the site, of so many prompts."""
+    values = split.stream(whole, prompts), split.value(whole, prompts)
+    past = jax.eval_shape(split.point.run_suffix_with_kv, split.params, *values)[1]
     return placed(past, past.placements(split.mesh))
 
 

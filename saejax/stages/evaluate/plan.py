@@ -34,14 +34,15 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     used = plan.dictionary("ablate") if all_stages()["ablate"].units(plan.configs) else first
     if is_joined(used.site) or plan.configs[TrainConfig].form in FORMS:
         return []  # whole passes with edits, or layer by layer: programs of other stages
-    site, d, f = Site.parse(used.site), used.d_in, used.n_features
+    site, f = Site.parse(used.site), used.n_features
     target = Site.parse(used.target or used.site)
     tokens, variants, point = rows * length, len(VARIANTS), SplitPoint(model, target, site, mesh)
     params, member = abstract_params(model, mesh, plan.dtype), abstract_member(plan, used, mesh)
     ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
-    value_BxTxD = by_row(mesh, (rows, length, d), plan.dtype)
+    read_BxTxD, value_BxTxO = (by_row(mesh, (rows, length, d), plan.dtype) for d in (used.d_in, used.d_out))
+    stream_BxTxD = by_row(mesh, (rows, length, model.d_model), plan.dtype)
     inside_BxT, limit = by_row(mesh, (rows, length), bool), whole(mesh, (), jnp.float32)
-    shape = (variants, rows, length, d)
+    shape = (variants, rows, length, model.d_model)
     where = fitting_sharding(mesh, shape, None, BY_DOCUMENT, None, None)
     streams = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=where)
     members = [member for stack in plan.stacks.values() for member in stack.members]
@@ -56,16 +57,16 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
             "evaluate: stand-in",
             size,
             programs.stand_in,
-            (member, value_BxTxD, value_BxTxD, inside_BxT),
+            (member, read_BxTxD, value_BxTxO, inside_BxT),
             params,
-            4.0 * tokens * d * f,
+            2.0 * tokens * (used.d_in + used.d_out) * f,
             len(members) * batches,
         ),
         Program(
             "evaluate: tail",
             size,
             programs.tail,
-            (point, params, value_BxTxD, value_BxTxD),
+            (point, params, stream_BxTxD, value_BxTxO),
             member,
             layers(model.n_layers - target.layer),
             tails * batches,

@@ -9,7 +9,7 @@ from saejax.config import Config, Configs, setting
 from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.kinds import PRETRAINED
 from saejax.errors import UserError
-from saejax.training.members import Member, choose_sites, make_members
+from saejax.training.members import Member, choose_sites, make_members, target_of
 from saejax.training.settings import TrainConfig
 
 
@@ -100,6 +100,6 @@ def trained_sites(configs: Configs) -> Configs:
         return configs
     read = {part for site in train.sites for part in site.split("+")}
     if train.form != "sae":
-        read |= {site.replace("mlp_in", "mlp_out") for site in read}
+        read |= {target_of(train, site) for site in read}
     kept = tuple(site for site in capture.sites if site in read)
     return configs if kept == capture.sites else configs | dataclasses.replace(capture, sites=kept)

@@ -92,12 +92,13 @@ def _plan_members(
 
 
 def _largest(pretrained: Sequence[Pretrained], widths: Mapping[str, int]) -> DictionaryConfig:
-    for dictionary in pretrained:
-        if not is_joined(dictionary.site) and dictionary.config.d_in != widths[dictionary.site]:
-            raise UserError(
-                f"{dictionary.place} reads {dictionary.config.d_in} dimensions, but {dictionary.site} has "
-                f"{widths[dictionary.site]}"
-            )
+    for dictionary in (each for each in pretrained if not is_joined(each.site)):
+        verbs = dict(
+            reads=(dictionary.site, dictionary.config.d_in), writes=(dictionary.target, dictionary.config.d_out)
+        )
+        for verb, (site, width) in verbs.items():
+            if width != widths[site]:
+                raise UserError(f"{dictionary.place} {verb} {width} dimensions, but {site} has {widths[site]}")
     return max((dictionary.config for dictionary in pretrained), key=lambda config: config.d_in * config.n_features)
 
 
@@ -208,32 +209,35 @@ def _steps(plan: PlannedRun) -> float:
 def _trained(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> TrainStack:
     """Return the members of the largest size as they are trained."""
     dictionary = stack.dictionary
-    d_in, each = dictionary.d_in, [*plan.configs[TrainConfig].each_size().values()]
+    d_in, d_out, each = dictionary.d_in, dictionary.d_out, [*plan.configs[TrainConfig].each_size().values()]
     config = max(each, key=lambda config: config.features_of(d_in))
     members = stack.members[-(len(stack.members) // len(each)) :]
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
     # A whitening matrix changes the program by its presence, not by its values.
-    metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
-    scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
+    metric_DxD = np.eye(d_out, dtype=np.float32) if config.whiten_error else None
+    scale = SiteScale(1.0, 1.0, np.zeros(d_out, np.float32), metric_DxD=metric_DxD)
     return TrainStack(config, dictionary, members, [scale] * len(members), _STEPS, mesh)
 
 
 def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     """Return the training step; its arguments are the state, the members' settings, and a batch."""
     dictionary, trained = stack.dictionary, _trained(plan, stack, mesh)
-    config, members, d_in = trained.config, trained.members, dictionary.d_in
-    shape = (len(trained.sites), config.batch, d_in)
-    batch = jax.ShapeDtypeStruct(
-        shape, DTYPES[plan.configs[CaptureConfig].store_dtype], sharding=trained.batch_sharding
+    config, members, d_in, d_out = trained.config, trained.members, dictionary.d_in, dictionary.d_out
+    dtype, widths = DTYPES[plan.configs[CaptureConfig].store_dtype], (d_in,) if config.form == "sae" else (d_in, d_out)
+    batch = tuple(
+        jax.ShapeDtypeStruct((len(trained.sites), config.batch, width), dtype, sharding=trained.batch_sharding)
+        for width in widths
     )
     many = f"{len(members)} members, " if len(members) > 1 else ""
     return Program(
         f"train: {dictionary.kind} step",
-        f"{many}{config.batch} tokens, {d_in} -> {dictionary.n_features:,}",
+        f"{many}{config.batch} tokens, {dictionary.sizes}",
         compile_step(trained),
-        (abstract_state(trained), trained.abstract_hyperparams(), (batch,) if config.form == "sae" else (batch, batch)),
+        (abstract_state(trained), trained.abstract_hyperparams(), batch),
         (),
-        weights_share(config.form, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
+        weights_share(config.form, len(members))
+        * len(members)
+        * step_flops(config.batch, d_in, dictionary.n_features, d_out=d_out),
         _steps(plan) * _sizes(plan, stack),
     )
 
@@ -255,11 +259,11 @@ def _finetuning(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     rows = -(-rows_per_batch(config.batch, length, 1) // devices) * devices
     tokens, layers = rows * length, model.n_layers - target.layer
     stream_BxTxD = by_row(mesh, (rows, length, model.d_model), plan.dtype)
-    x_BxTxD, y_BxTxD = (by_row(mesh, (rows, length, each.width(model)), plan.dtype) for each in (site, target))
+    x_BxTxD, y_BxTxO = (by_row(mesh, (rows, length, each.width(model)), plan.dtype) for each in (site, target))
     batch = CleanBatch(
         stream_BxTxD,
         x_BxTxD,
-        y_BxTxD,
+        y_BxTxO,
         stream_BxTxD,
         by_row(mesh, (rows, length), np.int32),
         by_row(mesh, (rows,), np.int32),
@@ -276,6 +280,6 @@ def _finetuning(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
         compile_finetune_step(single, SplitPoint(model, target, site, mesh)),
         (abstract_state(single), hyper, abstract_params(model, mesh, plan.dtype), batch),
         abstract_state(trained),
-        of_model + step_flops(tokens, stack.dictionary.d_in, stack.dictionary.n_features),
+        of_model + step_flops(tokens, stack.dictionary.d_in, stack.dictionary.n_features, d_out=stack.dictionary.d_out),
         config.kl_steps * len(trained.members) * _sizes(plan, stack),
     )
