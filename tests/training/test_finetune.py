@@ -124,8 +124,8 @@ def reference(lm, dictionary, chosen, scale=0.5, l1=0.3) -> tuple[dict[str, floa
     ("kind", "sites", "limit"),
     [
         ("topk", SAE, 1e9),
-        ("topk", SAE, 40.0),
-        ("batchtopk", SAE, 40.0),
+        ("topk", SAE, 0.7),
+        ("batchtopk", SAE, 0.7),
         ("standard", SAE, 1e9),
         ("topk", TRANSCODER, 1e9),
     ],
