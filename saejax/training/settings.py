@@ -344,7 +344,6 @@ class TrainConfig(Config):
             # Kinds that keep the k largest have no penalty; a plugin's may have one.
             "penalty_warmup": "k" not in shared or bool(source),
             "expansion": not self.features,
-            "kl_steps": self.kl_steps > 0,
             "kl_learning_rate": self.kl_steps > 0,
             "target": self.form != "sae",
         }
