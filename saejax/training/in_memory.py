@@ -138,6 +138,12 @@ def _train(
     for name in _NOT_HERE.keys() & settings.keys():
         if settings[name] != "store":  # the one source that there is here
             raise UserError(f"saejax.train takes no {name}: {_NOT_HERE[name]}")
+    form = settings.get("form", "sae")
+    if form in FORMS:
+        raise UserError(
+            f"a {form} is no dictionary of one layer, which saejax.train returns: train it with the command saejax "
+            f"train --train.form={form}, and open it with saejax.open_transcoders"
+        )
     with tempfile.TemporaryDirectory(prefix="saejax-train-") as temporary:
         if isinstance(acts, Activations):
             store = acts.save(Path(temporary) / "capture")
@@ -145,7 +151,7 @@ def _train(
             store = acts if isinstance(acts, Store) else Store.open(acts)
         if not site:
             # A transcoder's target is there, too.
-            target = "" if settings.get("form", "sae") == "sae" else settings.get("target", TrainConfig.target)
+            target = "" if form == "sae" else settings.get("target", TrainConfig.target)
             readable = [each for each in store.sites if each.partition(".")[0] != target]
             if len(readable) > 1:
                 raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
@@ -155,11 +161,6 @@ def _train(
         for name in sorted(shared.intersection(settings).difference(KINDS[kind].reads)):
             logging.warning(
                 "%s=%s has no effect: dictionaries of the kind %s do not read it", name, settings[name], kind
-            )
-        if config.form in FORMS:
-            raise UserError(
-                f"a {config.form} is no dictionary of one layer, which saejax.train returns: train it with the command "
-                f"saejax train --train.form={config.form}, and open it with saejax.open_transcoders"
             )
         sites = choose_sites(config, list(store.sites))
         sizes = config.each_size()

@@ -57,6 +57,7 @@ def test_a_patched_site_gives_the_other_run_from_there_on(llama):
 def test_programs_are_compiled_for_kinds_not_for_features_and_values(llama):
     sae, lm, tokens = llama.sae, llama.lm, llama.tokens
     lm(tokens, edits=[sae.ablate([1, 2])]), lm(tokens, edits=[sae.patch([1, 2], np.zeros((3, 13, 2)))])
+    lm(tokens, edits=[sae.ablate([1, 2], (0, 3))])  # reads the site first, to warn where all of these are sinks
     before = language_model.forward._cache_size()
     for edit in (sae.ablate([5, 9]), sae.set([7, 3], 2.0), sae.scale([0, 1], [1, 2]), sae.steer([0, 4], 3, (2, 5))):
         lm(tokens, edits=[edit])

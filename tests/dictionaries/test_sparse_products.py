@@ -33,7 +33,7 @@ def sparse_form(arrays, k, most, any_dead=True, field="pre_for_auxk_BxF"):
     explained = sparse_products.explain(
         arrays["x"], arrays["y"], encoder, arrays["W_dec"], k, most, "float32", any_dead
     )
-    return explained.code.dense(), getattr(explained, field), explained.residual_BxD, explained.code.firings()
+    return explained.code.dense(), getattr(explained, field), explained.residual_BxO, explained.code.firings()
 
 
 def dense_form(arrays, k, most):
