@@ -292,7 +292,7 @@ def _check_widths(lm: LanguageModel, site: str, d: int, width: int, mean_D: np.n
 @has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Finetuning:
-    """A dictionary that was fine-tuned through the model, and the course of it."""
+    """A dictionary that was fine-tuned through the model, and the metrics of its steps."""
 
     dictionary: Dictionary  #: the fine-tuned dictionary
     kl_S: np.ndarray  #: KL(clean || replaced) of each step's text before the step, nats per token

@@ -69,7 +69,7 @@ def _settings(configs: Configs, name: str) -> dict[str, Any]:
     if name == PRETRAINED:
         return {}
     streamed = counted(configs[CorpusConfig], configs[CaptureConfig], but=_OF_STORES) if train.source == "model" else {}
-    # What it is fine-tuned through; captured activations have a dtype of their own.
+    # Fine-tuning runs the model in its own dtype, which captured activations need not have.
     return train.read_by(name) | streamed | (counted(configs[ModelConfig]) if train.kl_steps else {})
 
 
