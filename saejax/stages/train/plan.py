@@ -243,7 +243,7 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
 
 
 def _sizes(plan: PlannedRun, stack: PlannedStack) -> float:
-    """Return the features of all sizes that are trained one after the other, in those of the largest."""
+    """Return the sum of features over all sizes, over the features of the largest; sizes are trained in turn."""
     each = [config.features_of(stack.dictionary.d_in) for config in plan.configs[TrainConfig].each_size().values()]
     return sum(each) / max(each)
 
