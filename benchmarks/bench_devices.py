@@ -8,14 +8,16 @@ a dictionary for each layer of a model of Qwen3-0.6B's shape. A device's FLOPs a
 compiled program, times the counts of its loops; 1.00 is an eighth of what one device alone does. Loops over the layers,
 chunks and blocks of a graph, whose counts depend on the prompt, run eight times each. Bytes, in the program that takes
 most, are arguments, results and temporaries by the compiler, without the language model's weights, which have a row
-of their own; 1.00 is an eighth of those of one device. Filler rows belong to no document: of the batches of capture,
+of their own; 1.00 is a fair share: an eighth of those of one device, and of dictionaries, with Adam's means in
+training, the part that the mesh leaves to a device (``model`` splits their features, ``member`` those of a stack).
+Filler rows belong to no document: of the batches of capture,
 on the demo's text and on made-up web texts. Prints a table and, last, one line of JSON.
 """
 
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +38,9 @@ from saejax.costs.programs import Program, abstract_params, by_row, whole
 from saejax.evaluation.settings import EvaluateConfig
 from saejax.flops import step_flops
 from saejax.interpret import firings
+from saejax.interventions import slopes
 from saejax.interventions.settings import AblateConfig
+from saejax.interventions.split_model import PROGRAM_TOKENS
 from saejax.matching.match import CANDIDATES, best_rows, side_by_side
 from saejax.models import source
 from saejax.models.config import DecoderConfig
@@ -57,6 +61,7 @@ MODEL = Path(__file__).parents[1] / "configs/shapes/qwen3-0.6b.json"
 BATCH = 8192  # tokens of a batch, on all devices together
 PROMPT = 64  # tokens of a graph's prompt
 ACTIVE = 64  # features that are active at each position of a layer, of eight times as many that are active somewhere
+MATRICES = "W_enc_DxF", "W_dec_FxD"
 WEIGHTS = "the model's weights"
 STAGES = ("capture", "train", "evaluate", "interpret", "ablate", "attribute", "transfer")
 
@@ -68,6 +73,7 @@ class Measured(NamedTuple):
     work: float  # FLOPs of all devices by formula
     bytes: int  # besides the language model's weights, of the program that takes most on a device
     weights: int  # bytes of the language model's weights on a device, in the program that has most of them
+    dictionaries: int  # bytes of matrices of dictionaries, and of Adam's means of them, in the program that has most
 
 
 def settings(layers: int, devices: int) -> Configs:
@@ -106,8 +112,8 @@ def attribute_program(plan: PlannedRun, mesh: Mesh) -> Program:
     """Return what attributes a batch of targets of a graph to its sources."""
     model, places = plan.model, plan.model.n_layers + 1
     blocks = places * PROMPT * ACTIVE // WIDTH
-    # As many as eight devices over which documents are split take, on every mesh.
-    targets = CHUNKS, DEVICES * chunk_size("cpu", PROMPT, mesh) // document_devices(mesh)
+    # As many as eight GPUs over which documents are split take, on every mesh.
+    targets = CHUNKS, DEVICES * chunk_size("gpu", PROMPT, mesh) // document_devices(mesh)
 
     def array(shape: tuple[int, ...], dtype: str, *axes) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
@@ -148,11 +154,11 @@ def transfer_program(plan: PlannedRun, mesh: Mesh) -> Program:
     return Program("transfer: nearest", f"{DEVICES} pairs", best_rows, arguments, (), flops)
 
 
-def weight_bytes(program: Program, model: DecoderConfig) -> int:
-    """Return the bytes of the language model's weights that a program has on each device."""
-    names, size = {*parameter_table(model)}, 0
+def named_bytes(program: Program, names: Collection[str]) -> int:
+    """Return the bytes that a program has on each device of the parameters of these names."""
+    size = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path((program.arguments, program.kept)):
-        if names & {getattr(key, "key", "") for key in path}:
+        if {*names} & {getattr(key, "key", getattr(key, "name", "")) for key in path}:
             size += leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
     return size
 
@@ -161,21 +167,24 @@ def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[st
     """Return what a device does and holds on a mesh of member x data x model devices, by stage."""
     member, data, tensor = axes
     mesh = make_mesh(MeshConfig(member=member, data=data, model=tensor), jax.devices()[: int(np.prod(axes))])
+    # As many placebo targets' tokens at once as eight devices over which documents are split take, on every mesh.
+    slopes.TARGET_TOKENS = DEVICES * PROGRAM_TOKENS // 8 // document_devices(mesh)
     plan = plan_run("model", model, settings(layers, document_devices(mesh)), mesh)
     measured: dict[str, Measured] = {}
     programs = (program_of(plan, mesh) for program_of in (interpret_program, attribute_program, transfer_program))
     for program in (*stage_programs(plan), *programs):
         if (stage := stage_of(program)) not in STAGES:
             continue
-        compiled, so_far = program.lower().compile(), measured.get(stage, Measured(0, 0, 0, 0))
+        compiled, so_far = program.lower().compile(), measured.get(stage, Measured(0, 0, 0, 0, 0))
         flops = product_flops(compiled.as_text(), unknown=8 if stage == "attribute" else 1)
-        weights = weight_bytes(program, model)
+        weights = named_bytes(program, parameter_table(model))
         size = device_bytes(program, compiled) - weights
         measured[stage] = Measured(
             so_far.flops + flops,
             so_far.work + program.flops,
             max(so_far.bytes, size),
             max(so_far.weights, weights),
+            max(so_far.dictionaries, named_bytes(program, MATRICES)),
         )
     return measured
 
@@ -203,13 +212,16 @@ def filler_share(documents: Documents, devices: int) -> float:
 
 
 def ratios(model: DecoderConfig, layers: int, meshes: list[str]) -> Iterator[tuple[str, str, float, float]]:
-    """Yield mesh, stage, and a device's FLOPs and bytes over an eighth of those of one device alone."""
+    """Yield mesh, stage, and a device's FLOPs and bytes over its fair share of those of one device alone."""
     alone = measure(model, layers, (1, 1, 1))
     for name in meshes:
-        for stage, on_mesh in measure(model, layers, tuple(map(int, name.split("x")))).items():
+        axes = tuple(map(int, name.split("x")))
+        for stage, on_mesh in measure(model, layers, axes).items():
             whole = alone[stage]
             flops = DEVICES * on_mesh.flops / on_mesh.work / (whole.flops / whole.work)
-            yield name, stage, flops, DEVICES * on_mesh.bytes / whole.bytes
+            splits = axes[2] * (axes[0] if stage == "train" else 1)
+            fair = whole.dictionaries / splits + (whole.bytes - whole.dictionaries) / DEVICES
+            yield name, stage, flops, on_mesh.bytes / fair
             if stage == "ablate":  # which has the whole model
                 yield name, WEIGHTS, 1.0, DEVICES * on_mesh.weights / whole.weights
 

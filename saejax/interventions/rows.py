@@ -30,7 +30,7 @@ from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.mesh import document_devices, row_sharding, sharding
 
 _STEP = 8  # tokens are filled up to a multiple of this
-_ROWS = 32  # rows of a shard, at least
+_ROWS = 32  # rows of a batch, at least
 _SHARES = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
 _PROGRAM = 16384  # tokens whose attention runs in the time in which a program of another shape is compiled, roughly
 
@@ -213,7 +213,7 @@ def batches_of(
     for shape in np.unique(shape_N)[::-1]:
         same_shape, length = rows[shape_N == shape], int(lengths[shape])
         parts = _parts(same_shape, prompts, length, most_of_shard, shards)
-        size = few_rows(max(len(part.set_N) for part in parts))
+        size = few_rows(max(len(part.set_N) for part in parts), shards)
         tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), most_of_shard, length)
         batches += _batches(parts, shards, size, length, tokens, features_K)
     return batches
@@ -231,7 +231,7 @@ def whole_prompts(first_P: np.ndarray, prompts: Prompts, most: int, shards: int 
     place_P = prompts.in_order()
     rows, length = SetRows(np.zeros_like(place_P), place_P, first_P[place_P]), prompts.prefix_PxT.shape[1]
     parts = _parts(rows, prompts, length, most, shards)
-    size = fill(max(len(part.set_N) for part in parts))
+    size = whole_rows(max(len(part.set_N) for part in parts))
     tokens = fill(max(_distinct(part, prompts, length) for part in parts))
     return _batches(parts, shards, size, length, tokens, np.zeros(0, np.int32))
 
@@ -280,9 +280,17 @@ def _few_tokens(count: int, most: int, length: int) -> int:
     return next((size for tokens in sizes if (size := fill(tokens)) >= count), fill(count))
 
 
-def few_rows(count: int) -> int:
-    """Return ``count`` or more, a power of two: rows add nothing but attention, so few numbers serve all."""
-    return max(2 ** (count - 1).bit_length(), _ROWS)
+def few_rows(count: int, shards: int) -> int:
+    """Return ``count`` rows of a shard or more, a power of two: rows add attention alone, so few numbers serve all.
+
+    The ``shards`` of a batch together have at least ``_ROWS``.
+    """
+    return max(2 ** (count - 1).bit_length(), _ROWS // shards)
+
+
+def whole_rows(count: int) -> int:
+    """Return ``count`` prompts of a shard or more; of few, as on many devices, less than twice as many."""
+    return min(2 ** (count - 1).bit_length(), fill(count))
 
 
 def fill(count: float) -> int:

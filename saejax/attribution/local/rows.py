@@ -50,7 +50,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.layers import einsum, norm
 from saejax.models.tokens import continuation_ids, token_text
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import BY_DOCUMENT, document_devices, fitting_sharding, sharding
+from saejax.parallel.mesh import AXES, BY_DOCUMENT, document_devices, fitting_sharding, sharding
 from saejax.short_reprs import has_short_repr
 
 Put = Callable[[np.ndarray, np.ndarray], None]  # takes indices of rows [B], and rows over all sources [B, S]
@@ -711,10 +711,13 @@ def _read_off(
 
 
 def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: SourceBank) -> tuple[jax.Array, jax.Array]:
-    """Return the cotangents and the products, 0 at first, each chunk's targets split over ``member`` and ``data``."""
+    """Return the cotangents and the products, 0 at first, each chunk's targets split over the devices.
+
+    Over ``model`` cotangents are split by width, as weights are, and so products, which are complete, by target.
+    """
     chunks, targets = cotangent_NxRxTxD.shape[:2]
     read_BxNxRxW = jnp.zeros((len(bank.position_B), chunks, targets, WIDTH), cotangent_NxRxTxD.dtype)
     arrays = cotangent_NxRxTxD, read_BxNxRxW
-    specs = (None, BY_DOCUMENT, None, None), (None, None, BY_DOCUMENT, None)
+    specs = (None, BY_DOCUMENT, None, "model"), (None, None, AXES, None)
     fits = tuple(fitting_sharding(mesh, array.shape, *spec) for array, spec in zip(arrays, specs, strict=True))
     return lax.with_sharding_constraint(arrays, fits)

@@ -20,7 +20,7 @@ from saejax.interventions import slopes
 from saejax.interventions.ablation import expected_rows
 from saejax.interventions.behaviour_prompts import STEPS, TOKENS
 from saejax.interventions.edits import GATHERED, ActivationReplacement, filled_features
-from saejax.interventions.rows import CleanValues, PromptTree, few_rows, fill, gather, run_rows
+from saejax.interventions.rows import CleanValues, PromptTree, few_rows, fill, gather, run_rows, whole_rows
 from saejax.interventions.settings import AblateConfig
 from saejax.interventions.split_model import (
     GROUP_TOKENS,
@@ -201,7 +201,7 @@ def _slope_programs(
     # Rows that share no tokens, each read from its first one on.
     count = min(-(-ranking // shards), max(most // length, 1))
     kept = kept_prompts(plan, mesh, ranking)
-    tree = _abstract_tree(mesh, fill(count), length, fill(count * length))
+    tree = _abstract_tree(mesh, whole_rows(count), length, fill(count * length))
     place: Any = whole(mesh, tree.prompt_SxR.shape, jnp.int32)
     rows = PromptTree(tree, by_row(mesh, tree.prompt_SxR.shape, jnp.int32), place)
     stream, read, editable = (each(whole, kept) for each in (split.stream, split.read, split.domain))
@@ -236,7 +236,7 @@ def _edited_rows(split: _Split, prompts: int, gathered: int, batch: int) -> tupl
     past = _abstract_past(split, prompts)
     clean = CleanValues(stream_PxTxD, value_PxTxO, f_PxTxK, W_dec_KxO, past, None, None)
     of_shard = -(-batch // document_devices(mesh))
-    tree = _abstract_tree(mesh, few_rows(of_shard), split.length, fill(of_shard * split.length))
+    tree = _abstract_tree(mesh, few_rows(of_shard, document_devices(mesh)), split.length, fill(of_shard * split.length))
     answers_SxRx2 = by_row(mesh, (*tree.prompt_SxR.shape, 2), jnp.int32)
     fraction_SxRxK = by_row(mesh, (*tree.prompt_SxR.shape, gathered), jnp.float32)
     return split.point, split.params, clean, tree, tree.prompt_SxR, answers_SxRx2, fraction_SxRxK, None
