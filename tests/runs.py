@@ -122,14 +122,25 @@ def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen
     return subprocess.Popen([sys.executable, *program, *flags], **options)
 
 
+def slurm_step() -> dict:
+    """The variables of a SLURM job step of one task on this host, and the address of its coordinator."""
+    step = dict(SLURM_JOB_ID="77", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="1", SLURM_STEP_NUM_TASKS="1")
+    step |= dict(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_TASKS_PER_NODE="1")
+    return dict(environment=step, coordinator=f"localhost:{free_port()}")
+
+
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def start_pair(
     binary: str, flags: list[str], last: list[str] = (), count: int = 2, **environment: str
 ) -> list[subprocess.Popen]:
     """Two or more processes of one run, of which the last has further flags."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = [*flags, f"--mesh.processes={count}", f"--mesh.coordinator=localhost:{port}"]
+    flags = [*flags, f"--mesh.processes={count}", f"--mesh.coordinator=localhost:{free_port()}"]
     more = [[f"--mesh.process_id={i}"] for i in range(count)]
     more[-1] += last
     return [start(binary, [*flags, *each], **environment) for each in more]

@@ -173,29 +173,6 @@ def captured(inputs, single_device, tmp_path_factory):
 ENDLESS = dict(train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
 
 
-def slurm(tmp_path) -> dict:
-    """The variables of a job step of one task, on this host."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    step = dict(SLURM_JOB_ID="77", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="1", SLURM_STEP_NUM_TASKS="1")
-    step |= dict(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_TASKS_PER_NODE="1")
-    return dict(environment=step, coordinator=f"localhost:{port}")
-
-
-def test_a_run_of_one_process_under_a_launcher_hears_of_the_signal(inputs, captured, tmp_path):
-    """One node, ``--mesh.distributed=auto``: JAX's own handler of SIGTERM must not take the place of Python's."""
-    workdir, step = tmp_path / "run", slurm(tmp_path)
-    runs.copy_units(captured, workdir, "capture")
-    flags = runs.small_flags(*inputs, workdir, **ENDLESS)
-    flags += ["--mesh.distributed=auto", f"--mesh.coordinator={step['coordinator']}"]
-    process = runs.start("train", flags, **step["environment"])
-    before = list(itertools.takewhile(lambda line: "tokens/s" not in line, process.stdout))
-    process.send_signal(signal.SIGTERM)
-    output = runs.finish(process, 143)
-    assert "run the same command to go on" in output and "Traceback" not in output, [*before, output]
-
-
 DEAF = {
     "in Python": "while True: time.sleep(0.01)",
     "outside of Python": "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
@@ -203,27 +180,41 @@ DEAF = {
 }
 
 
-@pytest.mark.parametrize("where", DEAF)
-def test_who_does_not_ask_is_interrupted(tmp_path, where):
+# One process imports what all of them run.
+DEAF_PROGRAM = f"""
+import hashlib, os, time
+from concurrent import futures
+from saejax.runner import command, pipeline
+
+def run_stages(*args):
+    print("deaf:", os.getpid(), flush=True)
+    exec(code)
+
+for code in {list(DEAF.values())}:
+    if child := os.fork():
+        print("ended:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    else:
+        pipeline.run_stages, command._PATIENCE = run_stages, 0.5
+        command.main(["report"], "")
+"""
+
+
+def test_who_does_not_ask_is_interrupted(tmp_path):
     """Such as a stage that downloads, compiles or writes; a process of a run ends with the same status."""
-    program = (
-        "import hashlib, time\nfrom concurrent import futures\nfrom saejax.runner import command, pipeline\n"
-        "def run_stages(*args):\n    print('deaf', flush=True)\n"
-        f"    {DEAF[where]}\n"
-        "pipeline.run_stages, command._PATIENCE = run_stages, 0.5\ncommand.main(['report'], '')\n"
-    )
-    process = runs.start(program, [f"--workdir={tmp_path}"])
-    list(itertools.takewhile(lambda line: "deaf" not in line, process.stdout))
-    start = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    output = runs.finish(process, 143)
-    assert output.splitlines()[-1] == "stopped; finished units are kept: run the same command to go on"
-    assert time.monotonic() - start < 5
+    process = runs.start(DEAF_PROGRAM, [f"--workdir={tmp_path}"])
+    for where in DEAF:
+        deaf = next(line for line in process.stdout if line.startswith("deaf:"))
+        start = time.monotonic()
+        os.kill(int(deaf.split()[1]), signal.SIGTERM)
+        output = list(itertools.takewhile(lambda line: not line.startswith("ended:"), process.stdout))
+        assert output[-1:] == ["stopped; finished units are kept: run the same command to go on\n"], (where, output)
+        assert time.monotonic() - start < 5
+    assert runs.finish(process) == ""
 
 
-@pytest.mark.parametrize("launcher", ["flags", "auto"])
+@pytest.mark.parametrize("launcher", ["auto", pytest.param("flags", marks=pytest.mark.slow)])
 def test_a_process_that_waits_for_others_to_start_hears_of_the_signal(inputs, tmp_path, launcher):
-    step = slurm(tmp_path)
+    step = runs.slurm_step()
     flags = [*runs.small_flags(*inputs, tmp_path / "run"), f"--mesh.coordinator={step['coordinator']}"]
     environment = {}
     if launcher == "auto":
@@ -232,15 +223,17 @@ def test_a_process_that_waits_for_others_to_start_hears_of_the_signal(inputs, tm
     else:
         flags += ["--mesh.processes=2", "--mesh.process_id=0"]
     process = runs.start("baseline", flags, **environment)
-    list(itertools.takewhile(lambda line: "the workdir is" not in line, process.stdout))
-    time.sleep(8)  # the imports of what joins processes
-    assert process.poll() is None
+    port = int(step["coordinator"].partition(":")[2])
+    while socket.socket().connect_ex(("localhost", port)):  # it listens for the others
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert "stopped while waiting for other processes to start" in runs.finish(process, 143)
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.slow  # processes that stop together, and one of a whole run that is told, are tested above and elsewhere
 def test_a_signal_to_one_of_two_processes_that_train_together_stops_both(inputs, captured, tmp_path):
     workdir = tmp_path / "run"
     runs.copy_units(captured, workdir, "capture")
