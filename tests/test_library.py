@@ -284,7 +284,7 @@ def test_saved_activations_are_a_store(acts, tmp_path):
     kept = [row_of[token] for token in zip(*(column.tolist() for column in store.tokens(rows)), strict=True)]
     np.testing.assert_array_equal(np.sort(kept), acts.rows(SITE))
     np.testing.assert_array_equal(store.read(SITE, rows), acts.values[SITE][kept])
-    assert store.max_norm(SITE) == acts.max_norm(SITE)
+    assert store.max_norm(SITE) == pytest.approx(acts.max_norm(SITE), rel=1e-6)
     assert store.documents[2].tolist() == acts.texts[2].tolist()
     store.verify()
 
@@ -330,13 +330,6 @@ def test_other_widths_are_refused(lm, sae):
             saejax.evaluate(lm, dictionary, TEXTS[:1], mean_D=mean_D)
 
 
-def test_a_transcoder_reads_one_site_and_predicts_the_other(lm, acts):
-    settings = dict(k=8, expansion=1, batch=64, max_steps=3, form="transcoder")
-    transcoder = saejax.train(acts, "mlp_in.1", on_progress=None, **settings)
-    assert (transcoder.site, transcoder.config.target) == ("mlp_in.1", "mlp_out.1")
-    assert np.isfinite(saejax.evaluate(lm, transcoder, TEXTS[:2]).losses.ce["reconstructed"])
-
-
 def test_a_crosscoder_is_trained_on_the_models_mesh_and_scored_at_all_its_parts(lm, acts):
     settings = dict(k=8, expansion=1, batch=64, max_steps=3, on_progress=lambda line: None)
     parts = (SITE, "mlp_out.1")
@@ -363,16 +356,6 @@ def test_a_crosscoder_is_trained_on_the_models_mesh_and_scored_at_all_its_parts(
         saejax.train(acts, SITE, eps=0.0, **settings)
 
 
-def test_training_goes_on_in_its_folder(acts, tmp_path):
-    settings = dict(k=4, expansion=1, batch=64, max_steps=4, checkpoint_every=2)
-    whole = saejax.train(acts, SITE, on_progress=None, folder=tmp_path / "run", **settings)
-    lines: list[str] = []
-    again = saejax.train(acts, SITE, on_progress=lines.append, folder=tmp_path / "run", **settings)
-    assert any("resuming" in line for line in lines), lines
-    for name, array in whole.arrays.items():
-        np.testing.assert_array_equal(array, again.arrays[name])
-
-
 def test_a_folder_of_other_inputs_is_refused(acts, tmp_path):
     """Its dictionary would be returned in place of the one that is asked for."""
     settings = dict(k=4, expansion=1, batch=64, max_steps=1, on_progress=lambda line: None)
@@ -382,11 +365,6 @@ def test_a_folder_of_other_inputs_is_refused(acts, tmp_path):
         saejax.train(other, SITE, folder=tmp_path / "first", **settings)
     with pytest.raises(UserError, match="first holds training with other init_from"):
         saejax.train(acts, SITE, folder=tmp_path / "first", init_from=tmp_path / "first", **settings)
-
-
-def test_a_list_of_one_expansion_is_one_dictionary(acts):
-    sae = saejax.train(acts, SITE, k=4, expansion=(2,), batch=64, max_steps=1, on_progress=lambda line: None)
-    assert sae.config.n_features == 2 * sae.config.d_in
 
 
 def test_what_cannot_be_trained_on(acts):
@@ -422,24 +400,6 @@ def test_a_setting_without_effect_is_told(acts, caplog):
 QUICK = dict(random_sets=3, placebo_targets=3, baselines=(), untrained_dictionaries=0, bootstrap=100)
 
 
-def test_named_features_are_ablated_as_by_an_edit(lm, sae):
-    prompts = [prompt for prompt in PROMPTS if prompt.split == "test"]
-    tokens = lm.tokenize([prompt.text for prompt in prompts])
-    f_BxTxF = np.asarray(sae.encode(lm(tokens, capture=[SITE]).sites[SITE])) * tokens.mask_BxT[:, :, None]
-    features = np.argsort(-f_BxTxF.sum(axis=(0, 1)))[:2].tolist()
-    table = saejax.ablate(lm, sae, PROMPTS, features=features, **QUICK).table
-    (behaviour,) = table.behaviours
-    defined = table.select_prompts(behaviour)
-    clean, whole = (table.select_edits(behaviour, group)[-1] for group in ("clean", "top"))
-    assert list(whole.features) == features and whole.fraction == 1.0
-    answers_Px2 = np.array([[lm.token_id(prompt.correct), lm.token_id(prompt.wrong)] for prompt in prompts])
-    for edits, definition in (([], clean), ([sae.ablate(features)], whole)):
-        rows_P, logits_BxTxV = np.arange(len(prompts)), np.asarray(lm(tokens, edits=edits).logits_BxTxV)
-        last_Px2 = logits_BxTxV[rows_P[:, None], tokens.last_B[:, None], answers_Px2]
-        (diff_P,) = table.values([definition], defined, "logit_diff")
-        np.testing.assert_allclose(diff_P, last_Px2[:, 0] - last_Px2[:, 1], atol=2e-4)
-
-
 def test_prompts_of_a_file(lm, tmp_path):
     path = tmp_path / "own.jsonl"
     names = ("split", "text", "correct", "wrong")
@@ -457,25 +417,6 @@ def test_prompts_of_a_file(lm, tmp_path):
     path.write_text("not a line\n")
     with pytest.raises(UserError, match="line 1 is not JSON"):
         saejax.load_prompts(lm, path)
-
-
-def test_top_features_are_chosen_by_train_prompts(lm, sae):
-    result = saejax.ablate(lm, sae, PROMPTS, top=2, **QUICK)
-    (behaviour,) = result.table.behaviours
-    assert 0 < len(result.top[behaviour]) <= 2
-    assert saejax.verdict(result.table, saejax.VerdictConfig(resamples=100)) == result.verdict
-
-
-def test_patching_between_prompts_and_counterparts(lm):
-    pair = saejax.Prompt("animal", "test", "The cat near the", " dogs", " cat", "The dogs near the", " cat")
-    patched = saejax.patch(lm, [pair], "resid_post")
-    texts = lm.tokenize([pair.text, pair.counterpart])
-    assert patched.diff_DxLxHxPxC.shape == (2, lm.config.n_layers, 1, 1, int(texts.lengths_B[0]))
-    # The last token's stream after the last layer is all that is read: patching it is the other run.
-    np.testing.assert_allclose(patched.diff_DxLxHxPxC[0, -1, 0, 0, -1], patched.clean_P[0], atol=1e-4)
-    np.testing.assert_allclose(patched.diff_DxLxHxPxC[1, -1, 0, 0, -1], patched.corrupted_P[0], atol=1e-4)
-    with pytest.raises(UserError, match="counterpart"):
-        saejax.patch(lm, PROMPTS)
 
 
 def test_dictionaries_go_to_other_tools(sae, tmp_path):
@@ -505,7 +446,7 @@ def test_a_stack_in_memory(acts):
     settings = dict(expansion=2, batch=64, max_steps=3, on_progress=None)
     stack = saejax.train_all(acts, SITE, k=(4, 8), **settings)
     assert {name: sae.config.k for name, sae in stack.items()} == dict(k4=4, k8=8)
-    alone = saejax.train(acts, SITE, k=8, **settings)
+    alone = saejax.train(acts, SITE, k=8, **settings | dict(expansion=(2,)))  # a list of one is one dictionary
     np.testing.assert_allclose(stack["k8"].W_dec_FxD[...], alone.W_dec_FxD[...], atol=1e-5)
     widths = saejax.train_all(acts, SITE, k=4, **settings | dict(expansion=(1, 2)))
     assert len({sae.config.n_features for sae in widths.values()}) == 2

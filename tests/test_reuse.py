@@ -129,7 +129,7 @@ def test_what_changes_no_result_makes_nothing_again(inputs, tmp_path, base, chan
         assert all(before.fingerprint(unit) != in_torch.fingerprint(unit) for unit in units)
 
 
-@pytest.mark.usefixtures("two_devices")
+@pytest.mark.usefixtures("single_device")
 def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
     """The store of both sites is the one made at once, to rounding, and the model is read for the new one alone."""
     from saejax.activations.writer import StoreWriter

@@ -24,7 +24,7 @@ from saejax.runner import command
 from saejax.runner.pipeline import run_stages
 from saejax.stages.algorithm import run as algorithms_run
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 
 
 NODES = "ABCDEF"
@@ -174,12 +174,18 @@ def test_algorithms_are_learned_and_the_binaries_take_them(name, tmp_path):
     assert all(each["test"]["accuracy"]["mean"] > 0.9 for each in summary["results"]["behaviours"].values())
 
 
-def test_features_change_the_answers_that_depend_on_them(tmp_path, one_device):
+@pytest.fixture(scope="module")
+def logic(tmp_path_factory, one_device):
+    """A transformer set by hand, and the exact dictionary of its neurons."""
+    case, folder = make_case("logic", 20, 3), tmp_path_factory.mktemp("logic")
+    save_model(folder, *checkpoint(case.model, 3), list(case.model.words))
+    lm = load_model(str(folder), mesh=one_device)
+    return case, lm, untrained_sets(case, lm, 1, 3)["exact"]
+
+
+def test_features_change_the_answers_that_depend_on_them(logic):
     """Neurons of a transformer set by hand: without a pair of bits that is asked for, the last bit decides."""
-    case = make_case("logic", 20, 3)
-    save_model(tmp_path, *checkpoint(case.model, 3), list(case.model.words))
-    lm = load_model(str(tmp_path), mesh=one_device)
-    exact = untrained_sets(case, lm, 1, 3)["exact"]
+    case, lm, exact = logic
     tests = [prompt for prompt in case.prompts if prompt.split == "test"]
     changed_N, effect_N = ablate_each(lm, exact, tests)
     bits_PxN = np.array([[int(bit) for bit in prompt.text.split()[:-1]] for prompt in tests])
@@ -195,12 +201,9 @@ def test_features_change_the_answers_that_depend_on_them(tmp_path, one_device):
     assert 0 < changed_N.sum() == changing.sum() < len(live) == len(changed_N)
 
 
-def test_known_variables_are_matched_with_the_features_that_fire_on_them(tmp_path, one_device):
+def test_known_variables_are_matched_with_the_features_that_fire_on_them(logic):
     """A neuron of a transformer set by hand fires on each pair of bits; 20 random labels go with none."""
-    case = make_case("logic", 20, 3)
-    save_model(tmp_path, *checkpoint(case.model, 3), list(case.model.words))
-    lm = load_model(str(tmp_path), mesh=one_device)
-    exact = untrained_sets(case, lm, 1, 3)["exact"]
+    case, lm, exact = logic
     rng = np.random.default_rng(0)
 
     def label(prompt):

@@ -50,8 +50,7 @@ def text(browser, selector):
 
 
 @needs_chromium
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [400, 1300])
+@pytest.mark.parametrize(("width", "dark"), [(400, False), (1300, True)])
 def test_a_feature_the_overview_and_heatmaps_are_shown(browser, page, dark, width):
     fits = "document.documentElement.scrollWidth <= innerWidth"
     browser.view(width, 900, dark=dark, phone=width == 400)

@@ -40,7 +40,12 @@ PLACES = [
     ("transcoder", "last", "keep"),
     ("transcoder", "1:4", "drop"),
 ]
-CASES = [(kind, *place) for kind, place in itertools.product(EDITS, PLACES)]
+# Every kind at an SAE and at a transcoder, and every place with two kinds or three; all pairs are slow.
+QUICK = {(kind, PLACES[place]) for n, kind in enumerate(EDITS) for place in (n % 3, 3 + (n + 1) % 3)}
+CASES = [
+    pytest.param(kind, *place, marks=() if (kind, place) in QUICK else pytest.mark.slow)
+    for kind, place in itertools.product(EDITS, PLACES)
+]
 CASES += [
     ("zero", site, "all", "keep") for site in ("resid_pre.2", "resid_post.3", "mlp_in.1", "mlp_act.1", "attn_out.3")
 ]

@@ -107,10 +107,10 @@ def overall(kind: str, worlds: Sequence[Sequence[BehaviourVerdict]]) -> collecti
 
 def test_the_gate_on_worlds_where_nothing_is_true():
     """Features chosen by attribution for answers drawn at random; question 4 and other seeds are granted."""
-    tested = [judge(random_world(seed, features=300), seed) for seed in range(100)]
+    tested = [judge(random_world(seed, features=300), seed) for seed in range(50)]
     found = [[dataclasses.replace(answers, trained=CausalAnswer("yes"))] * 3 for answers in tested]
     counts = overall("nothing is true", found)
-    assert counts["interpretable"] <= 5 and counts["no signal"] + counts["cannot tell"] >= 80
+    assert counts["interpretable"] <= 2 and counts["no signal"] + counts["cannot tell"] >= 40
 
 
 def test_the_gate_on_worlds_where_a_dictionary_has_the_true_directions_and_where_it_is_untrained():

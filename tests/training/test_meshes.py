@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from every_kind import KINDS, MADE_UP
+from every_kind import KINDS
 from small_stacks import D, F, batches, compiled, make_stack, run, train
 
 from saejax.config import Configs
@@ -20,7 +20,7 @@ from saejax.training.state import abstract_state, init_state
 
 SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
 # One kind that shards its features freely and two that must find the largest over all of them; the others take minutes.
-FEW = ("standard", "topk", "batchtopk", MADE_UP)
+FEW = ("standard", "topk", "batchtopk")
 SWEEP = dict(learning_rate=(3e-3, 1e-3), seed=(1, 2))  # four members
 EXTRAS = dict(auxk=0.03, decorrelation=0.01)
 
