@@ -78,7 +78,9 @@ class FeatureEdit:
         x_BxTxD = value_BxTxO if self.reads == self.site else run.values[self.reads]
         f_BxTxK = dictionary.encode_features(x_BxTxD, self.features_K)
         offset_xK, known_BxT = self.offset.at(run)
-        where_BxT = self.positions.at(run) & known_BxT & dictionary.is_not_sink(x_BxTxD, value_BxTxO)
+        # Without earlier edits here: a position that one of them made longer is no attention sink of the model.
+        unedited = run.unedited.get(self.reads, x_BxTxD), run.unedited.get(self.site, value_BxTxO)
+        where_BxT = self.positions.at(run) & known_BxT & dictionary.is_not_sink(*unedited)
         change_BxTxK = (self.factor_1x1xK - 1) * f_BxTxK + offset_xK
         if self.positions.only == "fires":
             fires_BxTxK = dictionary.fires(f_BxTxK)

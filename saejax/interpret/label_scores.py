@@ -207,7 +207,8 @@ def _pooled_correlation(pairs: Sequence[np.ndarray], seed: int) -> Interval | No
     Returns:
       None where either does not vary.
     """
-    if not pairs:
+    # By the range: rounding gives constant numbers a spread above 0.
+    if not pairs or not np.ptp(np.concatenate(pairs, axis=1), axis=1).all():
         return None
     # Sums of each context: a resample weights them.
     sums_Nx6 = np.array([[x.size, x.sum(), y.sum(), x @ x, y @ y, x @ y] for x, y in pairs])
@@ -217,6 +218,6 @@ def _pooled_correlation(pairs: Sequence[np.ndarray], seed: int) -> Interval | No
         spread = (n * xx - x**2) * (n * yy - y**2)
         return np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.where(spread > 0, spread, 1)), np.nan)
 
-    mean = float(correlate(np.ones((1, len(pairs))))[0])
     resampled = correlate(resampling_weights(np.zeros(len(pairs)), _RESAMPLES, seed))
-    return Interval(mean, *percentile_interval(np.nan_to_num(resampled))) if np.isfinite(mean) else None
+    mean = float(correlate(np.ones((1, len(pairs))))[0])
+    return Interval(mean, *percentile_interval(np.nan_to_num(resampled)))

@@ -13,6 +13,7 @@ of a set is the sum of its features'.
 
 import dataclasses
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -265,12 +266,13 @@ def token_pairs(tokens: np.ndarray, seed: int) -> np.ndarray:
 
 
 def begins_answer(token: str, answers: Iterable[str]) -> bool:
-    """Return whether a token is the beginning of an answer, whatever the case and the spaces around it.
+    """Return whether a token is the beginning of an answer, whatever its case, code points and the spaces around it.
 
-    Tokenizers of SentencePiece decode a word's first token without the space that the answer begins with.
+    Tokenizers of SentencePiece decode a word's first token without the space that the answer begins with, and some
+    write "é" as one code point where the answer has two.
     """
-    word = token.strip().casefold()
-    return any(answer.strip().casefold().startswith(word) for answer in answers)
+    word, *words = (unicodedata.normalize("NFKC", text).strip().casefold() for text in (token, *answers))
+    return any(answer.startswith(word) for answer in words)
 
 
 def check_controls(table: EffectsTable, behaviour: str, dictionary: str = TESTED) -> None:

@@ -28,6 +28,8 @@ class ForwardPass:
     prompt_lengths_B: jax.Array  #: int32 number of tokens of each prompt; tokens after them were made by ``generate``
     #: while tracing, values [B, T, D] at the sites passed so far in layers with hooks, after the edits there.
     values: dict[Site, jax.Array] = dataclasses.field(default_factory=dict)
+    #: the same values before the edits there, by which attention sinks are told.
+    unedited: dict[Site, jax.Array] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def over(cls, mask_BxT: jax.Array) -> Self:
@@ -45,6 +47,7 @@ class ForwardPass:
         def call(kind: str, layer: int, value_BxTxD: jax.Array) -> jax.Array:
             """Apply the edits of a site, in order."""
             site = Site(kind, layer)
+            self.unedited[site] = value_BxTxD
             # Compared while tracing: only the edits of this site become part of the program.
             for edit in edits:
                 if edit.site == site:
@@ -255,7 +258,7 @@ class SiteEdit:
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the edited site."""
         offset, given_BxT = self.offset.at(run)
-        if offset.shape[-1] > 1:  # a single number fits every width
+        if self.offset.by_position or offset.shape[-1] > 1:  # the single number of ``ablate`` fits every width
             check_width(self.site, value_BxTxD.shape[-1], "an edit", offset.shape[-1])
         # In the fp32 of the factor, rounded once.
         new_BxTxD = (self.factor * value_BxTxD + offset).astype(value_BxTxD.dtype)

@@ -10,6 +10,7 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.files import read_json
+from saejax.models.tokens import continuation_text
 
 CHUNK = 16  # new tokens between two looks for stop strings
 
@@ -20,7 +21,7 @@ class Generated:
 
     #: new token ids, without the one that ended the text; with a stop string, up to the token that completes it.
     ids: tuple[int, ...]
-    text: str  #: the decoded ids without special tokens, up to the stop string
+    text: str  #: what the ids add to the prompt's text, without special tokens, up to the stop string
     finished: str  #: why it ended: "eos" (the model ended it), "stop" (a stop string) or "length"
 
 
@@ -68,7 +69,7 @@ class StopCondition:
         """Return the text of the ids, without special tokens; "" for a model without a tokenizer."""
         if self._tokenizer is None:
             return ""
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return continuation_text(self._tokenizer, ids, skip_special_tokens=True)
 
     def cut(self, ids: Sequence[int], start: int) -> Generated | None:
         """Return the continuation up to its end, searched from token ``start`` on; None if it has not ended."""

@@ -273,6 +273,15 @@ def text_of(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
+def continuation_text(tokenizer: Any, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
+    """Return what token ids add to the text before them: with the space that decoding drops where a text begins."""
+    options: dict[str, Any] = dict(clean_up_tokenization_spaces=False)
+    text = str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **options))
+    first = [int(token) for token in ids[:1]]
+    is_dropped = first and token_piece(tokenizer)(first[0]) == f" {tokenizer.decode(first, **options)}"
+    return f" {text}" if is_dropped else text
+
+
 def token_text(tokenizer: Any) -> Callable[[int], str]:
     r"""Return a function from a token id to its text, its leading space included; half a character is ``\xe0\xb8``."""
     as_piece = token_piece(tokenizer)
@@ -296,8 +305,9 @@ def token_piece(tokenizer: Any) -> Callable[[int], str]:
         if piece is None:  # embeddings may be padded with ids that the tokenizer lacks
             return f"<token {token}>"
         decoded = text_of_piece(piece, tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        # SentencePiece tokenizers drop the space at the start of what they decode.
-        dropped = isinstance(piece, str) and piece.startswith("▁") and not decoded.startswith(" ")
+        # SentencePiece tokenizers drop the first space of what they decode, of a token of several spaces, too.
+        dropped = isinstance(piece, str) and piece.startswith("▁")
+        dropped &= not decoded.startswith(" ") or f" {decoded}" == str(piece).replace("▁", " ")
         return f" {decoded}" if dropped else decoded
 
     return text

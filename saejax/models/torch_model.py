@@ -358,17 +358,20 @@ class _PassEdits:
         self._where = jax.device_put((position_BxT, prompt_B), sharding(mesh))
         self._reads = {edit.reads for edit in edits if getattr(edit, "reads", edit.site) != edit.site}  # type: ignore
         self._values: dict[AnySite, jax.Array] = {}
+        self._unedited: dict[AnySite, jax.Array] = {}
         self.sites: set[AnySite] = {edit.site for edit in edits} | self._reads
 
     def apply(self, site: AnySite, value: torch.Tensor) -> torch.Tensor:
         """Return the value of a site after the edits there; the same tensor where there are none."""
         edits = [edit for edit in self._edits if edit.site == site]
+        if site in self._reads:
+            self._unedited[site] = jnp.array(_to_jax(value, self._mesh))
         if edits:
-            changed = _to_jax(value, self._mesh)
+            unedited = changed = _to_jax(value, self._mesh)
             for edit in edits:
                 reads = getattr(edit, "reads", site)
-                read = None if reads == site else self._values[reads]
-                changed = _apply_edit(edit, changed, read, *self._where)
+                read = None if reads == site else (self._values[reads], self._unedited[reads])
+                changed = _apply_edit(edit, changed, unedited, read, *self._where)
             changed.block_until_ready()  # it may read memory that torch writes next
             value = torch.from_dlpack(changed).to(value.device)
         if site in self._reads:
@@ -378,11 +381,18 @@ class _PassEdits:
 
 @jax.jit
 def _apply_edit(
-    edit: Edit, value: jax.Array, read: jax.Array | None, position_BxT: jax.Array, prompt_B: jax.Array
+    edit: Edit,
+    value: jax.Array,
+    unedited: jax.Array,
+    read: tuple[jax.Array, jax.Array] | None,
+    position_BxT: jax.Array,
+    prompt_B: jax.Array,
 ) -> jax.Array:
-    """Apply an edit; ``read`` is the value of the site that it reads, if that is another."""
-    values = {} if read is None else {edit.reads: read}  # type: ignore[attr-defined]
-    return edit(value, ForwardPass(position_BxT, prompt_B, values))
+    """Apply an edit; ``read`` is the value of the site that it reads, if that is another, after and before edits."""
+    run = ForwardPass(position_BxT, prompt_B, unedited={edit.site: unedited})
+    if read is not None:
+        run.values[edit.reads], run.unedited[edit.reads] = read  # type: ignore[attr-defined]
+    return edit(value, run)
 
 
 def _tensor(buffer: Any) -> torch.Tensor:

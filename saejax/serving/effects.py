@@ -21,7 +21,7 @@ from saejax.attribution.local.state import FREEZE_MODES, PromptRun
 from saejax.attribution.trace.gradient import SaeRun
 from saejax.circuits.measure import squared_doses
 from saejax.errors import UserError
-from saejax.models.tokens import text_of, token_text
+from saejax.models.tokens import continuation_text, token_text
 from saejax.progress import OnProgress, silent
 
 MODES = FREEZE_MODES[:3]  # not the one that takes a layer; with SAEs the first alone
@@ -129,7 +129,7 @@ def continuations(
         rows = [_onward(row) for row in rows]
     texts = run.generate_rows(rows, tokens, freeze, temperature=temperature, seed=seed, on_progress=on_progress)
     kinds = ["clean", "changed", *["random"] * (len(changed) - 1)]
-    written = [text_of(run.model.tokenizer, text.ids_N) for text in texts]
+    written = [continuation_text(run.model.tokenizer, text.ids_N) for text in texts]
     return dict(texts=list(map(list, zip(kinds, written, strict=True))), no_draws=why)
 
 

@@ -95,6 +95,7 @@ def changed(sae, **changes) -> Dictionary:
         (lambda sae: SiteEdit.set(SITE, 2.0), r"the vector has the shape \(\): expected one number for each dimension"),
         (lambda sae: SiteEdit.set(SITE, np.zeros(39)), "an edit has the width 39, but resid_post.1 is 40 wide"),
         (lambda sae: SiteEdit.patch(SITE, np.zeros((3, 13, 8))), "an edit has the width 8"),
+        (lambda sae: SiteEdit.patch(SITE, np.zeros((3, 13, 1))), "an edit has the width 1, but resid_post.1 is 40"),
         (lambda sae: SiteEdit.ablate(SITE, "fires"), "unknown positions 'fires': expected all, last, or"),
         (lambda sae: changed(sae, site="mlp_out.2", target="mlp_in.2").ablate([1]), "mlp_in.2 cannot be edited"),
         (lambda sae: changed(sae, d_in=39).ablate([1]), "a dictionary has the width 39, but resid_post.1 is 40 wide"),

@@ -62,6 +62,20 @@ def test_edits_of_a_dictionary_of_others_leave_sinks_alone(lm, foreign, place):
     assert len(before) and lm.generate(pad([ids]), 3, edits=[foreign.steer([3], 0.0)])[0].ids == before
 
 
+def test_a_strong_edit_makes_no_sinks_for_the_edits_after_it(lm, foreign):
+    """An ablation after a strong steering acts at the steered positions, of an SAE and of a transcoder."""
+    ids, transcoder = pad([[SINK, *USUAL]]), make_dictionary(lm.config.d_model, "mlp_in.1", "mlp_out.1")
+    for dictionary in (foreign, transcoder):
+        site = dictionary.config.target or dictionary.site
+        amount = 5 * lm.sink_norm(site)
+        strong, ablated = dictionary.steer([3], amount, positions=(1, None)), dictionary.ablate(range(4, 24))
+        steered, both = (
+            np.asarray(lm(ids, capture=[site], edits=edits).sites[site])[0] for edits in ([strong], [strong, ablated])
+        )
+        change_T = np.abs(both - steered).max(axis=-1)
+        assert (change_T[1:] > 1e-4).all() and (site != SITE or change_T[0] == 0), (site, change_T)
+
+
 def test_an_edit_of_sinks_alone_is_told(lm, foreign, caplog):
     at_sinks, elsewhere = pad([[SINK, *USUAL]] * 2), pad([[SINK, *USUAL], [*USUAL, SINK]])
     for call in (lambda edit, ids: lm(ids, edits=[edit]), lambda edit, ids: lm.generate(ids, 2, edits=[edit])):

@@ -12,6 +12,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import slopes, split_model
 from saejax.interventions.bases import Neurons
+from saejax.interventions.controls import begins_answer
 from saejax.interventions.edits import ZERO, ActivationReplacement, mask
 from saejax.interventions.engine import run_edits
 from saejax.interventions.rows import EditedRun, prompt_trees
@@ -122,6 +123,14 @@ def test_the_rules_change_no_value(tiny):
     fixed = tiny.config, (), True, tiny.params, tokens.ids_BxT, tokens.lengths_B
     plain, again = (language_model.forward(*fixed, rules=rules)[0] for rules in (RunRules(), RunRules(backward="relp")))
     np.testing.assert_allclose(again, plain, atol=2e-6 * np.abs(plain).max())
+
+
+def test_tokens_begin_answers_whatever_their_code_points():
+    """A tokenizer may write as one code point what the answer writes as two."""
+    answers = [" E\u0301lan", " \uff11\uff12", "STRASSE"]
+    for token in ("\u00c9l", " e\u0301", "1", "12", " stra\u00df"):
+        assert begins_answer(token, answers), token
+    assert not any(begins_answer(token, answers) for token in ("El", " 2", "rasse"))
 
 
 def test_leaders_are_positive_and_in_order():

@@ -262,3 +262,11 @@ def test_dictionaries_that_normalise_tokens_are_not_moved_to_other_sites(tmp_pat
     normal = normal.with_config(dataclasses.replace(normal.config, input_norm="layer_norm"))
     found = made_reading(tmp_path, *((each, values_NxD, read_of()) for each in (plain, plain, normal)))
     assert found.transfers(0, 1).keys() == {"onto_second", "onto_first"} and found.transfers(0, 2) == {}
+
+
+def test_only_saes_with_an_encoder_move_to_other_sites():
+    """Maps are multiplied into encoder and decoder; matching pursuit reads by its decoder alone."""
+    config = random_dictionary(8, 16, 0).config
+    assert reading.is_movable(config)
+    for change in (dict(kind="matching_pursuit", k=2), dict(input_norm="layer_norm"), dict(target="mlp_out.0")):
+        assert not reading.is_movable(dataclasses.replace(config, **change))

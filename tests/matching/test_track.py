@@ -116,11 +116,21 @@ def test_a_written_solution_is_followed_to_its_last_number(lm, monkeypatch):
     problem = write_solution(lm, Problem("x", "How many?"), 20)
     assert problem.steps == (" 2 cats and 1,200 dogs run. ", "That is 12 of them.") and problem.answer == " 12"
     assert problem.output == written.text.strip()
+    # As the model wrote it: without a second space.
+    assert "".join(encode(lm, problem).tokens) == f"How many?{written.text}"
     solved = write_solution(lm, Problem("x", "How many?", ("There are 7.",), " 7"), 20)
     assert (solved.steps, solved.answer, solved.output) == (("There are 7.",), " 7", written.text.strip())
     assert write_solution(lm, Problem("x", "How many?"), 0) == Problem("x", "How many?")
     written.text = " "  # a model that ends at once
     assert write_solution(lm, Problem("x", "How many?"), 20) == Problem("x", "How many?")
+
+
+def test_an_answer_is_followed_in_a_text_that_begins_with_bos(lm):
+    problem = Problem("x", "How many?", ("That is 12",), " 12")
+    plain, begun = (encode(model, problem) for model in (lm, lm.with_bos("always")))
+    assert len(begun.ids_T) == len(plain.ids_T) + 1
+    assert (begun.answer, begun.position) == (plain.answer, plain.position + 1)
+    assert begun.answer == begun.ids_T[begun.position + 1]
 
 
 def test_planted_steps_are_told_apart(identity_llama):

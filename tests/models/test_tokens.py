@@ -6,6 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from saejax.errors import UserError
+from saejax.models.generation import StopCondition
 from saejax.models.tokens import bos_tokens, continuation_ids, encode, text_of, token_text, tokenize
 
 WORDS = ["the", "city", "of", "Paris", "is", "large", "river"]
@@ -91,3 +92,20 @@ def test_texts_keep_their_spaces(tmp_path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path, clean_up_tokenization_spaces=True)
     text = "It is , I say , not 's ."
     assert text_of(tokenizer, encode(tokenizer, text, "never")) == text
+
+
+def test_tokens_of_spaces_keep_them_all():
+    """Llama's decoder drops the first space of what it decodes, also of a token of several spaces."""
+    pieces = ["<s>", "a", *("▁" * count for count in range(1, 5)), "▁a"]
+    merges = [("▁", "▁"), ("▁▁", "▁"), ("▁▁", "▁▁"), ("▁", "a")]
+    made = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
+    assert list(map(token_text(tokenizer), range(2, 7))) == [" ", "  ", "   ", "    ", " a"]
+    for text in ("a    a", "a  a   a", "    a", "a "):
+        assert "".join(map(token_text(tokenizer), encode(tokenizer, text))) == f" {text}"
+    # What is generated goes on from a prompt: its first space is one.
+    ending = StopCondition(tokenizer, [0], [" a a"])
+    assert [ending.decode(encode(tokenizer, text)) for text in ("a a", "   a")] == [" a a", "    a"]
+    assert ending.cut(encode(tokenizer, "a a a"), 0).text == ""

@@ -24,6 +24,7 @@ from saejax.attribution.settings import GRAPH_ESTIMATES
 from saejax.dictionaries import Dictionary, DictionaryConfig, formats, rescale
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, load_all, place
 from saejax.dictionaries.formats.circuit_tracer import TranscoderSet
+from saejax.dictionaries.kinds import by_name
 from saejax.errors import UserError, one_of
 from saejax.models import hub
 from saejax.models.config import DecoderConfig
@@ -488,6 +489,11 @@ class LayerSaes(LayerDictionaries):
                     f"({model.config.d_model}): expected an SAE of another site, such as attn_out.{site.layer}"
                 )
             check_dictionary(config, model, f"{self.name}: the SAE of {site}")
+            if by_name(config.kind).rebuilds_input:
+                raise UserError(
+                    f"{self.name}: the SAE of {site} is a {config.kind} dictionary, whose features read what others "
+                    "leave of the input: edges need features that read the input by an encoder, as those of topk do"
+                )
         self.resolve_sinks(model)
         return self
 

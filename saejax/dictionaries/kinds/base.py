@@ -77,7 +77,8 @@ class Kind:
     depends_on_decoder_norms: ClassVar[bool] = False
     #: whether at inference it is a JumpReLU dictionary, made by ``as_jumprelu``: so other tools can have it.
     jumprelu: ClassVar[bool] = False
-    rebuilds_input: ClassVar[bool] = False  #: whether it is for SAEs of one site alone, whose input its rows explain
+    #: whether it is for SAEs of one site alone, whose input its rows explain, so that it has no encoder.
+    rebuilds_input: ClassVar[bool] = False
     no_free_decoder: ClassVar[str] = ""  #: why decoder rows may not grow freely; empty: they may
 
     @classmethod

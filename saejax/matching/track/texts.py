@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from saejax.errors import UserError
 from saejax.matching.track.results import TrackedStep
 from saejax.matching.track.settings import TrackConfig
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import encode as encode_text
 from saejax.models.tokens import token_text
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.files import decode, read_bytes, read_lines
@@ -196,8 +196,9 @@ def encode(lm: LanguageModel, problem: Problem) -> EncodedText:
     if problem.steps and problem.prompt.strip():
         parts.insert(0, ("prompt", problem.prompt))
     # Steps are joined to one text before it is split into tokens: pieces by themselves would have other tokens.
-    spaced = [(name, text if text[-1:].isspace() else f"{text} ") for name, text in parts[:-1]]
-    parts = [*spaced, parts[-1]]
+    for place, ((name, text), (_, following)) in enumerate(itertools.pairwise(parts)):
+        if not text[-1:].isspace() and not following[:1].isspace():
+            parts[place] = name, f"{text} "
     whole = "".join(text for _, text in parts)
     ids_T = lm.tokenize([whole]).ids_BxT[0]
     ends_T = _ends(lm.tokenizer, whole, len(ids_T))
@@ -213,7 +214,7 @@ def encode(lm: LanguageModel, problem: Problem) -> EncodedText:
         TrackedStep(name, text.strip(), int(start), int(stop))
         for (name, text), start, stop in zip(parts, starts, starts[1:], strict=False)
     )
-    answer, position = _answer(lm.tokenizer, problem, whole, ends_T)
+    answer, position = _answer(lm.tokenizer, problem, whole, ids_T, ends_T)
     as_text = token_text(lm.tokenizer)
     tokens = tuple(as_text(int(token)) for token in ids_T)
     first = int(parts[0][0] == "prompt")
@@ -231,7 +232,9 @@ def _ends(tokenizer: Any, text: str, count: int) -> np.ndarray:
     return np.array([0] * (count - len(read)) + [end for _, end in read], np.int64)
 
 
-def _answer(tokenizer: Any, problem: Problem, text: str, ends_T: np.ndarray) -> tuple[int | None, int]:
+def _answer(
+    tokenizer: Any, problem: Problem, text: str, ids_T: np.ndarray, ends_T: np.ndarray
+) -> tuple[int | None, int]:
     """Return the id of the answer's first token and the position before it.
 
     The answer is followed at its last occurrence in the solution as a whole word or number (" 12" is not in "1200"), or
@@ -241,7 +244,6 @@ def _answer(tokenizer: Any, problem: Problem, text: str, ends_T: np.ndarray) -> 
     answer = problem.answer
     if not answer:
         return None, last
-    ids = encode_text(tokenizer, text)
     word = answer.strip()
     # Not inside a word, nor before or after the rest of a number: "12" in "1200", "12.5", "3,012" or "112".
     whole = re.compile(rf"(?<!{_IN_WORD})(?<!\d[.,]){re.escape(word)}(?!{_IN_WORD})(?![.,]\d)")
@@ -250,7 +252,7 @@ def _answer(tokenizer: Any, problem: Problem, text: str, ends_T: np.ndarray) -> 
     if places:
         token = int(np.searchsorted(ends_T, places[-1], side="right"))
         if token > 0:
-            return int(ids[token]), token - 1
+            return int(ids_T[token]), token - 1
     kept = text.rstrip() if answer[:1].isspace() else text
     if kept != text:
         raise UserError(f"{problem.slug}: the text ends in a space and the answer {answer!r} begins with one: drop one")

@@ -18,6 +18,7 @@ from saejax.activations.checksums import npy_header
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.formats import hooks
+from saejax.dictionaries.kinds import by_name
 from saejax.errors import UserError
 from saejax.matching.rows import CentredRows
 from saejax.matching.transfer.activity import (
@@ -154,8 +155,8 @@ def load_model_of(config: ModelConfig, entry: Compared, mesh: Mesh, by_name: boo
 
 
 def is_movable(config: DictionaryConfig) -> bool:
-    """Return whether affine maps can be multiplied into a dictionary: into no transcoder, and no normalisation."""
-    return not (config.target or config.input_norm)
+    """Return whether affine maps can be multiplied into a dictionary: an SAE with an encoder, without normalisation."""
+    return not (config.target or config.input_norm or by_name(config.kind).rebuilds_input)
 
 
 class Reading:

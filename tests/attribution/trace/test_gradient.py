@@ -235,6 +235,7 @@ def test_one_sae_and_one_token(llama):
         (dict(d_in=5), "reads 5 dimensions, but .* has 40"),
         (dict(fingerprint="another"), "the SAE of resid_post.0 was trained on tiny .fingerprint another"),
         (dict(kind="linear", k=0), "a linear dictionary"),
+        (dict(kind="matching_pursuit"), "whose features read what others leave of the input"),
         (dict(max_norm=0.0), "no feature of .* is active"),
     ],
 )
