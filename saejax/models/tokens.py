@@ -274,7 +274,13 @@ def text_of(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
 
 
 def continuation_text(tokenizer: Any, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
-    """Return what token ids add to the text before them: with the space that decoding drops where a text begins."""
+    """Return what token ids add to the text before them: with the space that decoding drops where a text begins.
+
+    Args:
+      tokenizer: tokenizer of the model.
+      ids: token ids.
+      skip_special_tokens: leave out special tokens.
+    """
     options: dict[str, Any] = dict(clean_up_tokenization_spaces=False)
     text = str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **options))
     first = [int(token) for token in ids[:1]]

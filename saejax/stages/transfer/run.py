@@ -123,7 +123,8 @@ class Comparison:
             settings = self._config.tokens, self._config.batch_tokens, self._config.seed, self._config.reconstruction
             fixed = [entry.name for entry in compared if not is_movable(entry.config)]
             if self._config.reconstruction and fixed:
-                run.say(f"not evaluated at other sites, as transcoders, without an encoder or with tokens normalised: {', '.join(fixed)}")
+                why = "as transcoders, without an encoder or with tokens normalised"
+                run.say(f"not evaluated at other sites, {why}: {', '.join(fixed)}")
             shared = read_run_text(run, compared, self._mesh, *settings)
             self._reading = Reading(self._config, compared, self._mesh, shared)
 
