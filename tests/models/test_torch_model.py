@@ -103,6 +103,8 @@ def test_edits_of_features(both):
         [SiteEdit.ablate("attn_out.2"), sae.ablate_error(), sae.steer([1], 1.0)],
         [sae.set([2], 3.0, error="drop"), transcoder.steer([2, 3], 2.0), SiteEdit.ablate("resid_pre.2", "last")],
         [transcoder.scale([2, 3], 2.0, error="drop")],
+        # Positions that an edit makes longer than the limit are no sinks for the next one.
+        [sae.steer([1], 5e3), sae.ablate([2, 5]), transcoder.steer([1], 5e3), transcoder.ablate([2, 5])],
         # A dictionary that does not know its sink rule gets that of the model.
         [make_dictionary("resid_post.1", limit=None).ablate([1, 5])],
     ):
