@@ -105,12 +105,13 @@ def overall(kind: str, worlds: Sequence[Sequence[BehaviourVerdict]]) -> collecti
     return found
 
 
-def test_the_gate_on_worlds_where_nothing_is_true():
+@pytest.mark.parametrize("worlds", [50, pytest.param(100, marks=pytest.mark.slow)])
+def test_the_gate_on_worlds_where_nothing_is_true(worlds):
     """Features chosen by attribution for answers drawn at random; question 4 and other seeds are granted."""
-    tested = [judge(random_world(seed, features=300), seed) for seed in range(50)]
+    tested = [judge(random_world(seed, features=300), seed) for seed in range(worlds)]
     found = [[dataclasses.replace(answers, trained=CausalAnswer("yes"))] * 3 for answers in tested]
     counts = overall("nothing is true", found)
-    assert counts["interpretable"] <= 2 and counts["no signal"] + counts["cannot tell"] >= 40
+    assert counts["interpretable"] <= worlds // 20 and counts["no signal"] + counts["cannot tell"] >= 0.8 * worlds
 
 
 def test_the_gate_on_worlds_where_a_dictionary_has_the_true_directions_and_where_it_is_untrained():
