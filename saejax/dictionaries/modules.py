@@ -241,13 +241,14 @@ class Dictionary(nnx.Module):
     def encode(self, x_xD: jax.Array, numbers: Mapping[str, Any] | None = None) -> jax.Array:
         """Return feature activations [..., F] of the site's values x; 0 or above unless the kind is signed.
 
-        ``numbers`` stand in place of ``config``'s, such as traced ones.
+        A token whose values are not all finite has NaN for every feature, whatever its kind makes of NaN: a feature
+        that does not fire there would be a finding. ``numbers`` stand in place of ``config``'s, such as traced ones.
         """
         self._check_width(x_xD, self.config.d_in)
         f_xF = self.kind.encode(self, self.encoder_inputs(x_xD), self.numbers if numbers is None else numbers)
         if self.config.output_units:
             f_xF = f_xF * normalise(x_xD.astype(f_xF.dtype), self.config.input_norm).scale_x1
-        return f_xF
+        return jnp.where(jnp.isfinite(x_xD).all(axis=-1, keepdims=True), f_xF, jnp.nan)
 
     def encode_features(self, x_xD: jax.Array, features_K: jax.Array) -> jax.Array:
         """Return the activations [..., K] of some features, ``encode(x)[..., features_K]``.

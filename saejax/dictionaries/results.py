@@ -6,6 +6,14 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class StandIn:
+    """Losses of the model on held-out text with a dictionary's output in place of its target."""
+
+    kl: float  #: KL(clean || replaced), nats per token
+    ce_recovered: float | None  #: share recovered against the mean; None where that does no harm
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainedMember:
     """A dictionary of a stack."""
 
@@ -18,3 +26,5 @@ class TrainedMember:
     #: share of the features that were silent for an epoch (or a shorter run); None: not trained here
     dead_fraction: float | None
     final: Mapping[str, float]  #: metrics at the last recorded step, as in `metrics.jsonl`, without `held_out_`
+    #: before and after fine-tuning through the model (`train.kl_steps`)
+    finetuned: tuple[StandIn, StandIn] | None = None

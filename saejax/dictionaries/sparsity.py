@@ -1,4 +1,8 @@
-"""Sparsity functions: from pre-activations ``pre_xF`` to activations of the same shape; leading dimensions are free."""
+"""Sparsity functions: from pre-activations ``pre_xF`` to activations of the same shape; leading dimensions are free.
+
+Comparisons ask what is left out, not what is kept: a pre-activation that is NaN is no smaller than any threshold, so
+that it stays NaN and is not taken for a feature that does not fire.
+"""
 
 import functools
 
@@ -11,12 +15,12 @@ from saejax.dictionaries import selection
 
 def gated(gate_xF: jax.Array, magnitude_xF: jax.Array) -> jax.Array:
     """Return max(magnitude, 0) where the gate is above 0, else 0 (Gated SAE; Rajamanoharan et al., 2024)."""
-    return jnp.where(gate_xF > 0, jax.nn.relu(magnitude_xF), jnp.zeros_like(magnitude_xF))
+    return jnp.where(gate_xF <= 0, jnp.zeros_like(magnitude_xF), jax.nn.relu(magnitude_xF))
 
 
 def threshold(pre_xF: jax.Array, threshold_F: jax.Array) -> jax.Array:
     """Return pre where it exceeds the feature's threshold, else 0 (JumpReLU; Rajamanoharan et al., 2024)."""
-    return jnp.where(pre_xF > row(threshold_F, pre_xF.ndim), pre_xF, jnp.zeros_like(pre_xF))
+    return jnp.where(pre_xF <= row(threshold_F, pre_xF.ndim), jnp.zeros_like(pre_xF), pre_xF)
 
 
 def topk(pre_xF: jax.Array, k: int | jax.Array, max_k: int | None = None) -> jax.Array:
@@ -34,7 +38,7 @@ def topk(pre_xF: jax.Array, k: int | jax.Array, max_k: int | None = None) -> jax
     acts_xF = jax.nn.relu(pre_xF)
     # The threshold only chooses which values pass; besides, its search is a loop without a backward pass.
     below_x1 = selection.kth_largest_below(lax.stop_gradient(acts_xF), k, max_k)
-    return jnp.where(acts_xF > below_x1, acts_xF, jnp.zeros_like(acts_xF))
+    return jnp.where(acts_xF <= below_x1, jnp.zeros_like(acts_xF), acts_xF)
 
 
 def signed_topk(pre_xF: jax.Array, k: int | jax.Array, max_k: int) -> jax.Array:
@@ -46,15 +50,15 @@ def signed_topk(pre_xF: jax.Array, k: int | jax.Array, max_k: int) -> jax.Array:
     largest_xK = lax.top_k(pre_xF, min(max_k, pre_xF.shape[-1]))[0]
     index_x1 = jnp.full((*pre_xF.shape[:-1], 1), jnp.minimum(k, largest_xK.shape[-1]) - 1, jnp.int32)
     kth_x1 = jnp.take_along_axis(largest_xK, index_x1, axis=-1)
-    return jnp.where(pre_xF >= kth_x1, pre_xF, jnp.zeros_like(pre_xF))
+    return jnp.where(pre_xF < kth_x1, jnp.zeros_like(pre_xF), pre_xF)
 
 
 def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
     """Keep the B k largest positive pre-activations of a whole batch (Bussmann et al., 2024), of any tokens."""
     acts_BxF = jax.nn.relu(pre_BxF)
     values_BxF = lax.stop_gradient(acts_BxF)
-    kept_BxF = values_BxF > selection.batch_threshold(values_BxF, k)
-    return jnp.where(kept_BxF, acts_BxF, jnp.zeros_like(acts_BxF))
+    left_out_BxF = values_BxF <= selection.batch_threshold(values_BxF, k)
+    return jnp.where(left_out_BxF, jnp.zeros_like(acts_BxF), acts_BxF)
 
 
 def smallest(acts_BxF: jax.Array) -> jax.Array:

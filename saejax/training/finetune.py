@@ -61,7 +61,7 @@ def finetune_members(
     documents: Sequence[np.ndarray],
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
-) -> TrainState:
+) -> tuple[TrainState, list[list[dict[str, float]]]]:
     """Fine-tune the members of a stack, one after the other, as ``--train.kl_steps`` asks.
 
     Args:
@@ -72,18 +72,23 @@ def finetune_members(
       say: logs lines of progress.
       stopping: as for ``finetune_member``.
 
+    Returns:
+      The state, and the metrics of each member and step.
+
     Raises:
       UserError: as for ``finetune_member`` and ``CleanBatches``.
       Interrupted: asked to stop; nothing is kept.
     """
+    records = list[list[dict[str, float]]]()
     for index, member in enumerate(stack.members):
         single = finetuning_stack(stack, index, stack.config.kl_steps, stack.config.kl_learning_rate)
         batches = CleanBatches(single, lm, documents)
         report = _Progress(f"fine-tuning {member.name}".rstrip(), single.steps, say)
         arrays = {name: array_Mx[index] for name, array_Mx in state.params.items()}
-        tuned, _ = finetune_member(single, arrays, batches, lm.params, report, stopping)
+        tuned, of_member = finetune_member(single, arrays, batches, lm.params, report, stopping)
         put_member(state, index, _of_member(tuned.params))
-    return state
+        records.append(of_member)
+    return state, records
 
 
 class _Progress:

@@ -13,6 +13,7 @@ import numpy as np
 from saejax.activations.batches import columns_of
 from saejax.dictionaries import Dictionary, rescale
 from saejax.dictionaries.kinds.base import Arrays
+from saejax.dictionaries.results import StandIn
 from saejax.evaluation.loss_recovered import recovered
 from saejax.evaluation.parts import target_losses
 from saejax.evaluation.reconstruction import Spread
@@ -151,7 +152,12 @@ class LossScorer:
 
         For the arguments see ``HeldOutScorer``.
         """
-        stack, recovered_M = self._stack, np.full(len(self._stack.members), np.nan)
+        shares = [scores.ce_recovered for scores in self.measure(state, kept_M)]
+        return {PREFIX + "ce_recovered": np.array([np.nan if share is None else share for share in shares])}
+
+    def measure(self, state: TrainState, kept_M: jax.Array | None) -> list[StandIn]:
+        """Return the scores of each member; for the arguments see ``HeldOutScorer``."""
+        stack, scores = self._stack, dict[int, StandIn]()
         for pair in stack.sites:
             indices = [i for i, member in enumerate(stack.members) if (member.site, member.target) == pair]
             for group in (indices[first : first + _AT_A_TIME] for first in range(0, len(indices), _AT_A_TIME)):
@@ -160,6 +166,5 @@ class LossScorer:
                 members = [Dictionary(each.config, "float32", **each.arrays) for each in finished]
                 losses = target_losses(self._lm, members, self._documents, stack.scales[group[0]].bias_D)
                 for index, loss in zip(group, losses, strict=True):
-                    share = recovered(loss.ce, "mean_ablated")
-                    recovered_M[index] = np.nan if share is None else share
-        return {PREFIX + "ce_recovered": recovered_M}
+                    scores[index] = StandIn(loss.kl["reconstructed"], recovered(loss.ce, "mean_ablated"))
+        return [scores[index] for index in range(len(stack.members))]

@@ -33,7 +33,8 @@ def state_from_folder(
     Args:
       stack: what is trained.
       folder: one dictionary, from which all members start; or a train unit, each of whose members starts its namesake;
-        or a circuit-tracer set, of which each member takes its layer. Sites may differ from the members'.
+        or a circuit-tracer set, of which each member takes its layer. Sites may differ from the members', not the
+        kinds of a transcoder's target.
       rows: the activations; only read where features are looked for in errors (``--train.widen=errors``).
       say: logs what such a search finds.
 
@@ -147,13 +148,16 @@ def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
             for config in (start, expected)
         ),
         width=(_width(start), _width(expected)),
+        target=tuple(config.target.partition(".")[0] for config in (start, expected)),
         parts=(start.widths or "none", expected.widths or "none"),
         normalisation=tuple(config.input_norm or "none" for config in (start, expected)),
         features=(start.n_features, f"at most {expected.n_features}"),
         model=tuple(_model(config, start.model == expected.model) for config in (start, expected)),
     )
-    # Features and model have their own tests: fewer features are widened, models go by fingerprint.
-    different = [name for name, (a, b) in pairs.items() if a != b and name not in ("features", "model")]
+    # Features and model have their own tests: fewer features are widened, models go by fingerprint. An SAE has no
+    # target, which its form says.
+    tested = pairs.keys() - {"features", "model"} - (set() if start.target and expected.target else {"target"})
+    different = [name for name, (a, b) in pairs.items() if a != b and name in tested]
     if start.n_features > expected.n_features:
         different.append("features")
     if start.fingerprint and expected.fingerprint:

@@ -7,7 +7,7 @@ from disk and from device memory: training gives the same bits with both.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -32,6 +32,7 @@ from saejax.activations.store import Store
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.config import Configs
 from saejax.dictionaries.cross_layer import FORMS
+from saejax.dictionaries.results import StandIn
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.collectives import from_first_process, process_count
 from saejax.parallel.mesh import free_bytes, part_size
@@ -55,6 +56,19 @@ class Batches(Protocol):
         """
 
 
+Calibrate = Callable[[TrainState], jax.Array | None]  # a state to the thresholds that training ends with, or none
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuned:
+    """What fine-tuning through the model made of a stack."""
+
+    state: TrainState  #: the state, with other parameters
+    records: Sequence[Sequence[Mapping[str, float]]]  #: metrics of each member and step
+    #: of each member the scores on held-out text before and after; empty without held-out text
+    scores: Sequence[tuple[StandIn, StandIn]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """The source of a stack's activations."""
@@ -66,8 +80,8 @@ class Source:
     close: Callable[[], None] = lambda: None  #: frees memory
     #: returns a scorer of the members in the whole model, called before training; None: there is no model.
     loss_scorer: Callable[[TrainStack], LossScorer] | None = None
-    #: returns the trained state with parameters that were fine-tuned through the model; None: there is no model.
-    finetune: Callable[[TrainStack, TrainState], TrainState] | None = None
+    #: fine-tunes a trained state through the model, given what calibrates thresholds; None: there is no model.
+    finetune: Callable[[TrainStack, TrainState, Calibrate], Finetuned] | None = None
 
 
 def store_source(config: TrainConfig, store: Store, parts: Parts, say: Callable[[str], None] = print) -> Source:

@@ -1,9 +1,9 @@
-"""Training for longer: a run goes on from a shorter one that is the same up to some step.
+"""Training for longer, or with another fine-tuning: a run goes on from one before it that is the same up to some step.
 
 Two runs that differ in their length alone do the same steps until the learning rate of one of them begins to fall. The
 shorter one keeps its checkpoint of their last common step. A longer one takes it over, with the records up to it, and
 ends with the bits of a run from the start. A penalty whose weight rises over a share of all steps differs from the
-first step on.
+first step on. Two runs of one length that differ in their fine-tuning alone have all steps of training in common.
 """
 
 import os
@@ -20,35 +20,38 @@ from saejax.training.optimizer import decay_start
 from saejax.training.stack import TrainStack
 
 CHECKPOINTS = "checkpoints"
-LENGTH = ("train.epochs", "train.max_steps")  # the settings that say how long a run is
+# The settings of a run that its first steps do not depend on: how long it is, and how it is fine-tuned afterwards.
+LATER = ("train.epochs", "train.max_steps", "train.kl_steps", "train.kl_learning_rate")
 
 
-def go_on_from_shorter(
+def go_on_from_earlier(
     stack: TrainStack, run: Mapping[str, Any], folder: Path, earlier: Sequence[Path], say: Callable[[str], None]
 ) -> None:
-    """Take over the state of an earlier run of another length, if this one has not begun; the first process does.
+    """Take over the state of an earlier run that begins as this one, if this one has not begun; the first process does.
 
     Args:
       stack: what is trained.
       run: description of the run, as in ``Checkpoints.check_or_record_run``.
-      folder: of its checkpoints and metrics, perhaps from a run of another length.
+      folder: of its checkpoints and metrics, perhaps from such an earlier run.
       earlier: such folders of other runs, of the same members and inputs.
       say: logs which run it goes on from, or why from none.
     """
     checkpoints = folder / CHECKPOINTS
     begun = _read_run(checkpoints)
-    if begun is not None and (begun == run or not _differs_in_length(begun, run)):
+    if begun is not None and (begun == run or not _begins_alike(begun, run)):
         return
-    shorter = {place: before for place in (folder, *earlier) if (before := _read_run(place / CHECKPOINTS)) is not None}
-    shorter = {place: before for place, before in shorter.items() if _differs_in_length(before, run)}
-    if not shorter:
+    runs = {place: before for place in (folder, *earlier) if (before := _read_run(place / CHECKPOINTS)) is not None}
+    runs = {place: before for place, before in runs.items() if _begins_alike(before, run)}
+    if not runs:
         return
     usable: dict[int, Path] = {}
-    reason = f"{next(iter(shorter))} has no checkpoint from before its learning rate fell"
+    reason = f"{next(iter(runs))} has no checkpoint from before its learning rate fell"
     if type(stack.kind).penalty is not kinds.Kind.penalty and stack.config.penalty_warmup:
-        shorter, reason = {}, "--train.penalty_warmup is a share of all steps, which are others now"
-    for place, before in shorter.items():
+        runs = {place: before for place, before in runs.items() if before["steps"] == stack.steps}
+        reason = "--train.penalty_warmup is a share of all steps, which are others now"
+    for place, before in runs.items():
         last = min(decay_start(stack.config, before["steps"]), decay_start(stack.config, stack.steps))
+        last = stack.steps if before["steps"] == stack.steps else last
         usable |= {step: place for step in _steps(place / CHECKPOINTS) if 0 < step <= last}
     if not usable:
         # States of another length in the folder itself are refused, see ``Checkpoints``.
@@ -67,7 +70,7 @@ def go_on_from_shorter(
     write_json(checkpoints / RUN, run)
     # The dictionaries that it saved midway were written where its results are.
     lacking = f"; dictionaries are saved after step {step} only" if stack.config.save_every and place != folder else ""
-    say(f"going on from step {step} of a run of {shorter[place]['steps']} steps in {place}{lacking}")
+    say(f"going on from step {step} of a run of {runs[place]['steps']} steps in {place}{lacking}")
 
 
 def _copy_checkpoint(place: Path, folder: Path, step: int) -> None:
@@ -83,14 +86,14 @@ def _copy_checkpoint(place: Path, folder: Path, step: int) -> None:
             os.replace(unfinished / str(step), checkpoints / str(step))
 
 
-def _differs_in_length(before: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
-    """Return whether two descriptions of runs differ, and in nothing but their length."""
+def _begins_alike(before: Mapping[str, Any], run: Mapping[str, Any]) -> bool:
+    """Return whether two descriptions of runs differ in nothing but ``LATER`` and the number of steps."""
 
     def rest(run: Mapping[str, Any]) -> dict[str, Any]:
-        settings = {name: value for name, value in run["settings"].items() if name not in LENGTH}
+        settings = {name: value for name, value in run["settings"].items() if name not in LATER}
         return {**run, "settings": settings, "steps": 0}
 
-    return before["steps"] != run["steps"] and rest(before) == rest(run)
+    return rest(before) == rest(run)
 
 
 def _read_run(checkpoints: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from saejax.config import counted
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.formats import circuit_tracer, own
 from saejax.dictionaries.kinds.base import Arrays
-from saejax.dictionaries.results import TrainedMember
+from saejax.dictionaries.results import StandIn, TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.collectives import AgreedStop, is_first_process, process_count, wait_for_all
 from saejax.parallel.mesh import sharding
@@ -29,7 +29,7 @@ from saejax.training.checkpoints import Checkpoints
 from saejax.training.held_out import HeldOutScorer, LossScorer
 from saejax.training.init_from import state_from_folder
 from saejax.training.inputs import Batches, Source
-from saejax.training.longer import CHECKPOINTS, go_on_from_shorter
+from saejax.training.longer import CHECKPOINTS, go_on_from_earlier
 from saejax.training.members import Member
 from saejax.training.metrics import METRICS, Metrics, Wandb
 from saejax.training.optimizer import decay_start
@@ -53,7 +53,7 @@ class TrainFolders:
     members: Mapping[str, Path]
     wandb: Path  #: where wandb writes
     started: str = ""  #: text that tells this training from an earlier one in the same folder, for wandb
-    #: roots of trainings of the same members on the same inputs, of other lengths; see ``longer``.
+    #: roots of trainings of the same members on the same inputs that may begin alike; see ``longer``.
     earlier: Sequence[Path] = ()
     size: str = ""  #: name of one of several numbers of features, see ``TrainConfig.each_size``
 
@@ -126,12 +126,12 @@ def train_stack(
     folder.mkdir(exist_ok=True)
     described = _describe_run(stack)
     if is_first_process():
-        go_on_from_shorter(stack, described, folder, [root / folders.size for root in folders.earlier], say)
-    wait_for_all("a shorter run was taken over")
+        go_on_from_earlier(stack, described, folder, [root / folders.size for root in folders.earlier], say)
+    wait_for_all("an earlier run was taken over")
     try:
         with Checkpoints(folder / CHECKPOINTS, decay_start(config, steps)) as checkpoints:
             checkpoints.check_or_record_run(described)
-            state, kept_M, metrics = _train(stack, source, folders, checkpoints, say, stopping)
+            state, kept_M, metrics, scores = _train(stack, source, folders, checkpoints, say, stopping)
     finally:
         source.close()
     save_members(stack, state, kept_M, folders)
@@ -144,7 +144,7 @@ def train_stack(
         tokens=steps * config.batch,
         tokens_per_second=metrics.tokens_per_second(),
         seconds=metrics.seconds,
-        members=_member_results(stack, metrics, np.asarray(dead(state.silent_MxF))),
+        members=_member_results(stack, metrics, np.asarray(dead(state.silent_MxF)), scores),
         mesh=MeshShape.of(mesh, process_count()),
     )
 
@@ -167,8 +167,12 @@ def _train(
     checkpoints: Checkpoints,
     say: Callable[[str], None],
     stopping: Callable[[], bool],
-) -> tuple[TrainState, jax.Array | None, Metrics]:
-    """Return the final state, from the newest checkpoint on or from the start, and thresholds for it."""
+) -> tuple[TrainState, jax.Array | None, Metrics, Sequence[tuple[StandIn, StandIn]]]:
+    """Train from the newest checkpoint on or from the start, and fine-tune.
+
+    Returns:
+      The final state, thresholds for it, the metrics, and each member's scores before and after fine-tuning, if any.
+    """
     config, kind, names = stack.config, stack.kind.name, [member.name for member in stack.members]
     first_step = checkpoints.latest_step or 0
     if first_step:
@@ -193,9 +197,12 @@ def _train(
     with run as wandb:
         metrics = Metrics(stack, folder / METRICS, first_step, say, wandb)
         state = train_loop(stack, state, batches, metrics, checkpoints, stopping, midway=midway)
-    if source.finetune:  # without checkpoints of its own: it is short, and begins again after the last one
-        state = source.finetune(stack, state)
-    return state, calibrate(state, batches, stack.steps), metrics
+        scores: Sequence[tuple[StandIn, StandIn]] = ()
+        if source.finetune:  # without checkpoints of its own: it is short, and begins again after the last one
+            tuned = source.finetune(stack, state, lambda state: calibrate(state, batches, stack.steps))
+            metrics.add_finetuning(tuned.records)
+            state, scores = tuned.state, tuned.scores
+    return state, calibrate(state, batches, stack.steps), metrics, scores
 
 
 def _make_scorer(stack: TrainStack, source: Source, say: Callable[[str], None]) -> HeldOutScorer | None:
@@ -335,8 +342,10 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dictionary" / own.DESCRIPTION).exists() or circuit_tracer.is_cross_layer(folder)
 
 
-def _member_results(stack: TrainStack, metrics: Metrics, dead_M: np.ndarray) -> tuple[TrainedMember, ...]:
-    """Return the summary of each member."""
+def _member_results(
+    stack: TrainStack, metrics: Metrics, dead_M: np.ndarray, scores: Sequence[tuple[StandIn, StandIn]]
+) -> tuple[TrainedMember, ...]:
+    """Return the summary of each member, with its scores before and after fine-tuning if there are any."""
     return tuple(
         TrainedMember(
             name=member.name,
@@ -347,6 +356,7 @@ def _member_results(stack: TrainStack, metrics: Metrics, dead_M: np.ndarray) -> 
             output_scale=scale.output,
             dead_fraction=float(dead),
             final=metrics.last(member.name),
+            finetuned=scores[index] if scores else None,
         )
-        for member, scale, dead in zip(stack.members, stack.scales, dead_M, strict=True)
+        for index, (member, scale, dead) in enumerate(zip(stack.members, stack.scales, dead_M, strict=True))
     )

@@ -3,14 +3,14 @@
 A record has ``step``, ``tokens``, ``seconds`` and ``member``; ``tokens_per_second`` of each member and
 ``tflop_per_second`` of the whole program since the first step of the process, compilation left out; ``mfu``, the share
 of the devices' peak, where that is known; and the metrics of the step, with ``held_out_`` before scores on held-out
-tokens.
+tokens. The steps of fine-tuning (``--train.kl_steps``) follow those of training, without rates and with ``kl``.
 """
 
 import importlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,6 +90,19 @@ class Metrics:
         """Return the last metrics of a member, without scores on held-out tokens, which the last step may lack."""
         record = next(record for record in reversed(self.records) if record["member"] == member)
         return {key: value for key, value in record.items() if key not in _HEAD and not key.startswith(PREFIX)}
+
+    def add_finetuning(self, records: Sequence[Sequence[Mapping[str, float]]]) -> None:
+        """Write the metrics of each member and step of fine-tuning, as of the steps that follow training."""
+        steps, every = len(records[0]), self._stack.config.log_every
+        # Step by step, though members were tuned one after the other: wandb takes rising steps alone.
+        for step in (step for step in range(1, steps + 1) if step % every == 0 or step == steps):
+            whole = self._steps + step
+            head = dict(step=whole, tokens=whole * self._stack.config.batch, seconds=self.seconds)
+            for member, of_member in zip(self._members, records, strict=True):
+                self.records.append(head | dict(member=member) | of_member[step - 1])
+                if self._wandb:
+                    self._wandb.write(whole, member, of_member[step - 1])
+        self.write()
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics [M] of the step just dispatched, and read the metrics of the step before.
@@ -191,10 +204,10 @@ class Metrics:
         """Return each member's speed since the first step of this process, compilation left out; 0 before there is any.
 
         Args:
-          step: number of steps done; None: the last record's.
+          step: number of steps done; None: the last record's, without those of fine-tuning.
           seconds: seconds of this process; None: up to the last record.
         """
-        step = self.records[-1]["step"] if step is None else step
+        step = min(self.records[-1]["step"], self._steps) if step is None else step
         seconds = self.seconds - self._seconds_before if seconds is None else seconds
         if self._warm is None or step <= self._warm[0] or seconds <= self._warm[1]:
             return 0.0

@@ -55,6 +55,36 @@ def test_some_features_are_encoded_as_all_are(kind):
     assert dictionary.encode_features(x, features[:0]).shape == (30, 0)
 
 
+class DropsNaN(kinds.Kind):
+    """A kind of a user, whose comparison is false for NaN."""
+
+    name, about = "drops_nan", "keeps what is above 1"
+
+    def encode(self, dictionary, inputs, numbers):
+        return jnp.where(inputs.pre_xF > 1, inputs.pre_xF, 0.0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", [*kinds.KINDS, "signed", "normalised", "drops_nan"])
+def test_a_token_that_is_not_finite_has_nan_for_every_feature(kind, value, monkeypatch):
+    """None that does not fire, with which a dictionary of a damaged model would look sparse; other tokens are as ever."""
+    monkeypatch.setitem(kinds.KINDS, "drops_nan", DropsNaN())
+    changes = dict(signed=dict(signed=True), normalised=dict(input_norm="layer_norm")).get(kind, {})
+    dictionary, x = make("topk" if changes else kind, n_features=640), activations(6, 12)
+    dictionary = dictionary.with_config(dataclasses.replace(dictionary.config, **changes))
+    damaged, features = x.copy(), np.array([3, 77])
+    damaged[[1, 4], 5] = value
+    for encode, every in (
+        (dictionary.encode, dictionary.encode(x)),
+        (jax.jit(lambda x: dictionary.encode(x)), dictionary.encode(x)),
+        (lambda x: dictionary.encode_features(x, features), dictionary.encode_features(x, features)),
+        (dictionary, dictionary(x)),
+    ):
+        found = np.asarray(encode(damaged))
+        assert np.isnan(found[[1, 4]]).all()
+        np.testing.assert_allclose(np.delete(found, [1, 4], axis=0), np.delete(every, [1, 4], axis=0), 1e-5, 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "linear", "batchtopk", "matryoshka"])
 def test_an_edit_of_few_features_encodes_no_others(kind):
     """By the operations of its compiled program."""

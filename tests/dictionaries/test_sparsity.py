@@ -88,6 +88,24 @@ def test_what_lies_at_the_threshold():
     np.testing.assert_array_equal(sparsity.signed_topk(pre, 2, 3), [[0.0, 2.0, 0.0, 2.0]])
 
 
+@pytest.mark.parametrize("features", [33, 640])
+def test_nan_stays_nan(features):
+    """In a row of its own, as an input that is NaN has it; other rows are as ever."""
+    pre, rows = np.random.default_rng(2).normal(size=(9, features)).astype(np.float32), np.arange(9) != 4
+    damaged, level = np.where(rows[:, None], pre, np.float32(np.nan)), np.full(features, 0.5, np.float32)
+    for function in (
+        lambda pre: sparsity.topk(pre, 4),
+        lambda pre: sparsity.signed_topk(pre, 4, 4),
+        lambda pre: sparsity.threshold(pre, level),
+        lambda pre: sparsity.jumprelu(pre, level, 0.1),
+        lambda pre: sparsity.gated(pre, pre),
+    ):
+        found = np.asarray(jax.jit(function)(damaged))
+        assert np.isnan(found[4]).all()
+        np.testing.assert_array_equal(found[rows], np.asarray(function(pre))[rows])
+    assert np.isnan(sparsity.batch_topk(jnp.asarray(damaged), 4)[4]).all()
+
+
 def test_topk_in_bfloat16_and_float64():
     pre = np.random.default_rng(0).permutation(256).reshape(2, 128).astype(np.float32) - 60
     low = sparsity.topk(jnp.asarray(pre, jnp.bfloat16), 5)

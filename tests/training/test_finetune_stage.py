@@ -1,10 +1,20 @@
 """Fine-tuning through the model in the stage train: after training, by flag, and begun again where it was stopped."""
 
+import json
+import types
+
+import jax
+import numpy as np
 import pytest
 import runs
 
+import saejax
+from saejax.activations.store import Store
+from saejax.page.findings import Findings
 from saejax.runner import command
+from saejax.runner.results import load_results
 from saejax.runner.workplan import Workplan
+from saejax.stages.train.report import finetuning_tables, training_curves
 from saejax.training import finetune
 
 pytestmark = pytest.mark.usefixtures("single_device")
@@ -36,6 +46,63 @@ def test_members_are_tuned_and_a_stopped_run_ends_with_the_same_bits(inputs, tmp
     assert whole == broken and whole.keys() == plain.keys() and len(whole) == 2
     for member, arrays in whole.items():
         assert arrays["threshold_F"] != plain[member]["threshold_F"], "calibrated anew"
+
+
+def records(unit) -> list[dict]:
+    return [json.loads(line) for line in (unit / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_another_number_of_steps_begins_after_the_last_step_of_training(inputs, tmp_path, capsys):
+    """Whichever of the two ran first, and in a longer run, which begins where the learning rate began to fall."""
+    assert run(inputs, tmp_path / "whole", train__max_steps=20) == 0
+    capsys.readouterr()
+    runs.copy_units(tmp_path / "whole", tmp_path / "after", "baseline", "capture")
+    for changes, step in (
+        (dict(train__kl_steps=0), 0),
+        (dict(train__kl_steps=2), 20),
+        (dict(), 20),
+        (dict(train__max_steps=30), 16),
+    ):
+        assert run(inputs, tmp_path / "after", **dict(train__max_steps=20) | changes) == 0, capsys.readouterr().err
+        output = capsys.readouterr().out
+        assert (f"going on from step {step} of a run of 20 steps" in output) == bool(step), output
+        if changes == {}:
+            assert runs.dictionary_checksums(tmp_path / "after") == runs.dictionary_checksums(tmp_path / "whole")
+        assert f"resuming batchtopk at step {step}" in output if step else "training batchtopk" in output
+
+
+def test_its_metrics_and_scores_are_among_the_results(inputs, tmp_path):
+    lm = saejax.load_model(str(inputs[0]))
+    unit, kl = tmp_path / "train" / "batchtopk", {}
+    for steps in (0, 4):
+        assert run(inputs, tmp_path, train__kl_steps=steps, train__log_every=3, train__max_steps=20) == 0
+        documents = Store.open(tmp_path / "capture").documents.of("held_out")
+        kl[steps] = [divergence(lm, saejax.load_dictionary(unit / name), documents) for name in ("k4", "k8")]
+    results = load_results(unit)
+    assert results.steps == 20 and results.tokens_per_second == 0, "no step of training was done again"
+    for index, member in enumerate(results.members):
+        *earlier, last = records(unit / member.name)
+        assert [record["step"] for record in earlier[-2:]] == [20, 23] and last["step"] == 24
+        assert last["kl"] > 0 and last["kl"] == member.final["kl"] and "kl" not in earlier[-2]
+        found = [scores.kl for scores in member.finetuned]
+        np.testing.assert_allclose(found, [kl[0][index], kl[4][index]], rtol=1e-4)
+    assert [curve.tokens[-1] for curve in training_curves(unit)] == [24 * 64] * 2
+    summaries = {"train/batchtopk": types.SimpleNamespace(results=results)}
+    (table,) = finetuning_tables(Findings(summaries, {}, tmp_path, {}))
+    assert f"| batchtopk/k4 | {kl[0][0]:.4f} | {kl[4][0]:.4f} |" in table.markdown()
+
+
+def divergence(lm, dictionary, documents) -> float:
+    """KL divergence on predicted tokens, from logits of whole passes."""
+    total = tokens = 0
+    for ids_T in documents:
+        clean_TxV, changed_TxV = (
+            np.asarray(jax.nn.log_softmax(lm(ids_T[None], edits=edits).logits_BxTxV[0, :-1]), np.float64)
+            for edits in ([], [dictionary.ablate_error()])
+        )
+        total += (np.exp(clean_TxV) * (clean_TxV - changed_TxV)).sum()
+        tokens += len(clean_TxV)
+    return total / tokens
 
 
 def test_it_follows_training_straight_from_the_model(inputs, tmp_path, capsys):

@@ -184,6 +184,11 @@ def test_what_does_not_fit_is_listed(tmp_path):
         started("standard", tmp_path / "topk", form="transcoder", sites=("mlp_in.1",))
     with pytest.raises(UserError, match="holds no dictionary"):
         started("topk", tmp_path / "nowhere")
+    transcoder = dict(form="transcoder", sites=("mlp_in.1",), target="mlp_out")
+    save_dictionary(tmp_path / "transcoder", random_dictionary(**transcoder))
+    assert started("topk", tmp_path / "transcoder", **transcoder | dict(sites=("mlp_in.2",)))
+    with pytest.raises(UserError, match="does not fit: target is mlp_out, expected resid_post$"):
+        started("topk", tmp_path / "transcoder", **transcoder | dict(target="resid_post"))
     save_dictionary(tmp_path / "normal", random_dictionary(described=dict(input_norm="layer_norm")))
     with pytest.raises(UserError, match="normalisation is layer_norm, expected none$"):
         started("topk", tmp_path / "normal")

@@ -11,7 +11,7 @@ import saejax
 from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.training import longer
-from saejax.training.longer import go_on_from_shorter
+from saejax.training.longer import go_on_from_earlier
 
 QUICK = dict(k=4, features=64, batch=64, epochs=1, warmup=3, dead_tokens=64, resample_every=2)
 
@@ -54,7 +54,7 @@ def test_why_a_run_is_trained_from_the_start(tmp_path, monkeypatch):
     def lines(stack, *earlier, name="new"):
         say, folder = MagicMock(), tmp_path / name
         folder.mkdir(exist_ok=True)
-        go_on_from_shorter(stack, run, folder, [tmp_path / name for name in earlier], say)
+        go_on_from_earlier(stack, run, folder, [tmp_path / name for name in earlier], say)
         return "".join(call.args[0] for call in say.call_args_list)
 
     stack = make_stack("standard")

@@ -85,7 +85,7 @@ def section(findings: Findings, draw: Draw, tested: str) -> Section:
     tables = [_table(findings, tested)] if scores else []
     tables += [_members_table(kind, members) for kind, members in stacks.items()]
     tables += [_layers_table(kind, results) for kind, results in layers.items()]
-    tables += _parts_tables(scores) + _roles_tables(scores)
+    tables += finetuning_tables(findings) + _parts_tables(scores) + _roles_tables(scores)
     # A cross-layer transcoder has no scores of single dictionaries to introduce.
     intro = _intro(scores, tested) if scores else "Trained: a cross-layer transcoder."
     blocks: tuple[Block, ...] = (Text(intro), Terms(_TERMS), *tables, *pictures)
@@ -129,6 +129,25 @@ def _members_table(kind: str, members: Sequence[DictionaryScores]) -> Table:
     rows = tuple((member.name, *(show(member) for show in _MEASURES.values())) for member in members[:_MEMBER_ROWS])
     note = f"The first {_MEMBER_ROWS} of {len(members)} members." if len(members) > _MEMBER_ROWS else ""
     return Table(f"The members of {kind}", ("Member", *_MEASURES), rows, stack=False, note=note)
+
+
+def finetuning_tables(findings: Findings) -> list[Table]:
+    """Return a table with a row for every dictionary that was fine-tuned through the model; none without any."""
+    rows = [
+        (full_name(kind, member.name), *member.finetuned)
+        for kind, trained in findings.each(TrainResults).items()
+        for member in trained.members
+        if member.finetuned
+    ][:_MEMBER_ROWS]
+    columns = {
+        "Dictionary": lambda name, before, after: name,
+        "KL divergence: before": lambda name, before, after: number(before.kl, 4),
+        "KL divergence: after": lambda name, before, after: number(after.kl, 4),
+        "Cross-entropy recovered (mean): before": lambda name, before, after: number(before.ce_recovered, 3),
+        "Cross-entropy recovered (mean): after": lambda name, before, after: number(after.ce_recovered, 3),
+    }
+    note = "With the dictionary's output in the model, on held-out text; KL divergence in nats per token."
+    return [Table.of("Fine-tuning through the model", rows, columns, stack=False, note=note)] if rows else []
 
 
 def _parts_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Table]:

@@ -29,8 +29,8 @@ from saejax.stages.train.metrics import split_metrics
 from saejax.stages.train.pretrained import run_pretrained
 from saejax.training.finetune import check_can_finetune, finetune_members
 from saejax.training.held_out import LossScorer
-from saejax.training.inputs import Source, model_source, store_source
-from saejax.training.longer import LENGTH
+from saejax.training.inputs import Calibrate, Finetuned, Source, model_source, store_source
+from saejax.training.longer import LATER
 from saejax.training.loop import TrainFolders, check_state_dtype, train_stack
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.metrics import METRICS
@@ -105,8 +105,8 @@ def _loss_scorer(run: Run, rows: Any, stack: TrainStack) -> LossScorer:
     return LossScorer(stack, lm, rows.documents.sample(HELD_OUT_TOKENS).of("held_out"))
 
 
-def _finetune(run: Run, rows: Any, stack: TrainStack, state: TrainState) -> TrainState:
-    """Return the state after its members were fine-tuned in the model of a store or a stream, which is loaded."""
+def _finetune(run: Run, rows: Any, stack: TrainStack, state: TrainState, calibrate: Calibrate) -> Finetuned:
+    """Fine-tune the members of a state in the model of a store or a stream, which is loaded."""
     lm = load_configured_model(run.configs[ModelConfig], stack.mesh)
     if stack.config.source == "store":
         rows.check_model(lm.source)
@@ -114,7 +114,12 @@ def _finetune(run: Run, rows: Any, stack: TrainStack, state: TrainState) -> Trai
         check_can_finetune(lm, dataclasses.replace(stack.dictionary, site=member.site, target=member.target))
     # As much of the text as the steps take, unless its documents are short; then it is read again.
     documents = rows.documents.sample(stack.config.kl_steps * stack.config.batch).of("train")
-    return finetune_members(stack, state, lm, documents, run.say, run.stopping)
+    held_out = [ids_T for ids_T in rows.documents.sample(HELD_OUT_TOKENS).of("held_out") if len(ids_T) > 1]
+    scorer = LossScorer(stack, lm, held_out)
+    before = scorer.measure(state, calibrate(state)) if held_out else []
+    state, records = finetune_members(stack, state, lm, documents, run.say, run.stopping)
+    after = scorer.measure(state, calibrate(state)) if held_out else []
+    return Finetuned(state, records, [*zip(before, after, strict=True)])
 
 
 def train_members(
@@ -154,22 +159,22 @@ def _folders(run: Run, members: Sequence[Member], size: str = "") -> TrainFolder
     if not (run.folder / STARTED).exists():  # a folder inside of a unit
         return TrainFolders(run.folder, written, run.folder, size=size)
     # Files of wandb change after the run: they are in ``wandb/`` in the workdir, not among the unit's.
-    started, earlier = (run.folder / STARTED).read_text(), _of_other_length(run, [member.name for member in members])
+    started, earlier = (run.folder / STARTED).read_text(), _begun_alike(run, [member.name for member in members])
     return TrainFolders(run.folder, written, run.folder.parents[1], started, earlier, size)
 
 
-def _of_other_length(run: Run, members: Sequence[str]) -> tuple[Path, ...]:
-    """Return the units of trainings in this workdir whose members differ from these in the length alone."""
-    wanted, units = _but_length(run.folder, members if run.stack else ()), []
+def _begun_alike(run: Run, members: Sequence[str]) -> tuple[Path, ...]:
+    """Return the units of trainings in this workdir whose members differ from these in ``LATER`` settings alone."""
+    wanted, units = _first_steps(run.folder, members if run.stack else ()), []
     for folder in sorted(run.folder.parent.glob(f"{run.name}-*")):
         with contextlib.suppress(UserError):  # a damaged unit is not taken
-            if folder != run.folder and _but_length(folder, members if run.stack else ()) == wanted:
+            if folder != run.folder and _first_steps(folder, members if run.stack else ()) == wanted:
                 units.append(folder)
     return tuple(units)
 
 
-def _but_length(unit: Path, members: Sequence[str]) -> list[Any]:
-    """Return what a unit, or each of these members of a stack, depends on besides the length of training."""
+def _first_steps(unit: Path, members: Sequence[str]) -> list[Any]:
+    """Return what the first steps of a unit, or of each of these members of a stack, depend on."""
     folders = [unit]
     if members:
         places = read_object(unit / STACK, "members")["members"] if (unit / STACK).exists() else {}
@@ -178,8 +183,13 @@ def _but_length(unit: Path, members: Sequence[str]) -> list[Any]:
     for folder in folders:
         # The unit is named like its folder, and its name says nothing about its content.
         depends.append({**read_object(folder / STARTED).get("depends_on", {}), "unit": ""})
-        for name in LENGTH:
-            depends[-1].get("settings", {}).pop(name, None)
+        settings = depends[-1].get("settings", {})
+        # Activations that are read from a store have its hash; only fine-tuning runs the model.
+        depends[-1]["settings"] = {
+            name: value for name, value in settings.items() if name not in LATER and not name.startswith("model.")
+        }
+        if settings.get("train.source") == "store":
+            depends[-1]["sources"] = {**depends[-1].get("sources", {}), "model": ""}
     return depends
 
 
