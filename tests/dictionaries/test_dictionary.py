@@ -67,7 +67,7 @@ class DropsNaN(kinds.Kind):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", [*kinds.KINDS, "signed", "normalised", "drops_nan"])
 def test_a_token_that_is_not_finite_has_nan_for_every_feature(kind, value, monkeypatch):
-    """None that does not fire, with which a dictionary of a damaged model would look sparse; other tokens are as ever."""
+    """So no feature counts as silent there; other tokens are as ever."""
     monkeypatch.setitem(kinds.KINDS, "drops_nan", DropsNaN())
     changes = dict(signed=dict(signed=True), normalised=dict(input_norm="layer_norm")).get(kind, {})
     dictionary, x = make("topk" if changes else kind, n_features=640), activations(6, 12)
