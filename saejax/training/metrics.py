@@ -99,7 +99,7 @@ class Metrics:
             whole = self._steps + step
             head = dict(step=whole, tokens=whole * self._stack.config.batch, seconds=self.seconds)
             for member, of_member in zip(self._members, records, strict=True):
-                self.records.append(head | dict(member=member) | of_member[step - 1])
+                self.records.append({**head, "member": member, **of_member[step - 1]})
                 if self._wandb:
                     self._wandb.write(whole, member, of_member[step - 1])
         self.write()
