@@ -61,7 +61,7 @@ Calibrate = Callable[[TrainState], jax.Array | None]  # a state to the threshold
 
 @dataclasses.dataclass(frozen=True)
 class Finetuned:
-    """What fine-tuning through the model made of a stack."""
+    """A stack that was fine-tuned through the model."""
 
     state: TrainState  #: the state, with other parameters
     records: Sequence[Sequence[Mapping[str, float]]]  #: metrics of each member and step
