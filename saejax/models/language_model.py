@@ -177,7 +177,7 @@ class LanguageModel:
         Raises:
           UserError: a site does not exist, or an edit does not fit it or the prompts.
         """
-        tokens = as_tokens(tokens)
+        tokens = as_tokens(tokens, self.tokenizer)
         length = tokens.ids_BxT.shape[1]
         padded = round_length(length)
         sites, edits = self._prepare(tokens, capture, edits, padded)
@@ -222,7 +222,7 @@ class LanguageModel:
           UserError: a site does not exist, an edit does not fit, the context is too short, a setting is out of range,
             or logits are not finite.
         """
-        tokens = as_tokens(tokens)
+        tokens = as_tokens(tokens, self.tokenizer)
         _, edits = self._prepare(tokens, (), edits, self._length_with_cache(tokens))
         generation.check_limit(tokens.lengths_B, max_new_tokens, self.config.context)
         sampling = decoding.sampling_params(temperature, top_p, seed)

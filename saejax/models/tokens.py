@@ -1,10 +1,11 @@
 """Prompts as token ids: special tokens, answers that continue a text, batches of few shapes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from saejax.errors import UserError, one_of
 from saejax.short_reprs import has_short_repr
@@ -54,19 +55,60 @@ class Tokens:
             )
 
 
-def as_tokens(tokens: object) -> Tokens:
-    """Return a batch of prompts as it is, or one of lists of token ids; raise a ``UserError`` otherwise."""
+def as_tokens(tokens: Any, tokenizer: Any = None) -> Tokens:
+    """Return a batch of prompts as it is, one of lists of token ids, or one that a tokenizer of transformers returns.
+
+    Of the last, with padding on either side, ``attention_mask`` says which tokens are real. Rows without a mask are
+    taken as they are; a warning tells where the tokenizer's padding token stands at the ends of some.
+
+    Raises:
+      UserError: it is none of these, or a prompt is empty.
+    """
     if isinstance(tokens, Tokens):
         return tokens
+    mask = None
+    if isinstance(tokens, Mapping) and "input_ids" in tokens:
+        tokens, mask = tokens["input_ids"], tokens.get("attention_mask")
+        tokens = np.asarray(tokens) if _are_ids(tokens) else _drop_padding(tokens, mask)
     rows = tokens if isinstance(tokens, list | tuple | np.ndarray) else []
     if len(rows) and all(map(_are_ids, rows)):
+        if mask is None:
+            _tell_padding(rows, getattr(tokenizer, "pad_token_id", None))
         return pad([list(row) for row in rows])
     kind, expected = type(tokens).__name__, "the result of lm.tokenize(texts), or a list of lists of token ids"
     if _are_ids(rows):
         raise UserError(f"tokens is one list of {len(rows)} ids: expected {expected}; of one prompt give [tokens]")
-    if any(isinstance(row, list | tuple) and not row for row in rows):
+    if any(isinstance(row, list | tuple | np.ndarray) and not len(row) for row in rows):
         raise UserError(f"tokens has an empty prompt: expected {expected}")
     raise UserError(f"tokens is a {kind}: expected {expected}")
+
+
+def _drop_padding(ids: Any, mask: Any) -> list[np.ndarray]:
+    """Return the tokens of each row where its mask is not 0, or all of them without a mask."""
+    if mask is None:
+        return list(map(np.asarray, ids))
+    rows = [(np.asarray(row), np.asarray(real) != 0) for row, real in zip(ids, mask, strict=True)]
+    for number, (row, real) in enumerate(rows):
+        if row.shape != real.shape or np.count_nonzero(np.diff(real)) > 1 + (not real[:1].any()):
+            raise UserError(f"attention_mask of prompt {number} is no mask of padding: expected 1 at its own tokens")
+    return [row[real] for row, real in rows]
+
+
+def _tell_padding(rows: Sequence[Any] | np.ndarray, padding: int | None) -> None:
+    """Warn where some rows of one length begin or end in the padding token, which would be read as text."""
+    if padding is None or len(rows) < 2 or len(set(map(len, rows))) > 1:
+        return
+    for place in (0, -1):
+        if 0 < (count := sum(int(row[place]) == padding for row in rows)) < len(rows):
+            where = "end" if place else "begin"
+            logging.warning(
+                "%d of %d prompts %s in the padding token %d, which is read as text: give lm.tokenize(texts), lists "
+                "without padding, or the tokenizer's whole result with its attention_mask",
+                count,
+                len(rows),
+                where,
+                padding,
+            )
 
 
 def _are_ids(row: object) -> bool:

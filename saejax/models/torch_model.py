@@ -82,7 +82,7 @@ class TorchModel(LanguageModel):
         logits: bool = True,
     ) -> Output:
         """Run the model; see ``LanguageModel``. Sites may be modules, as in "module:model.layers.3.mlp"."""
-        tokens = as_tokens(tokens)
+        tokens = as_tokens(tokens, self.tokenizer)
         length = tokens.ids_BxT.shape[1]
         # Not beyond the context: models with learned positions have no more.
         padded = max(length, min(round_length(length), self.config.context))

@@ -1,5 +1,6 @@
 """Running a model with sites captured and edits on."""
 
+import copy
 import dataclasses
 
 import jax
@@ -15,7 +16,7 @@ from saejax.models import language_model
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import parameter_table
 from saejax.models.sites import KINDS, Site
-from saejax.models.tokens import Tokens, pad
+from saejax.models.tokens import Tokens, as_tokens, pad
 
 TEXTS = ["The capital of France is", "3 + 4 =", "One day, she said that there was a way to see where the water went"]
 
@@ -70,9 +71,28 @@ def test_texts_that_cannot_be_run(lm, texts, message):
             (np.array([1, 2]), "one list of 2 ids"),
             ([[1], []], "has an empty prompt"),
             ([[[1, 2], [3]]], "tokens is a list: expected"),  # NumPy makes no array of it
+            (dict(input_ids=[1, 2]), "one list of 2 ids"),
+            (dict(input_ids=[[1, 2, 3]], attention_mask=[[1, 0, 1]]), "of prompt 0 is no mask of padding"),
+            (dict(input_ids=[[1, 2], [3, 4]], attention_mask=[[1, 1], [0, 0]]), "prompts have 0 to 2 tokens"),
         ):
             with pytest.raises(UserError, match=said):
                 run(strange)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_a_tokenizer_of_transformers_returns_is_read_without_its_padding(lm, side, caplog):
+    texts = ["The capital", "The capital of the river is"]
+    expected, tokenizer = lm(lm.tokenize(texts)), copy.deepcopy(lm.tokenizer)
+    tokenizer.padding_side = side
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    for kind in ("np", "pt"):
+        found = lm(tokenizer(texts, padding=True, return_tensors=kind))
+        np.testing.assert_array_equal(found.logits_BxTxV, expected.logits_BxTxV)
+    assert lm.generate(tokenizer(texts), 3)[0].ids == lm.generate(lm.tokenize(texts), 3)[0].ids
+    assert "padding token" not in caplog.text
+    as_tokens(tokenizer(texts, padding=True, return_tensors="np")["input_ids"], tokenizer)
+    assert f"1 of 2 prompts {dict(left='begin', right='end')[side]} in the padding token" in caplog.text
 
 
 def test_what_is_meant_is_accepted(lm):
