@@ -52,11 +52,14 @@ class PlainDictionary:
         y_D = f_F @ self.w["W_dec_FxD"] + self.w["b_dec_D"]
         return y_D + x_D @ self.w["W_skip_DxD"] if self.config.skip else y_D
 
-    def edited(self, x_TxD, y_TxD, features, new: Callable, positions="all", error="keep", prompt=None):
-        """y with features changed: ``new(k, t, f)`` is the activation in place of f of the k-th feature at t."""
+    def edited(self, x_TxD, y_TxD, features, new: Callable, positions="all", error="keep", prompt=None, before=None):
+        """y with features changed: ``new(k, t, f)`` is the activation in place of f of the k-th feature at t.
+
+        Sinks are told by x, or where the site was edited by its value ``before`` that.
+        """
         out_TxD = y_TxD.copy()
         for t, x_D in enumerate(x_TxD):
-            sink = np.linalg.norm(x_D) > self.config.max_norm
+            sink = np.linalg.norm((x_TxD if before is None else before)[t]) > self.config.max_norm
             if sink or not wanted(t, positions, len(x_TxD) if prompt is None else prompt):
                 continue
             f_F, g_F, changed = self.encode(x_D), self.encode(x_D), False

@@ -114,8 +114,8 @@ def test_edits_of_several_layers_and_of_one_site_act_in_their_order(llama):
             return x_TxD
 
         def both(x_TxD):
-            x_TxD = plain_sae.edited(x_TxD, x_TxD, FEATURES, lambda k, t, f: f + 4.0)
-            return plain_sae.edited(x_TxD, x_TxD, FEATURES[:2], lambda k, t, f: 0.0)
+            once_TxD = plain_sae.edited(x_TxD, x_TxD, FEATURES, lambda k, t, f: f + 4.0)
+            return plain_sae.edited(once_TxD, once_TxD, FEATURES[:2], lambda k, t, f: 0.0, before=x_TxD)
 
         def drop(y_TxD):
             return plain_first.edited(kept["mlp_in.0"], y_TxD, many, lambda k, t, f: 2 * f, error="drop")

@@ -52,7 +52,10 @@ def test_it_is_as_large_and_as_sparse_and_its_directions_are_drawn(store, like):
     x = read(store).astype(np.float64)
     pre = (x - x.mean(0)) @ W.astype(np.float64)
     kept = np.sort(pre, axis=1)[:, [-4]] if is_plain_topk(like.kind) else float(made.threshold_F[0])
-    np.testing.assert_allclose(f_BxF, np.where((pre >= kept) & (pre > 0), pre, 0), atol=2e-4)
+    expected = np.where((pre >= kept) & (pre > 0), pre, 0)
+    wrong = ~np.isclose(f_BxF, expected, atol=2e-4)
+    # On which side of a threshold a number within 1e-4 of it falls is a matter of rounding.
+    assert wrong.sum() <= 2 and np.abs(pre - kept)[wrong].max(initial=0) < 1e-4
 
 
 def test_its_decoder_is_that_of_least_squares(monkeypatch):

@@ -45,8 +45,9 @@ def test_smollm2_equals_transformers(smollm2, smollm2_torch):
     print(f"largest logit difference {difference:.2e}; largest error {errors[worst]:.2e}, at {worst}")
     assert len(errors) == 210
     assert difference < 1e-3
-    # Both round: at resid_post.10 transformers itself is 8.2e-6 away from fp64.
-    assert all(errors[name] < max(1e-5, 2 * rounding[name]) for name in errors), worst
+    # Both round: at resid_post.10, where large values all but cancel, transformers itself is 8.2e-6 to 1.0e-5 away from
+    # fp64, and XLA 1.1e-5 on a processor with AVX-512, 5.0e-5 on one without; elsewhere at most 1.6e-5 there.
+    assert all(errors[name] < max(2e-5, 8 * rounding[name]) for name in errors), worst
     our_error, their_error = (
         max(relative_error(values[name], exact[name]) for name in exact) for values in (ours_of_sink, theirs_of_sink)
     )

@@ -475,7 +475,8 @@ def test_everything_kept_is_the_model_with_sinks_too(lm):
     assert (sinks_LxP[:, 1:].sum(axis=1) == 1).all()
     readouts = read_targets(local, [7], 10, 0.95)
     kept = local.run([every_part(local)], readouts=readouts).readout_RxK[0, 0]
-    np.testing.assert_allclose(kept, readouts.value_K[0], atol=1e-6)
+    # Parts that are added up in fp32: 64 products of numbers up to 1 round to 1e-6, by processor.
+    np.testing.assert_allclose(kept, readouts.value_K[0], atol=5e-6)
 
 
 @pytest.mark.usefixtures("cold_programs")
