@@ -10,11 +10,14 @@ import runs
 
 import saejax
 from saejax.activations.store import Store
+from saejax.files import write_json
 from saejax.page.findings import Findings
 from saejax.runner import command
 from saejax.runner.results import load_results
 from saejax.runner.workplan import Workplan
+from saejax.runner.workspace import STARTED
 from saejax.stages.train.report import finetuning_tables, training_curves
+from saejax.stages.train.run import _first_steps
 from saejax.training import finetune
 
 pytestmark = pytest.mark.usefixtures("single_device")
@@ -69,6 +72,19 @@ def test_another_number_of_steps_begins_after_the_last_step_of_training(inputs, 
         if changes == {}:
             assert runs.dictionary_checksums(tmp_path / "after") == runs.dictionary_checksums(tmp_path / "whole")
         assert f"resuming batchtopk at step {step}" in output if step else "training batchtopk" in output
+
+
+@pytest.mark.parametrize("source", ["store", "model"])
+def test_settings_of_the_model_count_where_training_runs_it(source, tmp_path):
+    """With a store only fine-tuning runs the model; without one, activations of another dtype are other ones."""
+    firsts = []
+    for number, dtype in enumerate(("float32", "bfloat16")):
+        settings = {"train.source": source, "train.k": 4, "train.kl_steps": number, "model.dtype": dtype}
+        unit = tmp_path / f"topk-{number}"
+        unit.mkdir()
+        write_json(unit / STARTED, dict(depends_on=dict(settings=settings, sources=dict(model="same"))))
+        firsts.append(_first_steps(unit, ()))
+    assert (firsts[0] == firsts[1]) == (source == "store")
 
 
 def test_its_metrics_and_scores_are_among_the_results(inputs, tmp_path):

@@ -184,12 +184,11 @@ def _first_steps(unit: Path, members: Sequence[str]) -> list[Any]:
         # The unit is named like its folder, and its name says nothing about its content.
         depends.append({**read_object(folder / STARTED).get("depends_on", {}), "unit": ""})
         settings = depends[-1].get("settings", {})
+        depends[-1]["settings"] = {name: value for name, value in settings.items() if name not in LATER}
         # Activations that are read from a store have its hash; only fine-tuning runs the model.
-        depends[-1]["settings"] = {
-            name: value for name, value in settings.items() if name not in LATER and not name.startswith("model.")
-        }
         if settings.get("train.source") == "store":
-            depends[-1]["sources"] = {**depends[-1].get("sources", {}), "model": ""}
+            kept = {name: value for name, value in depends[-1]["settings"].items() if not name.startswith("model.")}
+            depends[-1] |= dict(settings=kept, sources={**depends[-1].get("sources", {}), "model": ""})
     return depends
 
 
