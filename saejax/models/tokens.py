@@ -78,20 +78,28 @@ def as_tokens(tokens: Any, tokenizer: Any = None) -> Tokens:
     kind, expected = type(tokens).__name__, "the result of lm.tokenize(texts), or a list of lists of token ids"
     if _are_ids(rows):
         raise UserError(f"tokens is one list of {len(rows)} ids: expected {expected}; of one prompt give [tokens]")
-    if any(isinstance(row, list | tuple | np.ndarray) and not len(row) for row in rows):
+    if any(isinstance(row, list | tuple) and not row for row in rows):
         raise UserError(f"tokens has an empty prompt: expected {expected}")
     raise UserError(f"tokens is a {kind}: expected {expected}")
 
 
-def _drop_padding(ids: Any, mask: Any) -> list[np.ndarray]:
+def _drop_padding(ids: Any, mask: Any) -> list[list[int]]:
     """Return the tokens of each row where its mask is not 0, or all of them without a mask."""
-    if mask is None:
-        return list(map(np.asarray, ids))
-    rows = [(np.asarray(row), np.asarray(real) != 0) for row, real in zip(ids, mask, strict=True)]
-    for number, (row, real) in enumerate(rows):
-        if row.shape != real.shape or np.count_nonzero(np.diff(real)) > 1 + (not real[:1].any()):
+    try:
+        rows = [np.asarray(row) for row in ids]
+        masks = [np.ones(row.shape, bool) for row in rows] if mask is None else [np.asarray(real) != 0 for real in mask]
+    except (TypeError, ValueError):
+        rows = masks = []
+    shapes = [row.shape for row in rows]
+    if not rows or shapes != [real.shape for real in masks] or {*map(len, shapes)} != {1}:
+        raise UserError(
+            "input_ids and attention_mask are no lists of token ids and of as many zeros and ones: expected those that "
+            "a tokenizer returns for a list of texts"
+        )
+    for number, real in enumerate(masks):
+        if np.count_nonzero(np.diff(real)) > 1 + (not real[:1].any()):
             raise UserError(f"attention_mask of prompt {number} is no mask of padding: expected 1 at its own tokens")
-    return [row[real] for row, real in rows]
+    return [row[real].tolist() for row, real in zip(rows, masks, strict=True)]
 
 
 def _tell_padding(rows: Sequence[Any] | np.ndarray, padding: int | None) -> None:

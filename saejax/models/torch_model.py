@@ -375,7 +375,7 @@ class _PassEdits:
             changed.block_until_ready()  # it may read memory that torch writes next
             value = torch.from_dlpack(changed).to(value.device)
         if site in self._reads:
-            self._values[site] = jnp.array(_to_jax(value, self._mesh))
+            self._values[site] = jnp.array(_to_jax(value, self._mesh)) if edits else self._unedited[site]
         return value
 
 

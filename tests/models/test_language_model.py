@@ -73,7 +73,10 @@ def test_texts_that_cannot_be_run(lm, texts, message):
             ([[[1, 2], [3]]], "tokens is a list: expected"),  # NumPy makes no array of it
             (dict(input_ids=[1, 2]), "one list of 2 ids"),
             (dict(input_ids=[[1, 2, 3]], attention_mask=[[1, 0, 1]]), "of prompt 0 is no mask of padding"),
-            (dict(input_ids=[[1, 2], [3, 4]], attention_mask=[[1, 1], [0, 0]]), "prompts have 0 to 2 tokens"),
+            (dict(input_ids=[[1, 2], [3, 4]], attention_mask=[[1, 1], [0, 0]]), "has an empty prompt"),
+            (dict(input_ids=[[1, 2], [3, 4]], attention_mask=[[1, 1]]), "input_ids and attention_mask are no lists"),
+            (dict(input_ids=[[[1], [2]]]), "input_ids and attention_mask are no lists"),
+            (dict(input_ids=3), "input_ids and attention_mask are no lists"),
         ):
             with pytest.raises(UserError, match=said):
                 run(strange)
