@@ -281,9 +281,9 @@ def _few_tokens(count: int, most: int, length: int) -> int:
 
 
 def few_rows(count: int, shards: int) -> int:
-    """Return ``count`` rows of a shard or more, a power of two: rows add attention alone, so few numbers serve all.
+    """Return ``count`` rows of a shard or more: rows add attention alone, so few numbers serve all.
 
-    The ``shards`` of a batch together have at least ``_ROWS``.
+    They are a power of two, or the shard's part of ``_ROWS`` where the ``shards`` of a batch together have fewer.
     """
     return max(2 ** (count - 1).bit_length(), _ROWS // shards)
 
