@@ -101,6 +101,16 @@ def test_a_class_name_stands_once():
     assert not {name: where for name, where in places.items() if len(where) > 1}, "a name is for one thing"
 
 
+def test_functions_of_training_take_six_parameters_at_most():
+    many = set()
+    for name, tree in TREES.items():
+        for node in ast.walk(tree) if name.startswith("saejax.training") else ():
+            if isinstance(node, ast.FunctionDef):
+                arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                many |= {f"{name}.{node.name}"} if len(arguments) > 6 else set()
+    assert not many, "what belongs together is one argument"
+
+
 def test_letters_are_from_the_table():
     table = shapes.table().keys()
     assert len(table) > 10, "WORKSPACE.md has a table of letters"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from saejax.short_reprs import has_short_repr
 from saejax.training.finetune import CleanBatches, check_can_finetune, finetune_member, finetuning_stack
 from saejax.training.init_from import with_unit_rows
 from saejax.training.inputs import store_source
-from saejax.training.loop import TrainFolders, check_state_dtype, train_stack
+from saejax.training.loop import Listener, TrainFolders, check_state_dtype, train_stack
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.scales import SiteScale
 from saejax.training.settings import TrainConfig
@@ -86,7 +86,15 @@ def train(
       UserError: a setting is unknown, out of range or a list of several values, the site is not there, the folder
         holds training on something else, or training diverges.
     """
-    (dictionary,) = _train(acts, site, kind, False, folder, mesh, on_progress, settings).values()
+    with tempfile.TemporaryDirectory(prefix="saejax-train-") as temporary:
+        training = _prepare_training(acts, Path(temporary), site, kind, mesh, settings)
+        names = [member.name for members in training.members.values() for member in members]
+        if len(names) > 1:
+            raise UserError(
+                f"these settings make {len(names)} dictionaries ({', '.join(names)}), and this trains one: "
+                "saejax.train_all trains them together"
+            )
+        (dictionary,) = _train(training, Path(folder or Path(temporary) / "train"), on_progress).values()
     return dictionary
 
 
@@ -118,21 +126,32 @@ def train_all(
     Raises:
       UserError: as for ``train``.
     """
-    return _train(acts, site, kind, True, folder, mesh, on_progress, settings)
+    with tempfile.TemporaryDirectory(prefix="saejax-train-") as temporary:
+        training = _prepare_training(acts, Path(temporary), site, kind, mesh, settings)
+        return _train(training, Path(folder or Path(temporary) / "train"), on_progress)
 
 
-def _train(
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """The dictionaries that ``train`` and ``train_all`` train, and the activations that they read."""
+
+    store: Store
+    #: settings and members, by the names of ``TrainConfig.each_size``.
+    configs: Mapping[str, TrainConfig]
+    members: Mapping[str, Sequence[Member]]
+    mesh: Mesh
+
+
+def _prepare_training(
     acts: Activations | Store | str | Path,
+    temporary: Path,
     site: str | Sequence[str],
     kind: str,
-    may_be_several: bool,
-    folder: str | Path | None,
     mesh: Mesh | None,
-    on_progress: Callable[[str], None] | None,
     settings: dict[str, Any],
-) -> dict[str, Dictionary]:
-    """Return the dictionaries that settings make, by their names; see ``train`` and ``train_all``."""
-    mesh, on_progress = mesh or make_mesh(), on_progress or (lambda line: None)
+) -> _Training:
+    """Return the members that settings make; arrays are saved in a temporary folder. See ``train``."""
+    mesh = mesh or make_mesh()
     check_mesh(mesh)
     settings |= dict(pretrained=kind) if kind == PRETRAINED else {}
     for name in _NOT_HERE.keys() & settings.keys():
@@ -144,42 +163,39 @@ def _train(
             f"a {form} is no dictionary of one layer, which saejax.train returns: train it with the command saejax "
             f"train --train.form={form}, and open it with saejax.open_transcoders"
         )
-    with tempfile.TemporaryDirectory(prefix="saejax-train-") as temporary:
-        if isinstance(acts, Activations):
-            store = acts.save(Path(temporary) / "capture")
-        else:
-            store = acts if isinstance(acts, Store) else Store.open(acts)
-        if not site:
-            # A transcoder's target is there, too.
-            target = "" if form == "sae" else settings.get("target", TrainConfig.target)
-            readable = [each for each in store.sites if each.partition(".")[0] != target]
-            if len(readable) > 1:
-                raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
-            site = next(iter(readable or store.sites))
-        config = make_config(TrainConfig, kind, kinds=kind, sites=site, **settings)
-        shared = {name for each in KINDS.values() for name in each.reads}
-        for name in sorted(shared.intersection(settings).difference(KINDS[kind].reads)):
-            logging.warning(
-                "%s=%s has no effect: dictionaries of the kind %s do not read it", name, settings[name], kind
-            )
-        sites = choose_sites(config, list(store.sites))
-        sizes = config.each_size()
-        stacks = {size: make_members(of_size, kind, sites, size) for size, of_size in sizes.items()}
-        stack = [member for members in stacks.values() for member in members]
-        if len(stack) > 1 and not may_be_several:
-            raise UserError(
-                f"these settings make {len(stack)} dictionaries ({', '.join(member.name for member in stack)}), "
-                "and this trains one: saejax.train_all trains them together"
-            )
-        target = Path(folder or Path(temporary) / "train")
-        check_state_dtype(config)
-        for size, members in stacks.items():
-            folders = dataclasses.replace(TrainFolders.inside(target, members), size=size)
-            folders.logs.mkdir(parents=True, exist_ok=True)
-            _check_or_record_inputs(folders.logs, store, members, config.init_from)
-            source = store_source(sizes[size], store, batch_parts(members), on_progress)
-            train_stack(sizes[size], kind, members, source, mesh, folders, on_progress)
-        return {member.name: load_dictionary(target / member.name) for member in stack}
+    if isinstance(acts, Activations):
+        store = acts.save(temporary / "capture")
+    else:
+        store = acts if isinstance(acts, Store) else Store.open(acts)
+    if not site:
+        # A transcoder's target is there, too.
+        target = "" if form == "sae" else settings.get("target", TrainConfig.target)
+        readable = [each for each in store.sites if each.partition(".")[0] != target]
+        if len(readable) > 1:
+            raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
+        site = next(iter(readable or store.sites))
+    config = make_config(TrainConfig, kind, kinds=kind, sites=site, **settings)
+    shared = {name for each in KINDS.values() for name in each.reads}
+    for name in sorted(shared.intersection(settings).difference(KINDS[kind].reads)):
+        logging.warning("%s=%s has no effect: dictionaries of the kind %s do not read it", name, settings[name], kind)
+    sites, configs = choose_sites(config, list(store.sites)), config.each_size()
+    members = {size: make_members(of_size, kind, sites, size) for size, of_size in configs.items()}
+    check_state_dtype(config)
+    return _Training(store, configs, members, mesh)
+
+
+def _train(training: _Training, folder: Path, on_progress: Callable[[str], None] | None) -> dict[str, Dictionary]:
+    """Return the dictionaries by their names, trained in a folder; see ``train_all``."""
+    listener = Listener(on_progress or (lambda line: None))
+    for size, members in training.members.items():
+        config = training.configs[size]
+        folders = dataclasses.replace(TrainFolders.inside(folder, members), size=size)
+        folders.logs.mkdir(parents=True, exist_ok=True)
+        _check_or_record_inputs(folders.logs, training.store, members, config.init_from)
+        source = store_source(config, training.store, batch_parts(members), listener.say)
+        train_stack(config, members, source, training.mesh, folders, listener)
+    names = [member.name for members in training.members.values() for member in members]
+    return {name: load_dictionary(folder / name) for name in names}
 
 
 def _check_or_record_inputs(folder: Path, store: Store, members: Sequence[Member], init_from: str) -> None:

@@ -77,6 +77,14 @@ class TrainFolders:
         return [place / STEPS / str(step) for place in places] if step else places
 
 
+@dataclasses.dataclass(frozen=True)
+class Listener:
+    """A caller that hears how far training is, and may ask it to stop."""
+
+    say: Callable[[str], None] = print  #: logs lines of progress
+    stopping: Callable[[], bool] = lambda: False  #: returns whether the process was asked to stop
+
+
 def check_state_dtype(config: TrainConfig) -> None:
     """Raise a ``UserError`` if JAX would train in float32 in place of ``--train.state_dtype=float64``."""
     if config.state_dtype == "float64" and not jax.config.jax_enable_x64:
@@ -87,25 +95,21 @@ def check_state_dtype(config: TrainConfig) -> None:
 
 def train_stack(
     config: TrainConfig,
-    kind: str,
     members: Sequence[Member],
     source: Source,
     mesh: Mesh,
     folders: TrainFolders,
-    say: Callable[[str], None] = print,
-    stopping: Callable[[], bool] = lambda: False,
+    listener: Listener,
 ) -> TrainResults:
     """Train members together and write their dictionaries, or go on with a training that was interrupted.
 
     Args:
       config: settings with one number of features, as from ``each_size``.
-      kind: kind of the dictionaries.
-      members: the dictionaries; see ``make_members``.
+      members: the dictionaries, of one kind; see ``make_members``.
       source: their activations.
       mesh: the devices.
       folders: where everything is written.
-      say: logs lines of progress.
-      stopping: returns whether the process was asked to stop.
+      listener: takes lines of progress, and says when to stop.
 
     Returns:
       The results, with each member's.
@@ -114,7 +118,7 @@ def train_stack(
       UserError: there are fewer rows than a batch has, or settings that do not fit.
       Interrupted: asked to stop; the state is saved.
     """
-    dictionary = describe_stack(config, kind, source.rows, members)
+    dictionary = describe_stack(config, source.rows, members)
     if source.per_epoch == 0:
         raise UserError(f"the training tokens are fewer than one batch: lower --train.batch={config.batch}")
     steps = config.count_steps(source.per_epoch)
@@ -126,12 +130,12 @@ def train_stack(
     folder.mkdir(exist_ok=True)
     described = _describe_run(stack)
     if is_first_process():
-        go_on_from_earlier(stack, described, folder, [root / folders.size for root in folders.earlier], say)
+        go_on_from_earlier(stack, described, folder, [root / folders.size for root in folders.earlier], listener.say)
     wait_for_all("an earlier run was taken over")
     try:
         with Checkpoints(folder / CHECKPOINTS, decay_start(config, steps)) as checkpoints:
             checkpoints.check_or_record_run(described)
-            state, kept_M, metrics, scores = _train(stack, source, folders, checkpoints, say, stopping)
+            state, kept_M, metrics, scores = _train(stack, source, folders, checkpoints, listener)
     finally:
         source.close()
     save_members(stack, state, kept_M, folders)
@@ -139,7 +143,7 @@ def train_stack(
     dead_after = min(min(source.per_epoch, steps) * config.batch, MOST_TOKENS)
     dead = jax.jit(lambda silent_MxF: jnp.mean(silent_MxF >= dead_after, axis=1), out_shardings=sharding(mesh))
     return TrainResults(
-        kind=kind,
+        kind=stack.kind.name,
         steps=steps,
         tokens=steps * config.batch,
         tokens_per_second=metrics.tokens_per_second(),
@@ -165,15 +169,14 @@ def _train(
     source: Source,
     folders: TrainFolders,
     checkpoints: Checkpoints,
-    say: Callable[[str], None],
-    stopping: Callable[[], bool],
+    listener: Listener,
 ) -> tuple[TrainState, jax.Array | None, Metrics, Sequence[tuple[StandIn, StandIn]]]:
     """Train from the newest checkpoint on or from the start, and fine-tune.
 
     Returns:
       The final state, thresholds for it, the metrics, and each member's scores before and after fine-tuning, if any.
     """
-    config, kind, names = stack.config, stack.kind.name, [member.name for member in stack.members]
+    config, kind, say = stack.config, stack.kind.name, listener.say
     first_step = checkpoints.latest_step or 0
     if first_step:
         state = checkpoints.restore(abstract_state(stack))
@@ -182,7 +185,7 @@ def _train(
     else:
         state = init_state(stack)
     verb = f"resuming {kind} at step {first_step}" if first_step else f"training {kind}"
-    count = f"{len(names)} members, " if len(names) > 1 else ""
+    count = f"{len(stack.members)} members, " if len(stack.members) > 1 else ""
     axes = "x".join(str(size) for size in stack.mesh.shape.values())
     say(f"{verb}: {count}{stack.dictionary.sizes}, {stack.steps} steps of {config.batch} tokens, mesh {axes}")
     batches, folder = source.open(stack), folders.logs
@@ -196,7 +199,7 @@ def _train(
     run = Wandb(config, folder, name, folders.wandb, folders.started) if logs_to_wandb else contextlib.nullcontext()
     with run as wandb:
         metrics = Metrics(stack, folder / METRICS, first_step, say, wandb)
-        state = train_loop(stack, state, batches, metrics, checkpoints, stopping, midway=midway)
+        state = train_loop(stack, state, batches, LoopOutputs(metrics, checkpoints, midway), listener.stopping)
         scores: Sequence[tuple[StandIn, StandIn]] = ()
         if source.finetune:  # without checkpoints of its own: it is short, and begins again after the last one
             tuned = source.finetune(stack, state, lambda state: calibrate(state, batches, stack.steps))
@@ -256,15 +259,22 @@ class Midway:
         return bool(every) and step > 0 and step % every == 0
 
 
+@dataclasses.dataclass(frozen=True)
+class LoopOutputs:
+    """The takers of metrics, states, scores and dictionaries of the loop over steps."""
+
+    metrics: Metrics  #: takes the metrics of each step
+    checkpoints: Checkpoints  #: takes states
+    midway: Midway | None = None  #: makes scores and files of the state while training goes on
+
+
 def train_loop(
     stack: TrainStack,
     state: TrainState,
     batches: Batches,
-    metrics: Metrics,
-    checkpoints: Checkpoints,
+    outputs: LoopOutputs,
     stopping: Callable[[], bool],
     step_fn: Step | None = None,
-    midway: Midway | None = None,
 ) -> TrainState:
     """Run the remaining steps; the device never waits for the host.
 
@@ -272,17 +282,16 @@ def train_loop(
       stack: what is trained.
       state: the state at the step of the newest checkpoint, or the initial one; donated.
       batches: the training batches.
-      metrics: takes the metrics of each step.
-      checkpoints: takes the state every ``checkpoint_every`` steps, where the learning rate begins to fall, at the
-        end, and when stopping.
+      outputs: takes metrics and states. A state is saved every ``checkpoint_every`` steps, where the learning rate
+        begins to fall, at the end, and when stopping.
       stopping: returns whether the process was asked to stop.
       step_fn: the compiled step; None: ``compile_step(stack)``.
-      midway: makes scores and files of the state while training goes on.
 
     Raises:
       Interrupted: asked to stop; the state is saved.
     """
     step_fn, agreed_stop, every = step_fn or compile_step(stack), AgreedStop(stopping), stack.config.checkpoint_every
+    metrics, checkpoints, midway = outputs.metrics, outputs.checkpoints, outputs.midway
     decays = decay_start(stack.config, stack.steps)
     step = first_step = checkpoints.latest_step or 0
     if midway and midway.is_missing(step):  # it was asked to stop before they could be made

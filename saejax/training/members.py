@@ -22,6 +22,7 @@ class Member:
     """One dictionary of a stack."""
 
     name: str  #: its site and swept settings, such as "resid_post.15-k32"; "" if it is alone
+    kind: str  #: kind of the dictionary
     #: site and target: its input and its target; the same for an SAE.
     site: str
     target: str
@@ -57,9 +58,8 @@ def make_members(config: TrainConfig, kind: str, sites: Sequence[str], size: str
             parts = [site] if len(sites) > 1 else []
             parts += [size] if size else []
             parts += [f"{name}{settings[name]}" if name == "seed" else f"{name}{settings[name]:g}" for name in swept]
-            members.append(
-                Member("-".join(parts), site, target_of(config, site), settings | depth_l1.get(site, {}), of_site)
-            )
+            settings |= depth_l1.get(site, {})
+            members.append(Member("-".join(parts), kind, site, target_of(config, site), settings, of_site))
     names = [member.name for member in members]
     if len(set(names)) < len(members):
         twice = next(name for name in names if names.count(name) > 1)

@@ -218,12 +218,12 @@ def batch_parts(members: Sequence[Member]) -> Parts:
     return (inputs,) if inputs == targets else (inputs, targets)
 
 
-def describe_stack(config: TrainConfig, kind: str, rows: ScaledRows, members: Sequence[Member]) -> DictionaryConfig:
+def describe_stack(config: TrainConfig, rows: ScaledRows, members: Sequence[Member]) -> DictionaryConfig:
     """Return what the members have in common, with the largest of their k and the model of the activations."""
     sites = single_sites(site for member in members for site in (member.site, member.target))
     widths = {site: rows.d(one_of(site, rows.sites, "site in this store")) for site in sites}
     return dataclasses.replace(
-        stack_shape(config, kind, members, widths),
+        stack_shape(config, members[0].kind, members, widths),
         max_norm=rows.max_norm(members[0].site),
         model=rows.model.name,
         revision=rows.model.revision,

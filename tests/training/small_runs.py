@@ -12,7 +12,7 @@ from small_stacks import make_stack as make_small
 from saejax.activations.batches import BatchOrder, RowRange
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.inputs import ResidentBatches, StreamedBatches, place_rows
-from saejax.training.loop import train_loop
+from saejax.training.loop import LoopOutputs, train_loop
 from saejax.training.metrics import METRICS, Metrics
 from saejax.training.stack import batch_parts
 from saejax.training.state import abstract_state, init_state
@@ -70,9 +70,9 @@ def go(folder, stack, make_batches=streamed, store=None, stop_after=None, wandb=
     def stopping():
         return stop_after is not None and next(steps) >= stop_after
 
-    batches = make_batches(stack, store or Rows())
+    batches, outputs = make_batches(stack, store or Rows()), LoopOutputs(metrics, checkpoints)
     try:
-        return train_loop(stack, state, batches, metrics, checkpoints, stopping, step_fn or compiled(stack))
+        return train_loop(stack, state, batches, outputs, stopping, step_fn or compiled(stack))
     finally:
         checkpoints.close()
 

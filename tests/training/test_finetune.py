@@ -45,9 +45,8 @@ def random_dictionary(max_norm=1e9, **changes) -> Dictionary:
 
 def make_stack(dictionary, mesh, steps=3, rate=RATE, scale=0.5, **settings) -> TrainStack:
     config = dictionary.config
-    member = Member(
-        "", config.site, config.target or config.site, dict(learning_rate=1.0, seed=1, k=K, l1=0.3) | settings
-    )
+    usual = dict(learning_rate=1.0, seed=1, k=K, l1=0.3)
+    member = Member("", config.kind, config.site, config.target or config.site, usual | settings)
     scales = [SiteScale(scale, scale, np.zeros(D), config.max_norm, config.target_max_norm)]
     stack = TrainStack(TrainConfig(batch=512), config, [member], scales, 100, mesh)
     return finetuning_stack(stack, 0, steps, rate)

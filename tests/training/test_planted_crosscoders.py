@@ -70,7 +70,7 @@ def trained(store, kind: str, steps: int = STEPS, mesh: Mesh | None = None, **ch
     usual = dict(sites=(SITE,), batch=BATCH, learning_rate=(3e-3,), k=(2,), clip=0.0, dead_tokens=50_000)
     config = TrainConfig(expansion=(1,), **usual | changes)
     members = make_members(config, kind, config.sites)
-    dictionary = dataclasses.replace(describe_stack(config, kind, store, members), n_features=48)
+    dictionary = dataclasses.replace(describe_stack(config, store, members), n_features=48)
     scales = estimate_scales(store, config, [(SITE, SITE)] * len(members))
     stack = TrainStack(config, dictionary, members, scales, steps, mesh or first_device())
     batch = lambda step: (store.read(SITE, np.arange(BATCH) + BATCH * (step % 200))[None],)  # noqa: E731

@@ -31,7 +31,7 @@ from saejax.training.finetune import check_can_finetune, finetune_members
 from saejax.training.held_out import LossScorer
 from saejax.training.inputs import Calibrate, Finetuned, Source, model_source, store_source
 from saejax.training.longer import LATER
-from saejax.training.loop import TrainFolders, check_state_dtype, train_stack
+from saejax.training.loop import Listener, TrainFolders, check_state_dtype, train_stack
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.metrics import METRICS
 from saejax.training.results import TrainResults
@@ -142,7 +142,7 @@ def train_members(
       Interrupted: asked to stop; the state is saved.
     """
     folders, mesh = _folders(run, members, size), _fitting_mesh(run, len(members))
-    results = train_stack(config, run.name, members, source, mesh, folders, run.say, run.stopping)
+    results = train_stack(config, members, source, mesh, folders, Listener(run.say, run.stopping))
     if run.stack:
         if is_first_process():
             split_metrics(folders.logs / METRICS, folders.members)
