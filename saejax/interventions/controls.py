@@ -12,6 +12,7 @@ of a set is the sum of its features'.
 """
 
 import dataclasses
+import functools
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ LONGEST = 512  # directions of a list by attribution, at most
 MIN_FIRING = 0.05  # share of the test prompts on which a feature of a random list fires, at least
 _FACTORS = (0.5, 2.0)  # least and largest scale of a placebo set: beyond them it would be another set
 _TOKEN_PAIRS = 4  # placebo pairs that a token is in, at most
-_BLOCK = 256  # features of a list whose doses are computed at first
+_BLOCK = 32  # features of a list whose doses are computed at first
 _FIRST = 64  # features of a list whose changes are measured at first: most lists of directions are shorter
 _TOLERANCE = 0.1  # relative, within which a control has the dose of T
 _ROUNDING = 1e-6  # relative: doses are sums of many numbers
@@ -92,13 +93,20 @@ class Changes:
     def _squares(self, order: Sequence[int] | np.ndarray) -> Iterator[float]:
         """Yield the square of the dose of each beginning of a list."""
         at_N, done, count = np.searchsorted(self.features_K, np.asarray(order, np.int64)), 0, _BLOCK
+        square = 0.0
         while done < len(at_N):  # most lists are short, so the first ones are computed first
-            some_L = at_N[:count]
-            product_LxL = self.product_KxK[np.ix_(some_L, some_L)]
+            some_S = at_N[done:count]
+            product_SxL = self.product_KxK[np.ix_(some_S, at_N[:count])]
             # Each feature adds its own square, and twice its products with those before it.
-            square_L = np.cumsum(2 * np.tril(product_LxL, -1).sum(axis=1) + np.diagonal(product_LxL))
-            yield from square_L[done:].tolist()
-            done, count = count, 2 * count
+            square_S = square + np.cumsum(np.einsum("sl,sl->s", product_SxL, _weights(len(some_S), done)))
+            yield from square_S.tolist()
+            square, done, count = square_S[-1], count, 2 * count
+
+
+@functools.lru_cache(maxsize=4)
+def _weights(features: int, before: int) -> np.ndarray:
+    """Return what products count for features in a list with others before them: twice before each, once at it."""
+    return np.tri(features, before + features, before) + np.tri(features, before + features, before - 1)
 
 
 class GatheredPrompts(NamedTuple):
