@@ -12,6 +12,7 @@ from absl import flags
 
 from saejax.runner import environment
 
+environment.for_terminal()
 environment.for_libraries()  # before the imports below load libraries that read the variables
 
 from saejax.errors import UserError, one_of  # noqa: E402
@@ -40,7 +41,7 @@ def main(program: str = "") -> None:
     """
     name, *arguments = [program, *sys.argv[1:]] if program else (sys.argv[1:] or [""])
     if name in ("--help", "-h", "help"):
-        print(describe_programs())
+        command.show_text(describe_programs())
         sys.exit(0)
     try:
         arguments = read_flag_files(arguments)

@@ -70,6 +70,15 @@ def unfinished_folder(folder: Path) -> Iterator[Path]:
             lock.unlink(missing_ok=True)
 
 
+def refuse_patterns(folder: Path) -> None:
+    """Raise a ``UserError`` for a folder in which Orbax would save arrays that nobody can read.
+
+    It looks for the parts of what it saves by a pattern, where [ and ] are signs, and takes a backslash for a slash.
+    """
+    if signs := sorted({*str(folder.absolute())} & {*"[\\"}):
+        raise UserError(f"{folder} has {' and '.join(signs)} in its path, which dictionaries cannot be saved below")
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove files and folders that killed processes left half-written in a folder and below it."""
     for path in list(folder.rglob(f".*{WRITING}*")):

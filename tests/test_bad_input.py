@@ -227,6 +227,11 @@ def status_of(error: Exception) -> int:
     def work():
         raise error
 
+    return status_of_work(work)
+
+
+def status_of_work(work) -> int:
+    """Return the exit status of a run that does this."""
     flag_values = command_line.stage_flags()
     flag_values(["program", "--workdir=x"])
     return command.run_and_report(work, flag_values)
@@ -242,6 +247,27 @@ def status_of(error: Exception) -> int:
 def test_a_quota_that_ends(error, capsys):
     assert status_of(error) == 2
     assert capsys.readouterr().err == "error: x: the disk quota is used up: free space, then run again\n"
+
+
+@pytest.mark.parametrize("number", [errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.EIO])
+def test_what_a_file_system_refuses(number, capsys):
+    """Such as a folder in a file's place, of a unit that was made before."""
+    assert status_of(OSError(number, os.strerror(number), "done.json")) == 2
+    assert capsys.readouterr().err == f"error: done.json: {os.strerror(number).lower()}\n"
+
+
+def test_output_that_nobody_reads(monkeypatch, capsys):
+    """Text that is only shown may end early; a run says that it has stopped."""
+    for shown in (True, False):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "w") as output, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", output)
+            if shown:
+                command.show_text("text")
+            else:
+                assert status_of_work(lambda: command.make_logger()("text")) == 2
+    assert re.fullmatch(r"error: nobody reads the output any more [^\n]+\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What a process finds when it starts: which devices it may count on, and compiled programs that are kept."""
 
+import io
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +36,25 @@ def test_accelerators_keep_programs_in_the_workdir(monkeypatch, tmp_path, accele
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
     environment.keep_programs(Path("run"))
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
+def test_any_text_can_be_printed(monkeypatch):
+    """Also where the encoding has few signs, or where standard output is closed."""
+    written = io.BytesIO()
+    narrow = io.TextIOWrapper(written, "ascii", write_through=True)
+    for stream in (narrow, None):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            patch.setattr(sys, "excepthook", sys.__excepthook__)
+            environment.for_terminal()
+            print("\u2192 \udcff", flush=True)
+    assert written.getvalue() == b"\\u2192 \\udcff\n"
+
+
+def test_ctrl_c_while_libraries_are_loaded_ends_in_a_line():
+    program = "from saejax.runner import environment\nenvironment.for_terminal()\nraise KeyboardInterrupt"
+    process = subprocess.run([sys.executable, "-c", program], cwd=runs.ROOT, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (-signal.SIGINT, "stopped before anything ran\n")
 
 
 def test_processors_alone_are_no_accelerators_and_get_no_flags(monkeypatch):

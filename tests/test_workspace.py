@@ -219,7 +219,12 @@ def test_of_two_that_find_a_claim_gone_one_gets_it(tmp_path):
     assert "held" in outputs
 
 
-def test_an_unusable_workdir_is_refused():
+def test_an_unusable_workdir_is_refused(tmp_path):
+    for name in ("run[1]", "run\\1"):  # where Orbax saves what it does not find again
+        with pytest.raises(UserError, match="which dictionaries cannot be saved below"):
+            Workspace(tmp_path / name / "run")
+        assert not list(tmp_path.iterdir())
+    Workspace(tmp_path / "run #1 100%25 ü=?*'&")
     with pytest.raises(UserError, match="cannot be written to"):
         Workspace("/dev/null/run")
     with pytest.raises(UserError, match="mount the bucket"):

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from absl import flags
 
-from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
+from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
 from saejax.models.settings import ModelConfig
 from saejax.parallel.cluster import joined_processes, process_label
 from saejax.runner import command_line, environment, pipeline
@@ -30,10 +30,10 @@ _asked = threading.Event()  # set when the main thread has learned of a signal, 
 _pipe: list[int] = []  # into which the system writes the numbers of signals
 _PATIENCE = 20.0  # seconds for which a signal waits to be asked for
 _STOPPED = "stopped; finished units are kept: run the same command to go on"
-_DISK = {
-    **{number: f"{reason}: free space, then run again" for number, reason in NO_ROOM.items()},
-    errno.EROFS: "the disk is read-only",
-    errno.EACCES: "permission denied",
+# What a file system refuses, whichever code asks: a user can mend all of these, and a missing file may be a bug.
+_REFUSED = {
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
 }
 
 
@@ -62,7 +62,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
     def work() -> None:
         configs = command_line.read_configs(flag_values, argv, stages)
         if flag_values["help"].value:
-            return _show(command_line.help_text(stages, about, flag_values))
+            return show_text(command_line.help_text(stages, about, flag_values))
         workdir = command_line.named_workdir(flag_values)
         say = make_logger()
         say(f"the workdir is {workdir}")
@@ -125,10 +125,17 @@ def run_and_report(work: Callable[[], None], flag_values: flags.FlagValues) -> i
         return _refuse(f"{command_line.flag_error(error)}; --help lists the flags", flag_values)
     except UserError as error:
         return _refuse(str(error), flag_values)
+    except BrokenPipeError:
+        _drop_output()
+        return _refuse(
+            "nobody reads the output any more (it went to a program such as head, which has ended): finished units are "
+            "kept; run the same command to go on",
+            flag_values,
+        )
     except OSError as error:
-        if error.errno not in _DISK and not out_of_room(error):  # copies of folders say it in words
+        if error.errno not in _REFUSED and not out_of_room(error):  # copies of folders say it in words
             raise
-        reason = _DISK.get(error.errno or 0) or f"{out_of_room(error)}: free space, then run again"
+        reason = f"{room}: free space, then run again" if (room := out_of_room(error)) else str(error.strerror).lower()
         return _refuse(f"{error.filename or flag_values['workdir'].value}: {reason}", flag_values)
     except Exception as error:
         if reason := out_of_room(error):
@@ -152,12 +159,17 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or in_words
 
 
-def _show(text: str) -> None:
-    """Print a long text; its reader may stop early (``--help | head``)."""
+def show_text(text: str) -> None:
+    """Print a long text; its reader may stop early (``--help | head``), which ends nothing."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Let what is printed from now on go nowhere; otherwise Python complains again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(message: str, flag_values: flags.FlagValues) -> int:

@@ -6,6 +6,7 @@ import glob
 import importlib.util
 import os
 import sys
+import types
 from pathlib import Path
 
 
@@ -18,6 +19,25 @@ def for_libraries() -> None:
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     keep_freed_memory()
+
+
+def for_terminal() -> None:
+    """Let any text be printed, also where standard output is closed, and Ctrl-C during imports end in one line."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: the next file that is opened would take its number, and what libraries print
+            number, mode = os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"
+            setattr(sys, name, os.fdopen(number, mode, errors="backslashreplace"))
+        elif getattr(stream, "errors", "") == "strict" and name != "stdin":  # its encoding may be ASCII
+            stream.reconfigure(errors="backslashreplace")
+
+    def report(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):  # Python gives the exit status
+            print("stopped before anything ran", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
 
 
 def for_devices(deterministic: bool, shares_gpu: bool) -> None:

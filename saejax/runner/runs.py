@@ -58,19 +58,18 @@ def run(argv: Sequence[str]) -> int:
     def work() -> None:
         rest = flag_values([argv[0], *read_flag_files(argv[1:])])
         if flag_values["help"].value:
-            return print(ABOUT)
+            return command.show_text(ABOUT)
         root = Path(command_line.named_workdir(flag_values))
         if len(rest) > 1 or not root.is_dir():
             raise UserError(f"{rest[1]} is not a flag" if len(rest) > 1 else f"--workdir={root} is no folder")
         for name in (wanted := [*(flag_values["remove"].value or ())]):
             one_of(name, REMOVABLE, "thing to remove (--remove)")
         units = list_units(root)
-        for line in describe_units(units):
-            print(line)
+        command.show_text("\n".join(describe_units(units)))
         dry_run = bool(flag_values["dry_run"].value)
         workspace = Workspace(root, read_only=dry_run or not wanted)
-        for line in remove(workspace, units, wanted, dry_run):
-            print(line)
+        if lines := remove(workspace, units, wanted, dry_run):
+            command.show_text("\n".join(lines))
 
     return command.run_and_report(work, flag_values)
 

@@ -32,7 +32,15 @@ from typing import Any, TypeVar
 
 from saejax.config import Configs
 from saejax.errors import UserError
-from saejax.files import is_locked, locked_text, read_object, remove_unfinished, unfinished_path, write_json
+from saejax.files import (
+    is_locked,
+    locked_text,
+    read_object,
+    refuse_patterns,
+    remove_unfinished,
+    unfinished_path,
+    write_json,
+)
 from saejax.links import STAND_IN, linked_folder, write_link
 from saejax.loaded_units import STACK
 from saejax.parallel.processes import ProcessShare
@@ -68,6 +76,7 @@ class Workspace:
             )
         if read_only:
             return
+        refuse_patterns(self.root)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             # Permission bits do not tell: the folder may be on a full or read-only disk.

@@ -27,7 +27,7 @@ from saejax.dictionaries.formats import tensors
 from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table, placements
 from saejax.errors import UserError
-from saejax.files import read_object, write_json
+from saejax.files import read_object, refuse_patterns, write_json
 from saejax.parallel.collectives import is_first_process, local_parts, process_count, sum_over_processes, to_host
 from saejax.parallel.mesh import place_on
 
@@ -60,6 +60,7 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     """
     folder = Path(folder).absolute()
     tensors.require_folder(folder)
+    refuse_patterns(folder)
     if (folder / DESCRIPTION).exists():
         raise UserError(f"{folder} already holds a dictionary: delete it or name another folder")
     if is_first_process():
