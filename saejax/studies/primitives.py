@@ -362,7 +362,8 @@ def _corrected(rows: Sequence[PrimitiveEffect]) -> tuple[PrimitiveEffect, ...]:
     corrected = []
     for place, row in enumerate(rows):
         is_tested = place in able
-        as_rare = is_tested and max(p_random[place], p_placebo[place]) <= LEVEL
+        # A group whose answers become likelier causes none of them, whatever its controls do.
+        as_rare = is_tested and row.effect.mean > 0 and max(p_random[place], p_placebo[place]) <= LEVEL
         needed = min_controls(len(able) + (not is_tested), LEVEL)
         answer = ("yes" if as_rare else "no") if is_tested else row.answer
         row = dataclasses.replace(row, p_random=p_random.get(place), p_placebo=p_placebo.get(place))

@@ -9,7 +9,7 @@ from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError
 from saejax.interpret import absorption
-from saejax.interpret.absorption import absorption_of_words, fit_probes, score_letters
+from saejax.interpret.absorption import absorption_of_words, fit_probes, fit_sparse_probes, score_letters
 
 
 def of_one_word(f_F, x_D, W_dec_FxD, probe_D, split):
@@ -69,19 +69,29 @@ def test_absorption_is_found_where_it_was_planted():
 
 
 def test_probes_are_the_optimum_of_their_penalised_cross_entropy():
-    from sklearn.linear_model import LogisticRegression
+    """Also where some directions of the inputs are a hundred times as long as others, as in a residual stream."""
+    rng = np.random.default_rng(0)
+    letter_N, width = rng.integers(4, size=1200), 64
+    turn_DxD = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    x_NxD = 8 * rng.normal(size=(1200, width)) * (1 + np.arange(width)) ** -1.1 @ turn_DxD.T
+    x_NxD += 0.15 * rng.normal(size=(4, width))[letter_N]
+    x_NxD = (x_NxD - x_NxD.mean(axis=0)) / x_NxD.std(axis=0)
+    is_class_NxK = letter_N[:, None] == np.arange(5)  # of the last there are no inputs
+    weight_DxK, bias_K = fit_probes(x_NxD, is_class_NxK, 1e-3)
+    assert not weight_DxK[:, 4].any() and not bias_K[4]
+    for k in range(4):
+        is_class_N = is_class_NxK[:, k]
+        weight_N = np.where(is_class_N, 0.5 / is_class_N.sum(), 0.5 / (~is_class_N).sum())
+        slope_N = weight_N * (1 / (1 + np.exp(-(x_NxD @ weight_DxK[:, k] + bias_K[k]))) - is_class_N)
+        gradient_D = x_NxD.T @ slope_N + 1e-3 * weight_DxK[:, k]
+        assert max(np.abs(gradient_D).max(), abs(slope_N.sum())) < 2e-6 < 0.01 * np.abs(weight_DxK[:, k]).max()
 
+
+def test_sparse_probes_choose_the_features_of_a_class():
     rng = np.random.default_rng(0)
     x_NxC = rng.normal(size=(300, 6))
     is_class_NxK = x_NxC[:, :2] + rng.normal(size=(300, 2)) > [0.3, 1.5]
-    weight_CxK, bias_K = fit_probes(x_NxC, is_class_NxK, 0.0, 0.02)
-    for k in range(2):
-        # Theirs sums the cross-entropy with weights of mean 1, and halves the squares.
-        theirs = LogisticRegression(C=1 / (0.02 * 300), class_weight="balanced", tol=1e-9, max_iter=2000)
-        theirs.fit(x_NxC, is_class_NxK[:, k])
-        np.testing.assert_allclose(weight_CxK[:, k], theirs.coef_[0], atol=2e-3)
-        np.testing.assert_allclose(bias_K[k], theirs.intercept_[0], atol=2e-3)
-    sparse_CxK, _ = fit_probes(x_NxC, is_class_NxK, 0.05, 0.0)
+    sparse_CxK = fit_sparse_probes(x_NxC, is_class_NxK, 0.05)
     assert (sparse_CxK[:2].diagonal() > 0.1).all() and (sparse_CxK[2:] == 0).sum() >= 6
 
 

@@ -164,6 +164,14 @@ def test_random_sets_by_hand():
     assert "and 8 of them at least as much (p = 0.45): not significantly more" in random.sentence
 
 
+def test_what_raises_the_difference_costs_nothing_though_its_controls_raise_it_more():
+    rows = make_rows(drop=-1.0, sets=0, placebo=0)
+    for index in range(19):
+        rows.add_set(EditDefinition("b", "random", index, (10 + 2 * index, 11 + 2 * index)), varied(-2.0))
+    result = judge(rows).random
+    assert result.answer == "no" and result.p_holm == pytest.approx(0.05)
+
+
 @pytest.mark.parametrize(("high", "answer"), [(2.9, "yes"), (3.0, "no")])
 def test_training_mattered_if_no_untrained_dictionary_does_as_much(high, answer):
     rows = make_rows()

@@ -7,9 +7,13 @@ import pytest
 import trained_stack
 
 from saejax import load_results
+from saejax.activations.store import Store
+from saejax.parallel.settings import MeshConfig
 from saejax.runner import command
 from saejax.stages.cluster.report import sections
-from saejax.stages.cluster.run import GroupedFeatures
+from saejax.stages.cluster.run import GroupedFeatures, open_texts
+from saejax.stages.cluster.settings import ClusterConfig
+from saejax.stages.transfer.inputs import load_compared
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -42,6 +46,24 @@ def test_the_report_has_them_and_nothing_is_done_twice(workdir, capsys):
     assert "topk/resid_post.0-k8" in "\n".join(block.markdown() for block in section.blocks)
     assert command.run(["cluster"], "", ["test", *flags]) == 0
     assert "cluster: done before, unchanged" in capsys.readouterr().out
+
+
+def test_tokens_of_a_store_are_in_the_order_of_the_text(workdir):
+    """Shuffled data shift runs of firings within texts; rows of a store are in random order, and have no runs."""
+    folder, _ = workdir
+    units = {"train/topk": folder / "train" / "topk"}
+    (entry,) = load_compared(["topk/resid_post.0-k4"], units, "--cluster.dictionaries")
+    settings = {kind: kind() for kind in (ClusterConfig, MeshConfig)}
+    activity_of = open_texts(SimpleNamespace(inputs={"capture": folder / "capture"}, configs=settings), [entry])
+    activity, document_N = activity_of(entry)
+    store = Store.open(folder / "capture")
+    rows = store.rows("train", "resid_post.0")
+    order_N = np.lexsort(store.tokens(rows)[1::-1])
+    assert (np.diff(rows[order_N]) < 0).any()
+    np.testing.assert_array_equal(document_N, store.tokens(rows[order_N])[0])
+    dictionary = entry.load().with_sink_norms(store.max_norm)
+    f_NxF = np.asarray(dictionary.encode(store.read("resid_post.0", rows[order_N]).astype(np.float32)))
+    np.testing.assert_array_equal(activity.f_NxF.toarray() != 0, f_NxF != 0)
 
 
 def test_without_a_store_the_model_reads_the_text(workdir, tmp_path):

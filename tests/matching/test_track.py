@@ -236,6 +236,13 @@ def test_a_step_is_hurt_where_its_features_cost_more_and_not_where_they_do_not()
     assert rates[0] <= 8 and rates[1] >= 80
 
 
+def test_what_makes_a_step_likelier_hurts_nothing_though_its_lists_make_it_likelier_still():
+    drop_P, control_NxP = np.full(5, -0.1), np.full((79, 5), -0.5)
+    found = judge_steps({0: tested.StepEffects((1, 2), drop_P, control_NxP, 200, 8.0)})[0]
+    assert found.hurt == "no" and found.p_holm == 1 / 80
+    assert _exceeds_controls([-0.1, *[-0.5] * CONTROLS]) is False and _exceeds_controls([0.1, *[-0.5] * CONTROLS])
+
+
 @pytest.mark.parametrize(
     "pieces",
     [

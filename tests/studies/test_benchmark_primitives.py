@@ -201,6 +201,11 @@ def test_the_effect_of_a_primitive_on_the_items_of_its_category(strength, answer
     assert (found.answer, found.sets, found.random) == ("not testable", 0, None)
 
 
+def test_a_group_that_makes_answers_likelier_causes_none():
+    (found,) = judge(*make_table(-1.0, control=-3.0), ("addition", (1, 2, 3)))
+    assert found.effect.mean < 0 and found.p_random == found.p_placebo == 1 / 40 and found.answer == "no"
+
+
 def test_a_group_does_more_than_its_controls_where_it_does_and_not_elsewhere():
     """100 worlds where a group is a set like its controls, 100 where it costs four of their deviations more."""
     rates = []

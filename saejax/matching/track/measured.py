@@ -6,9 +6,9 @@
    position of the lower dictionary.
 3. In the same way b is set to zero, and the loss of the answer's log-probability is measured; and that without the
    lowest feature of the chain.
-4. A link holds if its effect is above each control's: by chance, one link in twenty. A chain holds if all of its links
-   do, and its lowest and its highest feature reach the answer. Where fewer than 19 other features are active, as in a
-   TopK dictionary with k = 16, a link cannot be tested, and a chain neither unless another link fails.
+4. A link holds if its effect is above 0 and each control's: by chance, at most one link in twenty. A chain holds if
+   all of its links do, and its lowest and its highest feature reach the answer. Where fewer than 19 other features are
+   active, as in a TopK dictionary with k = 16, a link cannot be tested, and a chain neither unless another link fails.
 """
 
 import functools
@@ -100,8 +100,8 @@ def measure_chains(
 
 
 def _exceeds_controls(effects: Sequence[float]) -> bool | None:
-    """Return whether the first effect is above the controls'; None: controls are fewer than there should be."""
-    return effects[0] > max(effects[1:]) if len(effects) > CONTROLS else None
+    """Return whether the first effect is above 0 and the controls'; None: controls are fewer than there should be."""
+    return effects[0] > max(0.0, *effects[1:]) if len(effects) > CONTROLS else None
 
 
 def _all(answers: Sequence[bool | None]) -> bool | None:

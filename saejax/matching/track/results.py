@@ -43,7 +43,7 @@ class MeasuredLink:
     random_lost: float  #: the same without as much along each of the controls, mean
     answer_drop: float  #: of the answer's log-probability without the target, nats
     random_drop: float  #: the same of the controls in the upper dictionary, mean
-    holds: bool | None  #: whether more is lost than with each of 19 controls; None: there are fewer
+    holds: bool | None  #: whether it is lost, and more than with each of 19 controls; None: fewer
     reaches_answer: bool | None  #: the same of the answer
 
 
@@ -54,7 +54,7 @@ class MeasuredChain:
     links: tuple[MeasuredLink, ...]  #: from the lowest layer up; the target of each is the source of the next
     answer_drop: float  #: of the answer's log-probability without the lowest feature, nats
     random_drop: float  #: the same of random active features there, mean
-    reaches_answer: bool | None  #: whether more is lost than with each of 19 controls; None: there are fewer
+    reaches_answer: bool | None  #: whether it is lost, and more than with each of 19 controls; None: fewer
     #: whether all links hold, and the lowest and the highest feature reach the answer; None: not testable
     holds: bool | None
 

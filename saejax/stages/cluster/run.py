@@ -61,7 +61,10 @@ def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
         assert store
         dictionary = entry.load(settings[0]).with_sink_norms(store.max_norm)
         rows = store.rows("train", dictionary.site)
-        document_N = store.tokens(rows)[0]
+        document_N, position_N, _ = store.tokens(rows)
+        # As in the text: shuffled data shift runs of firings, and rows of a shard are in random order.
+        order_N = np.lexsort((position_N, document_N))
+        rows, document_N = rows[order_N], document_N[order_N]
         documents, index_N, count = np.unique(document_N, return_inverse=True, return_counts=True)
         # Whole documents at random, as documents are what the bootstrap resamples.
         order = np.random.default_rng(config.seed).permutation(len(documents))

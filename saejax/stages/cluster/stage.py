@@ -36,7 +36,7 @@ CLUSTER = Stage(
     follows=("interpret", "atlas"),
     inputs=_inputs,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
-    revision=4,  # groups by co-activation alone
+    revision=5,  # shuffled data keep the runs of firings of a text
     processes="items",
     section=sections,
 )

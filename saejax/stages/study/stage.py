@@ -69,7 +69,7 @@ STUDY = Stage(
     inputs=_inputs,
     names=lambda configs: configs[StudyConfig].benchmarks,
     check=_check,
-    revision=11,  # associations that few items or silent features cannot show are not testable
+    revision=12,  # an effect below 0 is none
     processes="items",
     section=sections,
 )
