@@ -157,6 +157,17 @@ def test_a_list_is_the_shortest_beginning_that_reaches_the_dose(tiny, ablation, 
         assert (dose_E[:-1] < dose * (1 + 1e-5)).all() and dose_E[-1] >= dose * (1 - 1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 32, 33, 64, 100])
+def test_a_list_of_any_length_has_the_dose_of_its_sum(size):
+    rng = np.random.default_rng(size)
+    change_KxD, order = rng.normal(size=(120, 40)), rng.permutation(120)
+    dose = np.linalg.norm(change_KxD[order[:size]].sum(axis=0))
+    norms_N = [np.linalg.norm(change_KxD[order[:count]].sum(axis=0)) for count in range(1, 121)]
+    expected = next(count for count, norm in enumerate(norms_N, 1) if norm >= dose * (1 - 1e-6))
+    members, fraction = Changes(np.arange(120), change_KxD @ change_KxD.T).beginning(order, dose)
+    assert members == tuple(order[:expected]) and fraction == pytest.approx(dose / norms_N[expected - 1])
+
+
 def test_a_placebo_that_is_silent_is_replaced_by_the_next():
     changes = Changes(np.arange(4), np.diag([0.0, 1.0, 4.0, 100.0]))
     sets = [[0], [1], [], [3], [2], [1, 2]]  # doses 0, 1, 0, 10, 2 and 2.2
