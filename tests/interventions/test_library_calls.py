@@ -100,7 +100,9 @@ def assert_close(data, wanted, where=""):
         assert data == wanted, where
 
 
-@pytest.mark.parametrize("where", [pytest.param("eight devices", marks=pytest.mark.slow), "two devices", "torch"])
+@pytest.mark.parametrize(
+    "where", ["two devices", *(pytest.param(w, marks=pytest.mark.slow) for w in ("eight devices", "torch"))]
+)
 def test_library_calls_write_nothing_and_equal_those_on_one_device(
     where, tiny, tiny_llama, dictionary, answered, on_one_device, tmp_path, monkeypatch
 ):

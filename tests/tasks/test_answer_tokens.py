@@ -19,7 +19,13 @@ def ask(text, correct, wrong, counterpart=""):
     return Prompt("own", "train", text, correct, wrong, counterpart)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Merges of bytes, pieces of SentencePiece with a first space, and digits that stand alone.
+QUICK = ("gpt2", "mistral", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in QUICK)]
+)
 def test_every_family_has_the_behaviours_by_default(kind, monkeypatch):
     # Prompts and their counterparts are read several times, and a letter alone with each: once is enough.
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", functools.cache(PreTrainedTokenizerFast.__call__))
