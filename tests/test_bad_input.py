@@ -206,12 +206,13 @@ def test_nan_in_activations_is_located(refuse, inputs, tmp_path):
     assert "nan" in refuse(["baseline", "capture"], model=tmp_path / "model").lower()
 
 
-def test_a_disk_that_fills_during_capture_and_during_a_checkpoint(refuse, captured, small_disk):
+def test_a_disk_that_fills_during_capture_and_during_a_checkpoint(refuse, captured, small_disk, caplog):
     run = small_disk(150) / "run"
     assert "disk is full" in refuse(["baseline", "capture"], workdir=run)
     assert not (run / "capture" / "manifest.json").exists()
     size = sum(path.stat().st_size for path in captured.rglob("*") if path.is_file()) // 1024 + 250
     assert "disk is full" in refuse(["train"], workdir=runs.copy_run(captured, small_disk(size) / "run"))
+    assert [record.levelname for record in caplog.records if record.name == "absl"] == []
 
 
 def test_a_full_disk_is_an_error_also_where_files_are_written_through_memory(small_disk):

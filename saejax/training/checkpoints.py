@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from saejax.dictionaries.formats.own import quiet_absl
 from saejax.errors import UserError, out_of_room
 from saejax.files import read_object, write_json
 from saejax.parallel.collectives import is_first_process
@@ -19,7 +20,7 @@ _copy_arrays = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 class Checkpoints:
-    """The checkpoints of one training run; a context manager that waits for what is being written.
+    """The checkpoints of one training run; a context manager that waits for what is being written, and silences Orbax.
 
     Args:
       folder: their folder; made if missing. What a killed save left half-written is cleaned up.
@@ -39,15 +40,18 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._writing: tuple[int, Any] | None = None
+        self._silence = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        self._silence.enter_context(quiet_absl())  # its threads log a full disk a dozen times, with tracebacks
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        # After an error, that one counts, not what a save that was under way makes of it.
-        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
-            self.wait()
-        self.close()
+        with self._silence:
+            # After an error, that one counts, not what a save that was under way makes of it.
+            with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+                self.wait()
+            self.close()
 
     @property
     def latest_step(self) -> int | None:

@@ -40,8 +40,8 @@ _REMOVED = ("context",)  # fields of earlier versions that nothing reads
 
 
 @contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
-    """Silence absl for a moment: Orbax logs every save, and every failure that it raises, with its traceback."""
+def quiet_absl() -> Iterator[None]:
+    """Silence absl meanwhile: Orbax logs every save, and every failure that it raises, with its traceback."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -70,7 +70,7 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     # Without a file of the devices: on others, Orbax would not open the folder unless told where arrays should be.
     storage = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES)
     saving = ocp.options.ArrayOptions.Saving(storage_options=storage, enable_write_sharding_file=False)
-    with _quiet_absl(), ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
+    with quiet_absl(), ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
         ocp.save(folder / ARRAYS, arrays)
     facts = {name: _describe_array(dictionary.config, name, array) for name, array in arrays.items()}
     if is_first_process():
@@ -140,7 +140,7 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32", me
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"reader{process}"
     )
     try:
-        with _quiet_absl(), ocp.Context(multiprocessing_options=alone):
+        with quiet_absl(), ocp.Context(multiprocessing_options=alone):
             arrays = ocp.load(folder / ARRAYS, targets)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged or missing checkpoint
         raise UserError(f"{folder / ARRAYS} cannot be restored ({type(error).__name__}): damaged or missing") from error
