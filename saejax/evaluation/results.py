@@ -58,6 +58,8 @@ class PartScores:
     ce_recovered_mean: float | None  #: share of cross-entropy recovered against the mean
     kl_recovered_mean: float | None  #: share of KL recovered against the mean
     private: int  #: live features written here alone: relative norms of their decoder rows above 0.9
+    #: of these, features that no other part has by latent scaling; None where no other part has this width
+    specific: int | None
     relative_norms: tuple[int, ...]  #: live features by relative norm here: 20 bins from 0 to 1 (here alone)
 
 

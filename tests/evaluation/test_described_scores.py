@@ -8,6 +8,7 @@ import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import cross_layer
+from saejax.evaluation.latent_scaling import LatentScaling
 from saejax.evaluation.loss_recovered import Losses
 from saejax.evaluation.reconstruction import Reconstruction
 from saejax.evaluation.results import LeftOutSinks, RoleScores
@@ -69,8 +70,14 @@ def test_the_roles_of_chats_are_rows_of_a_table():
 
 def test_the_parts_of_a_crosscoder():
     relative = np.array([[1.0, 0.95, 0.5, 0.02], [0.0, 0.05, 0.5, 0.98]])  # two features of the first part alone
-    parts = evaluate._parts("a.0+a.1", [0.3, 0.9], {"a.0": losses(), "a.1": losses()}, relative)
+    crosscoder = SimpleNamespace(site="a.0+a.1", config=SimpleNamespace(widths=(4, 4)))
+    live, ratio = np.array([True, True, False, True, True]), np.array([0.1, 0.3, 0.1, np.nan, 0.1])
+    made = [0.3, 0.9], {"a.0": losses(), "a.1": losses()}, relative, live, LatentScaling(ratio, ratio)
+    parts = evaluate._parts(crosscoder, *made)
     assert [part.private for part in parts.values()] == [2, 1]
+    assert [part.specific for part in parts.values()] == [1, 1]
+    crosscoder.config.widths = (4, 6)
+    assert [part.specific for part in evaluate._parts(crosscoder, *made).values()] == [None, None]
     assert [part.explained_variance for part in parts.values()] == [0.3, 0.9]
     for part in parts.values():
         assert (part.ce_recovered_mean, part.kl_recovered_mean) == pytest.approx((0.75, 0.8))

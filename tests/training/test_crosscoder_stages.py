@@ -80,6 +80,11 @@ def test_scores_by_part(workdir, inputs, second_model):
         for part in scores[site].parts.values():
             assert sum(part.relative_norms) >= part.private + scores[site].shared
             assert part.explained_variance > 0 and abs(part.kl.clean) < 1e-6 < part.kl.reconstructed
+            assert 0 <= part.specific <= part.private
+        ratio_2xF = np.load(workdir / "evaluate" / "batchtopk" / site / "latent_scaling.npy")
+        of_parts = scores[site].parts.values()
+        assert np.isfinite(ratio_2xF).sum(axis=1).max() <= sum(part.private for part in of_parts)
+        assert (ratio_2xF < [[0.2], [0.5]]).all(axis=0).sum() == sum(part.specific for part in of_parts)
     parts = scores[MODELS].parts
     assert parts["resid_post.1"].ce.clean != parts["other:resid_post.1"].ce.clean
     assert scores[MODELS].ce == parts["resid_post.1"].ce  # the first model has that part alone

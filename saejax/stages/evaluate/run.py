@@ -18,6 +18,7 @@ from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation import neighbours
 from saejax.evaluation.cross_layer import LoadedLayers, describe_layers, reconstruct_layers, replaced_losses
+from saejax.evaluation.latent_scaling import LatentScaling, scale_latents
 from saejax.evaluation.loss_recovered import Losses, recovered, scored_documents, stand_in_losses
 from saejax.evaluation.member_data import compiled_in
 from saejax.evaluation.parts import (
@@ -54,7 +55,8 @@ def run_evaluate(run: Run) -> EvaluateResults:
     """Score the dictionaries of the train unit ``run.name`` on the store's held-out split.
 
     This writes for each member, in a folder of its own if there are several: ``firing_rate.npy`` and
-    ``mean_activation.npy`` [F], fp32, and ``scores.json``; members with scores are left out.
+    ``mean_activation.npy`` [F], fp32, and ``scores.json``; members with scores are left out. Of a crosscoder it writes
+    ``latent_scaling.npy`` [2, F], fp32, too; see ``LatentScaling``.
     """
     store = Store.open(run.inputs["capture"])
     trained = run.inputs[f"train/{run.name}"]
@@ -184,21 +186,30 @@ def _score_site(
     groups = roles.groups[: len(documents)] if roles else ()
     mean_D = store.mean(target, site)
     parts: Sequence[dict[str, PartScores] | None] = [None] * len(dictionaries)
+    scalings: Sequence[LatentScaling | None] = [None] * len(dictionaries)
     shared: Sequence[int | None] = [None] * len(dictionaries)
     if is_joined(site):
         of_models = parts_by_model(site, *models)
         all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens, groups)
         variances = part_variances(dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens))
         losses = [losses_by_part["+".join(of_models[0].sites)] for losses_by_part in all_losses]
+        live = [score.firing_rate_F > 0 for score in scores]
         relative = [
-            relative_norms(
-                # Live features only: the row of a feature that never fires says nothing about the parts.
-                decoder_part_norms(dictionary.W_dec_FxD[...], dictionary.config.widths)[:, score.firing_rate_F > 0]
-            )
-            for dictionary, score in zip(dictionaries, scores, strict=True)
+            # Live features only: the row of a feature that never fires says nothing about the parts.
+            relative_norms(decoder_part_norms(dictionary.W_dec_FxD[...], dictionary.config.widths)[:, live_F])
+            for dictionary, live_F in zip(dictionaries, live, strict=True)
         ]
-        shared = [int(is_shared(relative_PxF).sum()) for relative_PxF in relative]
-        parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, relative, strict=True)]
+        shared = [int(is_shared(relative_PxA).sum()) for relative_PxA in relative]
+        read = functools.partial(read_blocks, store, "held_out", sites, config.batch_tokens)
+        scalings = []
+        for dictionary, live_F, relative_PxA in zip(dictionaries, live, relative, strict=True):
+            part_F = np.full(len(live_F), -1)
+            part_F[live_F] = private_part(relative_PxA)
+            scalings.append(scale_latents(dictionary, part_F, read))
+        parts = [
+            _parts(dictionary, *of_one)
+            for dictionary, *of_one in zip(dictionaries, variances, all_losses, relative, live, scalings, strict=True)
+        ]
     else:
         losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens, groups=groups)
     by_role: Sequence[dict[str, RoleScores] | None] = [None] * len(dictionaries)
@@ -207,13 +218,15 @@ def _score_site(
     sinks, target_sinks = (
         LeftOutSinks(**vars(store.sinks(name)), max_norm=store.max_norm(name)) for name in (site, target)
     )
-    for name, dictionary, score, loss, of_parts, of_shared, of_roles in zip(
-        folders, dictionaries, scores, losses, parts, shared, by_role, strict=True
+    for name, dictionary, score, loss, of_parts, scaling, of_shared, of_roles in zip(
+        folders, dictionaries, scores, losses, parts, scalings, shared, by_role, strict=True
     ):
         folder = run.member_folder(name)
         folder.mkdir(exist_ok=True)
         write_array(folder / "firing_rate.npy", score.firing_rate_F.astype(np.float32))
         write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
+        if scaling:
+            write_array(folder / "latent_scaling.npy", np.stack(scaling).astype(np.float32))
         # A member that is a unit can be in several stacks, under several names: its unit has none.
         where = dict(name="" if run.stack else name, site=site, target=target, sinks=sinks)
         where |= dict(target_sinks=target_sinks if target != site else None)
@@ -240,18 +253,25 @@ def _describe(dictionary: Dictionary, score: Reconstruction, loss: Losses, **whe
 
 
 def _parts(
-    site: str, variances: Sequence[float], losses: Mapping[str, Losses], relative_PxF: np.ndarray
+    dictionary: Dictionary,
+    variances: Sequence[float],
+    losses: Mapping[str, Losses],
+    relative_PxA: np.ndarray,
+    live_F: np.ndarray,
+    scaling: LatentScaling,
 ) -> dict[str, PartScores]:
     """Return a crosscoder's scores at each part, with the relative norms of its live features."""
-    private_F = private_part(relative_PxF)
+    private_A, is_specific_A = private_part(relative_PxA), scaling.is_specific()[live_F]
+    names, widths = site_parts(dictionary.site), dictionary.config.widths
     return {
         name: PartScores(
             variance,
             **losses[name].figures(),
-            private=int((private_F == part).sum()),
-            relative_norms=histogram(relative_PxF[part]),
+            private=int((private_A == part).sum()),
+            specific=int((is_specific_A & (private_A == part)).sum()) if widths.count(width) > 1 else None,
+            relative_norms=histogram(relative_PxA[part]),
         )
-        for part, (name, variance) in enumerate(zip(site_parts(site), variances, strict=True))
+        for part, (name, width, variance) in enumerate(zip(names, widths, variances, strict=True))
     }
 
 

@@ -25,6 +25,6 @@ EVALUATE = Stage(
     inputs=_inputs,
     names=lambda configs: configs[TrainConfig].kinds,
     members=units_of_members,
-    revision=2,  # dictionaries that normalise tokens are scored with their normalisation
+    revision=3,  # latent scaling of crosscoders
     processes="items",
 )
