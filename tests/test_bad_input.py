@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -255,6 +256,37 @@ def test_what_a_file_system_refuses(number, capsys):
     """Such as a folder in a file's place, of a unit that was made before."""
     assert status_of(OSError(number, os.strerror(number), "done.json")) == 2
     assert capsys.readouterr().err == f"error: done.json: {os.strerror(number).lower()}\n"
+
+
+TERMINAL_PROGRAM = """
+import fcntl, signal, sys, termios, time
+from saejax.runner import command
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # this session's terminal
+for handler in (signal.SIG_IGN, signal.SIG_DFL):  # as under nohup, and without it
+    signal.signal(signal.SIGHUP, handler)
+    stopping = command.install_signal_handlers()
+    assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (handler == signal.SIG_IGN)
+print("ready", flush=True)
+while not stopping():
+    time.sleep(0.01)
+print("said to nobody", flush=True)
+open(sys.argv[1], "w").write("stopped")
+"""
+
+
+def test_a_terminal_that_closes(tmp_path):
+    """A run hears of it, unless that is ignored, and what it prints from then on goes nowhere."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TERMINAL_PROGRAM, str(tmp_path / "end")],
+        **dict(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True),
+    )
+    os.close(theirs)
+    output = b""
+    while b"ready" not in output:
+        output += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(60) == 0 and (tmp_path / "end").read_text() == "stopped"
 
 
 def test_output_that_nobody_reads(monkeypatch, capsys):

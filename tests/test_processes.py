@@ -97,6 +97,7 @@ def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path):
     launched = ["--mesh.distributed=auto", f"--mesh.coordinator={step['coordinator']}"]
     for number, more, environment in (
         (signal.SIGINT, [], {}),
+        (signal.SIGHUP, [], {}),
         (signal.SIGTERM, launched, step["environment"]),
     ):
         process = runs.start("train", [*flags, *more], **environment)

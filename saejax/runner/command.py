@@ -1,8 +1,8 @@
 """The frame of every binary: run stages, and report errors in one line.
 
-Exit status: 0 done; 2 bad input (one line says what); 143 or 130 stopped by SIGTERM or Ctrl-C with the work saved; 1 a
-check that was asked for failed (one line says which), or a bug, with its traceback. No other exit has status 143, so
-a batch system may restart exactly the jobs that end with it.
+Exit status: 0 done; 2 bad input (one line says what); 143, 130 or 129 stopped by SIGTERM, Ctrl-C or SIGHUP with the
+work saved; 1 a check that was asked for failed (one line says which), or a bug, with its traceback. No other exit has
+status 143, so a batch system may restart exactly the jobs that end with it.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from absl import flags
 
@@ -25,7 +25,7 @@ from saejax.parallel.cluster import joined_processes, process_label
 from saejax.runner import command_line, environment, pipeline
 
 _signals: list[int] = []  # that came since the handlers were installed
-_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+_CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _asked = threading.Event()  # set when the main thread has learned of a signal, or the work is over
 _pipe: list[int] = []  # into which the system writes the numbers of signals
 _PATIENCE = 20.0  # seconds for which a signal waits to be asked for
@@ -126,7 +126,7 @@ def run_and_report(work: Callable[[], None], flag_values: flags.FlagValues) -> i
     except UserError as error:
         return _refuse(str(error), flag_values)
     except BrokenPipeError:
-        _drop_output()
+        _drop_output(sys.stdout)
         return _refuse(
             "nobody reads the output any more (it went to a program such as head, which has ended): finished units are "
             "kept; run the same command to go on",
@@ -164,12 +164,13 @@ def show_text(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _drop_output()
+        _drop_output(sys.stdout)
 
 
-def _drop_output() -> None:
-    """Let what is printed from now on go nowhere; otherwise Python complains again when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop_output(*streams: TextIO) -> None:
+    """Let what is printed to streams from now on go nowhere; otherwise Python complains again when it ends."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _refuse(message: str, flag_values: flags.FlagValues) -> int:
@@ -190,7 +191,7 @@ def make_logger() -> Callable[[str], None]:
 
 
 def install_signal_handlers() -> Callable[[], bool]:
-    """Catch SIGTERM and the first Ctrl-C; return a function that tells whether one of them came.
+    """Catch SIGTERM, SIGHUP and the first Ctrl-C; return a function that tells whether one of them came.
 
     A main thread that does not ask for a while, such as one that downloads or writes a large export, is interrupted as
     by a second Ctrl-C. If even that does not reach it, because it compiles or waits outside of Python, the process ends
@@ -200,7 +201,11 @@ def install_signal_handlers() -> Callable[[], bool]:
     _asked.clear()
     overdue = threading.Event()
 
+    terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
+
     def on_signal(number: int, frame: object) -> None:
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would fail
+            _drop_output(*terminals)
         if _signals and (number == signal.SIGINT or overdue.is_set()):
             raise KeyboardInterrupt
         _signals.append(number)
@@ -230,7 +235,8 @@ def install_signal_handlers() -> Callable[[], bool]:
     main_thread = threading.main_thread().ident or 0
     with contextlib.suppress(ValueError):  # not the main thread (a test or a notebook): nobody signals it
         for number in _CAUGHT:
-            signal.signal(number, on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup asks for
+                signal.signal(number, on_signal)
         # A thread hears of signals by this pipe while the main thread is outside of Python, and no handler runs.
         read, write = os.pipe()
         os.set_blocking(write, False)
