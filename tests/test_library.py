@@ -450,6 +450,25 @@ def test_a_stack_in_memory(acts):
     assert len({sae.config.n_features for sae in widths.values()}) == 2
 
 
+def test_pieces_of_a_text_stay_together(lm, sae, tmp_path):
+    """Held-out text, halves and resamples are of texts: a text in both would judge what it has taught."""
+    texts = [" ".join(TEXTS[:3]), TEXTS[3], " ".join(TEXTS[4:8])]
+    acts = saejax.capture(lm, texts, SITE, context=8)
+    sources = acts.sources_of_pieces()
+    assert len(acts.texts) > 6 and np.unique(sources).tolist() == [0, 1, 2] and (np.diff(sources) >= 0).all()
+    for source, text in enumerate(texts):
+        of_text = np.concatenate([piece for piece, number in zip(acts.texts, sources, strict=True) if number == source])
+        assert of_text.tolist() == lm.tokenize([text]).ids_BxT[0].tolist()
+    documents = acts.save(tmp_path, held_out=1).documents
+    np.testing.assert_array_equal(documents.split_N, documents.column("source") == 2)
+    starts, lengths = documents.column("start"), documents.lengths_N
+    same = np.diff(sources) == 0
+    np.testing.assert_array_equal(np.diff(starts)[same], lengths[:-1][same])
+    assert (starts[np.append(True, ~same)] == 0).all()
+    with pytest.raises(UserError, match="there are 2 texts: give at least 3"):
+        saejax.label_features(lm, saejax.capture(lm, texts[:2], SITE, context=8), sae)
+
+
 def test_rule_labels_in_memory(lm, acts):
     """Each feature reads a dimension, which says whether a token is one of a few, in noise."""
     width, ids_N = acts.values[SITE].shape[1], np.concatenate(acts.texts)

@@ -30,11 +30,12 @@ class Activations:
     """Values of some sites on the tokens of texts, in memory; row r of every site is the same token."""
 
     values: Mapping[str, np.ndarray]  #: fp32 [N, D] of every site, by its name
-    index_Nx3: np.ndarray  #: int32 columns: the text (its place in ``texts``), the position in it, the token id
+    index_Nx3: np.ndarray  #: int32 columns: the piece (its place in ``texts``), the position in it, the token id
     texts: Sequence[np.ndarray]  #: token ids of the texts; a long text is several, its pieces
     sink_factor: float  #: rows with norms above so many times the median of their site are attention sinks
     model: CapturedModel  #: the language model
     bos: bool  #: whether every text begins with a BOS token
+    sources: np.ndarray | None = None  #: the text that each piece is of, rising; None: each is a text of its own
 
     def __getitem__(self, site: str) -> np.ndarray:
         """Return the values at a site, fp32 [N, D]; raise a ``UserError`` if it was not captured."""
@@ -50,12 +51,17 @@ class Activations:
         norms = [np.linalg.norm(self[site], axis=1) <= self.max_norm(site) for site in sites]
         return np.flatnonzero(np.all(norms, axis=0))
 
+    def sources_of_pieces(self) -> np.ndarray:
+        """Return the text that each of ``texts`` is a piece of, int [pieces]."""
+        return np.arange(len(self.texts)) if self.sources is None else self.sources
+
     def save(self, folder: str | Path, held_out: int = 0) -> Store:
         """Write them as a store, as the stage ``capture`` does, and open it.
 
         Args:
           folder: made if missing; a store that is there is replaced.
-          held_out: number of texts, the last ones, that are held out; the others are for training.
+          held_out: number of texts, the last ones, that are held out, with all of their pieces; the others are for
+            training.
 
         Raises:
           UserError: a site's values are not one vector for each token, or not finite.
@@ -75,9 +81,13 @@ class Activations:
                 )
         folder.mkdir(parents=True, exist_ok=True)
         table_Nx4 = np.zeros((len(self.texts), len(COLUMNS)), np.int32)
-        table_Nx4[:, COLUMNS.index("source")] = np.arange(len(self.texts))
-        table_Nx4[len(self.texts) - held_out :, COLUMNS.index("split")] = SPLITS.index("held_out")
+        source_N = self.sources_of_pieces()
+        table_Nx4[:, COLUMNS.index("source")] = source_N
         lengths_N = np.array([len(text) for text in self.texts])
+        before_N = np.cumsum(lengths_N - self.bos) - (lengths_N - self.bos)
+        table_Nx4[:, COLUMNS.index("start")] = before_N - before_N[np.searchsorted(source_N, source_N)]
+        is_held_out_N = np.isin(source_N, np.unique(source_N)[::-1][:held_out])
+        table_Nx4[is_held_out_N, COLUMNS.index("split")] = SPLITS.index("held_out")
         documents = Documents.contiguous(np.concatenate(self.texts), lengths_N, table_Nx4, ("text",))
         write_store(folder, documents, values, self.model, bos=self.bos, sink_factor=self.sink_factor)
         return Store.open(folder)
@@ -109,7 +119,8 @@ def capture(
     if not sites:
         raise UserError("sites is empty: name some, such as resid_post.15")
     most = lm.config.context
-    tokens = tokenize_in_pieces(lm.tokenizer, texts, most if context is None else min(context, most), lm.bos)
+    size = most if context is None else min(context, most)
+    tokens, source_B = tokenize_in_pieces(lm.tokenizer, texts, size, lm.bos)
     offsets = np.concatenate([[0], np.cumsum(tokens.lengths_B)])
     values: dict[str, np.ndarray] = {}
     done = 0
@@ -134,4 +145,4 @@ def capture(
     model = CapturedModel.of(lm.source, str(lm.params["embed_VxD"].dtype))
     # As the stage records it: some tokenizers put another token in front, or have no BOS token.
     bos = bool(bos_tokens(lm.tokenizer, lm.bos))
-    return Activations(values, index_Nx3.astype(np.int32), texts_ids, sink_factor, model, bos)
+    return Activations(values, index_Nx3.astype(np.int32), texts_ids, sink_factor, model, bos, source_B)

@@ -4,6 +4,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from saejax.activations.in_memory import Activations
 from saejax.activations.store import Store
 from saejax.arguments import check_classes
@@ -66,7 +68,7 @@ def label_features(lm: LanguageModel, acts: Activations | Store, dictionary: Dic
             store = acts
         else:
             one_of(dictionary.site, acts.values, "site of these activations")
-            count = len(acts.texts)
+            count = len(np.unique(acts.sources_of_pieces()))
             if count < 3:
                 raise UserError(f"there are {count} texts: give at least 3, of which a third judges the labels")
             store = acts.save(Path(name) / "capture", held_out=count // 3)

@@ -61,7 +61,7 @@ def _match_activities(first: Dictionary, second: Dictionary, acts: Activations |
         raise UserError('by="activity" compares activations: give acts=, the result of saejax.capture')
     pair = [_encode(acts, dictionary) for dictionary in (first, second)]
     real = np.flatnonzero(pair[0].real_N & pair[1].real_N)
-    is_odd_N = acts.index_Nx3[real, 0] % 2 == 1
+    is_odd_N = _texts_of_rows(acts)[real] % 2 == 1
     halves = real[~is_odd_N], real[is_odd_N]
     live_F, live_G = (np.all([some.firings(half) >= MIN_FIRINGS for half in halves], axis=0) for some in pair)
 
@@ -94,9 +94,14 @@ def group_features(
     Raises:
       UserError: the dictionary's site was not captured, or it reads several.
     """
-    firings = Coactivation.of(_encode(acts, dictionary), acts.index_Nx3[:, 0])
+    firings = Coactivation.of(_encode(acts, dictionary), _texts_of_rows(acts))
     groups, _ = find_groups(firings, smallest, resamples, [seed])
     return firings.feature_F, groups
+
+
+def _texts_of_rows(acts: Activations) -> np.ndarray:
+    """Return the text that each row is of, all pieces of a long one together."""
+    return acts.sources_of_pieces()[acts.index_Nx3[:, 0]]
 
 
 def _encode(acts: Activations, dictionary: Dictionary) -> Activity:

@@ -154,10 +154,15 @@ def tokenize(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "aut
     return pad(sequences)
 
 
-def tokenize_in_pieces(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "auto") -> Tokens:
+def tokenize_in_pieces(
+    tokenizer: Any, texts: Sequence[str], context: int, bos: str = "auto"
+) -> tuple[Tokens, np.ndarray]:
     """Tokenise texts as ``tokenize`` does, each split into pieces of at most ``context`` tokens.
 
     Every piece begins with the special tokens with which a text begins, as documents of ``--corpus.path`` do.
+
+    Returns:
+      The pieces, and the text that each is of, int [pieces].
 
     Raises:
       UserError: there is no tokenizer, a text is empty, or the context has no room for text.
@@ -166,11 +171,13 @@ def tokenize_in_pieces(tokenizer: Any, texts: Sequence[str], context: int, bos: 
     size = context - len(front)
     if size < 1:
         raise UserError(f"context is {context}: expected at least {len(front) + 1} tokens")
-    pieces = []
-    for sequence in sequences:
+    pieces: list[list[int]] = []
+    source: list[int] = []
+    for number, sequence in enumerate(sequences):
         text = sequence[len(front) :] if sequence[: len(front)] == front else sequence
-        pieces += [front + text[start : start + size] for start in range(0, max(len(text), 1), size)]
-    return pad(pieces)
+        of_text = [front + text[start : start + size] for start in range(0, max(len(text), 1), size)]
+        pieces, source = pieces + of_text, source + [number] * len(of_text)
+    return pad(pieces), np.array(source)
 
 
 def _as_list(texts: Any) -> list[Any]:

@@ -349,7 +349,7 @@ def finetune(
         raise UserError(f"steps is {steps}: expected 1 or more, or None for one pass over the texts")
     if not 0 < learning_rate < np.inf:
         raise UserError(f"learning_rate is {learning_rate}: expected a number above 0")
-    tokens = tokenize_in_pieces(lm.tokenizer, texts, lm.config.context, lm.bos)
+    tokens, _ = tokenize_in_pieces(lm.tokenizer, texts, lm.config.context, lm.bos)
     documents = [ids_T[:length] for ids_T, length in zip(tokens.ids_BxT, tokens.lengths_B, strict=True)]
     config = _finetuning_config(dictionary, settings)
     check_divides(config, dictionary.config.n_features, 1, lm.mesh.shape)

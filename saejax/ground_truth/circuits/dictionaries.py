@@ -137,4 +137,4 @@ def without_silent_tokens(acts: Activations, sites: Sequence[str]) -> Activation
     if some_N.all():
         return acts
     values, kept_Rx3 = {site: value_NxD[some_N] for site, value_NxD in acts.values.items()}, acts.index_Nx3[some_N]
-    return dataclasses.replace(acts, values=values, index_Nx3=kept_Rx3, texts=list(kept_Rx3[:, 2:]))
+    return dataclasses.replace(acts, values=values, index_Nx3=kept_Rx3, texts=list(kept_Rx3[:, 2:]), sources=None)
