@@ -1,8 +1,8 @@
 """A first run on an accelerator: is everything right, and is it as fast as the device allows?
 
 Run: python -m benchmarks.gpu_check [--small]
-Checks, in order: the devices; the rates of matrix products; logits of the embedded SmolLM2 against transformers; fused
-attention against the decoder's own;
+Checks, in order: the devices and the version of cuBLAS; the rates of matrix products; logits of the embedded SmolLM2
+against transformers; fused attention against the decoder's own;
 gradients of one training step of each kind against finite differences in float64 on the CPU; then speeds of training
 steps, capture, ablation and a small attribution graph, in TFLOP/s and as a share of the measured matmul rate and of the
 device's peak (MFU, where the peak is known). It needs no network. ``--small`` uses shapes for two CPU cores, which is
@@ -13,6 +13,7 @@ may be, and prints one line of JSON last. Exit status 1: something is wrong; a l
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import sys
 import time
@@ -46,6 +47,9 @@ from saejax.training.step import MemberBatch, member_loss  # noqa: E402
 
 KINDS = ("standard", "linear", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
 TEXT = "The students went to the library because they had to read the books that their teacher had asked them to read. "
+CUBLAS = ("nvidia-cublas", "nvidia-cublas-cu12")  # of cuda13 and cuda12
+SOUND_CUBLAS = (13, 2)
+BLACKWELL = ("10", "11", "12")  # major compute capabilities
 ATTENTION_TOLERANCE = 0.02  # relative, of attended values and gradients in bfloat16
 LOGIT_TOLERANCE = 2e-3  # of logits in float32, on any device
 GRADIENT_TOLERANCE = 2e-3  # relative, of a directional derivative in float32
@@ -80,7 +84,34 @@ def check_devices() -> dict[str, Any]:
     memory = (device.memory_stats() or {}).get("bytes_limit")
     size = f", {memory / 2**30:.0f} GiB each" if memory else ""
     report("devices", True, f"{len(jax.devices())} x {device.device_kind}{size}; jax {jax.__version__}")
-    return dict(kind=device.device_kind, count=len(jax.devices()), jax=jax.__version__, memory=memory)
+    cublas = check_cublas(getattr(device, "compute_capability", "")) if device.platform == "gpu" else ""
+    return dict(kind=device.device_kind, count=len(jax.devices()), jax=jax.__version__, cublas=cublas, memory=memory)
+
+
+def check_cublas(capability: str) -> str:
+    """Print and return the version of cuBLAS, if it is installed, and say where wrong results are reported of it.
+
+    Args:
+      capability: the GPU's compute capability, such as "10.0"; "" on other devices.
+    """
+    installed = {package: version for package in CUBLAS if (version := find_version(package))}
+    is_suspect = any(tuple(map(int, version.split(".")[:2])) < SOUND_CUBLAS for version in installed.values())
+    warning = (
+        "; users of other tools report that before 13.2 it gives wrong results in silence on Blackwell GPUs, such as "
+        "this one: see docs/your_model.md"
+    )
+    text = ", ".join(f"{package} {version}" for package, version in installed.items()) or "not installed as a package"
+    is_blackwell = capability.partition(".")[0] in BLACKWELL
+    report("cuBLAS", True, text + (warning if is_suspect and is_blackwell else ""))
+    return text
+
+
+def find_version(package: str) -> str:
+    """Return the version of an installed package; "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def check_rates(shape: tuple[int, int, int]) -> dict[str, float]:

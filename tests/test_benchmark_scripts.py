@@ -65,3 +65,20 @@ def test_fused_attention_is_compared_where_there_is_a_kernel(monkeypatch, capsys
     wrong = lambda kernel, config, *rest: attend_fused(kernel, replace(config, score_scale=0.1), *rest)  # noqa: E731
     monkeypatch.setattr(gpu_check, "attend_fused", wrong)
     assert not gpu_check.check_attention()
+
+
+@pytest.mark.parametrize(
+    ("versions", "capability", "told"),
+    [
+        ({"nvidia-cublas-cu12": "12.9.1.4"}, "10.0", True),
+        ({"nvidia-cublas": "13.1.0.3"}, "12.0", True),
+        ({"nvidia-cublas": "13.10.0.3"}, "12.0", False),
+        ({"nvidia-cublas-cu12": "12.9.1.4"}, "9.0", False),
+        ({}, "10.0", False),
+    ],
+)
+def test_a_version_of_cublas_that_others_warn_of_is_told(versions, capability, told, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "find_version", lambda package: versions.get(package, ""))
+    gpu_check.check_cublas(capability)
+    line = capsys.readouterr().out
+    assert ("wrong results" in line) == told and all(version in line for version in versions.values())
