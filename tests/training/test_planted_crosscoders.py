@@ -12,6 +12,7 @@ from saejax.activations.joined import with_joined
 from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import part_norms
+from saejax.evaluation.latent_scaling import scale_latents
 from saejax.evaluation.parts import private_part, relative_norms
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
@@ -32,11 +33,13 @@ STEPS, BATCH = 1000, 256
 class PlantedStore:
     """Both models on the same tokens, as a store; 51,200 tokens to learn from and 20,000 held out."""
 
-    def __init__(self):
+    def __init__(self, widths: tuple[int, int] = WIDTHS, tuned: bool = False):
+        """Make both models; a tuned one has the directions of the first."""
         self.sites = ("resid_post.0", "other:resid_post.0")
         self.model = CapturedModel("planted", "", "planted")
         rng = np.random.default_rng(0)
-        rows = [rng.normal(size=(len(LABELS), width)) for width in WIDTHS]
+        rows = [rng.normal(size=(len(LABELS), width)) for width in widths]
+        rows = [rows[1], rows[1].copy()] if tuned else rows
         rows = [directions / np.linalg.norm(directions, axis=1, keepdims=True) for directions in rows]
         rows[0][:WEAK] *= 0.3
         for part in (0, 1):
@@ -105,6 +108,27 @@ def test_batchtopk_separates_shared_and_private_features_and_l1_makes_private_on
             # Spare features, of 48 for 36 planted ones, fire on a token in hundreds.
             assert f1((rate_F > RATE / 4) & (part_F == -1), correlation_FxJ, -1) > 0.95
     assert private_of_shared["batchtopk"] == 0 and private_of_shared["standard"] >= WEAK // 2
+
+
+@pytest.mark.slow
+def test_latent_scaling_tells_weak_shared_features_from_private_ones():
+    """Both seem private where an L1 penalty has shrunk the rows of what the first model has at 0.3."""
+    store = with_joined(PlantedStore((24, 24), tuned=True), [SITE])
+    dictionary = trained(store, "standard", l1=(4.0,))
+    rows = store.rows("held_out", SITE)
+    x_NxD = store.read(SITE, rows)
+    f_NxF = np.asarray(dictionary.encode(x_NxD))
+    with np.errstate(invalid="ignore"):  # of features that never fire
+        correlation_FxJ = np.nan_to_num(np.corrcoef(f_NxF.T, store.truth[rows].T)[:48, 48:])
+    norm_PxF = part_norms(np.asarray(dictionary.W_dec_FxD[...]), (24, 24))
+    part_F = np.where((f_NxF > 0).any(0), private_part(relative_norms(norm_PxF)), -1)
+    scaling = scale_latents(dictionary, part_F, lambda: ([block] for block in np.array_split(x_NxD, 5)))
+    is_like_F, label_F = correlation_FxJ.max(1) > 0.9, LABELS[correlation_FxJ.argmax(1)]
+    shrunk_F, private_F = ((part_F >= 0) & is_like_F & chosen for chosen in (label_F == -1, label_F == part_F))
+    ratios = [np.round(scaling.error_F[some_F], 2).tolist() for some_F in (shrunk_F, private_F)]
+    print(f"nu_error of shared features that seem private {ratios[0]}, of private ones {ratios[1]}")
+    assert shrunk_F.sum() >= WEAK // 2 and private_F.sum() >= PRIVATE
+    assert not scaling.is_specific()[shrunk_F].any() and scaling.is_specific()[private_F].mean() > 0.9
 
 
 def test_parts_have_one_mean_norm_and_eight_devices_train_as_one(store):
