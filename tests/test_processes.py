@@ -89,6 +89,15 @@ def test_killed_while_a_checkpoint_is_written_it_ends_with_the_same_bits(inputs,
     assert runs.checksums(folder) == runs.checksums(whole[0])
 
 
+@pytest.fixture
+def hears_hangups():
+    """Let processes that a test starts hear SIGHUP, which they would ignore where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hears_hangups")
 def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path):
     """Also in a job step of one node, where JAX's own handler of SIGTERM must not take the place of Python's."""
     workdir, step = tmp_path / "run", runs.slurm_step()
