@@ -491,6 +491,7 @@ def test_the_stage_names_a_behaviour_without_top_features(make_run, tiny, make_d
         stage.run_ablate(run)
 
 
+@pytest.mark.slow  # in memory it is judged in test_readouts_and_sites.py
 def test_the_stage_tests_one_set_of_several_sites(make_run, tiny, make_dictionary, tmp_path):
     """As the library does; a feature of a joined SAE is named by its site and its index there."""
     second = make_dictionary("resid_post.2", seed=3)

@@ -39,7 +39,7 @@ def assert_attributed(attribution_F, wanted_F, tolerance=1e-4):
     np.testing.assert_allclose(attribution_F, wanted_F, atol=tolerance * np.abs(wanted_F).max())
 
 
-@pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1", "attn_out.2"])
+@pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1", pytest.param("attn_out.2", marks=pytest.mark.slow)])
 def test_attribution_equals_torch_autograd_and_relevance_its_rules(tiny, prompts, make_dictionary, plain, site):
     dictionary, few = make_dictionary(site), prompts[:12:2]
     split = SplitModel(tiny, dictionary)
@@ -183,7 +183,9 @@ def test_attribution_of_long_prompts(tiny, prompts, dictionary, monkeypatch):
     assert_attributed(slopes.target_attributions([split], [runs], targets)[0], wanted_RxF)
 
 
-@pytest.mark.parametrize("positions", ["all", "last", "1:3"])
+@pytest.mark.parametrize(
+    "positions", ["all", *(pytest.param(some, marks=pytest.mark.slow) for some in ("last", "1:3"))]
+)
 def test_prompts_that_begin_alike_share_tokens_and_change_no_mean(tiny, prompts, dictionary, positions):
     split, targets = SplitModel(tiny, dictionary, positions), np.array([[3, 5], [7, 11]])
     runs = split.run(prompts)

@@ -315,6 +315,7 @@ def test_prompts_that_are_refused(tmp_path, lines, message):
         read_problems(TrackConfig(prompts=str(path)))
 
 
+@pytest.mark.slow
 def test_links_between_features_that_mean_nothing_rarely_hold(lm):
     """Links between random features of random dictionaries; a defect: with five controls one in six held."""
     lower, upper = (

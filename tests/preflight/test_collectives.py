@@ -157,6 +157,7 @@ def test_nested_groups_send_one_sum_of_the_width_each(kind):
     assert groups + gradients < sends["all-reduce"] < 1.05 * (groups + gradients)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs():
     command = [sys.executable, "-m", "benchmarks.bench_scaling", "--jobs=h100", "--tiny"]
     rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])

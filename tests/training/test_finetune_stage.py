@@ -55,6 +55,7 @@ def records(unit) -> list[dict]:
     return [json.loads(line) for line in (unit / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_another_number_of_steps_begins_after_the_last_step_of_training(inputs, tmp_path, capsys):
     """Whichever of the two ran first, and in a longer run, which begins where the learning rate began to fall."""
     assert run(inputs, tmp_path / "whole", train__max_steps=20) == 0

@@ -159,8 +159,9 @@ def flags_of(model, corpus, workdir, site, target, **changes):
     return ["program", *runs.small_flags(model, corpus, workdir, **form | behaviours | changes)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_devices")
-@pytest.mark.parametrize("site", ["mlp_in", pytest.param("attn_z", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("site", ["mlp_in", "attn_z"])
 def test_the_stages_from_training_to_export(site, model, corpus, tmp_path, capsys):
     target = PAIRS[site]
     flags = flags_of(model, corpus, tmp_path / "run", site, target, export__dictionaries="batchtopk")
