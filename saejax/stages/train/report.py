@@ -164,7 +164,7 @@ def _parts_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Tabl
         "Explained variance": lambda name, part, scored, shared: number(scored.explained_variance, 3),
         "Cross-entropy recovered (mean)": lambda name, part, scored, shared: number(scored.ce_recovered_mean, 3),
         "Private features": lambda name, part, scored, shared: f"{scored.private:,}",
-        "of this part alone": lambda name, part, scored, shared: (
+        "Private and absent elsewhere": lambda name, part, scored, shared: (
             MISSING if scored.specific is None else f"{scored.specific:,}"
         ),
         "Shared features": lambda name, part, scored, shared: MISSING if shared is None else f"{shared:,}",
@@ -173,7 +173,7 @@ def _parts_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Tabl
         "A live feature is private to a part if the relative norm of its decoder row is above 0.9 there (1: it writes "
         "to this part alone), and shared if it is between 0.4 and 0.6 (0.5: equally long in both). A penalty on "
         "activations makes private features of shared ones, so prefer batchtopk for this comparison. Private features "
-        "are of this part alone if, by latent scaling (Minder et al., 2025), errors of the other parts hold less than "
+        "are absent elsewhere if, by latent scaling (Minder et al., 2025), errors of the other parts hold less than "
         "0.2 and their reconstructions less than 0.5 of the feature that this part has."
     )
     return [Table.of("The parts of crosscoders", rows, columns, stack=False, note=note)] if rows else []
