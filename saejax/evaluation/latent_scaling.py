@@ -69,7 +69,7 @@ def scale_latents(
 def _measure_ratios(
     dictionary: Dictionary, features_C: np.ndarray, parts: tuple[int, ...], blocks: Iterable[Sequence[np.ndarray]]
 ) -> np.ndarray:
-    """Return both ratios [2, C] of features that are private to the first of these parts; sums in float64."""
+    """Return both ratios [2, C] of features that are private to the first of these parts; blocks add up in float64."""
     # Filled up, so that each number of features does not compile a program of its own.
     filled_K = np.pad(features_C, (0, -len(features_C) % 64), mode="edge")
     sums_2xPxK, square_K = np.zeros((2, len(parts), len(filled_K))), np.zeros(len(filled_K))

@@ -176,7 +176,8 @@ def tokenize_in_pieces(
     for number, sequence in enumerate(sequences):
         text = sequence[len(front) :] if sequence[: len(front)] == front else sequence
         of_text = [front + text[start : start + size] for start in range(0, max(len(text), 1), size)]
-        pieces, source = pieces + of_text, source + [number] * len(of_text)
+        pieces += of_text
+        source += [number] * len(of_text)
     return pad(pieces), np.array(source)
 
 

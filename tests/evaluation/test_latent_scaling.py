@@ -6,6 +6,8 @@ import pytest
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation.latent_scaling import LatentScaling, scale_latents
+from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 
 WIDTH, TOKENS = 8, 4000
 SITE = "resid_post.1+other:resid_post.1"
@@ -83,6 +85,18 @@ def test_shrunk_and_decoupled_features_are_told_from_specific_ones(firing):
     np.testing.assert_allclose(found.error_F, [0, 0.4, 0, 0], atol=1e-5)
     np.testing.assert_allclose(found.reconstruction_F, [0, 0, 1, 1], atol=1e-5)
     assert found.is_specific().tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, model=4), dict(member=4, data=2)])
+def test_eight_devices_give_the_ratios_of_one(axes):
+    rng = np.random.default_rng(3)
+    encoder_DxF, decoder_FxD = rng.normal(size=(2 * WIDTH, 16)), rng.normal(size=(16, 2 * WIDTH))
+    alone, part_F = crosscoder(encoder_DxF, decoder_FxD), np.array([0, 1] * 8)
+    blocks = blocks_of(rng.normal(size=(TOKENS, 2 * WIDTH)))  # of numbers of rows that eight does not divide, too
+    expected = scale_latents(alone, part_F, blocks)
+    spread = scale_latents(alone.on_mesh(make_mesh(MeshConfig(**axes))), part_F, blocks)
+    assert np.isfinite(expected.error_F).sum() > 4
+    np.testing.assert_allclose(np.stack(spread), np.stack(expected), rtol=1e-3, atol=1e-4)
 
 
 def test_features_that_never_fire_and_parts_of_other_widths_have_no_ratio():
