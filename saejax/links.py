@@ -22,10 +22,13 @@ def write_link(place: Path, target: str) -> None:
 
 def linked_folder(path: Path) -> Path | None:
     """Return the folder that a path such as DIR/train/topk stands for; None if it stands for none."""
-    if path.is_symlink():
-        return path.parent / os.readlink(path) if path.exists() else None
     stand_in = path.with_name(path.name + STAND_IN)
-    return path.parent / stand_in.read_text("utf-8").strip() if stand_in.is_file() else None
+    if path.is_symlink():
+        target = os.readlink(path)
+    else:
+        target = stand_in.read_text("utf-8").strip() if stand_in.is_file() else ""
+    # A text file that a full disk left empty would lead to the folder that it lies in.
+    return path.parent / target if target and (path.parent / target).exists() else None
 
 
 def resolve_links(path: str | os.PathLike) -> Path:

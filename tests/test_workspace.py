@@ -66,6 +66,15 @@ def test_each_setting_has_a_folder_and_the_link_stands_for_the_current_one(tmp_p
     assert current_units(tmp_path) == {unit: tmp_path / f"{unit}-m1" for unit in ("capture", "train/topk")}
 
 
+@pytest.mark.parametrize("text", ["", "\n", "topk-gone\n"])
+def test_a_file_in_place_of_a_link_that_names_no_folder_leads_nowhere(tmp_path, text):
+    space = Workspace(tmp_path)
+    make(space, "m1")
+    (tmp_path / "train" / "topk").unlink()
+    (tmp_path / "train" / "topk.current").write_text(text)
+    assert space.current("train/topk") is None and not current_units(tmp_path)
+
+
 def test_a_unit_in_which_nothing_was_made_goes(tmp_path):
     space = Workspace(tmp_path)
     for files in ([], ["half.txt"]):
@@ -203,6 +212,11 @@ def test_a_claim_of_another_host_is_taken_over_on_request_or_by_the_same_job(tmp
     (folder / "claim.json").write_text("")  # a damaged one counts as held
     with pytest.raises(UserError, match="unknown host"):
         claim(space)
+    (folder / "claim.json").unlink()
+    (folder / "claim.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match="unknown host"):
+        claim(space)
+    claim(space, take_over=True)
 
 
 def test_of_two_that_find_a_claim_gone_one_gets_it(tmp_path):

@@ -339,12 +339,13 @@ class _Claimant:
     @classmethod
     def read(cls, path: Path) -> "_Claimant | None":
         """Return what a file says; None if it is gone."""
-        try:
-            return cls(**json.loads(path.read_text("utf-8")))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError):  # cut off by a full disk, or being written where there are no hard links
-            return cls("an unknown host", 0, "", "", "an unknown time")
+        with contextlib.suppress(ValueError, TypeError):  # cut off by a full disk, or written without hard links just now
+            try:
+                return cls(**json.loads(path.read_text("utf-8")))
+            except FileNotFoundError:
+                if not path.is_symlink():  # a link that leads nowhere is in the claim's place
+                    return None
+        return cls("an unknown host", 0, "", "", "an unknown time")
 
     def is_gone(self, observer: "_Claimant", path: Path) -> bool:
         """Return whether this process, whose claim is the file ``path``, has ended, as far as another one can tell."""
