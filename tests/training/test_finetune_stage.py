@@ -1,5 +1,7 @@
 """Fine-tuning through the model in the stage train: after training, by flag, and begun again where it was stopped."""
 
+import contextlib
+import io
 import json
 import types
 
@@ -22,21 +24,35 @@ from saejax.training import finetune
 
 pytestmark = pytest.mark.usefixtures("single_device")
 STAGES = ["baseline", "capture", "train"]
-TUNED = dict(train__kl_steps=4, train__kl_learning_rate=3e-3, train__k="4,8", train__kinds="batchtopk")
+TUNED = dict(
+    train__kl_steps=4, train__kl_learning_rate=3e-3, train__k="4,8", train__kinds="batchtopk",
+    train__max_steps=20, train__log_every=3,
+)  # fmt: skip
 
 
 def run(inputs, workdir, stages=STAGES, **changes) -> int:
     return command.run(stages, "", ["program", *runs.small_flags(*inputs, workdir, **TUNED | changes)])
 
 
-def test_members_are_tuned_and_a_stopped_run_ends_with_the_same_bits(inputs, tmp_path, monkeypatch, capsys):
-    assert run(inputs, tmp_path / "whole") == 0
-    output = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def workdir(inputs, single_device, tmp_path_factory):
+    """A run of two members that is trained, and tuned by a second command; what was there in between, too."""
+    folder = tmp_path_factory.mktemp("finetune")
+    for name, steps in (("plain", 0), ("tuned", 4)):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert run(inputs, folder / "tuned", train__kl_steps=steps) == 0
+        (folder / f"{name}.txt").write_text(output.getvalue())
+        if name == "plain":
+            runs.copy_run(folder / "tuned", folder / "plain")
+    return folder
+
+
+def test_members_are_tuned_and_a_stopped_run_ends_with_the_same_bits(workdir, inputs, tmp_path, monkeypatch, capsys):
+    """A run that was always to be tuned, as well as one that goes on after the last step of training."""
+    output = (workdir / "tuned.txt").read_text()
     assert all(f"fine-tuning {member}: step 4 of 4, KL divergence" in output for member in ("k4", "k8"))
-    runs.copy_units(tmp_path / "whole", tmp_path / "plain", "baseline", "capture")
-    assert run(inputs, tmp_path / "plain", train__kl_steps=0) == 0
-    assert "fine-tuning" not in capsys.readouterr().out
-    runs.copy_units(tmp_path / "whole", tmp_path / "broken", "baseline", "capture")
+    assert "fine-tuning" not in (workdir / "plain.txt").read_text()
+    runs.copy_units(workdir / "tuned", tmp_path / "broken", "baseline", "capture")
     with monkeypatch.context() as patch:
         steps = []
         patch.setattr(finetune._Progress, "__call__", lambda self, step, metrics: steps.append(step))
@@ -45,9 +61,10 @@ def test_members_are_tuned_and_a_stopped_run_ends_with_the_same_bits(inputs, tmp
     assert "stopped at step 2 of 4 of fine-tuning; what was trained before is saved" in capsys.readouterr().err
     assert run(inputs, tmp_path / "broken") == 0
     assert "resuming batchtopk at step" in capsys.readouterr().out
-    whole, plain, broken = (runs.dictionary_checksums(tmp_path / name) for name in ("whole", "plain", "broken"))
-    assert whole == broken and whole.keys() == plain.keys() and len(whole) == 2
-    for member, arrays in whole.items():
+    folders = (workdir / "tuned", workdir / "plain", tmp_path / "broken")
+    tuned, plain, broken = map(runs.dictionary_checksums, folders)
+    assert tuned == broken and tuned.keys() == plain.keys() and len(tuned) == 2
+    for member, arrays in tuned.items():
         assert arrays["threshold_F"] != plain[member]["threshold_F"], "calibrated anew"
 
 
@@ -88,13 +105,13 @@ def test_settings_of_the_model_count_where_training_runs_it(source, tmp_path):
     assert (firsts[0] == firsts[1]) == (source == "store")
 
 
-def test_its_metrics_and_scores_are_among_the_results(inputs, tmp_path):
+def test_its_metrics_and_scores_are_among_the_results(workdir, inputs):
     lm = saejax.load_model(str(inputs[0]))
-    unit, kl = tmp_path / "train" / "batchtopk", {}
-    for steps in (0, 4):
-        assert run(inputs, tmp_path, train__kl_steps=steps, train__log_every=3, train__max_steps=20) == 0
-        documents = Store.open(tmp_path / "capture").documents.of("held_out")
-        kl[steps] = [divergence(lm, saejax.load_dictionary(unit / name), documents) for name in ("k4", "k8")]
+    unit, kl = workdir / "tuned" / "train" / "batchtopk", {}
+    documents = Store.open(workdir / "tuned" / "capture").documents.of("held_out")
+    for name in ("plain", "tuned"):
+        folder = workdir / name / "train" / "batchtopk"
+        kl[name] = [divergence(lm, saejax.load_dictionary(folder / member), documents) for member in ("k4", "k8")]
     results = load_results(unit)
     assert results.steps == 20 and results.tokens_per_second == 0, "no step of training was done again"
     for index, member in enumerate(results.members):
@@ -102,11 +119,11 @@ def test_its_metrics_and_scores_are_among_the_results(inputs, tmp_path):
         assert [record["step"] for record in earlier[-2:]] == [20, 23] and last["step"] == 24
         assert last["kl"] > 0 and last["kl"] == member.final["kl"] and "kl" not in earlier[-2]
         found = [scores.kl for scores in member.finetuned]
-        np.testing.assert_allclose(found, [kl[0][index], kl[4][index]], rtol=1e-4)
+        np.testing.assert_allclose(found, [kl["plain"][index], kl["tuned"][index]], rtol=1e-4)
     assert [curve.tokens[-1] for curve in training_curves(unit)] == [24 * 64] * 2
     summaries = {"train/batchtopk": types.SimpleNamespace(results=results)}
-    (table,) = finetuning_tables(Findings(summaries, {}, tmp_path, {}))
-    assert f"| batchtopk/k4 | {kl[0][0]:.4f} | {kl[4][0]:.4f} |" in table.markdown()
+    (table,) = finetuning_tables(Findings(summaries, {}, workdir / "tuned", {}))
+    assert f"| batchtopk/k4 | {kl['plain'][0]:.4f} | {kl['tuned'][0]:.4f} |" in table.markdown()
 
 
 def divergence(lm, dictionary, documents) -> float:
