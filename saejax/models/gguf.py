@@ -5,8 +5,13 @@ what it made of a file is compared with the file: every setting that it did not 
 have been used, and nothing may have been drawn at random.
 """
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from saejax.errors import UserError
 from saejax.models.identity import content_sha256
@@ -37,13 +42,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     logging.disable_progress_bar()
     where = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
     try:
-        settings, tensors = _read(gguf)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=GgufConfig(dequantize=True), dtype="float32", output_loading_info=True
-        )
-        _check_settings(gguf, settings, model.config)
-        _check_tensors(gguf, tensors, model, loaded["missing_keys"])
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        with _parse_once():
+            settings, tensors = _read(gguf)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                **where, quantization_config=GgufConfig(dequantize=True), dtype="float32", output_loading_info=True
+            )
+            _check_settings(gguf, settings, model.config)
+            _check_tensors(gguf, tensors, model, loaded["missing_keys"])
+            tokenizer = AutoTokenizer.from_pretrained(**where)
     except UserError:
         raise
     except Exception as error:  # a damaged file makes the parser raise anything
@@ -53,6 +59,31 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)
     save_pretrained(model, tokenizer, folder)
+
+
+@contextlib.contextmanager
+def _parse_once() -> Iterator[None]:
+    """Let transformers share what it parses of a file: it does so three times, and lists all names once a module."""
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        """Reads a file as plain arrays: each of a million slices of a ``np.memmap`` costs three times as much."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    parsed = functools.cache(lambda place: Reader(place))
+    shared = dict(
+        # transformers gives the path as text
+        GGUFReader=lambda path, *mode: parsed(Path(path)),
+        get_tensor_name_map=functools.cache(gguf.get_tensor_name_map),
+    )
+    before = {name: vars(gguf)[name] for name in shared}
+    vars(gguf).update(shared)
+    try:
+        yield
+    finally:
+        vars(gguf).update(before)
 
 
 def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, int]]:

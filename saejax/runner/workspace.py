@@ -339,7 +339,8 @@ class _Claimant:
     @classmethod
     def read(cls, path: Path) -> "_Claimant | None":
         """Return what a file says; None if it is gone."""
-        with contextlib.suppress(ValueError, TypeError):  # cut off by a full disk, or written without hard links just now
+        # A full disk may have cut it off, or another process be writing it where there are no hard links.
+        with contextlib.suppress(ValueError, TypeError):
             try:
                 return cls(**json.loads(path.read_text("utf-8")))
             except FileNotFoundError:

@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import shutil
+from unittest.mock import Mock
 
 import gguf as gguf_package
 import huggingface_hub
@@ -109,9 +110,14 @@ def test_a_gguf_file_is_dequantised(tiny_gguf, converted, cache, monkeypatch):
     tokenizer = source.load_tokenizer(converted)
     assert tokenizer.decode(tokenizer("The war lasted, 17 years\n")["input_ids"]) == "The war lasted, 17 years\n"
     assert not hasattr(source.load_torch_model(converted), "hf_quantizer")
+    parse, name = Mock(wraps=gguf_package.GGUFReader._build_fields), Mock(wraps=gguf_package.get_tensor_name_map)
+    monkeypatch.setattr(gguf_package.GGUFReader, "_build_fields", lambda reader, *where: parse(reader, *where))
+    monkeypatch.setattr(gguf_package, "get_tensor_name_map", name)
     # What is made does not depend on whether the hub can be reached.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", not huggingface_hub.constants.HF_HUB_OFFLINE)
     found = resolve(tiny_gguf[0])
+    assert parse.call_count == name.call_count == 1, "transformers parses a file thrice, and lists names once a module"
+    assert gguf_package.get_tensor_name_map is name, "others find the package as it was"
     assert found.fingerprint == converted.fingerprint and found.folder.parent == cache != converted.folder.parent
 
 
