@@ -125,7 +125,7 @@ def test_hidden_activations_from_capture_to_ablation(inputs, tmp_path, capsys):
     """They are as wide as the MLP's hidden layer, not as the stream."""
     changes = dict(capture__sites="mlp_act.1", train__sites="mlp_act.1", train__kinds="topk")
     changes |= dict(task__behaviours="agreement", ablate__baselines="", ablate__untrained_dictionaries=0)
-    flags = small_flags(*inputs, tmp_path, **changes)
+    flags = small_flags(*inputs, tmp_path, **changes, ablate__text_documents=0, evaluate__ce_documents=1)
     assert command.run(["baseline", "capture", "train", "evaluate", "ablate"], "", ["program", *flags]) == 0
     assert not capsys.readouterr().err
     dictionary = load_dictionary(tmp_path / "train" / "topk")

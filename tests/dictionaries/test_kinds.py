@@ -162,7 +162,7 @@ def trained(inputs, single_device, tmp_path_factory):
     """A workdir of all stages on a stack of a user's kind, which a process of its own trained."""
     workdir = tmp_path_factory.mktemp("plugin") / "run"
     changes = SETTINGS | dict(train__shrunk__strength="0.2,0.4", ablate__dictionary=f"{MADE_UP}/strength0.2")
-    changes |= dict(ablate__baselines="", ablate__untrained_dictionaries=0)
+    changes |= dict(ablate__baselines="", ablate__untrained_dictionaries=0, ablate__text_documents=0, train__epochs=3)
     flags = runs.small_flags(*inputs, workdir, **changes)
     assert command.run(["baseline", "capture"], "", ["program", *flags]) == 0
     runs.finish(runs.start("train", flags))

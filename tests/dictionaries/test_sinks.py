@@ -49,17 +49,16 @@ def change(lm, tokens, edit, site=SITE):
 
 
 # Statement 7 of WORKSPACE.md, what must hold.
-@pytest.mark.parametrize("place", [0, 3])
-def test_edits_of_a_dictionary_of_others_leave_sinks_alone(lm, foreign, place):
+def test_edits_of_a_dictionary_of_others_leave_sinks_alone(lm, foreign):
     """By norm, wherever the sink is: position 0 of a text that begins without one is edited."""
-    ids = list(USUAL)
-    ids.insert(place, SINK)
+    places = (0, 3)
+    ids = pad([[*USUAL[:place], SINK, *USUAL[place:]] for place in places])
     for edit in (foreign.ablate(range(20)), foreign.ablate(range(20), error="drop"), foreign.steer([3], 5.0)):
-        change_T = change(lm, pad([ids]), edit)[0]
-        assert change_T[place] == 0
-        assert (np.delete(change_T, place) > 1e-3).all()
-    before = lm.generate(pad([ids]), 3)[0].ids
-    assert len(before) and lm.generate(pad([ids]), 3, edits=[foreign.steer([3], 0.0)])[0].ids == before
+        for place, change_T in zip(places, change(lm, ids, edit), strict=True):
+            assert change_T[place] == 0
+            assert (np.delete(change_T, place) > 1e-3).all()
+    before, after = (lm.generate(ids, 3, edits=edits) for edits in ([], [foreign.steer([3], 0.0)]))
+    assert all(one.ids and one.ids == other.ids for one, other in zip(before, after, strict=True))
 
 
 def test_a_strong_edit_makes_no_sinks_for_the_edits_after_it(lm, foreign):
@@ -78,22 +77,25 @@ def test_a_strong_edit_makes_no_sinks_for_the_edits_after_it(lm, foreign):
 
 def test_an_edit_of_sinks_alone_is_told(lm, foreign, caplog):
     at_sinks, elsewhere = pad([[SINK, *USUAL]] * 2), pad([[SINK, *USUAL], [*USUAL, SINK]])
-    for call in (lambda edit, ids: lm(ids, edits=[edit]), lambda edit, ids: lm.generate(ids, 2, edits=[edit])):
-        for positions, ids, is_told in (
-            ((0, 1), at_sinks, True),
-            ((0, 1), elsewhere, False),
-            ((0, 2), at_sinks, False),
-            ((0, 2), pad([[SINK, SINK, *USUAL]] * 2), True),
-            ((1, 2), pad([[SINK, SINK, *USUAL]] * 2), True),
-            ((0, 9), pad([[SINK] * 9]), False),  # longer than what chat templates begin with
-            ("all", at_sinks, False),
-        ):
-            caplog.clear()
-            call(foreign.steer([3], 5.0, positions=positions), ids)
-            where = {(0, 1): "the first token alone, an", (1, 2): "token 1 alone, an"}
-            where = where.get(positions, "tokens 0 to 1 alone,")
-            told = f"an edit at {SITE} changes nothing: it acts at {where} attention sink"
-            assert (told in caplog.text) == is_told, (positions, caplog.text)
+    two_sinks = pad([[SINK, SINK, *USUAL[1:]]] * 2)
+    cases = (
+        ((0, 1), at_sinks, True),
+        ((0, 1), elsewhere, False),
+        ((0, 2), at_sinks, False),
+        ((0, 2), two_sinks, True),
+        ((1, 2), two_sinks, True),
+        ((0, 9), pad([[SINK] * 9]), False),  # longer than what chat templates begin with
+        ("all", at_sinks, False),
+    )
+    in_a_pass = [(lambda edit, ids: lm(ids, edits=[edit]), *case) for case in cases]
+    generating = [(lambda edit, ids: lm.generate(ids, 2, edits=[edit]), *case) for case in cases[:2]]
+    for call, positions, ids, is_told in in_a_pass + generating:
+        caplog.clear()
+        call(foreign.steer([3], 5.0, positions=positions), ids)
+        where = {(0, 1): "the first token alone, an", (1, 2): "token 1 alone, an"}
+        where = where.get(positions, "tokens 0 to 1 alone,")
+        told = f"an edit at {SITE} changes nothing: it acts at {where} attention sink"
+        assert (told in caplog.text) == is_told, (positions, caplog.text)
 
 
 def test_an_edit_of_a_crosscoder_at_sinks_alone_is_told(lm, caplog):
@@ -183,6 +185,7 @@ def test_texts_that_give_no_scores_are_refused(lm, foreign):
         saejax.evaluate(lm, foreign, "a text")
 
 
+@pytest.mark.slow  # the rule is tested above on a model with planted sinks
 def test_smollm2_has_sinks_that_edits_leave_alone(smollm2):
     site = "resid_post.15"
     tokens = smollm2.tokenize(["The capital of France is Paris, and the capital of Italy is"])

@@ -81,12 +81,10 @@ def test_features_and_reconstruction_are_those_of_the_formula(tmp_path, changes)
             assert np.abs(expected).max() > 0
 
 
-def test_it_is_scored_on_whole_texts(tmp_path):
+def test_it_is_scored_on_whole_texts(tmp_path, one_device):
     settings, w = save(tmp_path / "sae")
-    lm, texts = (
-        saejax.load_model(str(runs.save_model(tmp_path, hidden_size=D))),
-        ["the cat runs far away", "a dog sits"],
-    )
+    lm = saejax.load_model(str(runs.save_model(tmp_path, hidden_size=D)), mesh=one_device)
+    texts = ["the cat runs far away", "a dog sits"]
     sae = saejax.load_temporal(tmp_path / "sae")
     scores = saejax.evaluate(lm, sae, texts)
     tokens = lm.tokenize(texts)

@@ -24,9 +24,9 @@ CHANGES = dict(
     train__sites=f"{LAYERS},{MODELS}",
     train__kinds="batchtopk",
     train__epochs=2,
-    task__behaviours="agreement,capital",
-    task__train_prompts=8,
-    task__test_prompts=8,
+    task__behaviours="agreement",
+    task__train_prompts=6,
+    task__test_prompts=6,
 )
 
 
@@ -38,7 +38,7 @@ def second_model(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    return runs.save_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl.gz", documents=90)
+    return runs.save_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl.gz", documents=50)
 
 
 def go(stages, inputs, corpus, workdir, **changes):
@@ -56,7 +56,7 @@ def workdir(inputs, corpus, second_model, tmp_path_factory):
 
 def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, second_model, capsys):
     """Preflight knows joined sites, and a crosscoder of one model is ablated at its sites, one of two models is not."""
-    ablated = dict(ablate__dictionary=f"batchtopk/{LAYERS}", ablate__untrained_dictionaries=2, causal__random_sets=4)
+    ablated = dict(ablate__dictionary=f"batchtopk/{LAYERS}", ablate__untrained_dictionaries=1, causal__random_sets=4)
     both = dict(model__other=second_model)
     assert go(list(all_stages()), inputs, corpus, workdir, **both | ablated) == 0
     (page,) = (workdir / "report").glob("*.md")

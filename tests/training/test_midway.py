@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import runs
 from small_runs import Rows, make_stack, streamed
-from small_stacks import B, D
+from small_stacks import B, D, first_device
 
 from saejax import load_model
 from saejax.dictionaries.cross_layer import FORM
@@ -86,7 +86,7 @@ def test_scores_are_those_of_evaluation(kind, mesh, changes):
     for i, member in enumerate(stack.members):
         dictionary = finish_dictionary(stack, state, i, kept_M)
         parts = [values[site] for site in dict.fromkeys((member.site, member.target))]
-        (expected,) = reconstruct([dictionary], [parts], make_mesh())
+        (expected,) = reconstruct([dictionary], [parts], first_device())
         assert scores["explained_variance"][i] == pytest.approx(expected.explained_variance, abs=1e-5)
         assert scores["l0"][i] == pytest.approx(expected.l0, rel=1e-3)
         assert scores["dead"][i] == pytest.approx(expected.dead_fraction, abs=1e-3)
@@ -98,8 +98,8 @@ def test_without_held_out_tokens_there_are_no_scores():
     assert HeldOutScorer.of(make_stack(), rows) is None
 
 
-def test_cross_entropy_is_that_of_each_finished_member_alone(tmp_path):
-    lm = load_model(str(runs.save_model(tmp_path, hidden_size=D)))
+def test_cross_entropy_is_that_of_each_finished_member_alone(tmp_path, one_device):
+    lm = load_model(str(runs.save_model(tmp_path, hidden_size=D)), mesh=one_device)
     stack, rng = make_stack(k=(1, 2, 3, 4, 5, 6), **SITES), np.random.default_rng(0)
     state = init_state(stack)
     documents = [rng.integers(1, 1000, size=length).astype(np.int32) for length in (20, 33, 7)]
