@@ -1,7 +1,9 @@
 """Real processes: killed and resumed, asked to stop, and two that train and ablate together."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import random
@@ -22,9 +24,12 @@ from saejax.interventions.table import load_effects
 from saejax.runner import command
 from saejax.runner.registry import all_stages
 
-# As many behaviours and dictionaries as processes: more of either add time alone, as simpler bases do.
-TWO = dict(task__behaviours="agreement,capital", ablate__baselines="", train__kinds="topk", train__k="4,8")
-TWO |= dict(ablate__dictionary="topk/k8", ablate__untrained_dictionaries=0, train__checkpoint_every=5)
+# As many behaviours and dictionaries as processes: more of either add time alone, as simpler bases do. The prompts of
+# these behaviours are of the same lengths, and what runs on one runs on the other.
+TWO = dict(task__behaviours="agreement,greater_than", ablate__baselines="", train__kinds="topk", train__k="4,8")
+TWO |= dict(ablate__dictionary="topk/k8", ablate__untrained_dictionaries=0, ablate__top=1, ablate__text_documents=0)
+TWO |= dict(causal__random_sets=2, causal__placebo_targets=2, causal__bootstrap=100)
+TWO |= dict(train__checkpoint_every=5, train__max_steps=20)
 
 # Preflight and the report take half of the time, and nothing of them is compared.
 MEASURED = [stage for stage in all_stages() if stage not in ("preflight", "report")]
@@ -35,10 +40,12 @@ command.main({MEASURED}, "")
 
 
 @pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):
-    """An uninterrupted run: its workdir and how many lines it printed."""
+def whole(inputs, tmp_path_factory, single_device):
+    """An uninterrupted run, in this process: its workdir and how many lines it printed."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    return workdir, runs.finish(runs.start(MEASURE, runs.small_flags(*inputs, workdir, **TWO))).count("\n")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert command.run(MEASURED, "", ["program", *runs.small_flags(*inputs, workdir, **TWO)]) == 0
+    return workdir, output.getvalue().count("\n")
 
 
 # Statement 1 of WORKSPACE.md, what must hold.
@@ -78,14 +85,14 @@ main("train")
 
 
 # Statement 1 of WORKSPACE.md, what must hold.
-def test_killed_while_a_checkpoint_is_written_it_ends_with_the_same_bits(inputs, whole, tmp_path):
+def test_killed_while_a_checkpoint_is_written_it_ends_with_the_same_bits(inputs, whole, tmp_path, capsys):
     """Training goes on from the other source of batches. Whole runs are killed above, by the slow test."""
     folder = tmp_path / "run"
     runs.captured_only(whole[0], folder)
-    for program, source, status in ((KILLED, "resident", -signal.SIGKILL), ("train", "streamed", 0)):
-        flags = runs.small_flags(*inputs, folder, train__input=source, **TWO)
-        output = runs.finish(runs.start(program, flags), status)
-    assert int(re.search(r"resuming topk at step (\d+)", output)[1]) in (5, 10)
+    first, second = (runs.small_flags(*inputs, folder, train__input=s, **TWO) for s in ("resident", "streamed"))
+    runs.finish(runs.start(KILLED, first), -signal.SIGKILL)
+    assert command.run(["train"], "", ["program", *second]) == 0
+    assert int(re.search(r"resuming topk at step (\d+)", capsys.readouterr().out)[1]) in (5, 10)
     assert runs.checksums(folder) == runs.checksums(whole[0])
 
 
@@ -98,17 +105,15 @@ def hears_hangups():
 
 
 @pytest.mark.usefixtures("hears_hangups")
-def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path):
+# One handler has all signals; that it hears of a terminal that closes, tests/test_bad_input.py tells.
+@pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path, first):
     """Also in a job step of one node, where JAX's own handler of SIGTERM must not take the place of Python's."""
     workdir, step = tmp_path / "run", runs.slurm_step()
     runs.captured_only(whole[0], workdir)
     flags = runs.small_flags(*inputs, workdir, train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
     launched = ["--mesh.distributed=auto", f"--mesh.coordinator={step['coordinator']}"]
-    for number, more, environment in (
-        (signal.SIGINT, [], {}),
-        (signal.SIGHUP, [], {}),
-        (signal.SIGTERM, launched, step["environment"]),
-    ):
+    for number, more, environment in ((first, [], {}), (signal.SIGTERM, launched, step["environment"])):
         process = runs.start("train", [*flags, *more], **environment)
         before = "".join(itertools.takewhile(lambda line: "tokens/s" not in line, process.stdout))
         process.send_signal(number)
