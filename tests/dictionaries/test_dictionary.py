@@ -64,16 +64,15 @@ class DropsNaN(kinds.Kind):
         return jnp.where(inputs.pre_xF > 1, inputs.pre_xF, 0.0)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", [*kinds.KINDS, "signed", "normalised", "drops_nan"])
-def test_a_token_that_is_not_finite_has_nan_for_every_feature(kind, value, monkeypatch):
+def test_a_token_that_is_not_finite_has_nan_for_every_feature(kind, monkeypatch):
     """So no feature counts as silent there; other tokens are as ever."""
     monkeypatch.setitem(kinds.KINDS, "drops_nan", DropsNaN())
     changes = dict(signed=dict(signed=True), normalised=dict(input_norm="layer_norm")).get(kind, {})
     dictionary, x = make("topk" if changes else kind, n_features=640), activations(6, 12)
     dictionary = dictionary.with_config(dataclasses.replace(dictionary.config, **changes))
     damaged, features = x.copy(), np.array([3, 77])
-    damaged[[1, 4], 5] = value
+    damaged[[1, 4], 5] = np.nan, np.inf
     for encode, every in (
         (dictionary.encode, dictionary.encode(x)),
         (jax.jit(lambda x: dictionary.encode(x)), dictionary.encode(x)),

@@ -156,7 +156,9 @@ def test_edits_of_smollm2_equal_plain_hooks(smollm2, smollm2_torch):
             np.testing.assert_allclose(logits[b, :length] - clean[b, :length], change, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(k, marks=[] if k in ("ablate", "patch") else pytest.mark.slow) for k in EDITS]
+)
 def test_features_of_a_crosscoder_are_changed_at_each_of_its_sites(lm, name):
     """Read without edits; a later site keeps what the change at an earlier one does to it, and gets its own part."""
     parts, width, rng = ("resid_post.0", "resid_post.2"), lm.config.d_model, np.random.default_rng(0)

@@ -21,7 +21,7 @@ from saejax.runner import command
 from saejax.runner.workspace import Run
 from saejax.stages.evaluate import run as evaluate
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 CAPTURE = dict(
     capture__sites="resid_post.0,resid_post.1,resid_mid.1,mlp_in.1,mlp_out.1",
     capture__sink_factor=1.2,

@@ -87,7 +87,13 @@ def test_shrunk_and_decoupled_features_are_told_from_specific_ones(firing):
     assert found.is_specific().tolist() == [True, False, False, False]
 
 
-@pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, model=4), dict(member=4, data=2)])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        dict(data=2, model=4),
+        *(pytest.param(axes, marks=pytest.mark.slow) for axes in (dict(data=8), dict(member=4, data=2))),
+    ],
+)
 def test_eight_devices_give_the_ratios_of_one(axes):
     rng = np.random.default_rng(3)
     encoder_DxF, decoder_FxD = rng.normal(size=(2 * WIDTH, 16)), rng.normal(size=(16, 2 * WIDTH))

@@ -132,16 +132,19 @@ def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path, mon
         monkeypatch.setattr(algorithms_run, name, value)
     monkeypatch.setitem(algorithms_run._DICTIONARY, "expansion", 2)
     configs = runs.make_configs(task__behaviours=(), algorithm__names=("addition",), algorithm__steps=10)
-    made = []
-    for name in ("first", "second"):
-        run_stages(["algorithm"], configs, tmp_path / name)
-        folder = tmp_path / name / "algorithm" / "addition"
-        made.append([(folder / file).read_bytes() for file in ("model/model.safetensors", "prompts.jsonl")])
-    assert made[0] == made[1]
-    results = load_results(folder)
-    assert list(results.features) == ["trained", "random directions"]
-    run_stages(["report"], configs, tmp_path / "second")
-    text = (tmp_path / "second" / "report" / "report.md").read_text()
+    run_stages(["algorithm"], configs, tmp_path / "first")
+    with monkeypatch.context() as patch:  # the second ends where the first has what is compared
+        patch.setattr(algorithms_run, "load_model", lambda *of, **more: None)
+        patch.setattr(algorithms_run, "_dictionaries", lambda *of: {})
+        patch.setattr(algorithms_run, "match_variables", lambda *of: ())
+        patch.setattr(algorithms_run, "compare", lambda ablated: ablated)
+        run_stages(["algorithm"], configs, tmp_path / "second")
+    folders = [tmp_path / name / "algorithm" / "addition" for name in ("first", "second")]
+    for file in ("model/model.safetensors", "prompts.jsonl"):
+        assert len({(folder / file).read_bytes() for folder in folders}) == 1, file
+    assert list(load_results(folders[0]).features) == ["trained", "random directions"]
+    run_stages(["report"], configs, tmp_path / "first")
+    text = (tmp_path / "first" / "report" / "report.md").read_text()
     assert (
         "Not learned to the required accuracy: addition" in text and "addition: features ablated one at a time" in text
     )

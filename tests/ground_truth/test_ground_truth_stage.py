@@ -43,8 +43,9 @@ def whole(tmp_path_factory):
     return workdir
 
 
-def test_stopped_anywhere_it_ends_with_the_same_bits(whole, tmp_path, monkeypatch, capsys):
-    for asked_at in (9, 17):  # checks for a request to stop, of which there is one at each step
+@pytest.mark.parametrize("moments", [(9,), pytest.param((9, 17), marks=pytest.mark.slow)])
+def test_stopped_anywhere_it_ends_with_the_same_bits(whole, tmp_path, monkeypatch, capsys, moments):
+    for asked_at in moments:  # checks for a request to stop, of which there is one at each step
         checks = itertools.count()
         monkeypatch.setattr(
             command, "install_signal_handlers", lambda checks=checks, at=asked_at: lambda: next(checks) >= at

@@ -120,7 +120,8 @@ def test_loss_and_gradients_are_those_of_plain_numpy(kind, form, one_device):
         loss = lambda layers: cross_layer_loss(  # noqa: E731
             stack, layers, LayersBatch(jnp.asarray(x), jnp.asarray(y), stack.hyperparams, jnp.int32(0), dead)
         )
-        (total, (metrics, *_)), grads = jax.value_and_grad(loss, has_aux=True)(jax.tree.map(jnp.asarray, layers))
+        loss_and_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (total, (metrics, *_)), grads = loss_and_gradients(jax.tree.map(jnp.asarray, layers))
         wanted, plain_grads, errors = plain(layers, x, y, kind, step_share=1 / 2)  # of 50 steps 2 are warm-up
         (total, metrics, grads) = jax.tree.map(np.asarray, (total, metrics, grads))
     assert abs(total / wanted - 1) < 1e-12 and 0.02 < metrics["l0"].mean() / F < 0.9
@@ -145,7 +146,7 @@ def test_in_auxk_dead_features_of_all_layers_reconstruct_each_layers_residual(on
         (with_auxk, gradients), (without, plain_gradients) = (
             jax.tree.map(
                 np.asarray,
-                jax.value_and_grad(lambda layers, stack=stack: cross_layer_loss(stack, layers, batch)[0])(
+                jax.jit(jax.value_and_grad(lambda layers, stack=stack: cross_layer_loss(stack, layers, batch)[0]))(
                     jax.tree.map(jnp.asarray, layers)
                 ),
             )

@@ -40,11 +40,11 @@ class HeldOut(Rows):
 @pytest.mark.parametrize(
     ("kind", "mesh", "changes"),
     [
-        ("batchtopk", None, SITES),
+        pytest.param("batchtopk", None, SITES, marks=pytest.mark.slow),  # as on eight devices
         ("batchtopk", MeshConfig(2, 2, 2), SITES),
         ("linear", None, dict(form="transcoder", sites=("mlp_in.0",))),
         ("gated", None, dict(decoder_norm="free")),
-        ("topk", None, dict(k=(2, 6))),
+        pytest.param("topk", None, dict(k=(2, 6)), marks=pytest.mark.slow),
         ("batchtopk", None, CLT),
     ],
     ids=["batchtopk", "eight devices", "transcoder", "free decoder", "sweep", "cross-layer transcoder"],

@@ -55,8 +55,18 @@ def slope(function, params, direction, step=1e-6):
     return (function(moved(step)) - function(moved(-step))) / (2 * step)
 
 
-@pytest.mark.parametrize("form", ["sae", "skip_transcoder"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        *((kind, "sae") for kind in KINDS),
+        *((kind, "skip_transcoder") for kind in ("topk", "gated")),
+        *(
+            pytest.param(kind, "skip_transcoder", marks=pytest.mark.slow)
+            for kind in KINDS
+            if kind not in ("topk", "gated")
+        ),
+    ],
+)
 def test_the_loss_falls_as_its_gradient_says(kind, form):
     """Along random directions; thresholds, whose gradients are straight-through, stay where they are here."""
     stack, params, x, y, hyper = setting(kind, form, decorrelation=0.1)

@@ -35,7 +35,7 @@ def of_features(name, array, features):
     return np.take(np.asarray(array), features, axis=PER_FEATURE[name])
 
 
-@pytest.mark.parametrize("kind", ["gated", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("kind", ["gated", pytest.param("jumprelu", marks=pytest.mark.slow), "batchtopk"])
 def test_what_dead_features_become_and_that_the_living_stay(kind):
     (batch,) = batches(1)
     plain, state = (step_with_dead(kind, [batch], resample_every=every) for every in (0, 1))
@@ -104,7 +104,7 @@ def test_rows_of_a_crosscoder_have_a_summed_length_of_1():
     ("kind", "form", "source"),
     [
         ("jumprelu", "sae", "errors"),
-        ("batchtopk", "sae", "errors"),
+        pytest.param("batchtopk", "sae", "errors", marks=pytest.mark.slow),
         ("standard", "skip_transcoder", "errors"),
         ("standard", "skip_transcoder", "inputs"),  # of a transcoder the targets
     ],

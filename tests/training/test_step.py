@@ -125,7 +125,7 @@ def test_a_frozen_half_keeps_its_bits_and_the_rest_learns(freeze, name, one_devi
         assert np.array_equal(value, before[key]) == (key == name), key
 
 
-@pytest.mark.parametrize("form", ["sae", "transcoder", "skip_transcoder"])
+@pytest.mark.parametrize("form", ["sae", pytest.param("transcoder", marks=pytest.mark.slow), "skip_transcoder"])
 def test_codes_of_the_active_features_train_what_all_features_train(form, one_device):
     changes = dict(form=form, k=(2, 5), auxk=0.1, dead_tokens=2 * B, decorrelation=0.01, resample_every=6)
     if form != "sae":
@@ -167,7 +167,7 @@ def test_a_kind_has_the_same_gradients_by_every_form_of_products(kind, one_devic
         stack = make_stack(kind.name, one_device, products=products)
         params, hyper = jax.tree.map(lambda array: array[0], (init_state(stack).params, stack.hyperparams))
         dead_F, steps = jnp.zeros(F, bool), jnp.int32(1000)
-        gradient = jax.grad(functools.partial(member_loss, stack), has_aux=True)
+        gradient = jax.jit(jax.grad(functools.partial(member_loss, stack), has_aux=True))
         gradients[products], _ = gradient(params, MemberBatch(x, x, hyper, steps, dead_F))
     for name, gradient in gradients["dense"].items():
         scale = np.abs(gradient).max()
@@ -192,8 +192,14 @@ def assert_takes_raw_activations(stack, state):
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
-        *((kind, "skip_transcoder") for kind in KINDS if not kinds.by_name(kind).rebuilds_input),
+        ("topk", "skip_transcoder"),
+        ("gated", "skip_transcoder"),
         ("standard", "transcoder"),
+        *(
+            pytest.param(kind, "skip_transcoder", marks=pytest.mark.slow)
+            for kind in KINDS
+            if not kinds.by_name(kind).rebuilds_input and kind not in ("topk", "gated")
+        ),
     ],
 )
 def test_the_finished_transcoder_takes_raw_activations(kind, form, one_device):

@@ -42,7 +42,7 @@ SWEEP = dict(k=(2, 6), sites=("resid_post.0", "resid_post.1"))
 @pytest.mark.parametrize(
     ("kind", "mesh", "changes"),
     [
-        ("batchtopk", None, SWEEP),
+        pytest.param("batchtopk", None, SWEEP, marks=pytest.mark.slow),  # short runs, and eight devices, have it
         ("matryoshka", None, SWEEP),
         ("batchtopk", MeshConfig(2, 2, 2), SWEEP),
         ("batchtopk", None, dict(form=FORM, sites=("mlp_in.0", "mlp_in.1", "mlp_in.2"), auxk=0.0, k=(3,))),

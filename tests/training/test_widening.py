@@ -115,7 +115,10 @@ def test_where_nothing_is_missing_nothing_new_is_found():
     assert np.array_equal(first, again) and not np.array_equal(first, reseeded)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in ("topk", "gated", "matryoshka") else pytest.mark.slow) for k in KINDS],
+)
 def test_every_kind_starts_from_it(kind, tmp_path):
     """Of a dictionary of half the features, the others have directions from errors."""
     whole = random_dictionary(kind)
