@@ -125,7 +125,7 @@ def pytest_collection_finish() -> None:
     """Collect garbage less often, and never look again at what was imported: that took a twentieth of the time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(100_000, 20, 20)
 
 
 # Linux gives a process 65,530 memory maps; each program takes about a dozen, and one file of tests 10,000 at most.
