@@ -53,9 +53,9 @@ def test_both_backends_make_the_same_store(setup, on_one_device, options):
 @pytest.mark.parametrize(
     ("mesh", "rows"),
     [
-        (dict(), 90),
+        pytest.param(dict(), 90, marks=pytest.mark.slow),  # documents on one axis alone
         (dict(data=2, model=4), 110),
-        pytest.param(dict(member=4, data=2), 90, marks=pytest.mark.slow),  # documents lie on both as on data alone
+        (dict(member=4, data=2), 90),
     ],
     ids=str,
 )
