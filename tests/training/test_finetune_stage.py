@@ -25,8 +25,8 @@ from saejax.training import finetune
 pytestmark = pytest.mark.usefixtures("single_device")
 STAGES = ["baseline", "capture", "train"]
 TUNED = dict(
-    train__kl_steps=4, train__kl_learning_rate=3e-3, train__k="4,8", train__kinds="batchtopk",
-    train__max_steps=20, train__log_every=3,
+    train__kl_steps=2, train__kl_learning_rate=3e-3, train__k="4,8", train__kinds="batchtopk",
+    train__max_steps=20, train__log_every=1,
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def run(inputs, workdir, stages=STAGES, **changes) -> int:
 def workdir(inputs, single_device, tmp_path_factory):
     """A run of two members that is trained, and tuned by a second command; what was there in between, too."""
     folder = tmp_path_factory.mktemp("finetune")
-    for name, steps in (("plain", 0), ("tuned", 4)):
+    for name, steps in (("plain", 0), ("tuned", 2)):
         with contextlib.redirect_stdout(io.StringIO()) as output:
             assert run(inputs, folder / "tuned", train__kl_steps=steps) == 0
         (folder / f"{name}.txt").write_text(output.getvalue())
@@ -50,15 +50,15 @@ def workdir(inputs, single_device, tmp_path_factory):
 def test_members_are_tuned_and_a_stopped_run_ends_with_the_same_bits(workdir, inputs, tmp_path, monkeypatch, capsys):
     """A run that was always to be tuned, as well as one that goes on after the last step of training."""
     output = (workdir / "tuned.txt").read_text()
-    assert all(f"fine-tuning {member}: step 4 of 4, KL divergence" in output for member in ("k4", "k8"))
+    assert all(f"fine-tuning {member}: step 2 of 2, KL divergence" in output for member in ("k4", "k8"))
     assert "fine-tuning" not in (workdir / "plain.txt").read_text()
     runs.copy_units(workdir / "tuned", tmp_path / "broken", "baseline", "capture")
     with monkeypatch.context() as patch:
         steps = []
         patch.setattr(finetune._Progress, "__call__", lambda self, step, metrics: steps.append(step))
-        patch.setattr(command, "install_signal_handlers", lambda: lambda: len(steps) == 2)
+        patch.setattr(command, "install_signal_handlers", lambda: lambda: len(steps) == 1)
         assert run(inputs, tmp_path / "broken") == 143
-    assert "stopped at step 2 of 4 of fine-tuning; what was trained before is saved" in capsys.readouterr().err
+    assert "stopped at step 1 of 2 of fine-tuning; what was trained before is saved" in capsys.readouterr().err
     assert run(inputs, tmp_path / "broken") == 0
     assert "resuming batchtopk at step" in capsys.readouterr().out
     folders = (workdir / "tuned", workdir / "plain", tmp_path / "broken")
@@ -80,7 +80,7 @@ def test_another_number_of_steps_begins_after_the_last_step_of_training(inputs, 
     runs.copy_units(tmp_path / "whole", tmp_path / "after", "baseline", "capture")
     for changes, step in (
         (dict(train__kl_steps=0), 0),
-        (dict(train__kl_steps=2), 20),
+        (dict(train__kl_steps=1), 20),
         (dict(), 20),
         (dict(train__max_steps=30), 16),
     ):
@@ -116,11 +116,11 @@ def test_its_metrics_and_scores_are_among_the_results(workdir, inputs):
     assert results.steps == 20 and results.tokens_per_second == 0, "no step of training was done again"
     for index, member in enumerate(results.members):
         *earlier, last = records(unit / member.name)
-        assert [record["step"] for record in earlier[-2:]] == [20, 23] and last["step"] == 24
+        assert [record["step"] for record in earlier[-2:]] == [20, 21] and last["step"] == 22
         assert last["kl"] > 0 and last["kl"] == member.final["kl"] and "kl" not in earlier[-2]
         found = [scores.kl for scores in member.finetuned]
         np.testing.assert_allclose(found, [kl["plain"][index], kl["tuned"][index]], rtol=1e-4)
-    assert [curve.tokens[-1] for curve in training_curves(unit)] == [24 * 64] * 2
+    assert [curve.tokens[-1] for curve in training_curves(unit)] == [22 * 64] * 2
     summaries = {"train/batchtopk": types.SimpleNamespace(results=results)}
     (table,) = finetuning_tables(Findings(summaries, {}, workdir / "tuned", {}))
     assert f"| batchtopk/k4 | {kl['plain'][0]:.4f} | {kl['tuned'][0]:.4f} |" in table.markdown()
@@ -142,7 +142,7 @@ def divergence(lm, dictionary, documents) -> float:
 def test_it_follows_training_straight_from_the_model(inputs, tmp_path, capsys):
     changes = dict(train__source="model", train__buffer_rows=200, train__epochs=1, train__k=8, train__kinds="topk")
     assert run(inputs, tmp_path / "run", ["train"], **changes) == 0
-    assert "fine-tuning: step 4 of 4" in capsys.readouterr().out
+    assert "fine-tuning: step 2 of 2" in capsys.readouterr().out
 
 
 def test_what_it_depends_on(inputs):
@@ -168,4 +168,4 @@ def test_what_it_depends_on(inputs):
 def test_what_cannot_be_tuned_is_refused_before_anything_runs(inputs, tmp_path, capsys, changes, reason):
     assert run(inputs, tmp_path / "run", **changes) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.endswith(f"--train.kl_steps=4 is not for {reason}: leave it out")
+    assert line.endswith(f"--train.kl_steps=2 is not for {reason}: leave it out")
