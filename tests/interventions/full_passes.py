@@ -106,9 +106,10 @@ class PlainRun:
         logits_V = self.logits(change, site)
         return float(logits_V[self.correct] - logits_V[self.wrong])
 
-    def ablated(self, features: Sequence[int]) -> float:
-        """The logit difference without these features."""
-        return self.diff(lambda x_TxD: x_TxD - self.features(x_TxD)[:, features] @ self.W_dec_FxD[features])
+    def ablated(self, features: Sequence[int], fraction: float = 1.0) -> float:
+        """The logit difference without a fraction of these features."""
+        some = list(features)
+        return self.diff(lambda x_TxD: x_TxD - fraction * self.features(x_TxD)[:, some] @ self.W_dec_FxD[some])
 
     def value(self, site: str = "") -> np.ndarray:
         """The value [T, D] that the dictionary reads, or that of a site, without an edit."""
