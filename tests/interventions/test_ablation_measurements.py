@@ -43,7 +43,7 @@ BASES = ("neurons", "pca", "diff_means")
 def make_prompts(make_prompt, *behaviours):
     """Return 10 train and 8 test prompts of each behaviour, in two templates."""
     return [
-        dataclasses.replace(make_prompt(i, "train" if i < 10 else "test", name), template="ab"[i // 2 % 2])
+        dataclasses.replace(make_prompt(i + 4, "train" if i < 10 else "test", name, False), template="ab"[i // 2 % 2])
         for name in behaviours
         for i in range(18)
     ]
@@ -330,9 +330,10 @@ def test_a_behaviour_without_top_features_is_named_and_the_others_go_on(tiny, di
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(attribution="integrated"),
+        # Of untrained dictionaries, of which each has a way of its own, the estimate takes longest.
+        pytest.param(dict(attribution="integrated"), marks=pytest.mark.slow),
         dict(replacement="mean", placebo_targets=2, untrained_dictionaries=2, baselines=()),
-        dict(error="drop", repeats=()),
+        dict(attribution="integrated", error="drop", repeats=()),
     ],
 )
 def test_the_forecast_of_rows_is_what_is_run(tiny, dictionary, make_prompt, changes):
@@ -417,7 +418,8 @@ CONFIG = AblateConfig(**SETTINGS, text_documents=2)
 
 
 @pytest.fixture
-def make_run(tmp_path, save_inputs, stage_run, make_prompt):
+def make_run(tmp_path, save_inputs, stage_run, make_prompt, single_device):
+    """Runs on one device, whose programs the library's calls here have compiled."""
     behaviours = ("first", "second")
     prompts = [make_prompt(i, "train" if i < 10 else "test", name, False) for name in behaviours for i in range(18)]
     inputs = save_inputs(tmp_path, prompts)

@@ -303,57 +303,77 @@ def whole_run(runs, falls):
     return diff
 
 
-def test_features_of_several_sites_are_ablated_together(tiny, make_dictionary, plain, prompts):
-    saes = [make_dictionary(site, seed=seed) for seed, site in enumerate(SITES)]
-    some, count = prompts[:5], saes[0].config.n_features
-    joint = join_saes(tiny, saes[::-1], [prompt.text for prompt in prompts])
-    assert [sae.site for sae in joint.saes] == list(SITES)
-    sets = [[3, 50, count + 8], [count + 20, count + 51, count + 60, count + 61], [7], list(range(0, 2 * count, 9))]
-    split = SplitModel(tiny, joint)
-    runs, edits = split.run(some), mask(split.dictionary, sets)
-    diff_ExP = engine.run_edits(split, runs, edits)["logit_diff"]
-    norm_ExP = engine.change_norms(split, runs, edits)
-    slope_F = attribution(split, runs)  # the mean over the prompts
-    chosen = {feature: [] for feature in (3, count + 8, int(np.argmax(slope_F)))}
-    for p, prompt in enumerate(some):
+def drop_slopes(found, falls_of, plains_of):
+    """Return the attribution of each top feature, and the slope of small shares of it in whole runs."""
+    for effect, feature in zip(found.top["first"], found.verdict.dictionaries[TESTED]["first"].features, strict=True):
+        slopes_P = []
+        for plains, falls in zip(plains_of, falls_of, strict=True):
+            less, more = ([share * fall for fall in falls([feature])] for share in (0.01, -0.01))
+            slopes_P.append((whole_run(plains, more) - whole_run(plains, less)) / 0.02)
+        yield effect.attribution, np.mean(slopes_P)
+
+
+def assert_equals_whole_runs(found, asked, plain, saes, falls_of):
+    """Compare what an ablation at the sites of some SAEs measured with whole runs.
+
+    ``falls_of(plains)`` takes the runs of a prompt, one for each site, and gives a function: what features add to each
+    site, [T, D].
+    """
+    table = found.table
+    top, chosen = table.select_edits("first", "top"), table.select_edits("first", "random")[:3]
+    edits = [top[1], top[-1], *chosen]
+    values_ExP = table.values(edits, table.select_prompts("first"), "logit_diff")
+    clean_P = table.clean_values(table.select_prompts("first"), "logit_diff")
+    for p, prompt in enumerate(select(asked, "first", "test")):
         plains = [plain(sae, prompt) for sae in saes]
+        falls = falls_of(plains)
+        assert clean_P[p] == pytest.approx(whole_run(plains, falls([])), abs=2e-5)
+        for e, edit in enumerate(edits):
+            each = [edit.fraction * fall_TxD for fall_TxD in falls(list(edit.features))]
+            assert values_ExP[e, p] == pytest.approx(whole_run(plains, each), abs=2e-5)
+    # An attribution is the slope of the effect of a small share of the feature.
+    plains_of = [[plain(sae, prompt) for sae in saes] for prompt in select(asked, "first", "train")]
+    for slope, wanted in drop_slopes(found, list(map(falls_of, plains_of)), plains_of):
+        assert slope == pytest.approx(wanted, abs=5e-4)
+        assert slope > 1e-2
+    assert np.abs(values_ExP - clean_P).max() > 1e-2
+    answers = found.verdict.dictionaries[TESTED]["first"]
+    edits = [edit for group in ("random", "untrained") for edit in table.select_edits("first", group)]
+    np.testing.assert_allclose(table.doses(edits, table.select_prompts("first")), answers.dose, rtol=1e-5)
+    assert len(edits) == 22 and answers.random.p_value is not None and not answers.bases and not answers.enough
+
+
+def test_features_of_several_sites_are_ablated_and_judged_together(tiny, make_dictionary, plain, asked):
+    saes = [make_dictionary(site, seed=seed) for seed, site in enumerate(SITES)]
+    prompts, count = [prompt for prompt in asked if prompt.behaviour == "first"], saes[0].config.n_features
+    settings = SETTINGS | dict(top=8, random_sets=19, placebo_targets=8)
+    # Whole texts run at all of the sites, too.
+    found = saejax.ablate(tiny, saes[::-1], prompts, documents=[prompt.text for prompt in prompts[:2]], **settings)
+    table, (top,) = found.table, found.table.select_edits("first", "top")[-1:]  # the whole change
+    texts = table.select_prompts(TEXT)
+    assert np.abs(table.values([top], texts, "ce") - table.clean_values(texts, "ce")).max() > 1e-4
+    assert len({feature // count for feature in top.features}) == 2
+
+    def falls_of(plains):
         values = [run.value() for run in plains]
         usable_T = np.logical_and(*(run.is_usable(x_TxD) for run, x_TxD in zip(plains, values, strict=True)))
         acts = [run.features(x_TxD) * usable_T[:, None] for run, x_TxD in zip(plains, values, strict=True)]
 
-        def falls(features, plains=plains, acts=acts):
+        def falls(features):
             each = [[f - n * count for f in features if f // count == n] for n in (0, 1)]
             return [f_TxF[:, e] @ run.W_dec_FxD[e] for run, f_TxF, e in zip(plains, acts, each, strict=True)]
 
-        assert diff_ExP[0, p] == pytest.approx(whole_run(plains, falls([])), abs=2e-5)
-        for e, features in enumerate(sets):
-            assert diff_ExP[1 + e, p] == pytest.approx(whole_run(plains, falls(features)), abs=2e-5)
-            relative = [np.linalg.norm(fall) / norm for fall, norm in zip(falls(features), joint.norms, strict=True)]
-            # An activation of 1e-6 is 0 where sums round otherwise.
-            assert norm_ExP[e, p] == pytest.approx(joint.norms[0] * np.linalg.norm(relative), rel=1e-4, abs=1e-5)
-        # The attribution is the slope of the effect of a small share of the feature.
-        for feature, slopes_P in chosen.items():
-            less, more = ([share * fall for fall in falls([feature])] for share in (0.01, -0.01))
-            slopes_P.append((whole_run(plains, more) - whole_run(plains, less)) / 0.02)
-    for feature, slopes_P in chosen.items():
-        assert slope_F[feature] == pytest.approx(np.mean(slopes_P), abs=5e-4)
-    assert np.abs(slope_F).max() > 1e-2
+        return falls
 
-
-def test_a_set_over_several_sites_is_judged_as_one(tiny, make_dictionary, asked):
-    saes = [make_dictionary(site, seed=seed) for seed, site in enumerate(SITES)]
-    prompts = [prompt for prompt in asked if prompt.behaviour == "first"]
-    settings = SETTINGS | dict(top=8, random_sets=19, placebo_targets=8)
-    # Whole texts run at all of the sites, too.
-    found = saejax.ablate(tiny, saes, prompts, documents=[prompt.text for prompt in prompts[:2]], **settings)
-    answers, table = found.verdict.dictionaries[TESTED]["first"], found.table
-    texts, top = table.select_prompts(TEXT), table.select_edits("first", "top")[-1:]  # the whole change
-    assert np.abs(table.values(top, texts, "ce") - table.clean_values(texts, "ce")).max() > 1e-4
-    assert len({feature // saes[0].config.n_features for feature in answers.features}) == 2
-    edits = [edit for group in ("random", "untrained") for edit in table.select_edits("first", group)]
-    assert len(edits) == 22
-    np.testing.assert_allclose(table.doses(edits, table.select_prompts("first")), answers.dose, rtol=1e-5)
-    assert answers.random.p_value is not None and not answers.bases and not answers.enough
+    assert_equals_whole_runs(found, asked, plain, saes, falls_of)
+    # Each site counts by how large its values are.
+    joint = join_saes(tiny, saes[::-1], [prompt.text for prompt in select(asked, "first", "train")])
+    assert [sae.site for sae in joint.saes] == list(SITES)
+    (norm_P,) = table.values([top], table.select_prompts("first"), "change_norm")
+    for norm, prompt in zip(norm_P, select(asked, "first", "test"), strict=True):
+        falls = falls_of([plain(sae, prompt) for sae in saes])(list(top.features))
+        relative = [np.linalg.norm(fall_TxD) / norm for fall_TxD, norm in zip(falls, joint.norms, strict=True)]
+        assert norm == pytest.approx(joint.norms[0] * np.linalg.norm(relative), rel=1e-4)
     for bad, message in (
         ([saes[0], saes[0]], "expected a different site for each"),
         ([], "no dictionary"),
@@ -375,42 +395,22 @@ def crosscoder(tiny):
     return Dictionary.initial(config, jax.random.key(5)).with_sink_norms(tiny.sink_norm)
 
 
-def test_features_of_a_crosscoder_are_ablated_at_all_of_its_sites(tiny, make_dictionary, plain, prompts, crosscoder):
-    joint = open_crosscoder(tiny, crosscoder, [prompt.text for prompt in prompts])
-    assert [part.site for part in joint.parts] == list(SITES)
-    sets, some = [[3, 50, 8], [7], list(range(0, 96, 9))], prompts[:5]
-    split = SplitModel(tiny, joint)
-    runs = split.run(some)
-    diff_ExP = engine.run_edits(split, runs, mask(split.dictionary, sets))["logit_diff"]
-    slope_F = attribution(split, runs)  # the mean over the prompts
-    chosen = {feature: [] for feature in (3, int(np.argmax(np.abs(slope_F))))}
-    saes = [make_dictionary(site) for site in SITES]  # of which the sites alone are read
+def test_features_of_a_crosscoder_are_ablated_and_judged_at_all_of_its_sites(
+    tiny, make_dictionary, asked, plain, crosscoder
+):
+    prompts = [prompt for prompt in asked if prompt.behaviour == "first"]
+    assert [part.site for part in open_crosscoder(tiny, crosscoder, [prompts[0].text]).parts] == list(SITES)
+    found = saejax.ablate(tiny, crosscoder, prompts, **SETTINGS | dict(top=8, random_sets=19, placebo_targets=8))
+    saes = [make_dictionary(site, seed=seed) for seed, site in enumerate(SITES)]  # of which the sites alone are read
     rows = joined.unjoin(crosscoder.config, np.asarray(crosscoder.W_dec_FxD, np.float64))
-    for p, prompt in enumerate(some):
-        plains = [plain(sae, prompt) for sae in saes]
+
+    def falls_of(plains):
         values = {site: np.asarray(run.value(), np.float32) for site, run in zip(SITES, plains, strict=True)}
         x_TxD = joined.join(crosscoder.config, values)
         f_TxF = np.asarray(crosscoder.encode(x_TxD)) * np.asarray(joined.is_not_sink(crosscoder.config, x_TxD))[:, None]
-        for e, features in enumerate([[], *sets]):
-            falls = [f_TxF[:, features] @ rows[site][features] for site in SITES]
-            assert diff_ExP[e, p] == pytest.approx(whole_run(plains, falls), abs=2e-5)
-        # The attribution is the slope of the effect of a small share of the feature, at all of its sites.
-        for feature, slopes_P in chosen.items():
-            fall = [f_TxF[:, [feature]] @ rows[site][[feature]] for site in SITES]
-            less, more = ([share * each for each in fall] for share in (0.01, -0.01))
-            slopes_P.append((whole_run(plains, more) - whole_run(plains, less)) / 0.02)
-    for feature, slopes_P in chosen.items():
-        assert slope_F[feature] == pytest.approx(np.mean(slopes_P), abs=5e-4)
-    assert np.abs(np.diff(diff_ExP, axis=0)).max() > 1e-3 and np.abs(slope_F).max() > 3e-3
+        return lambda features: [f_TxF[:, features] @ rows[site][features] for site in SITES]
 
-
-def test_a_crosscoder_is_judged_as_other_dictionaries_are(tiny, asked, crosscoder):
-    prompts = [prompt for prompt in asked if prompt.behaviour == "first"]
-    found = saejax.ablate(tiny, crosscoder, prompts, **SETTINGS | dict(top=8, random_sets=19, placebo_targets=8))
-    answers, table = found.verdict.dictionaries[TESTED]["first"], found.table
-    edits = [edit for group in ("random", "untrained") for edit in table.select_edits("first", group)]
-    np.testing.assert_allclose(table.doses(edits, table.select_prompts("first")), answers.dose, rtol=1e-5)
-    assert len(edits) == 22 and answers.random.p_value is not None and not answers.bases and not answers.enough
+    assert_equals_whole_runs(found, asked, plain, saes, falls_of)
     with pytest.raises(UserError, match="neither repeats nor error='drop'"):
         saejax.ablate(tiny, crosscoder, prompts, error="drop", **SETTINGS)
     other = crosscoder.with_config(dataclasses.replace(crosscoder.config, site=f"{SITES[0]}+other:{SITES[0]}"))

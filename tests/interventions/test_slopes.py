@@ -41,7 +41,7 @@ def assert_attributed(attribution_F, wanted_F, tolerance=1e-4):
 
 @pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1", pytest.param("attn_out.2", marks=pytest.mark.slow)])
 def test_attribution_equals_torch_autograd_and_relevance_its_rules(tiny, prompts, make_dictionary, plain, site):
-    dictionary, few = make_dictionary(site), prompts[:12:2]
+    dictionary, few = make_dictionary(site), prompts[:4:2]
     split = SplitModel(tiny, dictionary)
     gradient_NxF = attribution_of_each(split, few)
     assert gradient_NxF.shape == (len(few), dictionary.config.n_features)
@@ -58,15 +58,15 @@ def test_attribution_equals_torch_autograd_and_relevance_its_rules(tiny, prompts
 
 @pytest.mark.parametrize("kind", ["zero", "counterpart"])
 def test_integrated_attributions_add_up_to_what_replacing_all_features_costs(tiny, pairs, dictionary, kind):
-    split, few, source = SplitModel(tiny, dictionary), pairs[:6], ActivationReplacement(kind)
+    split, few, source = SplitModel(tiny, dictionary), pairs[:3], ActivationReplacement(kind)
     runs = split.run(few, counterparts=kind == "counterpart")
     every = mask(dictionary, [range(dictionary.config.n_features)], replacement=source)
     clean_P, replaced_P = run_edits(split, runs, every)["logit_diff"]
     gradient_P, coarse_P, fine_P = (
-        attribution_of_each(split, few, source=source, steps=n).sum(axis=1) for n in (0, 4, 32)
+        attribution_of_each(split, few, source=source, steps=n).sum(axis=1) for n in (0, 4, 16)
     )
     scale = np.abs(clean_P - replaced_P).max()
-    np.testing.assert_allclose(fine_P, clean_P - replaced_P, atol=2e-3 * scale)
+    np.testing.assert_allclose(fine_P, clean_P - replaced_P, atol=8e-3 * scale)
     errors = [np.abs(each - (clean_P - replaced_P)).max() for each in (gradient_P, coarse_P, fine_P)]
     assert errors[2] < errors[1] < errors[0]
     if kind == "zero":  # placebo targets are ranked by the same estimate
@@ -78,7 +78,7 @@ def test_integrated_attributions_add_up_to_what_replacing_all_features_costs(tin
 
 
 def test_with_counterparts_their_activations_stand_in(tiny, pairs, dictionary, plain):
-    few = pairs[:6]
+    few = pairs[:3]
     split, source = SplitModel(tiny, dictionary), ActivationReplacement("counterpart")
     runs, attribution_NxF = split.run(few, counterparts=True), attribution_of_each(split, few, source=source)
     for p in range(0, len(few), 2):
@@ -174,10 +174,10 @@ def test_few_prompts_are_filled_up_with_few_copies(prompts, devices, rows, progr
 def test_attribution_of_long_prompts(tiny, prompts, dictionary, monkeypatch):
     """Programs of a few prompts give what programs of 16 do."""
     split, targets = SplitModel(tiny, dictionary), np.array([[3, 5], [7, 11]])
-    runs = split.run(prompts)
+    runs = split.run(prompts[::4])
     wanted_F, (wanted_RxF,) = slopes.attribution(split, runs), slopes.target_attributions([split], [runs], targets)
     monkeypatch.setattr(split_model, "PROGRAM_TOKENS", 64)
-    runs = split.run(prompts)
+    runs = split.run(prompts[::4])
     assert {len(run.last_B) % 16 for run in runs} != {0}
     assert_attributed(slopes.attribution(split, runs), wanted_F)
     assert_attributed(slopes.target_attributions([split], [runs], targets)[0], wanted_RxF)
@@ -195,7 +195,9 @@ def test_prompts_that_begin_alike_share_tokens_and_change_no_mean(tiny, prompts,
         assert sum(tree.row_SxN.size for tree in trees) < 0.8 * real
     each_PxF = attribution_of_each(split, prompts)
     assert_attributed(slopes.attribution(split, runs), each_PxF.mean(axis=0))
-    alone_PxRxF = [slopes.target_attributions([split], [split.run([prompt])], targets)[0] for prompt in prompts]
+    length = split.common_length(prompts)
+    alone = [split.run([prompt], least=length) for prompt in prompts]
+    alone_PxRxF = [slopes.target_attributions([split], [runs], targets)[0] for runs in alone]
     (target_RxF,) = slopes.target_attributions([split], [runs], targets)
     for r in range(len(targets)):
         assert_attributed(target_RxF[r], np.mean(alone_PxRxF, axis=0)[r])
