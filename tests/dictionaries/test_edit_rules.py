@@ -53,7 +53,6 @@ def test_a_patched_site_gives_the_other_run_from_there_on(llama):
     assert np.abs(found.logits_BxTxV - llama.clean.logits_BxTxV)[mask_BxT].max() > 0.1
 
 
-@pytest.mark.usefixtures("cold_programs")
 def test_programs_are_compiled_for_kinds_not_for_features_and_values(llama):
     sae, lm, tokens = llama.sae, llama.lm, llama.tokens
     lm(tokens, edits=[sae.ablate([1, 2])]), lm(tokens, edits=[sae.patch([1, 2], np.zeros((3, 13, 2)))])

@@ -62,18 +62,18 @@ def check(scores, dictionary: Dictionary, x, y):
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [*((kind, (64, 1, 35)) for kind in KINDS), ("topk", (100,))])
-def test_scores_by_formula_whatever_the_blocks(kind, sizes):
-    dictionary, x = make(kind), activations()
+def test_scores_by_formula_whatever_the_blocks(kind, sizes, one_device):
+    dictionary, x, mesh = make(kind), activations(), make_mesh() if kind == "topk" else one_device
     blocks = [[block] for block in np.split(x, np.cumsum(sizes)[:-1])]
-    (scores,) = reconstruct([dictionary], blocks, make_mesh(), batch=32)
+    (scores,) = reconstruct([dictionary], blocks, mesh, batch=32)
     check(scores, dictionary, x, x)
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_a_transcoder_is_scored_against_its_target(skip):
+def test_a_transcoder_is_scored_against_its_target(skip, one_device):
     dictionary = make("jumprelu", site="mlp_in.1", target="mlp_out.1", centred=False, skip=skip)
     x, y = activations(), activations(2) - 2
-    (scores,) = reconstruct([dictionary], [(x, y)], make_mesh(), batch=32)
+    (scores,) = reconstruct([dictionary], [(x, y)], one_device, batch=32)
     check(scores, dictionary, x, y)
 
 
@@ -105,7 +105,6 @@ def test_of_one_token_the_features_that_fire_are_counted_and_no_variance_is_expl
     assert (scores.tokens, scores.explained_variance) == (1, 0.0)
 
 
-@pytest.mark.usefixtures("cold_programs")
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [("topk", ("k", 2, 5, 9)), ("linear", ("fires_above", 0.1, 0.4, 2.0)), ("batchtopk", ())],

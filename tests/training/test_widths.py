@@ -198,7 +198,15 @@ def acts(lm):
     return saejax.capture(lm, TEXTS * 8, [f"{kind}.0" for kind in WIDTHS])
 
 
-@pytest.mark.parametrize(("site", "backend"), [*((site, "jax") for site in PAIRS), ("mlp_in", "torch")])
+@pytest.mark.parametrize(
+    ("site", "backend"),
+    [
+        ("mlp_in", "jax"),
+        ("attn_z", "jax"),
+        ("mlp_in", "torch"),
+        *(pytest.param(site, "jax", marks=pytest.mark.slow) for site in ("mlp_act", "resid_pre")),
+    ],
+)
 def test_an_edit_reads_the_site_and_changes_the_target(site, backend, lm, model, acts):
     target = f"{PAIRS[site]}.0"
     if backend == "torch":
