@@ -12,9 +12,9 @@ import runs
 import trained_stack
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
-from saejax import load_results
+from saejax import load_model, load_results
 from saejax.activations.store import Store
-from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary
+from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
 from saejax.files import write_json
 from saejax.matching.match import STEP
 from saejax.matching.transfer.chains import FeaturePairs
@@ -138,12 +138,14 @@ def test_a_model_with_another_tokenizer(workdir, inputs, tmp_path):
     folder, flags = workdir
     save_tiny_llama(tmp_path / "model", max_position_embeddings=512)
     save_tiny_tokenizer(tmp_path / "model", 384)
-    second_run = runs.small_flags(
-        tmp_path / "model", inputs[1], tmp_path / "other", train__k=8, train__kinds="topk", task__behaviours="",
-        train__epochs=1,
+    first, model = load_results(folder / "transfer").dictionaries[0].name, load_model(str(tmp_path / "model"))
+    untrained = DictionaryConfig(
+        kind="topk", k=8, site="resid_post.0", d_in=model.config.d_model, n_features=256, model=model.source.name,
+        fingerprint=model.source.fingerprint,
     )  # fmt: skip
-    assert command.run(["capture", "train"], "", ["test", *second_run]) == 0
-    names = f"{load_results(folder / 'transfer').dictionaries[0].name},{tmp_path / 'other' / 'train' / 'topk'}"
+    second = Dictionary.initial(untrained, jax.random.key(0)).with_sink_norms(model.sink_norm)
+    save_dictionary(tmp_path / "second", second)
+    names = f"{first},{tmp_path / 'second'}"
     runs.copy_units(folder, tmp_path / "work", "train", "capture")
     flags = [
         *flags,
