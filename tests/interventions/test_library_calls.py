@@ -23,8 +23,8 @@ from saejax.tasks.settings import CorpusConfig, TaskConfig
 SITE = "resid_post.1"
 SETS = [[3], [8, 20, 51], []]
 DOCUMENTS = ["The river follows the teacher.", "The garden carries the engine and so on."]
-ABLATE = dict(top=3, random_sets=12, placebo_targets=6, bootstrap=200, untrained_dictionaries=0, baselines=("pca",))
-STEER = dict(top=3, doses=(0.4, 0.1), random_sets=3, bootstrap=200)
+ABLATE = dict(top=3, random_sets=12, placebo_targets=6, bootstrap=200, untrained_dictionaries=0, baselines=())
+STEER = dict(top=3, doses=(0.4,), random_sets=3, bootstrap=200)
 PROBE = dict(sparse=(1, 2), shuffles=2, strengths=(0.01, 1.0))
 
 
@@ -52,7 +52,7 @@ def call_all(lm, dictionary, prompts):
         dataclasses.replace(prompt, behaviour=("first", "second")[i // 2 % 2]) for i, prompt in enumerate(prompts)
     ]
     ablated = saejax.ablate(lm, dictionary, halves, documents=DOCUMENTS, **ABLATE).verdict.dictionaries[TESTED]
-    patched = saejax.patch(lm, prompts, "resid_post", layers=[1, 2])
+    patched = saejax.patch(lm, prompts[::2], "resid_post", layers=[2])
     steered = saejax.steer(lm, dictionary, prompts, documents=DOCUMENTS, **STEER)
     probed = saejax.probe(lm, dictionary, prompts, ["length", "correct"], **PROBE)
     return dict(
