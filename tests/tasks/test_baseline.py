@@ -97,9 +97,13 @@ def test_results_sum_up_the_scores(finished):
         assert [vars(example) for example in result.examples] == shown
 
 
-def test_smollm2_has_the_behaviours(smollm2, monkeypatch):
+# Further behaviours are further prompts of the same functions.
+@pytest.mark.parametrize(
+    "names", [DEMO_BEHAVIOURS[:2], pytest.param(DEMO_BEHAVIOURS[2:], marks=pytest.mark.slow)], ids=["words", "numbers"]
+)
+def test_smollm2_has_the_behaviours(smollm2, monkeypatch, names):
     monkeypatch.setattr(baseline, "BATCH", 8)
-    for name in DEMO_BEHAVIOURS:
+    for name in names:
         prompts, _ = make_prompts(name, 2, 2, 42, smollm2.tokenizer)  # with their counterparts one full batch
         scores = baseline.score_prompts(smollm2, prompts)
         assert all(tuple(vars(score)) == SCORES for score in scores)
