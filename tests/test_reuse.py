@@ -147,7 +147,7 @@ def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
     assert capture(grown, "resid_post.0")[0] == {"resid_post.0"}
     sites, output = capture(grown, "resid_post.0,resid_post.1")
     assert sites == {"resid_post.1"} and "train/topk: done before, unchanged" in output
-    capture(whole, "resid_post.0,resid_post.1")
+    capture(whole, "resid_post.0,resid_post.1", ["capture"])
     files = sorted(path.relative_to(whole / "capture") for path in (whole / "capture").rglob("*.npy"))
     assert len(files) > 6
     for file in files:

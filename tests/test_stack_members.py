@@ -231,7 +231,7 @@ def test_a_member_leaves_out_the_sinks_of_its_own_site_alone(inputs, tmp_path, s
     """Two sites with many sinks, which differ: each member trained alone has the bits of the one of the stack."""
     sites, flag = "resid_post.0,resid_post.1", dict(capture__sink_factor=1.1, capture__max_sink_share=0.9)
     flag |= dict(capture__sites=sites, train__sites=sites, train__source=source, train__auxk=0.1)
-    flag |= dict(train__batch=64, train__buffer_rows=256, train__score_every=5, train__max_steps=40)
+    flag |= dict(train__batch=64, train__buffer_rows=256, train__score_every=5, train__max_steps=12)
     stages, run = ["capture", "train"] if source == "store" else ["tokenize", "train"], tmp_path / "run"
     go(inputs, run, stages, **flag)
     trained = runs.dictionary_checksums(run)
@@ -248,7 +248,7 @@ def test_a_member_leaves_out_the_sinks_of_its_own_site_alone(inputs, tmp_path, s
 def test_without_links_a_text_file_leads_to_a_member(inputs, swept, tmp_path, monkeypatch):
     run = tmp_path / "run"
     monkeypatch.setattr("os.symlink", Mock(side_effect=OSError("no links here")))
-    go(inputs, run, [*STAGES, "atlas"], train__k="4,8")
+    go(inputs, run, ["capture", "train", "interpret", "atlas"], train__k="4,8")
     assert feature_names(run, "topk/k8")
     unit = run / "train" / (run / "train" / "topk.current").read_text().strip()
     assert load_dictionary(member_folder(unit, "k8")).config.k == 8

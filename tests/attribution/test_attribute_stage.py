@@ -22,6 +22,7 @@ from saejax.errors import UserError
 from saejax.interpret.jacobian_lens import JacobianLens
 from saejax.interpret.neighbours import tokens_through_lens
 from saejax.models import identity as hashes
+from saejax.models.settings import ModelConfig
 from saejax.models.tokens import continuation_ids, encode, pad
 from saejax.page.scripts import embedded
 from saejax.results import from_json, to_json
@@ -37,7 +38,8 @@ from saejax.stages.attribute.traces import trace_key
 from saejax.tasks.corpora import read_corpus
 from saejax.tasks.settings import CorpusConfig
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+# One device traces as eight do, and the slow suite traces with two processes.
+pytestmark = pytest.mark.usefixtures("single_device")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,7 @@ def flags(tiny_llama, lm, tmp_path_factory):
     """The model and a set of transcoders for it."""
     folder = tmp_path_factory.mktemp("set") / "transcoders"
     save_transcoders(folder, made_set(lm))
-    more = ["--graph.contexts=2", "--mesh.data=2"]
-    return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", *more]
+    return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", "--graph.contexts=2"]
 
 
 def attribute(tmp_path, *flags: str) -> int:
@@ -196,9 +197,9 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, lm, tmp_path, monk
     more = [flag for flag in base if "prompt=" not in flag and "slug" not in flag]
     assert attribute(tmp_path / "run", *more, f"--graph.prompts={prompts}") == 0
     assert len(traced) == 1  # the new line alone
-    for flag in ("--graph.max_features=50", "--graph.target= way", "--graph.max_logits=2", "--model.dtype=bfloat16"):
+    for flag in ("--graph.max_features=50", "--graph.target= way", "--graph.max_logits=2"):
         assert attribute(tmp_path / "run", *base, flag) == 0
-    assert len(traced) == 5
+    assert len(traced) == 4
 
 
 @pytest.mark.parametrize(
@@ -297,6 +298,8 @@ def test_a_trace_is_that_of_its_dictionaries_and_targets(tmp_path, tiny_llama):
         for changes in ({}, dict(node_threshold=0.5), *others)
     ]
     assert keys[0] == keys[1] and len(set(keys)) == 4 and trace_key(configs | base, other) not in keys
+    in_bfloat16 = dataclasses.replace(configs[ModelConfig], dtype="bfloat16")
+    assert trace_key(configs | base | in_bfloat16, request) not in keys
     (tmp_path / "set" / "one.json").write_text("{ }")
     assert trace_key(configs | base, request) not in keys
 
@@ -383,7 +386,7 @@ def test_of_an_answer_the_first_token_is_explained(lm):
 @pytest.mark.parametrize("mesh", ["data", "model"])
 def test_two_processes_trace_as_one(flags, tmp_path, mesh):
     (tmp_path / "ids.jsonl").write_text('{"slug": "ids", "token_ids": [5, 17, 33, 8]}')
-    own = [*flags[:-1], f"--graph.prompts={tmp_path / 'ids.jsonl'}", "--graph.max_logits=3"]
+    own = [*flags, f"--graph.prompts={tmp_path / 'ids.jsonl'}", "--graph.max_logits=3"]
     own += ["--graph.node_threshold=1", "--graph.edge_threshold=1"]
     assert attribute(tmp_path / "one", *own) == 0
     for process in runs.start_pair("attribute", [*own, f"--workdir={tmp_path / 'two'}", f"--mesh.{mesh}=2"]):

@@ -98,7 +98,7 @@ def test_sparse_probes_choose_the_features_of_a_class():
 def test_activations_are_in_the_units_of_the_site(lm, monkeypatch):
     """A dictionary that normalises tokens has the absorption of the same in units of the site."""
     rng = np.random.default_rng(0)
-    letter_N = np.repeat(np.arange(26), 40)
+    letter_N = np.repeat(np.arange(26), 20)
     x_NxD = 30 * rng.normal(size=(26, lm.config.d_model))[letter_N] + rng.normal(
         size=(len(letter_N), lm.config.d_model)
     )

@@ -59,12 +59,12 @@ def test_the_bar_is_what_random_directions_of_a_like_rate_reach():
 
 @pytest.fixture(scope="module")
 def planted_run(tmp_path_factory, tiny_llama):
-    """The planted features and 292 random directions, interpreted; held-out vectors as planted, and random ones."""
+    """The planted features and 152 random directions, interpreted; held-out vectors as planted, and random ones."""
     folder, lm = tmp_path_factory.mktemp("planted"), load_model(str(tiny_llama))
     found = []
     for seed in (0, 9):
         store = planted.make_store(folder / f"store{seed}", held_out_seed=seed)
-        result = planted.interpreter(folder / f"unit{seed}", store, lm, planted.dictionary(300)).interpret()
+        result = planted.interpreter(folder / f"unit{seed}", store, lm, planted.dictionary(160)).interpret()
         files = sorted((folder / f"unit{seed}" / "features").glob("*.json"))
         found.append((result, [one for file in files for one in json.loads(file.read_text())]))
         assert not (folder / f"unit{seed}" / "firings").exists()
@@ -91,7 +91,7 @@ def test_random_directions_get_no_labels(planted_run):
     result, records = planted_run[0]
     random = records[len(planted.CONCEPTS) + 1 :]
     assert sum("label" in one for one in random) <= 0.05 * len(random)
-    assert result.random.features == result.labels.features == 299 and result.random.share.mean <= 0.05
+    assert result.random.features == result.labels.features == 159 and result.random.share.mean <= 0.05
 
 
 def test_held_out_text_scores_labels_and_does_nothing_else(planted_run):

@@ -16,10 +16,10 @@ from saejax.interpret.results import ExplainResults
 from saejax.runner import command
 from saejax.runner.labels import labels_of
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 STAGES = ["baseline", "capture", "train", "interpret", "atlas"]
-EXPLAIN = ["--explain.dictionaries=topk", "--explain.model=judge", "--explain.sample=6"]
-OTHER_SAMPLE = [*EXPLAIN, "--explain.sample=5"]  # another unit: of one that is done the address is not read
+EXPLAIN = ["--explain.dictionaries=topk", "--explain.model=judge", "--explain.sample=4"]
+OTHER_SAMPLE = [*EXPLAIN, "--explain.sample=3"]  # another unit: of one that is done the address is not read
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_it_stops_at_its_limit_goes_on_and_asks_nothing_twice(workdir, capsys):
         assert not (unit / "done.json").exists() and not list(unit.glob("*/labels.json"))
         assert command.run(["explain"], "", ["test", *flags]) == 0
         output = capsys.readouterr().out
-        assert re.search(r"of 6 features keep a label, detection 0.50 \(control 0.50\)", output), output
+        assert re.search(r"of 4 features keep a label, detection 0.50 \(control 0.50\)", output), output
         assert len(server.asked) == len(set(server.asked)) and server.asked[: len(before)] == before
         count = len(server.tries)
         assert command.run(["explain"], "", ["test", *flags]) == 0
@@ -137,7 +137,7 @@ def test_it_stops_at_its_limit_goes_on_and_asks_nothing_twice(workdir, capsys):
     results = load_results(unit)
     assert isinstance(results, ExplainResults) and results.model == "judge"
     for member in results.members:
-        assert member.judged == 6 and member.scores["detection"].value.mean == member.scores["detection"].control == 0.5
+        assert member.judged == 4 and member.scores["detection"].value.mean == member.scores["detection"].control == 0.5
     assert len(answers()) == len(server.asked) == count
     assert server.tries[0][1]["model"] == "judge"
 

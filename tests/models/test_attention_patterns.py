@@ -15,8 +15,16 @@ from saejax.models.sites import PATTERN, Site
 from saejax.models.split import Readout, SharedPrefixBatch, SplitPoint
 from saejax.models.tokens import pad
 
+FAMILIES = ["gpt2", "gemma3_text", "gpt_oss"]
 
-@pytest.fixture(scope="module", params=["gpt2", "gemma3_text", "gpt_oss"])
+
+def fast_in(family):
+    """Of a test whose patterns another one compares in all families."""
+    params = [pytest.param(name, marks=() if name == family else pytest.mark.slow) for name in FAMILIES]
+    return pytest.mark.parametrize("models", params, indirect=True)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def models(request, tmp_path_factory, one_device):
     """A model of a family in JAX and in transformers: plain heads; groups of heads and windows; sinks of heads."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -73,6 +81,7 @@ def test_prompts_of_several_lengths_have_their_own_patterns(models, ids_BxT):
     assert not np.any(np.asarray(together)[1, :, :6, 6:])
 
 
+@fast_in("gpt2")
 def test_edits_of_features_and_sites_reach_later_patterns(models, ids_BxT):
     """The value that an ablation leaves at a site is put there in transformers, too."""
     lm, model = models
@@ -100,6 +109,7 @@ def test_edits_of_features_and_sites_reach_later_patterns(models, ids_BxT):
         np.testing.assert_allclose(edited, np.broadcast_to(even_TxT, edited.shape), atol=1e-6)
 
 
+@fast_in("gpt_oss")  # with groups, windows and sinks
 def test_readouts_get_the_patterns_of_edited_rows(models, ids_BxT):
     """Of rows that are run from their first changed token on, and of whole prompts, at the last three tokens."""
     lm, model = models

@@ -103,10 +103,15 @@ CASES = {
     "qwen3_moe-normalised_window": BIASED | WINDOWS | dict(norm_topk_prob=True, num_experts_per_tok=4),
 }
 FIRST_CASES = {name.partition("-")[0]: name for name in reversed(CASES)}.values()  # one of each family
-# What differs among the other cases of a family is linear, or before the layers, but for these.
-OTHER_SLOPES = ("phi-multi_query_normed", "gemma3_text-multi_query_linear", "qwen3_moe-normalised_window")
+# Beside them, one of each rule that a family has, and of each way to turn heads; the slow suite has all.
+RULES = {"gpt2-scaled_by_layer_untied", "gpt_neox-sequential_odd_heads", "phi-multi_query_normed", "llama-tied_yarn"}
+RULES |= {"gemma3_text-multi_query_linear", "qwen2-tied_multi_query_dynamic", "gpt_oss-clamped_unbiased_attention"}
+RULES |= {"phi3-longrope_partial", "smollm3-windows_in_plain_layers", "qwen3_moe-normalised_window"}
 # What rounds in bfloat16 differs among these: norms, MLPs, caps, where norms stand, experts.
 ROUNDED = {"gpt2", "llama", "gemma2", "phi", "olmo2", "gpt_oss", "qwen3_moe"}
+# Slopes are those of the same values, in families of the same parts: beside those, a parallel layer and norms of heads.
+SLOPES = {name for name in FIRST_CASES if name.partition("-")[0] in ROUNDED | {"gpt_neox"}}
+SLOPES |= {"phi-multi_query_normed", "qwen3_moe-normalised_window"}
 LENGTH, MIDDLE = 19, 1
 # Programs this small are run once or twice, so compiling them is what takes time: this makes it a third.
 QUICK: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
@@ -233,11 +238,14 @@ def check_bfloat16(folder, model, ids_BxT) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in FIRST_CASES or n in RULES else pytest.mark.slow) for n in CASES],
+)
 def test_equals_transformers(name, tmp_path):
     config, params, model = load_tiny(tmp_path, name.partition("-")[0], **CASES[name])
     ids_BxT = np.random.default_rng(0).integers(4, config.vocab, (3, LENGTH))
-    check = check_gradients if name in (*FIRST_CASES, *OTHER_SLOPES) else check_fp32
+    check = check_gradients if name in SLOPES else check_fp32
     errors = check(config, params, model, ids_BxT)
     errors["cached"] = check_cached(config, params, model, ids_BxT)
     if name in FIRST_CASES and name.partition("-")[0] in ROUNDED:
@@ -247,7 +255,7 @@ def test_equals_transformers(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*CASES} - {*FIRST_CASES, *OTHER_SLOPES}))
+@pytest.mark.parametrize("name", sorted({*CASES} - SLOPES))
 def test_gradients_of_further_cases_equal_those_of_transformers(name, tmp_path):
     config, params, model = load_tiny(tmp_path, name.partition("-")[0], **CASES[name])
     ids_BxT = np.random.default_rng(0).integers(4, config.vocab, (3, LENGTH))

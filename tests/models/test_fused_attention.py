@@ -86,7 +86,7 @@ def without_kernels(monkeypatch):
 def test_values_and_gradients_are_those_of_attend(monkeypatch, kernel, changes, axes, length):
     """In layers with and without windows, on one device and with prompts and heads split."""
     without_kernels(monkeypatch)
-    config, qkv = dataclasses.replace(CONFIG, **changes), draw(length)
+    config, qkv = dataclasses.replace(CONFIG, **changes), draw(length, prompts=2 if axes else 1)
     tables = whole_prompt_tables(config, length)
     mesh = mesh_of(*axes) if axes else None
     where = mesh and meshes.sharding(mesh, meshes.BY_DOCUMENT, None, "model", None)

@@ -230,7 +230,11 @@ def test_one_compilation_per_sites_edits_and_padded_length(lm):
 @pytest.mark.parametrize(
     "shape, texts",
     # Eight prompts are split over "data"; three are not divided by it and go to every device.
-    [((1, 1, 8), TEXTS), ((1, 4, 2), TEXTS), ((1, 4, 2), [*TEXTS, *TEXTS, "a", "b"])],
+    [
+        pytest.param((1, 1, 8), TEXTS, marks=pytest.mark.slow),
+        ((1, 4, 2), TEXTS),
+        ((1, 4, 2), [*TEXTS, *TEXTS, "a", "b"]),
+    ],
 )
 def test_meshes_agree(lm, tiny_llama, shape, texts):
     spread, tokens = load_model(str(tiny_llama), mesh=mesh_of(*shape)), lm.tokenize(texts)

@@ -52,7 +52,9 @@ def test_a_field_that_changes_results_is_refused_with_the_numbers(copy, monkeypa
             saejax.load_model(str(copy))
 
 
-def test_a_cache_that_cannot_be_written_is_no_obstacle(copy, compared, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_is_no_obstacle(copy, monkeypatch, tmp_path):
+    compared, equal = [], {"random tokens": {parity.LOGITS: parity.Error(0.0, -1)}}
+    monkeypatch.setattr(parity, "measure", lambda lm, dtype: compared.append(dtype) or equal)
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "file" / "cache"))
     change_config(copy, unknown=1)

@@ -32,11 +32,11 @@ def compiled(config, params, x_BxTxD, *args, **options):
     return jax.jit(lambda params, x_BxTxD: run_layers(config, params, x_BxTxD, *args, **options))(params, x_BxTxD)
 
 
-@pytest.mark.parametrize("start", range(LAYERS + 1))
-def test_a_start_known_when_the_program_runs(model, start):
+def test_a_start_known_when_the_program_runs(model):
     config, params, x_BxTxD = model
     run = jax.jit(lambda start: run_layers(config, params, x_BxTxD, start, LAYERS).x)
-    np.testing.assert_allclose(run(jnp.int32(start)), compiled(config, params, x_BxTxD, start, LAYERS).x, atol=1e-5)
+    for start in (0, LAYERS - 1, LAYERS):
+        np.testing.assert_allclose(run(jnp.int32(start)), compiled(config, params, x_BxTxD, start, LAYERS).x, atol=1e-5)
 
 
 def test_a_hook_of_all_layers_in_the_loop_or_unrolled(model):
@@ -79,11 +79,12 @@ def test_the_two_halves_of_a_split_decoder_are_the_whole(model, one_device, site
     config, params, _ = model
     ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (2, 9))
     point = SplitPoint(config, Site.parse(site), Site.parse(reads), one_device)
-    stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
+    run_suffix = jax.jit(point.run_suffix)
+    stream_BxTxD, value_BxTxD, read_BxTxD = jax.jit(point.run_prefix)(params, ids_BxT)
     x_BxTxD, kinds = decoder.embed(config, params, ids_BxT), (point.site.kind, point.reads.kind)
     whole = compiled(config, params, x_BxTxD, 0, LAYERS, Taps(collect=kinds))
     np.testing.assert_allclose(value_BxTxD, whole.collected[point.site.kind][point.site.layer], atol=1e-4)
     np.testing.assert_allclose(read_BxTxD, whole.collected[point.reads.kind][point.reads.layer], atol=1e-4)
-    np.testing.assert_allclose(point.run_suffix(params, stream_BxTxD, value_BxTxD), whole.x, atol=1e-4)
-    changed_BxTxD = point.run_suffix(params, stream_BxTxD, value_BxTxD + 1)
+    np.testing.assert_allclose(run_suffix(params, stream_BxTxD, value_BxTxD), whole.x, atol=1e-4)
+    changed_BxTxD = run_suffix(params, stream_BxTxD, value_BxTxD + 1)
     assert np.abs(changed_BxTxD - whole.x).max() > 0.1

@@ -20,18 +20,10 @@ from saejax.parallel.mesh import make_mesh
 
 TEXTS = ["The cat near the dogs runs.", "3 + 4 =", "The capital of France is"]
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
-# For what goes through the hooks that other tests check in all families: without and with norms behind.
-TWO_FAMILIES = pytest.mark.parametrize(
-    "both", ["llama", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:3])], indirect=True
+# For what goes through the hooks that other tests check in all families: with norms behind.
+ONE_FAMILY = pytest.mark.parametrize(
+    "both", ["gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[:3])], indirect=True
 )
-
-
-def in_families(name, first, *others):
-    """Values of a parameter: the first in all families, the others in those without and with norms behind."""
-    cases = [(family, value) for family in FAMILIES for value in (first, *others)]
-    rare = [case for case in cases if case[0] in FAMILIES[1:3] and case[1] != first]
-    params = [pytest.param(*case, marks=pytest.mark.slow if case in rare else ()) for case in cases]
-    return pytest.mark.parametrize(("both", name), params, indirect=["both"])
 
 
 def save(folder, family, **changes):
@@ -81,7 +73,11 @@ def test_sites_and_logits(both):
     assert np.abs(both[1].unembed(last.sites["resid_post.2"]) - theirs.logits_BxTxV)[tokens.mask_BxT].max() < 1e-5
 
 
-@in_families("positions", "all", "last", (1, 3))
+@pytest.mark.parametrize(
+    ("both", "positions"),
+    [*((family, "all") for family in FAMILIES), ("gemma2", (1, 3))],  # the last one alone: below
+    indirect=["both"],
+)
 def test_edits_of_sites(both, positions):
     """Of features and of vectors, at each of the sites: one that is left out would change all after it."""
     tokens, direction = both[0].tokenize(TEXTS), np.linspace(-1, 1, 40)
@@ -93,7 +89,7 @@ def test_edits_of_sites(both, positions):
     assert relative_error(changed, both[0](tokens).logits_BxTxV) > 1e-3
 
 
-@TWO_FAMILIES
+@ONE_FAMILY
 def test_edits_of_features(both):
     tokens = both[0].tokenize(TEXTS)
     sae, transcoder = make_dictionary("resid_post.1"), make_dictionary("mlp_in.1", "mlp_out.1")
@@ -142,14 +138,22 @@ EDITS += [make_dictionary("resid_post.2", limit=None).steer([3], 1.0)]
     [([], dict(stop=["e"])), (EDITS, dict(temperature=0.8, top_p=0.9, seed=3))],
     ids=["stop", "sampled edits"],
 )
-@TWO_FAMILIES
+@ONE_FAMILY
 def test_generated_tokens(both, edits, options):
     tokens = both[0].tokenize(TEXTS)
     ours, theirs = (lm.generate(tokens, 8, edits=edits, **options) for lm in both)
     assert ours == theirs
 
 
-@in_families("kind", "inside", "resid_post", "mlp_act")
+@pytest.mark.parametrize(
+    ("both", "kind"),
+    [
+        *(("llama", "inside"), ("gpt_neox", "inside"), ("gemma2", "inside"), ("gemma2", "mlp_act")),
+        *(pytest.param("gpt2", kind, marks=pytest.mark.slow) for kind in ("inside", "mlp_act")),
+        *(pytest.param(family, "resid_post", marks=pytest.mark.slow) for family in FAMILIES),
+    ],
+    indirect=["both"],
+)
 def test_jax_functions_of_a_model(both, kind):
     """The functions that causal stages run: split at a site, differentiated, vmapped, and run from a changed token."""
     lm = both[1]

@@ -108,7 +108,8 @@ def test_a_file_ends_in_its_report(path, site, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(CONFIGS.parent)  # files name others from there
     values = flags.FlagValues()
     define_flags(all_groups(), values)
-    fewer = [f"--capture.sites={site}", f"--train.sites={site}", "--study.benchmarks=gsm8k"] if site else []
+    fewer = [f"--capture.sites={site}", f"--train.sites={site}", "--study.benchmarks=gsm8k", "--task.benchmarks=gsm8k"]
+    fewer = fewer if site else []
     values(["binary", f"--flagfile={path}", *fewer])
     configs = from_flags(all_groups(), values)
     layers = 1 + max(int(name.rpartition(".")[2]) for name in configs[CaptureConfig].sites)
