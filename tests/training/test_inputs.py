@@ -30,7 +30,7 @@ def test_any_batch_can_be_asked_for(make_batches):
     [
         ((1, 8, 1), dict(form="skip_transcoder", sites=("mlp_in.0",))),
         ((2, 2, 2), dict(sites=("resid_post.0", "resid_post.1"))),
-        pytest.param((2, 2, 2), dict(learning_rate=(1e-3, 2e-3)), marks=pytest.mark.slow),
+        ((2, 2, 2), dict(learning_rate=(1e-3, 2e-3))),
     ],
     ids=["data", "sites", "sweep"],
 )

@@ -44,7 +44,7 @@ class HeldOut(Rows):
         ("batchtopk", MeshConfig(2, 2, 2), SITES),
         ("linear", None, dict(form="transcoder", sites=("mlp_in.0",))),
         ("gated", None, dict(decoder_norm="free")),
-        pytest.param("topk", None, dict(k=(2, 6)), marks=pytest.mark.slow),
+        ("topk", None, dict(k=(2, 6))),
         ("batchtopk", None, CLT),
     ],
     ids=["batchtopk", "eight devices", "transcoder", "free decoder", "sweep", "cross-layer transcoder"],
