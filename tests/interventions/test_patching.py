@@ -190,7 +190,7 @@ def test_what_cannot_be_patched_is_refused_in_a_line(tiny, tiny_llama, pairs):
 
 
 @pytest.fixture
-def make_run(tmp_path, save_inputs, stage_run, make_prompt, two_devices):
+def make_run(tmp_path, save_inputs, stage_run, make_prompt, single_device):
     prompts = []
     for behaviour, templates in (("first", 1), ("second", 2)):
         some = [make_prompt(i, "train" if i < 8 else "test", behaviour, False) for i in range(16)]

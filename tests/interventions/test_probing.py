@@ -187,7 +187,7 @@ def test_the_noun_beside_the_verb_does_not_say_the_subjects_number():
 
 
 @pytest.fixture
-def make_run(tmp_path, save_inputs, stage_run, make_prompt):
+def make_run(tmp_path, save_inputs, stage_run, make_prompt, single_device):
     behaviours = ("first", "second")
     prompts = [make_prompt(i, "train" if i < 14 else "test", name, False) for name in behaviours for i in range(22)]
     inputs = save_inputs(tmp_path, prompts)

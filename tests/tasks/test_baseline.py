@@ -25,6 +25,7 @@ from saejax.tasks.draw import Drawn, make_prompts
 from saejax.tasks.gate import gate, read_tested
 from saejax.tasks.settings import DEMO_BEHAVIOURS, TaskConfig
 
+pytestmark = pytest.mark.usefixtures("two_devices")
 TASK = TaskConfig(train_prompts=15, test_prompts=6, gate=1.0)
 
 
