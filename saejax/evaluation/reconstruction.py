@@ -82,7 +82,7 @@ def reconstruct(
         placed = by_row(mesh, *parts)
         scores = [_score(member, placed[0], placed[-1], count) for member in members]
         # On the host while the devices work: their results are waited for below.
-        spread.add(parts[-1][:count])  # on the host, while the devices work
+        spread.add(parts[-1][:count])
         for running, score in zip(sums, scores, strict=True):
             running.add(*jax.device_get(score))
     if not spread.tokens:

@@ -236,9 +236,10 @@ def test_a_store_of_more_files_than_a_process_may_open_is_read(make_store, monke
     known = make_store("float32", shard_rows=1)
     assert known.store.manifest.shards > 64
     rows, limits = np.random.default_rng(0).permutation(93), resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(0)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 64, limits[1]))
+    # Files that earlier tests left open lie between the free numbers.
+    taken = {int(number) for number in os.listdir("/proc/self/fd")}
+    free = [number for number in range(len(taken) + 64) if number not in taken]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[63] + 1, limits[1]))
     try:
         monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))  # as if no more were allowed
         store = Store.open(known.store.folder)
