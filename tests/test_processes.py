@@ -105,7 +105,7 @@ def hears_hangups():
 
 
 @pytest.mark.usefixtures("hears_hangups")
-# One handler has all signals; that it hears of a terminal that closes, tests/test_bad_input.py tells.
+# One handler has all signals; tests/test_bad_input.py closes a real terminal.
 @pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path, first):
     """Also in a job step of one node, where JAX's own handler of SIGTERM must not take the place of Python's."""

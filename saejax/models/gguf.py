@@ -7,6 +7,7 @@ have been used, and nothing may have been drawn at random.
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ _CONVERSION = 3  # raise it when the conversion changes, so that old caches are 
 _INERT = {"vocab_size", "feed_forward_length", "tensor_data_layout", "rope.scaling.finetuned"}
 # The largest Gemmas scale attention scores by another width than their heads', which no file says.
 _OTHER_SCALE = {("gemma2", 46), ("gemma3", 62)}
+_ONE_AT_A_TIME = threading.Lock()  # conversions, which change the package gguf while they run
 
 
 def dequantise(gguf: Path) -> Path:
@@ -63,27 +65,29 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _parse_once() -> Iterator[None]:
-    """Let transformers share what it parses of a file: it does so three times, and lists all names once a module."""
+    """Let transformers parse a file once, not three times, and list the names of tensors once, not once a module."""
     import gguf
 
-    class Reader(gguf.GGUFReader):
-        """Reads a file as plain arrays: each of a million slices of a ``np.memmap`` costs three times as much."""
+    with _ONE_AT_A_TIME:
 
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+        class Reader(gguf.GGUFReader):
+            """Reads a file as plain arrays: each of a million slices of a ``np.memmap`` costs three times as much."""
 
-    parsed = functools.cache(lambda place: Reader(place))
-    shared = dict(
-        # transformers gives the path as text
-        GGUFReader=lambda path, *mode: parsed(Path(path)),
-        get_tensor_name_map=functools.cache(gguf.get_tensor_name_map),
-    )
-    before = {name: vars(gguf)[name] for name in shared}
-    vars(gguf).update(shared)
-    try:
-        yield
-    finally:
-        vars(gguf).update(before)
+            def __setattr__(self, name: str, value: Any) -> None:
+                super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+        parsed = functools.cache(lambda place: Reader(place))
+        shared = dict(
+            # transformers gives the path as text
+            GGUFReader=lambda path, *mode: parsed(Path(path)),
+            get_tensor_name_map=functools.cache(gguf.get_tensor_name_map),
+        )
+        before = {name: vars(gguf)[name] for name in shared}
+        vars(gguf).update(shared)
+        try:
+            yield
+        finally:
+            vars(gguf).update(before)
 
 
 def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, int]]:

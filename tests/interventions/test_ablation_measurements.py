@@ -330,8 +330,8 @@ def test_a_behaviour_without_top_features_is_named_and_the_others_go_on(tiny, di
 @pytest.mark.parametrize(
     "changes",
     [
-        # Of untrained dictionaries, of which each has a way of its own, the estimate takes longest. By it no difference
-        # of means lowers these answers, so that none would be run.
+        # Integrated gradients of untrained dictionaries take longest. diff_means is left out: by this estimate none of
+        # its features lowers these answers.
         pytest.param(dict(attribution="integrated", baselines=("neurons", "pca")), marks=pytest.mark.slow),
         dict(replacement="mean", placebo_targets=2, untrained_dictionaries=2, baselines=()),
         dict(attribution="integrated", error="drop", repeats=()),

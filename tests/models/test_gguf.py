@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import shutil
+import time
 from unittest.mock import Mock
 
 import gguf as gguf_package
@@ -155,6 +156,18 @@ def test_two_at_once_convert_once(tiny_gguf, cache, conversions):
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         found = list(pool.map(resolve, 3 * [tiny_gguf[0]]))
     assert len(conversions) == 1 and len(set(found)) == 1
+
+
+def test_files_that_two_threads_convert_leave_the_package_as_it_was():
+    before = gguf_package.GGUFReader, gguf_package.get_tensor_name_map
+
+    def convert(number):
+        with gguf._parse_once():
+            time.sleep(0.1 * number)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(convert, (1, 2)))
+    assert (gguf_package.GGUFReader, gguf_package.get_tensor_name_map) == before
 
 
 def test_a_cache_that_cannot_be_written(tiny_gguf, tmp_path, cache, monkeypatch):

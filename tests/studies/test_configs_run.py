@@ -116,7 +116,7 @@ def test_a_file_ends_in_its_report(path, site, tmp_path, monkeypatch, capsys):
     own = fewer + small(configs, model_of(path, tmp_path / "model", layers), tmp_path)
     if site:  # what behaviours cost is tested elsewhere
         own.append("--task.behaviours=")
-    stages = [name for name in all_stages() if not site or name != "preflight"]  # of another file it is made below
+    stages = [name for name in all_stages() if not site or name != "preflight"]  # a test below plans another file
     assert command.run(stages, "", ["pipeline", f"--flagfile={path}", *own]) == 0, capsys.readouterr().err
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     text = re.sub("<[^>]*>", " ", page)

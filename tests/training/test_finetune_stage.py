@@ -36,7 +36,7 @@ def run(inputs, workdir, stages=STAGES, **changes) -> int:
 
 @pytest.fixture(scope="module")
 def workdir(inputs, single_device, tmp_path_factory):
-    """A run of two members that is trained, and tuned by a second command; what was there in between, too."""
+    """A run of two members that one command trains and a second one tunes, and a copy made between the two."""
     folder = tmp_path_factory.mktemp("finetune")
     for name, steps in (("plain", 0), ("tuned", 2)):
         with contextlib.redirect_stdout(io.StringIO()) as output:
