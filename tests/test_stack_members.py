@@ -226,7 +226,7 @@ def test_a_member_that_was_deleted_is_trained_again(inputs, swept, tmp_path):
     assert runs.dictionary_checksums(run) == runs.dictionary_checksums(swept)
 
 
-@pytest.mark.parametrize("source", ["store", "model"])
+@pytest.mark.parametrize("source", ["store", pytest.param("model", marks=pytest.mark.slow)])
 def test_a_member_leaves_out_the_sinks_of_its_own_site_alone(inputs, tmp_path, source):
     """Two sites with many sinks, which differ: each member trained alone has the bits of the one of the stack."""
     sites, flag = "resid_post.0,resid_post.1", dict(capture__sink_factor=1.1, capture__max_sink_share=0.9)

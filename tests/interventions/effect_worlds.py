@@ -196,6 +196,6 @@ def world_table(
     ]
     tables.append(EffectsTable.block([edits[0], tested[-1]], prompts, rank_values(world, tested[-1])))
     tables.append(
-        EffectsTable((EditDefinition(behaviour, "pool", 0, tuple(pool.tolist())),), (), *np.zeros((4, 0), int)),
+        EffectsTable((EditDefinition(behaviour, "pool", 0, tuple(pool.tolist())),), (), *np.zeros((4, 0), int))
     )
     return merge_tables(tables)

@@ -287,12 +287,7 @@ def with_basis(lost: float, spread: float = 0.0, dose: float = 2.0) -> Rows:
 
 @pytest.mark.parametrize(
     ("lost", "spread", "answer"),
-    [
-        (1.0, 0.0, "more"),
-        (5.0, 0.0, "less"),
-        (3.01, 0.0, "equivalent"),
-        (3.0, 4.0, "no significant difference"),
-    ],
+    [(1.0, 0.0, "more"), (5.0, 0.0, "less"), (3.01, 0.0, "equivalent"), (3.0, 4.0, "no significant difference")],
 )
 def test_bases_of_the_same_dose(lost, spread, answer):
     result = judge(with_basis(lost, spread)).bases["pca"]

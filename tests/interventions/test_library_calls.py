@@ -1,6 +1,7 @@
 """The causal calls of the library: without a workdir, several devices and PyTorch give the same as one JAX device."""
 
 import dataclasses
+import functools
 import logging
 import numbers
 
@@ -44,17 +45,14 @@ def dictionary(make_dictionary):
     return Dictionary(made.config, **made.arrays | dict(b_enc_F=made.b_enc_F[...] - 1e-3))
 
 
-def call_all(lm, dictionary, prompts):
-    """Return what the calls give, as JSON data."""
+def ablate(lm, dictionary, prompts):
+    """Return what effects, slopes and an ablation give, as JSON data."""
     readouts = ("logit_diff", "log_prob", "top1", "kl", "change_norm")
     batches = edits.mask(dictionary, SETS), edits.add(dictionary, SETS, 0.4)
     halves = [
         dataclasses.replace(prompt, behaviour=("first", "second")[i // 2 % 2]) for i, prompt in enumerate(prompts)
     ]
     ablated = saejax.ablate(lm, dictionary, halves, documents=DOCUMENTS, **ABLATE).verdict.dictionaries[TESTED]
-    patched = saejax.patch(lm, prompts[::2], "resid_post", layers=[2])
-    steered = saejax.steer(lm, dictionary, prompts, documents=DOCUMENTS, **STEER)
-    probed = saejax.probe(lm, dictionary, prompts, ["length", "correct"], **PROBE)
     return dict(
         effects=[saejax.effects(lm, prompts[:5], batch, readouts).tolist() for batch in batches],
         slopes=saejax.slopes(lm, prompts[:5], "logit_diff", SITE).tolist(),
@@ -66,6 +64,15 @@ def call_all(lm, dictionary, prompts):
             )
             for name, answers in ablated.items()
         },
+    )
+
+
+def call_others(lm, dictionary, prompts):
+    """Return what the other calls give, as JSON data."""
+    patched = saejax.patch(lm, prompts[::2], "resid_post", layers=[2])
+    steered = saejax.steer(lm, dictionary, prompts, documents=DOCUMENTS, **STEER)
+    probed = saejax.probe(lm, dictionary, prompts, ["length", "correct"], **PROBE)
+    return dict(
         patch=dict(effect=patched.effect_DxLxHxPxC[..., -3:].tolist()),
         steer={name: to_json(result) for name, result in steered.items()},
         probe=[to_json(label) for label in probed],
@@ -74,7 +81,8 @@ def call_all(lm, dictionary, prompts):
 
 @pytest.fixture(scope="module")
 def on_one_device(tiny, dictionary, answered):
-    return call_all(tiny, dictionary, answered)
+    """on_one_device(calls): what the calls give there."""
+    return functools.cache(lambda calls: calls(tiny, dictionary, answered))
 
 
 def assert_close(data, wanted, where=""):
@@ -100,11 +108,13 @@ def assert_close(data, wanted, where=""):
         assert data == wanted, where
 
 
+# The other calls run the same engine, and by themselves in the tests of their files.
+@pytest.mark.parametrize("calls", [ablate, pytest.param(call_others, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "where", ["two devices", *(pytest.param(w, marks=pytest.mark.slow) for w in ("eight devices", "torch"))]
 )
 def test_library_calls_write_nothing_and_equal_those_on_one_device(
-    where, tiny, tiny_llama, dictionary, answered, on_one_device, tmp_path, monkeypatch
+    where, calls, tiny, tiny_llama, dictionary, answered, on_one_device, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     if where == "torch":
@@ -114,17 +124,20 @@ def test_library_calls_write_nothing_and_equal_those_on_one_device(
     else:
         lm = saejax.load_model(str(tiny_llama))
         assert lm.mesh.size == len(jax.devices()) == 8
-    assert_close(call_all(lm, dictionary, answered), on_one_device)
+    wanted = on_one_device(calls)
+    assert_close(calls(lm, dictionary, answered), wanted)
+    assert calls is call_others or set(wanted["ablate"]) == {"first", "second"}
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # the stages of these calls have tests of their results
 def test_results_are_not_empty(on_one_device):
-    assert set(on_one_device["ablate"]) == {"first", "second"}
-    steered = on_one_device["steer"]["tiny"]
+    found = on_one_device(call_others)
+    steered = found["steer"]["tiny"]
     assert steered["reason"] is None and set(steered["methods"]) == {"add", "clamp", "mean_difference"}
     for method in steered["methods"].values():
         assert method["controls"] and method["points"][0]["ce_rise"] is not None
-    length, correct = on_one_device["probe"]
+    length, correct = found["probe"]
     assert len(length["probes"]) == 6 and any(each["controls"] for each in length["selected"]["features"])
     assert correct["reason"].startswith("fewer than two classes")
 

@@ -39,7 +39,9 @@ def assert_attributed(attribution_F, wanted_F, tolerance=1e-4):
     np.testing.assert_allclose(attribution_F, wanted_F, atol=tolerance * np.abs(wanted_F).max())
 
 
-@pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1", pytest.param("attn_out.2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "site", ["resid_post.1", *(pytest.param(some, marks=pytest.mark.slow) for some in ("mlp_in.1", "attn_out.2"))]
+)
 def test_attribution_equals_torch_autograd_and_relevance_its_rules(tiny, prompts, make_dictionary, plain, site):
     dictionary, few = make_dictionary(site), prompts[:4:2]
     split = SplitModel(tiny, dictionary)

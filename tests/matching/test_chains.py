@@ -8,12 +8,7 @@ import pytest
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.matching.rows import rotate
 from saejax.matching.transfer.chains import FeaturePairs, Followed, Link, follow
-from saejax.matching.transfer.reconstruction import (
-    AffineMap,
-    DictionaryOnText,
-    evaluate_at_other_site,
-    insert_maps,
-)
+from saejax.matching.transfer.reconstruction import AffineMap, DictionaryOnText, evaluate_at_other_site, insert_maps
 from saejax.parallel.mesh import make_mesh
 
 

@@ -13,13 +13,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.matching import importance
 from saejax.matching import rows as matching_rows
 from saejax.matching.importance import LEAST as LEAST_PAIR
-from saejax.matching.importance import (
-    ItemFeatures,
-    align_importance,
-    correlated_pairs,
-    match_features,
-    read_features,
-)
+from saejax.matching.importance import ItemFeatures, align_importance, correlated_pairs, match_features, read_features
 from saejax.matching.rows import CentredRows
 from saejax.matching.transfer.activity import Activity
 from saejax.studies.alignment import LEAST, LEVEL
@@ -119,8 +113,8 @@ def test_pairs_are_those_of_the_best_assignment_of_all_products(monkeypatch):
 
 def test_strangers_are_not_aligned():
     """Half of them share features, but not what is important beyond firing often; half share nothing at all."""
-    found = [align(*pair(seed, 30 * (seed % 2), agree=0.0)) for seed in range(100)]
-    assert sum(is_aligned(agreement) for _, agreement in found) <= 5
+    found = [align(*pair(seed, 30 * (seed % 2), agree=0.0)) for seed in range(50)]
+    assert sum(is_aligned(agreement) for _, agreement in found) <= 3
     assert max(match.shared for match, _ in found[::2]) <= 0.1
 
 

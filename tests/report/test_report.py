@@ -125,11 +125,7 @@ def test_one_dictionary_and_long_lists(tmp_path):
     inputs = make_workspace(tmp_path, kinds=("topk",), top=60, sets=5)
     report = Report(tmp_path, inputs, title="Is <this> & that so?")
     text = report.page.text
-    for words in (
-        "Is <this> & that so?",
-        "not testable (5 of 79 sets)",
-        "of 60 features lower the logit difference",
-    ):
+    for words in ("Is <this> & that so?", "not testable (5 of 79 sets)", "of 60 features lower the logit difference"):
         assert words in text
     assert "standard" not in text.replace("standard deviation", "").split("How to reproduce")[0]
 

@@ -11,7 +11,7 @@ from saejax.matching.importance import FeatureMatch, ImportanceAlignment
 from saejax.studies import alignment
 from saejax.studies.alignment import ItemLosses, align_items
 
-ITEMS, SETS, PAIRS = 100, 20, 20
+ITEMS, SETS, PAIRS = 100, 20, 12
 
 
 def simulated(rng, fragility_N, importance_N):
@@ -57,7 +57,7 @@ def test_fragile_items_make_no_agreement():
         plain = [losses.top_N - losses.control_DxN.mean(0) for losses in (first, second)]
         beyond += spearmanr(*plain).statistic >= 0.3
         aligned += is_aligned(align(first, second))
-    assert aligned <= 1 and beyond >= 5
+    assert aligned <= 1 and beyond >= PAIRS // 4
 
 
 KINDS_OF_TWO = ["sum" if i % 3 else "word" for i in range(ITEMS)]
@@ -76,7 +76,7 @@ def test_the_form_of_answers_makes_no_agreement(cause):
             first, second = (ItemLosses(row.top_N * length_N / 15, row.control_DxN) for row in rows)
         aligned += is_aligned(align(first, second, KINDS_OF_TWO if cause == "category" else KINDS, length_N))
         before += is_aligned(align(first, second))  # without category and length
-    assert aligned <= 1 and before >= 10
+    assert aligned <= 1 and before >= PAIRS // 2
 
 
 def test_agreement_within_categories_is_found():
