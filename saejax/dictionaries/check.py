@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from saejax.dictionaries import joined
+from saejax.dictionaries import joined, losses
 from saejax.dictionaries.bos import follow_bos
 from saejax.dictionaries.modules import Dictionary
 from saejax.errors import UserError
@@ -71,8 +71,9 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
     error_TxO = np.asarray(y_TxO - dictionary.decode(f_TxF, x_TxD), np.float64)
     kept_T = np.asarray(dictionary.is_not_sink(x_TxD, y_TxO))
     target_NxO = np.asarray(y_TxO, np.float64)[kept_T]
-    variance = np.square(target_NxO - target_NxO.mean(0)).sum() if kept_T.any() else 0.0
-    explained = 1 - np.square(error_TxO[kept_T]).sum() / variance if variance > 0 else float("nan")
+    sizes = (error_TxO[kept_T], target_NxO - target_NxO.mean(0), target_NxO) if kept_T.any() else (np.zeros(0),) * 3
+    error, variance, square = (float(np.square(each).sum()) for each in sizes)
+    explained = losses.explained_share(error, variance, square, constant=np.nan)
     active_NxF = np.asarray(dictionary.fires(f_TxF))[kept_T]
     check = DictionaryCheck(
         float(active_NxF.sum(1).mean()) if kept_T.any() else 0.0, float(explained), int(kept_T.sum())

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from saejax.dictionaries.matmul import matmul
 
 Gradients = tuple[jax.Array, jax.Array]
 _DEAD_SHARE, _LANES = 8, 128  # AuxK gathers at most an eighth of the features, in whole lanes of a vector unit
+_LEAST_VARIANCE = 1e-10  # of the targets' squares: float32 has two digits of smaller deviations, or rounding alone
 
 
 def squared_error(
@@ -82,10 +83,25 @@ def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
 
 
 def explained_variance(y_BxD: jax.Array, error_BxD: jax.Array) -> jax.Array:
-    """Return 1 - sum |error|^2 / sum |y - mean of the batch|^2; 0 where all rows are the same."""
+    """Return 1 - sum |error|^2 / sum |y - mean of the batch|^2; 0 where all rows are the same but for rounding."""
     deviations_BxD = y_BxD - jnp.mean(y_BxD, axis=0, keepdims=True)
-    error, total = jnp.sum(jnp.square(error_BxD)), jnp.sum(jnp.square(deviations_BxD))
-    return jnp.where(total > 0, 1 - error / jnp.where(total > 0, total, 1.0), 0.0)
+    # Once more: the mean of many equal numbers is not that number to the last bit.
+    deviations_BxD = deviations_BxD - jnp.mean(deviations_BxD, axis=0, keepdims=True)
+    return explained_share(*(jnp.sum(jnp.square(each)) for each in (error_BxD, deviations_BxD, y_BxD)))
+
+
+def explained_share(error: Any, variance: Any, square: Any, constant: float = 0.0) -> Any:
+    """Return 1 - error / variance, and ``constant`` where targets are the same but for rounding.
+
+    Args:
+      error: sum |y - y_hat|^2, a number or an array of NumPy or JAX.
+      variance: sum |y - mean|^2.
+      square: sum |y|^2, with which the variance is compared.
+      constant: result of targets that do not vary.
+    """
+    xp: Any = jnp if isinstance(variance, jax.Array) else np
+    varies = variance > _LEAST_VARIANCE * square
+    return xp.where(varies, 1 - error / xp.where(varies, variance, 1.0), constant)
 
 
 class AuxKForm(NamedTuple):

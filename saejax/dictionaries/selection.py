@@ -12,6 +12,7 @@ from jax import lax
 
 _SAMPLED = 16  # one token in this many is looked at first
 _BLOCK = 16  # features, of which the maximum is taken before the k largest are chosen
+_MOST = 2**30  # values that are counted
 
 
 def batch_threshold(values_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
@@ -183,5 +184,8 @@ def _count_each(acts_xF: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _count_all(acts_BxF: jax.Array, threshold_1x1: jax.Array) -> jax.Array:
-    """Count the values of all tokens above one threshold; [1, 1]."""
-    return jnp.sum(_count_each(acts_BxF, threshold_1x1), axis=0, keepdims=True, dtype=jnp.int32)
+    """Count the values of all tokens above one threshold, up to 2^30 of them; [1, 1]."""
+    above_Bx1 = _count_each(acts_BxF, threshold_1x1)
+    # Of 65,536 tokens and as many features the number would overflow, and be less than any that is to be kept.
+    is_more_1x1 = jnp.sum(above_Bx1.astype(jnp.float32), axis=0, keepdims=True) > _MOST
+    return jnp.where(is_more_1x1, _MOST, jnp.sum(above_Bx1, axis=0, keepdims=True, dtype=jnp.int32))

@@ -14,7 +14,6 @@ from saejax.activations.store import Store
 from saejax.dictionaries.cross_layer import sum_writes
 from saejax.dictionaries.formats import circuit_tracer
 from saejax.dictionaries.matmul import matmul
-from saejax.errors import UserError
 from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import VARIANTS, Losses, LossSums, document_batches, scored_documents
 from saejax.evaluation.member_data import MemberData
@@ -91,8 +90,6 @@ def reconstruct_layers(loaded: LoadedLayers, store: Store, mesh: Mesh, batch: in
         for layer, of_layer in enumerate(zip(*measured, strict=True)):
             sums[layer].add(*of_layer)
             spreads[layer].add(parts[count + layer][:rows])
-    if not spreads[0].tokens:
-        raise UserError("there are no held-out activations to score: raise --corpus.held_out or give more text")
     return [of_layer.scores(spread) for of_layer, spread in zip(sums, spreads, strict=True)]
 
 

@@ -35,6 +35,7 @@ from saejax.progress import OnProgress, silent
 
 VARIANTS = ("clean", "mean_ablated", "zero_ablated", "reconstructed")
 _PROGRAM = 1024  # tokens that run in the time in which the programs of another shape are compiled, roughly
+_LEAST_GAP = 1e-6  # nats: below, rounding makes up the difference of two losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +125,10 @@ class LossSums:
 def recovered(values: dict[str, float], floor: str) -> float | None:
     """Return the recovered share of the loss between ``floor``, "mean_ablated" or "zero_ablated", and the clean model.
 
-    None where the floor is no worse than the clean model: then there is nothing to recover.
+    None where the floor is no worse than the clean model but for rounding: then there is nothing to recover.
     """
     gap = values[floor] - values["clean"]
-    return (values[floor] - values["reconstructed"]) / gap if gap > 0 else None
+    return (values[floor] - values["reconstructed"]) / gap if gap > _LEAST_GAP else None
 
 
 def stand_in_losses(

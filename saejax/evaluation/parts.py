@@ -14,6 +14,7 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import is_not_sink, join, split, unjoin
+from saejax.dictionaries.losses import explained_share
 from saejax.evaluation.loss_recovered import Losses, LossSums, count_groups, grouped_batches, stand_in_losses
 from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import LanguageModel, forward
@@ -147,7 +148,7 @@ def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence
             outputs = split(np.asarray(_reconstruction(dictionary, placed_NxD), np.float64), widths)
             error += [np.square(part - output).sum() for part, output in zip(parts, outputs, strict=True)]
     variance = square - [np.square(sum_D).sum() / max(tokens, 1) for sum_D in total]
-    return [np.where(variance > 0, 1 - error / np.where(variance > 0, variance, 1), 0).tolist() for error in errors]
+    return [explained_share(error, variance, square).tolist() for error in errors]
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.activations.store import Store
-from saejax.dictionaries import Dictionary
+from saejax.dictionaries import Dictionary, losses
 from saejax.errors import UserError
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.results import DENSE_ABOVE, DensityHistogram
@@ -22,7 +22,8 @@ class Reconstruction:
     """Scores over N tokens. y is the dictionary's target: its input, or a transcoder's target."""
 
     tokens: int  #: N
-    explained_variance: float  #: 1 - sum |y - y_hat|^2 / sum |y - mean|^2 (R^2 over all dimensions, sums in fp64)
+    #: 1 - sum |y - y_hat|^2 / sum |y - mean|^2 (R^2 over all dimensions, sums in fp64); 0 where y is constant
+    explained_variance: float
     cosine: float  #: mean over tokens of the cosine of y and y_hat; 0 where either is 0
     l0: float  #: mean number of features that fire on a token
     firing_rate_F: np.ndarray  #: share of tokens on which each feature fires
@@ -85,28 +86,31 @@ def reconstruct(
         spread.add(parts[-1][:count])
         for running, score in zip(sums, scores, strict=True):
             running.add(*jax.device_get(score))
-    if not spread.tokens:
-        raise UserError("there are no held-out activations to score: raise --corpus.held_out or give more text")
     return [running.scores(spread) for running in sums]
 
 
 class Spread:
-    """Sums, in fp64, for the variance of the targets around their mean."""
+    """Sums, in fp64, for the variance of the targets around their mean.
+
+    Attributes:
+      tokens: number of targets so far.
+      square: sum of |y|^2.
+    """
 
     def __init__(self, width: int):
-        self.tokens, self._square, self._total_D = 0, 0.0, np.zeros(width)
+        self.tokens, self.square, self._total_D = 0, 0.0, np.zeros(width)
 
     def add(self, y_NxD: np.ndarray) -> None:
         """Add a batch of targets."""
         wide_NxD = y_NxD.astype(np.float64)
         self.tokens += len(wide_NxD)
-        self._square += np.square(wide_NxD).sum()
+        self.square += np.square(wide_NxD).sum()
         self._total_D += wide_NxD.sum(0)
 
     @property
     def variance(self) -> float:
         """Sum over tokens of |y - mean|^2."""
-        return self._square - np.square(self._total_D).sum() / self.tokens
+        return self.square - np.square(self._total_D).sum() / max(self.tokens, 1)
 
 
 class Sums:
@@ -124,12 +128,14 @@ class Sums:
         self._active_F += active_F
 
     def scores(self, spread: Spread) -> Reconstruction:
-        """Return the scores; raise a ``UserError`` if they are not finite."""
+        """Return the scores; raise a ``UserError`` if there are no tokens, or they are not finite."""
+        if not spread.tokens:
+            raise UserError("there are no held-out activations to score: raise --corpus.held_out or give more text")
         if not np.isfinite(self._error):
             raise UserError("a reconstruction is not finite: the dictionary holds NaN or overflows; train it again")
         return Reconstruction(
             tokens=spread.tokens,
-            explained_variance=float(1 - self._error / spread.variance) if spread.variance > 0 else 0.0,
+            explained_variance=float(losses.explained_share(self._error, spread.variance, spread.square)),
             cosine=float(self._cosine / spread.tokens),
             l0=float(self._fired_F.sum() / spread.tokens),
             firing_rate_F=self._fired_F / spread.tokens,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries import Dictionary
+from saejax.dictionaries.losses import explained_share
 from saejax.dictionaries.matmul import matmul
 from saejax.ground_truth.settings import TruthConfig
 from saejax.ground_truth.world import HELD_OUT, World, batch_key, sample
@@ -191,9 +192,9 @@ def scores(counts: Counts, matching: Matching, world: World) -> dict[str, float]
         absorbed=share(absorbed(counts, matching, world)),
         l0=float(counts.fired_F.sum() / counts.tokens),
         dead=float(np.mean(counts.fired_F == 0)),
-        explained_variance=1 - counts.error / counts.variance,
+        explained_variance=float(explained_share(counts.error, counts.variance, counts.square)),
         best_f1=share(_f1(counts.kept_J, counts.kept_J, counts.active_J)),
-        best_explained_variance=1 - counts.kept_error / counts.variance,
+        best_explained_variance=float(explained_share(counts.kept_error, counts.variance, counts.square)),
         # Dead features keep directions of the initialisation, which no training has invented.
         invented=float(matching.invented_F[counts.fired_F > 0].mean()) if counts.fired_F.any() else 0.0,
     )

@@ -13,6 +13,7 @@ import numpy as np
 from saejax.activations.batches import columns_of
 from saejax.dictionaries import Dictionary, rescale
 from saejax.dictionaries.kinds.base import Arrays
+from saejax.dictionaries.losses import explained_share
 from saejax.dictionaries.results import StandIn
 from saejax.evaluation.loss_recovered import recovered
 from saejax.evaluation.parts import target_losses
@@ -51,11 +52,12 @@ class HeldOutScorer:
             target_NxD = column[pair[-1]][: self.tokens]
             spreads[pair] = Spread(target_NxD.shape[1])
             spreads[pair].add(target_NxD)
-        variance = [
-            spreads[member.site, member.target].variance * scale.output**2 if self.tokens else 0.0
+        pairs = [
+            (spreads[member.site, member.target], scale.output**2)
             for member, scale in zip(stack.members, stack.scales, strict=True)
         ]
-        self._variance_M = np.array(variance, np.float32)
+        self._variance_M = np.array([spread.variance * factor for spread, factor in pairs], np.float32)
+        self._square_M = np.array([spread.square * factor for spread, factor in pairs], np.float32)
         whole = sharding(stack.mesh)
         self._add = jax.jit(functools.partial(_add_batch, stack), out_shardings=(whole, whole))
         self._finish = jax.jit(_finish, out_shardings=whole)
@@ -79,7 +81,7 @@ class HeldOutScorer:
         sums: Sums = jnp.zeros(members, jnp.float32), jnp.zeros((members, features), jnp.float32)
         for batch in self._batches():
             sums = self._add(sums, state.params, self._stack.hyperparams, kept_M, batch)
-        return self._finish(sums, self._variance_M, np.float32(self.tokens))
+        return self._finish(sums, self._variance_M, self._square_M, np.float32(self.tokens))
 
     def _batches(self) -> Iterator[tuple[jax.Array, ...]]:
         """Yield the tokens on the devices, as ``inputs.Batches`` gives the tokens of training."""
@@ -124,11 +126,10 @@ def _add_batch(
     return error_M + errors_M, fired_MxF + fired
 
 
-def _finish(sums: Sums, variance_M: jax.Array, tokens: jax.Array) -> Arrays:
+def _finish(sums: Sums, variance_M: jax.Array, square_M: jax.Array, tokens: jax.Array) -> Arrays:
     error_M, fired_MxF = sums
-    explained_M = jnp.where(variance_M > 0, 1 - error_M / jnp.where(variance_M > 0, variance_M, 1), 0)
     scores = dict(
-        explained_variance=explained_M,
+        explained_variance=explained_share(error_M, variance_M, square_M),
         l0=jnp.sum(fired_MxF, axis=1) / tokens,
         dead=jnp.mean((fired_MxF == 0).astype(jnp.float32), axis=1),
     )

@@ -42,6 +42,12 @@ def test_topk_of_odd_rows(values):
         np.testing.assert_array_equal(acts, reference_topk(positive[None], 2)[0])
 
 
+def test_more_values_than_a_number_of_32_bits_counts_are_many(monkeypatch):
+    monkeypatch.setattr(selection, "_count_each", lambda acts, threshold: jnp.full((len(acts), 1), 2**24, jnp.int32))
+    for tokens, expected in ((3, 3 * 2**24), (2**7, 2**30), (2**8, 2**30)):
+        assert selection._count_all(jnp.zeros((tokens, 1)), jnp.zeros((1, 1))) == expected
+
+
 @pytest.mark.usefixtures("cold_programs")
 @pytest.mark.parametrize("platform", ["tpu", "default"])
 def test_both_ways_to_find_the_largest_blocks(platform, monkeypatch):

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 import saejax
 from saejax.errors import UserError
+from saejax.evaluation.temporal import evaluate_texts
 
 D, F, HEADS, BOTTLENECK = 16, 64, 2, 4
 SETTINGS = dict(
@@ -103,6 +104,8 @@ def test_it_is_scored_on_whole_texts(tmp_path, one_device):
         every
     )
     assert scores.losses.ce["reconstructed"] != scores.losses.ce["clean"]
+    with pytest.raises(UserError, match="there are no held-out activations to score"):
+        evaluate_texts(lm, sae, [np.ones(1, np.int32)])
 
 
 def test_what_takes_single_tokens_refuses_it_by_name(tmp_path):

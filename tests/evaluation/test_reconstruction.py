@@ -9,6 +9,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.evaluation import reconstruction
+from saejax.evaluation.parts import part_variances
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
@@ -103,6 +104,16 @@ def test_of_one_token_the_features_that_fire_are_counted_and_no_variance_is_expl
     histogram = scores.density_histogram()
     assert sum(histogram.counts) == np.sum(scores.firing_rate_F > 0) > 0 and histogram.log10_edges[-1] == 0
     assert (scores.tokens, scores.explained_variance) == (1, 0.0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 3e-7])
+def test_of_targets_that_are_constant_but_for_rounding_no_variance_is_explained(noise):
+    rng = np.random.default_rng(3)
+    x = (rng.normal(size=D) * (1 + noise * rng.normal(size=(300, D)))).astype(np.float32)
+    (scores,) = reconstruct([make("topk")], [[x]], make_mesh(), batch=64)
+    assert scores.explained_variance == 0
+    config = dict(site="a.0+b.0", widths=(4, D - 4), scales=(1.0, 1.0), max_norms=(1e9, 1e9))
+    assert part_variances([make("standard", **config)], [[x]]) == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,15 @@ def test_the_best_of_a_sparsity(world):
     assert score["explained_variance"] < score["best_explained_variance"] < 1 and score["f1"] < score["best_f1"] < 1
 
 
+def test_a_world_that_does_not_vary_has_no_variance_to_explain(world):
+    rows = np.asarray(world.directions_JxD)[:2]
+    _, matching, counts = judged(world, reader(world, rows.T, rows))
+    mean_D = counts.total_D / counts.tokens
+    alike = dataclasses.replace(counts, square=counts.tokens * float(np.square(mean_D).sum()))
+    score = scores(alike, matching, world)
+    assert score["explained_variance"] == score["best_explained_variance"] == 0
+
+
 def test_interval_over_seeds():
     values = [0.4, 0.5, 0.9, 0.7]
     interval = over_seeds(values)

@@ -128,6 +128,14 @@ def test_the_l0_penalty_moves_thresholds_only(penalty):
     )
 
 
+def test_the_target_is_of_all_features_also_where_groups_of_them_are_nested():
+    changes = dict(l0_penalty="target", target_l0=(8.0,), nested=(0.25, 0.5, 1.0))
+    stack, params, x, y, hyper = setting("jumprelu", **changes)
+    _, (metrics, _) = member_loss(stack, params, MemberBatch(x, y, hyper, jnp.int32(0), jnp.zeros(F, bool)))
+    weight = float(hyper.kind_params["l0_coefficient"]) * float(penalty_schedule(stack.config, stack.steps)(0))
+    np.testing.assert_allclose(metrics["sparsity"], weight * (metrics["l0"] / 8 - 1) ** 2, rtol=1e-6)
+
+
 def test_the_tanh_penalty_is_its_formula_times_its_coefficient():
     values = []
     for coefficient in (0.0, 0.03):
@@ -211,6 +219,15 @@ def test_vectorised_members_compute_auxk_only_if_one_has_a_dead_feature():
 def test_explained_variance_of_tokens_that_are_all_alike_is_zero():
     for tokens in (1, 3):
         assert losses.explained_variance(jnp.ones((tokens, D)), jnp.zeros((tokens, D))) == 0
+    rng = np.random.default_rng(11)
+    row_D = rng.normal(size=D)
+    # In float32 the mean of many equal numbers differs from each; and values that are computed differ by rounding.
+    for noise in (0.0, 3e-7):
+        y = jnp.asarray(row_D * (1 + noise * rng.normal(size=(4096, D))), jnp.float32)
+        assert jax.jit(losses.explained_variance)(y, 1e-3 * y) == 0
+    y = 1000 + rng.normal(size=(4096, D))  # far from 0, and it varies
+    explained = jax.jit(losses.explained_variance)(jnp.asarray(y, jnp.float32), jnp.full((4096, D), 0.5, jnp.float32))
+    assert explained == pytest.approx(1 - 0.25 / y.var(axis=0).mean(), abs=1e-3)
 
 
 def test_decorrelation_is_the_mean_squared_covariance_of_pairs():

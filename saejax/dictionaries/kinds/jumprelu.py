@@ -81,13 +81,13 @@ class JumpReLU(Kind):
             return coefficient * losses.tanh_norm_weighted(batch.f_BxF, batch.dictionary.decoder_norms_F)
         threshold_F = batch.dictionary.arrays["threshold_F"]
         active_BxF = sparsity.step(batch.pre_BxF, threshold_F, settings.bandwidth)
+        if settings.l0_penalty == "target":  # which is of all features, each once
+            l0 = jnp.mean(jnp.sum(active_BxF, axis=-1))
+            return coefficient * jnp.square(l0 / batch.values["target_l0"] - 1)
         if batch.dictionary.config.groups:
             # Once for each reconstruction that the feature is part of, as their errors are summed, too.
             active_BxF *= group_counts(batch.dictionary.config.groups)[None]
-        l0 = jnp.mean(jnp.sum(active_BxF, axis=-1))
-        if settings.l0_penalty == "target":
-            l0 = jnp.square(l0 / batch.values["target_l0"] - 1)
-        return coefficient * l0
+        return coefficient * jnp.mean(jnp.sum(active_BxF, axis=-1))
 
     def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
         """Return the pre-activation loss of dead features, as in SAELens, if there is one."""
