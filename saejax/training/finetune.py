@@ -8,8 +8,8 @@ the sum is as large as the error, penalties keep their coefficients (arXiv 2503.
 falls linearly to 0, Adam starts anew, and the model's weights stay as they are. AuxK, decorrelation, alignment and
 resampling are left out.
 
-A step takes whole documents, as many as hold ``batch`` tokens: the layers below the target and the clean model run
-first, then the dictionary on the tokens that it replaces, then the layers above, forwards and backwards.
+A step takes whole documents of at most ``batch`` tokens, padding included: the layers below the target and the clean
+model run first, then the dictionary on the tokens that it replaces, then the layers above, forwards and backwards.
 """
 
 import dataclasses
@@ -119,7 +119,8 @@ class CleanBatch(NamedTuple):
     ids_BxT: jax.Array
     lengths_B: jax.Array
     predicted: jax.Array  #: number of predicted tokens
-    index_N: jax.Array  #: the replaced tokens, as indices among the B T tokens
+    replaced: jax.Array  #: number of replaced tokens
+    index_N: jax.Array  #: the replaced tokens, as indices among the B T tokens, filled up by ``_fill_up``
     place_BxT: jax.Array  #: the place of each token among the replaced ones; -1: it keeps its value
 
 
@@ -211,10 +212,10 @@ class CleanBatches:
         # Rows that fill up a batch are no documents.
         is_text_BxT = np.arange(length)[None] < np.asarray(lengths_B)[:, None]
         is_text_BxT[len(documents) :] = False
-        index_N = _choose_replaced(np.flatnonzero(np.asarray(inside_BxT) & is_text_BxT))
+        replaced_N = np.flatnonzero(np.asarray(inside_BxT) & is_text_BxT)
         place_BxT = np.full((rows, length), -1, np.int32)
-        place_BxT.flat[index_N] = np.arange(len(index_N))
-        data = np.float32(predicted), index_N, place_BxT
+        place_BxT.flat[replaced_N] = np.arange(len(replaced_N))
+        data = np.float32(predicted), np.float32(len(replaced_N)), _fill_up(replaced_N), place_BxT
         placed = jax.device_put(data, sharding(self._lm.mesh))
         return CleanBatch(stream_BxTxX, x_BxTxD, y_BxTxO, left_BxTxX, ids_BxT, lengths_B, *placed)
 
@@ -254,7 +255,8 @@ def finetune_member(
       stopping: returns whether the process was asked to stop.
 
     Returns:
-      The state, with an axis over its one member, and the metrics of each step: those of training, and ``kl`` in nats.
+      The state, with an axis over its one member, and the metrics of each step: those of training, ``kl`` in nats, and
+      ``tokens``, the number of tokens that were replaced.
 
     Raises:
       UserError: a loss or a gradient is not finite.
@@ -357,7 +359,7 @@ def finetune_loss(
     weight = lax.stop_gradient(error / jnp.maximum(kl, _LEAST_KL))
     rest = [term for name, term in parts.terms.items() if name != "error"]
     loss = (error + weight.astype(error.dtype) * kl) / 2 + sum(rest, jnp.zeros((), error.dtype))
-    return loss, (parts.metrics(loss, y_NxO) | dict(kl=kl), parts.firings_F > 0)
+    return loss, (parts.metrics(loss, y_NxO) | dict(kl=kl, tokens=batch.replaced), parts.firings_F > 0)
 
 
 def _rows(value_BxTxD: jax.Array, index_N: jax.Array) -> jax.Array:
@@ -370,12 +372,12 @@ def _of_member(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
-def _choose_replaced(index_N: np.ndarray) -> np.ndarray:
-    """Return nearly all of the tokens that can be replaced: at most a 32nd, the last ones, keep their values.
+def _fill_up(replaced_N: np.ndarray) -> np.ndarray:
+    """Return the replaced tokens and, after them, at most a 32nd of them again, which count twice in the error.
 
-    The number of replaced tokens is a size of the program, of which there should be few.
+    Their number is a size of the program, of which there should be few.
     """
-    if not len(index_N):
+    if not len(replaced_N):
         raise UserError("all tokens of a batch of fine-tuning are attention sinks: give longer texts")
-    step = 2 ** max(len(index_N).bit_length() - 6, 0)
-    return index_N[: len(index_N) // step * step].astype(np.int32)
+    step = 2 ** max(len(replaced_N).bit_length() - 6, 0)
+    return np.resize(replaced_N, -(-len(replaced_N) // step) * step).astype(np.int32)

@@ -337,7 +337,8 @@ def finetune(
       steps: number of steps; None: one pass over the texts.
       learning_rate: learning rate of the first step, which falls linearly to 0; the default is the paper's.
       **settings: other fields of ``saejax.training.settings.TrainConfig`` that the loss reads, such as batch=4096
-        (tokens per step), and the coefficients of kinds with a penalty, such as l1=2.0, which must be given.
+        (most tokens of a step, padding included), and the coefficients of kinds with a penalty, such as l1=2.0, which
+        must be given.
 
     Raises:
       UserError: the dictionary cannot be fine-tuned, a setting is unknown, out of range or missing, or a loss is not

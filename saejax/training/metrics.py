@@ -3,7 +3,8 @@
 A record has ``step``, ``tokens``, ``seconds`` and ``member``; ``tokens_per_second`` of each member and
 ``tflop_per_second`` of the whole program since the first step of the process, compilation left out; ``mfu``, the share
 of the devices' peak, where that is known; and the metrics of the step, with ``held_out_`` before scores on held-out
-tokens. The steps of fine-tuning (``--train.kl_steps``) follow those of training, without rates and with ``kl``.
+tokens. The steps of fine-tuning (``--train.kl_steps``) follow those of training, without rates and with ``kl``; their
+tokens are those at which the dictionary's output stood.
 """
 
 import importlib
@@ -94,14 +95,17 @@ class Metrics:
     def add_finetuning(self, records: Sequence[Sequence[Mapping[str, float]]]) -> None:
         """Write the metrics of each member and step of fine-tuning, as of the steps that follow training."""
         steps, every = len(records[0]), self._stack.config.log_every
+        # A step takes whole documents, and so about ``batch`` tokens: those that were replaced are counted.
+        trained = self._steps * self._stack.config.batch
+        tokens = [trained + np.cumsum([record["tokens"] for record in each]).astype(np.int64) for each in records]
         # Step by step, though members were tuned one after the other: wandb takes rising steps alone.
         for step in (step for step in range(1, steps + 1) if step % every == 0 or step == steps):
-            whole = self._steps + step
-            head = dict(step=whole, tokens=whole * self._stack.config.batch, seconds=self.seconds)
-            for member, of_member in zip(self._members, records, strict=True):
-                self.records.append({**head, "member": member, **of_member[step - 1]})
+            for member, of_member, tokens_S in zip(self._members, records, tokens, strict=True):
+                head = dict(step=self._steps + step, tokens=int(tokens_S[step - 1]), seconds=self.seconds)
+                values = {name: value for name, value in of_member[step - 1].items() if name != "tokens"}
+                self.records.append({**head, "member": member, **values})
                 if self._wandb:
-                    self._wandb.write(whole, member, of_member[step - 1])
+                    self._wandb.write(self._steps + step, member, values)
         self.write()
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:

@@ -56,7 +56,7 @@ def _initial_state(stack: TrainStack) -> TrainState:
 
     Directions are random, from each member's seed and, in a stack of several sites, the name of its site: were they
     the same at all sites, what little training leaves of them would pass for features that layers share. The decoder's
-    bias starts at the site's mean or median, everything else at 0.
+    bias starts at the target's mean, everything else at 0.
     """
     config, dictionary, members = stack.config, stack.dictionary, stack.members
     vectors = stack.kind.start(config.of_kind(dictionary.kind))

@@ -64,14 +64,15 @@ def encode(kind, pre_NxF) -> torch.Tensor:
 
 
 def replaced_tokens(batch) -> np.ndarray:
-    """Whether each token of all documents is replaced, in their order, not in the order of the batch's rows."""
-    ids, place = np.asarray(batch.ids_BxT), np.asarray(batch.place_BxT)
+    """The replaced tokens, counted in the order of the documents, not of the batch's rows; some of them twice."""
+    ids = np.asarray(batch.ids_BxT)
     rows = [(d, next(i for i, row in enumerate(ids) if (row[: len(d)] == d).all())) for d in documents() if len(d) > 1]
-    return np.concatenate([place[row, : len(d)] >= 0 for d, row in rows])
+    places = np.concatenate([row * ids.shape[1] + np.arange(len(d)) for d, row in rows])
+    return np.array([np.flatnonzero(places == index).item() for index in np.asarray(batch.index_N)])
 
 
 def reference(lm, dictionary, chosen, scale=0.5, l1=0.3) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """The loss and its gradients with the chosen tokens replaced, in float64, one unpadded document at a time."""
+    """The loss and its gradients with all tokens but sinks replaced, in float64, one unpadded document at a time."""
     model, config = source.load_torch_model(lm.source, "float32").double(), dictionary.config
     params = {
         name: torch.tensor(np.asarray(a, np.float64), requires_grad=True) for name, a in dictionary.arrays.items()
@@ -96,14 +97,14 @@ def reference(lm, dictionary, chosen, scale=0.5, l1=0.3) -> tuple[dict[str, floa
         clean = run(record)
     x, y = (torch.cat([pair[i][0] for pair in seen]) for i in (0, 1))
     inside = (x.norm(dim=-1) <= config.max_norm) & (y.norm(dim=-1) <= config.target_max_norm)
-    assert not (chosen & ~inside.numpy()).any() and chosen.sum() > 0.95 * int(inside.sum())
-    inside = torch.tensor(chosen)
-    x_s, y_s = x[inside] * scale, y[inside] * scale
+    count = int(inside.sum())
+    assert sorted(chosen[:count]) == np.flatnonzero(inside).tolist() and len(chosen) < 1.04 * count
+    x_s, y_s = x[chosen] * scale, y[chosen] * scale
     centre = params["b_dec_D"] if config.centred else 0.0
     f = encode(config.kind, (x_s - centre) @ params["W_enc_DxF"] + params["b_enc_F"])
     y_hat = f @ params["W_dec_FxD"] + params["b_dec_D"] + (x_s @ params["W_skip_DxD"] if config.skip else 0.0)
     whole = y.clone()
-    whole[inside] = y_hat / scale
+    whole[chosen[:count]] = y_hat[:count] / scale
     left = list(whole.split([len(d) for d in texts]))
 
     def replace(module, inputs, output):
@@ -142,7 +143,8 @@ def test_loss_and_gradients_against_pytorch(lm, kind, sites, limit):
     batch, hyper = batches.clean(0), jax.tree.map(lambda leaf: leaf[0], stack.hyperparams)
     loss = functools.partial(finetune_loss, stack, batches.point, hyper=hyper, lm_params=lm.params, batch=batch)
     grads, (metrics, _) = jax.jit(jax.grad(loss, has_aux=True))(dictionary.arrays)
-    terms, expected = reference(lm, dictionary, replaced_tokens(batch))
+    terms, expected = reference(lm, dictionary, chosen := replaced_tokens(batch))
+    assert metrics["tokens"] == len({*chosen.tolist()})
     for name, value in terms.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
     for name, grad in expected.items():

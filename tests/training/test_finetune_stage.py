@@ -120,7 +120,10 @@ def test_its_metrics_and_scores_are_among_the_results(workdir, inputs):
         assert last["kl"] > 0 and last["kl"] == member.final["kl"] and "kl" not in earlier[-2]
         found = [scores.kl for scores in member.finetuned]
         np.testing.assert_allclose(found, [kl["plain"][index], kl["tuned"][index]], rtol=1e-4)
-    assert [curve.tokens[-1] for curve in training_curves(unit)] == [22 * 64] * 2
+        # The tokens that were replaced, of whole documents, not 64 a step.
+        counts = np.diff([record["tokens"] for record in (*earlier[-2:], last)])
+        assert earlier[-2]["tokens"] == 20 * 64 and all(0 < count < 64 for count in counts), counts
+    assert [curve.tokens[-1] for curve in training_curves(unit)] == [last["tokens"]] * 2
     summaries = {"train/batchtopk": types.SimpleNamespace(results=results)}
     (table,) = finetuning_tables(Findings(summaries, {}, workdir / "tuned", {}))
     assert f"| batchtopk/k4 | {kl['plain'][0]:.4f} | {kl['tuned'][0]:.4f} |" in table.markdown()

@@ -268,6 +268,7 @@ def _finetuning(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
         by_row(mesh, (rows, length), np.int32),
         by_row(mesh, (rows,), np.int32),
         whole(mesh, (), np.float32),
+        whole(mesh, (), np.float32),
         whole(mesh, (tokens,), np.int32),
         whole(mesh, (rows, length), np.int32),
     )
