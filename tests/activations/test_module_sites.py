@@ -120,6 +120,7 @@ def test_from_capture_to_training_and_no_further(bloom_setup, tmp_path, capsys):
     assert "the site module:" in error and " is a module of the PyTorch model, which only capture" in error
 
 
+@pytest.mark.slow  # functions that capture, train and edit there have tests of their own
 @pytest.mark.usefixtures("single_device")
 def test_hidden_activations_from_capture_to_ablation(inputs, tmp_path, capsys):
     """They are as wide as the MLP's hidden layer, not as the stream."""

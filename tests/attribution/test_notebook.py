@@ -1,5 +1,6 @@
 """The notebook of graphs runs as it stands, and what a graph writes and shows by itself."""
 
+import ast
 import dataclasses
 import json
 import re
@@ -17,13 +18,29 @@ from saejax.page.graph import figure
 ROOT = Path(__file__).parent.parent.parent
 
 
+CELLS = json.loads((ROOT / "docs/graphs.ipynb").read_text("utf-8"))["cells"]
+CODE = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_of_graphs_names_what_there_is():
+    owners = dict(saejax=saejax, graph=saejax.Graph, pruned=saejax.Graph, again=saejax.Graph, local=saejax.LocalModel)
+    named = set()
+    for node in ast.walk(ast.parse("\n".join(CODE))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in owners:
+            owner = owners[node.value.id]
+            assert node.attr in {*dir(owner), *getattr(owner, "__dataclass_fields__", ())}, ast.unparse(node)
+            named.add(ast.unparse(node))
+    assert {"saejax.trace", "saejax.intervene", "pruned.save_figure", "local.generate"} < named
+
+
+@pytest.mark.slow  # what it calls has tests of its own
 def test_the_notebook_of_graphs_runs(monkeypatch, tmp_path, capsys, lm):
     """As it stands, but for a tiny model and fewer texts and steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(saejax, "load_model", lambda name: lm)
-    notebook, names = json.loads((ROOT / "docs/graphs.ipynb").read_text("utf-8")), dict[str, Any]()
-    for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
-        code = re.sub("TEXTS, STEPS = [0-9, ]+", "TEXTS, STEPS = 4, 20  ", "".join(cell["source"]))
+    names = dict[str, Any]()
+    for number, cell in enumerate(CODE):
+        code = re.sub("TEXTS, STEPS = [0-9, ]+", "TEXTS, STEPS = 4, 20  ", cell)
         exec(compile(code, f"graphs.ipynb, code {number}", "exec"), names)
     assert (names["TEXTS"], names["STEPS"]) == (4, 20)
     whole, pruned, removed = names["graph"], names["pruned"], names["removed"]

@@ -1,11 +1,7 @@
 """Dictionaries: parts of them, rounded products, files, and what programs take."""
 
 import dataclasses
-import hashlib
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +80,7 @@ def test_a_token_that_is_not_finite_has_nan_for_every_feature(kind, monkeypatch)
         np.testing.assert_allclose(np.delete(found, [1, 4], axis=0), np.delete(every, [1, 4], axis=0), 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "linear", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("kind", ["jumprelu", "gated", "linear"])  # the others are one of these
 def test_an_edit_of_few_features_encodes_no_others(kind):
     """By the operations of its compiled program."""
     dictionary, x = make(kind, n_features=4096), activations(1, 30, 12)
@@ -236,20 +232,6 @@ def test_a_dictionary_is_written_to_folders_alone(tmp_path, format):
         load_dictionary("x" * 300)
 
 
-# Reads a dictionary on meshes of one, two and four devices, and without one, and prints the hashes of its arrays.
-READ = """
-import hashlib, json, sys
-import jax, numpy as np
-from saejax.dictionaries import load_dictionary
-from saejax.parallel.mesh import make_mesh
-from saejax.parallel.settings import MeshConfig
-meshes = [None, *(make_mesh(MeshConfig(model=count), jax.devices()[:count]) for count in (1, 2, 4))]
-for mesh in meshes:
-    arrays = load_dictionary(sys.argv[1], mesh=mesh).arrays
-    print(json.dumps({name: hashlib.sha256(np.asarray(array).tobytes()).hexdigest() for name, array in arrays.items()}))
-"""
-
-
 def test_devices_write_and_read_their_parts_alone(tmp_path, monkeypatch):
     """No device, and no copy on the host, has more than a part of a matrix; files are the same for all meshes."""
     gathered, own = [], formats.own
@@ -276,12 +258,10 @@ def test_devices_write_and_read_their_parts_alone(tmp_path, monkeypatch):
                 assert all(shard.data.size == array.size / 8 for shard in array.addressable_shards)
         del loaded, array
     assert {len(shape) for shape in gathered} == {1}
-    environment = os.environ | dict(JAX_NUM_CPU_DEVICES="4")
-    done = subprocess.run(
-        [sys.executable, "-c", READ, str(tmp_path / "split")], env=environment, capture_output=True, text=True
-    )
-    expected = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in noise.items()}
-    assert [json.loads(line) for line in done.stdout.splitlines()] == 4 * [expected], done.stderr
+    for count in (1, 2, 4):
+        loaded = load_dictionary(tmp_path / "split", mesh=make_mesh(MeshConfig(model=count), jax.devices()[:count]))
+        for array_name, array in loaded.arrays.items():
+            np.testing.assert_array_equal(array, noise[array_name])
     file = max((tmp_path / "split" / "arrays").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -332,8 +312,14 @@ def test_a_dictionary_is_a_pytree_that_programs_take_as_it_is():
     assert gradient.shape == (12,)
 
 
-@pytest.mark.parametrize("matmul_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("groups", [(2, 4, 8, 16, 32), (8, 24, 32), (32,)])
+@pytest.mark.parametrize(
+    ("groups", "matmul_dtype"),
+    [
+        ((2, 4, 8, 16, 32), "float32"),
+        ((8, 24, 32), "bfloat16"),
+        *(pytest.param((32,), dtype, marks=pytest.mark.slow) for dtype in ("float32", "bfloat16")),
+    ],
+)
 def test_nested_groups_of_features_that_are_split_over_devices(groups, matmul_dtype):
     """Reconstructions and gradients are those of one device."""
     F, D, B = 32, 6, 8

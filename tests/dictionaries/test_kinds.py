@@ -159,14 +159,13 @@ def test_a_kind_that_is_a_jumprelu_at_inference_is_written_for_other_tools(load_
 
 @pytest.fixture(scope="module")
 def trained(inputs, single_device, tmp_path_factory):
-    """A workdir of all stages on a stack of a user's kind, which a process of its own trained."""
+    """A workdir of all stages on a stack of a user's kind, which the flag made known."""
     workdir = tmp_path_factory.mktemp("plugin") / "run"
     changes = SETTINGS | dict(train__shrunk__strength="0.2,0.4", ablate__dictionary=f"{MADE_UP}/strength0.2")
     changes |= dict(ablate__baselines="", ablate__untrained_dictionaries=0, ablate__text_documents=0, train__epochs=3)
-    flags = runs.small_flags(*inputs, workdir, **changes)
-    assert command.run(["baseline", "capture"], "", ["program", *flags]) == 0
-    runs.finish(runs.start("train", flags))
-    assert command.run(["evaluate", "ablate", "report"], "", ["program", *flags]) == 0
+    del kinds.KINDS[MADE_UP]
+    stages = ["baseline", "capture", "train", "evaluate", "ablate", "report"]
+    assert command.run(stages, "", ["program", *runs.small_flags(*inputs, workdir, **changes)]) == 0
     return workdir
 
 

@@ -73,7 +73,8 @@ def as_torch(function):
 
 
 @pytest.mark.parametrize(
-    ("batch_tokens", "devices"), [(64, 1), pytest.param(4096, 1, marks=pytest.mark.slow), (512, 8)]
+    ("batch_tokens", "devices"),
+    [*(pytest.param(count, 1, marks=pytest.mark.slow) for count in (64, 4096)), (64, 8)],  # of several batches
 )
 def test_every_variant_against_transformers(lm, model, tiny_llama, batch_tokens, devices):
     placed = lm if devices == 1 else load_model(str(tiny_llama))

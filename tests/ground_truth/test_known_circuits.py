@@ -117,7 +117,7 @@ def test_graphs_have_the_known_edges_and_wrong_decoders_have_others(case_and_mod
     assert wrong.error > 0.1 and wrong.recall.mean < 0.9 and wrong.replacement.mean < 0.9
 
 
-@pytest.mark.parametrize("case_and_model", [pytest.param("induction", marks=pytest.mark.slow), "logic"], indirect=True)
+@pytest.mark.parametrize("case_and_model", ["induction", pytest.param("logic", marks=pytest.mark.slow)], indirect=True)
 def test_exact_features_stand_for_the_variables_and_wrong_decoders_for_nothing(case_and_model):
     case, model = case_and_model
     sets = [untrained_sets(case, model, layer, SEED) for layer in range(len(case.model.layers))]

@@ -54,7 +54,11 @@ def few_rows(monkeypatch):
 
 @pytest.mark.parametrize("config", [CONFIG, capped_local(2), capped_local(50)], ids=["plain", "local 2", "local 50"])
 @pytest.mark.parametrize(
-    ("length", "by_rows"), [(1, False), (127, False), (128, False), (131, False), (8, True), (40, True), (131, True)]
+    ("length", "by_rows"),
+    [
+        *((1, False), (128, False), (131, False), (131, True)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((127, False), (8, True), (40, True))),
+    ],
 )
 def test_whole_prompts(request, config, length, by_rows):
     """At once, in blocks and row by row; also where a window ends within the rows."""

@@ -24,7 +24,8 @@ def fast_in(family):
     return pytest.mark.parametrize("models", params, indirect=True)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Groups of heads and windows are in gpt_oss, too, with its sinks.
+@pytest.fixture(scope="module", params=["gpt2", pytest.param("gemma3_text", marks=pytest.mark.slow), "gpt_oss"])
 def models(request, tmp_path_factory, one_device):
     """A model of a family in JAX and in transformers: plain heads; groups of heads and windows; sinks of heads."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -49,7 +50,6 @@ def theirs(model, ids_BxT):
         return [pattern.numpy() for pattern in model(torch.tensor(ids_BxT), output_attentions=True).attentions]
 
 
-@pytest.mark.usefixtures("cold_programs")
 def test_patterns_are_those_of_transformers(models, ids_BxT, monkeypatch):
     lm, model = models
     output = lm(pad(ids_BxT.tolist()), capture=["resid_post.1", *names(lm)[::-1]])
@@ -66,7 +66,7 @@ def test_patterns_are_those_of_transformers(models, ids_BxT, monkeypatch):
     np.testing.assert_allclose(output.sites["resid_post.1"], plain.sites["resid_post.1"], atol=1e-5)
     # Many layers go through one loop.
     monkeypatch.setattr(language_model, "_UNROLLED", 0)
-    many = lm(pad(ids_BxT.tolist()), capture=names(lm), logits=False)
+    many = lm(pad(ids_BxT.tolist()), capture=[*names(lm), "resid_pre.0"], logits=False)  # traced here alone
     for layer, pattern_BxHxTxT in enumerate(expected):
         np.testing.assert_allclose(many.sites[f"attn_pattern.{layer}"], pattern_BxHxTxT, atol=2e-5)
 

@@ -87,7 +87,10 @@ def test_derivatives(rules):
     close(*(jax.jit(measure, static_argnums=0)(mix) for mix in (mix_experts, run_all_experts)))
 
 
-@pytest.mark.parametrize("axes, shape", [((2, 2, 2), (8, 10)), ((1, 1, 8), (3, 10)), ((1, 4, 2), (10,))])
+@pytest.mark.parametrize(
+    "axes, shape",
+    [((2, 2, 2), (8, 10)), ((1, 1, 8), (3, 10)), pytest.param((1, 4, 2), (10,), marks=pytest.mark.slow)],
+)
 def test_on_a_mesh(axes, shape):
     """Where prompts and hidden width are split, and where their sizes do not allow it."""
     mesh, params, x = mesh_of(*axes), draw(CONFIG), tokens(shape)
@@ -128,7 +131,8 @@ def test_blocks_are_enough_and_few():
 
 # Qwen3-30B-A3B's experts at a tenth of its widths.
 WIDE = dataclasses.replace(CONFIG, d_model=200, d_mlp=80, n_experts=128, experts_per_token=8)
-WORK = [(8, 256, (1, 1, 1)), (8, 256, (4, 2, 1)), (8, 256, (1, 1, 8)), (8, 16, (1, 1, 1)), (8, 1, (1, 1, 8))]
+WORK = [(8, 256, (4, 2, 1)), (8, 16, (1, 1, 1)), (8, 1, (1, 1, 8))]
+WORK += [pytest.param(8, 256, axes, marks=pytest.mark.slow) for axes in ((1, 1, 1), (1, 1, 8))]
 
 
 @pytest.mark.parametrize("prompts, length, axes", WORK)

@@ -64,7 +64,7 @@ def assert_equals_transformers(lm, model, sequences, new, batched):
             assert (done.finished, list(done.ids)) == ("length", expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", pytest.param("llama", marks=pytest.mark.slow)])
 def test_greedy_equals_transformers(family, one_device, tmp_path):
     """Learned positions and sliding windows among them, prompts longer and shorter than the window."""
     save_tiny(tmp_path, family, vocab_size=257)
@@ -112,7 +112,9 @@ def test_without_a_cache_it_is_the_same(lm, tokens, greedy, scale):
     assert len({done.ids for done in greedy}) == 3 and len({id for done in greedy for id in done.ids}) > 5
 
 
-@pytest.mark.parametrize("mesh", [dict(), dict(data=4, model=2)], ids=["data 8", "data 4, model 2"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(dict(), marks=pytest.mark.slow), dict(data=4, model=2)], ids=["data 8", "data 4, model 2"]
+)
 def test_a_mesh_of_eight_devices_generates_the_same(lm, tokens, greedy, mesh):
     """Eight prompts are split over the devices, three are on all of them."""
     parallel = load_model(str(lm.source.folder), mesh=make_mesh(MeshConfig(**mesh)))

@@ -170,7 +170,6 @@ def test_logit_reads_a_word_as_the_text_going_on(lm, tokens):
         lm.token_id("")
 
 
-@pytest.mark.usefixtures("cold_programs")
 def test_many_layers_are_captured_as_few_are(lm, tokens, monkeypatch):
     names = [f"{kind}.{layer}" for layer in (3, 1, 0) for kind in KINDS if (kind, layer) != ("mlp_in", 3)]
     few = lm(tokens, capture=names, logits=False)

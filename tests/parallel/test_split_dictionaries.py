@@ -48,14 +48,18 @@ def folder(tmp_path_factory):
     return path
 
 
+def documents() -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(1, 300, size=length).astype(np.int32) for length in (30, 31, 32, 28, 30, 29, 32, 32)]
+
+
 def measure(lm, dictionary):
     """What stages measure with a dictionary, in the order in which it is measured."""
     rng = np.random.default_rng(1)
     x_NxD = 3 * rng.normal(size=(64, WIDTH)).astype(np.float32)
     (scores,) = reconstruct([dictionary], [[x_NxD]], lm.mesh, 32)
     yield scores.explained_variance, scores.firing_rate_F, scores.mean_activation_F
-    documents = [rng.integers(1, 300, size=length).astype(np.int32) for length in (30, 31, 32, 28, 30, 29, 32, 32)]
-    (losses,) = stand_in_losses(lm, [dictionary], documents, np.zeros(WIDTH), 256)
+    (losses,) = stand_in_losses(lm, [dictionary], documents(), np.zeros(WIDTH), 256)
     yield [*losses.ce.values(), *losses.kl.values()]
     yield (encode_tokens(dictionary, x_NxD, 32)[0].toarray(),)
     yield neighbour_cosines(dictionary.W_dec_FxD[...]), nearest_rows(dictionary.W_dec_FxD[...], 3)[1]
@@ -64,8 +68,12 @@ def measure(lm, dictionary):
     yield (slopes.attribution(split, split.run(PROMPTS)),)
     sets = [np.arange(5), np.arange(1000, 1040)]
     yield (engine.effects(lm, PROMPTS, edits.mask(dictionary, sets, [0.0, 0.5])),)
-    yield trace(lm, dictionary, documents[0])
-    yield track(lm, dictionary, documents[0])
+
+
+def measure_in_runs(lm, dictionary):
+    """What graphs and chains measure, which run the model with a dictionary of their own."""
+    yield trace(lm, dictionary, documents()[0])
+    yield track(lm, dictionary, documents()[0])
 
 
 def trace(lm, sae, ids_P):
@@ -103,13 +111,10 @@ def small_samples():
         yield
 
 
-@pytest.fixture(scope="module")
-def alone(lm, folder):
-    """What one device measures."""
-    return list(measure(lm, load_dictionary(folder, mesh=lm.mesh)))
-
-
-def test_split_features_and_rows_change_no_figure(alone, folder, lm, monkeypatch):
+# What runs in stages of one prompt is in the slow suite.
+@pytest.mark.parametrize("measure", [measure, pytest.param(measure_in_runs, marks=pytest.mark.slow)])
+def test_split_features_and_rows_change_no_figure(measure, folder, lm, monkeypatch):
+    alone = list(measure(lm, load_dictionary(folder, mesh=lm.mesh)))
     mesh = make_mesh(MeshConfig(member=2, model=4))
     on_mesh = load_model(str(lm.source.folder), mesh=mesh)
     placed, whole = [], []

@@ -142,12 +142,6 @@ def divergence(lm, dictionary, documents) -> float:
     return total / tokens
 
 
-def test_it_follows_training_straight_from_the_model(inputs, tmp_path, capsys):
-    changes = dict(train__source="model", train__buffer_rows=200, train__epochs=1, train__k=8, train__kinds="topk")
-    assert run(inputs, tmp_path / "run", ["train"], **changes) == 0
-    assert "fine-tuning: step 2 of 2" in capsys.readouterr().out
-
-
 def test_what_it_depends_on(inputs):
     def mark(**changes):
         made = runs.make_configs(**dict(model__path=str(inputs[0])) | changes)

@@ -28,8 +28,8 @@ def test_any_batch_can_be_asked_for(make_batches):
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        ((1, 8, 1), dict(form="skip_transcoder", sites=("mlp_in.0",))),
-        ((2, 2, 2), dict(sites=("resid_post.0", "resid_post.1"))),
+        pytest.param((1, 8, 1), dict(form="skip_transcoder", sites=("mlp_in.0",)), marks=pytest.mark.slow),  # as below
+        ((2, 2, 2), dict(form="transcoder", sites=("mlp_in.0", "mlp_in.1"))),
         ((2, 2, 2), dict(learning_rate=(1e-3, 2e-3))),
     ],
     ids=["data", "sites", "sweep"],

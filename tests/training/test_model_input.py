@@ -106,10 +106,11 @@ def test_bad_input_is_one_line(train, capsys):
 
 def test_it_is_evaluated_and_reported_with_a_sample_in_place_of_a_store(inputs, tmp_path, capsys):
     changes = dict(corpus__stream=True, capture__tokens=150, train__kinds="topk")
-    changes |= dict(task__behaviours="", evaluate__ce_documents=2)
+    changes |= dict(task__behaviours="", evaluate__ce_documents=2, train__kl_steps=2)  # and it is fine-tuned
     flags = runs.small_flags(*inputs, tmp_path / "run", **CHANGES | changes)
     stages = ["preflight", "baseline", "tokenize", "capture", "train", "evaluate", "report"]
     assert command.run(stages, "", ["program", *flags]) == 0, capsys.readouterr().err
+    assert "fine-tuning: step 2 of 2" in capsys.readouterr().out
     text: TokenizeResults = load_results(tmp_path / "run" / "tokenize")
     store: CaptureResults = load_results(tmp_path / "run" / "capture")
     assert all(150 <= store.tokens[split] < 170 < text.tokens[split] for split in ("train", "held_out"))

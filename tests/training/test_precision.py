@@ -90,13 +90,14 @@ def test_attribution(lm, one_device):
     value = jnp.ones((2, 6, lm.config.d_model))
     tree = SharedPrefixBatch.unshared(jnp.arange(2), jnp.zeros(2, int), 6, 1)
     rows, tokens = PromptTree(tree, jnp.array([[5, 11]]), tree.prompt_SxR), value.reshape(1, 12, -1)
-    past = point.run_suffix_with_kv(lm.params, value, value)[1]
+    past = jax.jit(point.run_suffix_with_kv)(lm.params, value, value)[1]
     fixed = past, value, tokens, rows, jnp.ones((1, 1, 2, 2), int)
     check(lambda params: screening.target_slopes(point, params, *fixed), lm.params, least=6)
     sides = screening.Sides(value, jnp.ones((2, 6), bool), None, None)
     check(lambda each: screening.score_slopes(point, each, sides, tree, tokens[None], ZERO), dictionary, least=2)
 
 
+@pytest.mark.slow  # of the compiler with its full effort, as all of that suite
 def test_a_program_of_nested_bfloat16_products_runs_to_its_end(inputs, tmp_path):
     """In a process of its own, compiled as in real runs: the compiled step once ended it, on a CPU."""
     changes = dict(task__behaviours="", train__kinds="matryoshka", train__matmul="bfloat16", train__source="model")

@@ -18,7 +18,7 @@ DEAD = [3, 10, 40]
 PER_FEATURE = dict(W_enc_DxF=1, W_dec_FxD=0, b_enc_F=0, threshold_F=0, r_mag_F=0, b_mag_F=0)
 
 
-def step_with_dead(kind, data, scale=1.0, steps=1, **changes):
+def step_with_dead(kind, data, scale=1.0, like=None, **changes):
     """The state after steps from one in which the features ``DEAD`` have been silent for long."""
     stack = make_stack(kind, scale=scale, dead_tokens=10**6, decay=0.0, **changes)
     state = init_state(stack)
@@ -26,8 +26,8 @@ def step_with_dead(kind, data, scale=1.0, steps=1, **changes):
     moments = jax.tree.map(lambda leaf: leaf + 1 if leaf.ndim > 1 else leaf, state.optimizer)  # none is 0
     state = dataclasses.replace(state, optimizer=moments)
     state.params["b_enc_F"] = state.params["b_enc_F"].at[:, DEAD].set(-1e6)
-    for batch in data[:steps]:
-        state, _ = step(stack, jax.device_put(state, state_shardings(stack)), parts(stack, batch))
+    for batch in data:
+        state, _ = step(stack, jax.device_put(state, state_shardings(stack)), parts(stack, batch), like)
     return state
 
 
@@ -141,8 +141,9 @@ def test_when_it_is_due(decay):
 def test_members_draw_as_they_would_alone_and_on_a_mesh():
     data = batches(2)
     mesh = make_mesh(MeshConfig(member=2, data=2, model=2))
-    alone = [step_with_dead("topk", data, steps=2, resample_every=1, seed=(seed,)) for seed in (1, 2)]
-    stack = step_with_dead("topk", data, steps=2, resample_every=1, seed=(1, 2), mesh=mesh)
+    first = make_stack("topk", scale=1.0, dead_tokens=10**6, decay=0.0, resample_every=1, seed=(1,))
+    alone = [step_with_dead("topk", data, like=first, resample_every=1, seed=(seed,)) for seed in (1, 2)]
+    stack = step_with_dead("topk", data, resample_every=1, seed=(1, 2), mesh=mesh)
     for index in (0, 1):
         for name, array in alone[index].params.items():
             np.testing.assert_allclose(stack.params[name][index], array[0], rtol=2e-5, atol=2e-6, err_msg=name)

@@ -28,7 +28,11 @@ def host(state) -> dict[str, np.ndarray]:
     return {name: np.asarray(array[0], np.float64) for name, array in state.params.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# What all kinds share of it is in their first steps and gradients, and in test_initial.py.
+OWN_WAYS = ("jumprelu", "gated", "matching_pursuit")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in OWN_WAYS else pytest.mark.slow) for k in KINDS])
 def test_loss_falls_decoder_rows_keep_unit_norm_and_the_finished_dictionary_takes_raw_activations(kind, one_device):
     stack = make_stack(kind, one_device, scale=0.25, auxk=0.03)
     data = batches()
@@ -125,7 +129,10 @@ def test_a_frozen_half_keeps_its_bits_and_the_rest_learns(freeze, name, one_devi
         assert np.array_equal(value, before[key]) == (key == name), key
 
 
-@pytest.mark.parametrize("form", ["sae", pytest.param("transcoder", marks=pytest.mark.slow), "skip_transcoder"])
+# Of an SAE the figures of the first step have either product, and gradients are compared below.
+@pytest.mark.parametrize(
+    "form", [*(pytest.param(form, marks=pytest.mark.slow) for form in ("sae", "transcoder")), "skip_transcoder"]
+)
 def test_codes_of_the_active_features_train_what_all_features_train(form, one_device):
     changes = dict(form=form, k=(2, 5), auxk=0.1, dead_tokens=2 * B, decorrelation=0.01, resample_every=6)
     if form != "sae":
@@ -208,7 +215,8 @@ def test_the_finished_transcoder_takes_raw_activations(kind, form, one_device):
     assert_takes_raw_activations(stack, run(stack, batches(10))[0])
 
 
-@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
+# One whose threshold is folded as well, and the one with most vectors.
+@pytest.mark.parametrize("kind", [pytest.param("standard", marks=pytest.mark.slow), "jumprelu", "gated"])
 def test_rows_that_grew_freely_are_folded_to_unit_length(kind, one_device):
     stack = make_stack(kind, one_device, decoder_norm="free")
     state, _ = run(stack, batches(20))

@@ -27,7 +27,8 @@ def activations(rows=4096) -> Activations:
     return Activations({"resid_post.0": values}, index, texts, 100.0, CapturedModel("made", "", "1"), bos=False)
 
 
-@pytest.mark.parametrize("steps", [20, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.slow  # members of few steps are calibrated below
+@pytest.mark.parametrize("steps", [20, 600])
 def test_short_and_long_runs(steps):
     acts = activations()
     settings = dict(k=4, features=64, batch=64, max_steps=steps, epochs=20)
@@ -42,8 +43,8 @@ SWEEP = dict(k=(2, 6), sites=("resid_post.0", "resid_post.1"))
 @pytest.mark.parametrize(
     ("kind", "mesh", "changes"),
     [
-        pytest.param("batchtopk", None, SWEEP, marks=pytest.mark.slow),  # short runs, and eight devices, have it
-        ("matryoshka", None, SWEEP),
+        pytest.param("batchtopk", None, SWEEP, marks=pytest.mark.slow),  # eight devices have it
+        pytest.param("matryoshka", None, SWEEP, marks=pytest.mark.slow),  # whose threshold is found in the same way
         ("batchtopk", MeshConfig(2, 2, 2), SWEEP),
         ("batchtopk", None, dict(form=FORM, sites=("mlp_in.0", "mlp_in.1", "mlp_in.2"), auxk=0.0, k=(3,))),
     ],

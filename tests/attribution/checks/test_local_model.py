@@ -32,7 +32,8 @@ from saejax.models.tokens import Tokens
 from saejax.results import to_json
 
 
-@pytest.fixture(scope="module", params=["standard", "topk", "skip"])
+# A set that keeps all above 0 takes no way of its own: the slow suite has it.
+@pytest.fixture(scope="module", params=[pytest.param("standard", marks=pytest.mark.slow), "topk", "skip"])
 def traced(lm, request):
     """A replacement model, its transcoders, its readouts (two logits and a difference), and the graph."""
     skip = request.param == "skip"
@@ -67,6 +68,7 @@ def places(active, chosen) -> list[tuple[int, int, int]]:
     return list(zip(*(getattr(active, f"{name}_A")[chosen].tolist() for name in ("layer", "position", "feature"))))
 
 
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
 def test_pushing_a_source_up_gives_what_pulling_a_target_down_does(traced):
     """A direction of the stream that enters layer 2 reads what the features below add."""
     local, transcoders, readouts, graph = traced
@@ -160,7 +162,7 @@ def test_chunks_share_encoders_and_changes_positions(traced, monkeypatch):
     np.testing.assert_array_equal(local.run(rows, readouts=readouts).readout_RxK, together_RxK)
 
 
-@pytest.mark.parametrize("traced", ["standard"], indirect=True)
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
 def test_readouts_and_layers_without_changes_cost_nothing(traced):
     """The columns of the unembedding are picked once, and where nothing is changed nothing is added."""
     local, _, readouts, _ = traced
@@ -242,6 +244,7 @@ def test_above_the_last_held_layer_the_model_runs_freely(traced, edited):
     np.testing.assert_allclose(ways[until], readouts_of(logits_V), atol=2e-5)
 
 
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
 def test_attention_can_be_held_alone(traced):
     local, _, readouts, _ = traced
     rows = some_rows(local, np.random.default_rng(2))
@@ -253,7 +256,7 @@ def test_attention_can_be_held_alone(traced):
     np.testing.assert_allclose(free, attention, atol=1e-6)
 
 
-@pytest.mark.parametrize("traced", ["standard"], indirect=True)
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
 @pytest.mark.parametrize(
     ("row", "freeze", "message"),
     [
@@ -367,6 +370,7 @@ def test_other_sets_have_as_many_features_of_the_same_layers_and_positions(trace
         matched(here, active.nodes, 1)
 
 
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
 def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, edited):
     changes = [Change(1, slice(3, None), 3, 2.0), Change(2, 2, 5, 1.5), Change(2, slice(0, 2), 5, 1.0)]
     continued = traced[0].generate(changes, 4)
@@ -377,6 +381,7 @@ def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, edite
         ids.append(int(logits_V.argmax()))
 
 
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
 def test_a_change_may_begin_at_a_new_token_and_one_that_never_does_is_refused(traced, edited):
     local, ids = traced[0], list(IDS)
     changes, ends = [Change(1, slice(7, None), 3, 2.0)], [Change(1, slice(-2, None), 3, 2.0)]
@@ -394,6 +399,7 @@ def test_a_change_may_begin_at_a_new_token_and_one_that_never_does_is_refused(tr
         local.generate([Change(1, slice(2, None, 0), 3, 2.0)], 3)
 
 
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
 def test_rows_are_continued_side_by_side_with_one_sequence_of_random_numbers(traced):
     local, changes = traced[0], [Change(1, slice(3, None), 3, 2.0)]
     rows = local.generate_rows([[], changes, []], 3, temperature=2.0, seed=7)
@@ -410,6 +416,7 @@ def test_rows_are_continued_side_by_side_with_one_sequence_of_random_numbers(tra
         local.generate([], 1, temperature=-1)
 
 
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
 def test_a_continuation_ends_where_the_model_ends_the_text(traced, monkeypatch):
     local = traced[0]
     whole = local.generate([], 4)
@@ -424,6 +431,7 @@ def test_a_continuation_ends_where_the_model_ends_the_text(traced, monkeypatch):
         assert np.array_equal(ended.logits_NxV, whole.logits_NxV[:count])
 
 
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
 def test_attention_may_be_held_while_a_prompt_is_continued(traced, lm):
     local, _, readouts, _ = traced
     row = [Change(0, 2, 3, 4.0), Change(1, 3, 5, 3.0)]
@@ -450,7 +458,7 @@ def test_everything_kept_is_the_model_and_parts_are_between(traced):
     np.testing.assert_allclose(readout_RxK[:, 0], [curve.model, curve.empty], atol=1e-5)
 
 
-@pytest.mark.parametrize("traced", ["standard"], indirect=True)
+@pytest.mark.parametrize("traced", ["topk"], indirect=True)
 def test_a_curve_that_is_not_defined_is_json(traced, monkeypatch):
     local, _, _, graph = traced
     readouts = read_targets(local, [7], 10, 0.95)

@@ -109,8 +109,8 @@ def test_the_strongest_inputs_are_listed_whether_the_picture_shows_them_or_not(o
     """The slider of nodes hides most of them; one that is clicked appears."""
     slide(opened, "nodes", 0.1)
     features = [node["node_id"] for node in document["nodes"] if node["activation"] is not None]
-    ids = [node for node in features if len(strongest(document, node, True)) > 3][:12]
-    assert len(ids) == 12
+    ids = [node for node in features if len(strongest(document, node, True)) > 3][:6]
+    assert len(ids) == 6
     hidden = 0
     for node in ids:
         opened.js(f"location.hash = '#clickedId={node}&nodes=0.1&edges=1'")
@@ -122,7 +122,7 @@ def test_the_strongest_inputs_are_listed_whether_the_picture_shows_them_or_not(o
             said = opened.js(f"[...document.querySelectorAll('#panel .{which} .row')].map(r => r.innerText)")
             assert [" · hidden" not in words for words in said] == shown
             hidden += shown.count(False)
-    assert hidden > 10
+    assert hidden > 5
     first = rows(opened, "inputs")[0]
     opened.js("document.getElementById('stage').focus()")
     opened.key("ArrowDown")

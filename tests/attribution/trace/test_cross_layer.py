@@ -141,7 +141,8 @@ def test_sets_on_disk_are_those_in_memory(form, reads, tiny, tmp_path):
         for name in ("W_enc", "W_dec"):
             assert np.array_equal(opened.rows(layer, name, chosen), made[0].rows(layer, name, chosen))
         assert np.array_equal(opened.writes(layer, chosen), write[chosen])
-    assert len(trace_prompt(tiny, opened, IDS, max_features=5).graph.nodes) > 5
+    if reads == "mlp_normed":  # graphs of the others are compared with Jacobians
+        assert len(trace_prompt(tiny, opened, IDS, max_features=5).graph.nodes) > 5
 
 
 def test_damaged_sets_are_refused(tiny, tmp_path):
