@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from test_structure import PAGES_OF_NOTEBOOKS, ROOT, TREES, import_names, loaded_by_name
 
 # The library's packages. Each may import from those that stand before it. A module directly in saejax/, such as
@@ -95,10 +96,10 @@ def test_imports_are_ordinary():
     wrong = []
     for module, tree in TREES.items():
         if module not in {"saejax", *PAGES_OF_NOTEBOOKS, *lazy}:
-            inside = imports()[module] - at_the_top(tree)
-            conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+            inside = {name for name in imports()[module] - at_the_top(tree) if part(name) and name not in lazy}
+            conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If)] if inside else []
             typed = import_names(tree, [inner for node in conditions for inner in ast.walk(node)])
-            wrong += [f"{module} imports {name} inside" for name in inside - typed if part(name) and name not in lazy]
+            wrong += [f"{module} imports {name} inside" for name in inside - typed]
         if module not in lazy:
             wrong += [f"{module} loads {name}" for name in at_the_top(tree) if name.split(".")[0] in LAZY.split()]
     assert not wrong, "\n".join(sorted(wrong))
@@ -136,6 +137,7 @@ def test_help_and_bad_flags_load_no_heavy_library_and_start_no_device():
     assert wrong.startswith("error: --train.kinds is 'none': expected one of standard,")
 
 
+@pytest.mark.slow  # the call that shows it is tested in test_bad_input.py
 def test_a_reader_of_the_help_may_leave():
     command = [sys.executable, "-m", "experiments.train", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:

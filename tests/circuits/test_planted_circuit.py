@@ -137,13 +137,14 @@ def test_the_edges_are_the_planted_ones(circuit):
     assert last.effect.mean == pytest.approx(2 * 8 * FULL * (1 - MARGIN), rel=1e-4)  # from one answer to the other
 
 
-def test_no_edge_where_the_path_is_cut(intact, circuit, tmp_path, one_device):
+@pytest.mark.parametrize("are_given", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_no_edge_where_the_path_is_cut(intact, circuit, tmp_path, one_device, are_given):
+    """Neither between the intact model's groups, nor between those that are proposed anew."""
     model, transcoders = load(tmp_path / "cut", planted(cut=True), one_device)
     # Features are numbered by their layer's seed, so those of the intact model are the same neurons here.
-    cut, _ = find_circuit(model, transcoders, prompts("test", "in"), groups=circuit.groups)
+    asked = dict(groups=circuit.groups) if are_given else {}
+    cut, _ = find_circuit(model, transcoders, prompts("test", "in") if are_given else BOTH, **asked)
     assert not [edge for edge in cut.edges if edge.drawn]
-    proposed, _ = find_circuit(model, transcoders, BOTH)
-    assert not [edge for edge in proposed.edges if edge.drawn]
 
 
 def test_groups_of_neurons_that_nothing_reads_have_no_edge(intact):

@@ -40,8 +40,8 @@ PLACES = [
     ("transcoder", "last", "keep"),
     ("transcoder", "1:4", "drop"),
 ]
-# Every kind at an SAE and at a transcoder, and every place with two kinds or three; all pairs are slow.
-QUICK = {(kind, PLACES[place]) for n, kind in enumerate(EDITS) for place in (n % 3, 3 + (n + 1) % 3)}
+# Every kind at an SAE or at a transcoder, and every place with a kind or two; all pairs are slow.
+QUICK = {(kind, PLACES[(3 * n + n // 2) % 6]) for n, kind in enumerate(EDITS)}
 CASES = [
     pytest.param(kind, *place, marks=() if (kind, place) in QUICK else pytest.mark.slow)
     for kind, place in itertools.product(EDITS, PLACES)
@@ -207,7 +207,7 @@ def test_projections_and_vectors_equal_torch_hooks(tiny, plain, pairs, make_dict
             np.testing.assert_allclose(value_ExP[e, p], wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("norm", ["layer_norm", "token_norm"])
+@pytest.mark.parametrize("norm", ["layer_norm", pytest.param("token_norm", marks=pytest.mark.slow)])
 def test_features_of_normalised_tokens_add_what_they_do_in_the_model(tiny, few, dictionary, norm):
     """The engine, which computes changes from activations and decoder rows, equals edits of forward passes."""
     known = Dictionary(dataclasses.replace(dictionary.config, input_norm=norm), **dictionary.arrays)
@@ -338,8 +338,6 @@ def test_whole_answers_and_cross_entropy_equal_full_passes(tiny, few, dictionary
     value_ExPxR = engine.effects(tiny, few, batch, ("answer_log_prob", "ce", "logit_diff"))
     # Other readouts make another program: the same to rounding of logits.
     np.testing.assert_allclose(value_ExPxR[:, :, 2], engine.effects(tiny, few, batch)[:, :, 0], atol=2e-5)
-    two_ExPx2 = engine.effects(tiny, few, batch, ("answer_log_prob", "ce"))
-    np.testing.assert_allclose(value_ExPxR[:, :, :2], two_ExPx2, rtol=1e-6, atol=2e-5)
     pairs = [encode_pair(tiny.tokenizer, prompt.text, prompt.correct + " and on") for prompt in few]
     longer = [dataclasses.replace(prompt, correct=prompt.correct + " and on") for prompt in few]
     tokens = tiny.tokenize([prompt.text for prompt in few])

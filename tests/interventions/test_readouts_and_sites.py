@@ -94,7 +94,8 @@ def test_a_readout_that_is_the_logit_difference_has_its_effects(tiny, dictionary
     assert np.isfinite(change_P).all()
 
 
-def test_a_readout_of_several_positions_equals_whole_runs(tiny, dictionary, plain, prompts):
+@pytest.mark.parametrize("positions", ["last", pytest.param("all", marks=pytest.mark.slow)])
+def test_a_readout_of_several_positions_equals_whole_runs(tiny, dictionary, plain, prompts, positions):
     """Edits at the last token alone: the tokens before it are read as they are without an edit."""
     some, sets = prompts[:6], [[3, 50], [8], [20, 51, 60]]
 
@@ -102,23 +103,22 @@ def test_a_readout_of_several_positions_equals_whole_runs(tiny, dictionary, plai
         logp = logits_BxCxV - jnp.log(jnp.exp(logits_BxCxV).sum(axis=-1, keepdims=True))
         return -(jnp.exp(logp) * logp).sum(axis=-1) @ jnp.array([1.0, 10.0, 100.0])
 
-    for positions in ("last", "all"):
-        split = SplitModel(tiny, dictionary, positions, readout=Readout((entropy,), 3))
-        values_ExP = engine.run_edits(split, split.run(some), mask(split.dictionary, sets))["readout"]
-        for p, prompt in enumerate(some):
-            run = plain(dictionary, prompt)
-            start = 0 if positions == "all" else len(run.ids_T) - 1
-            for e, features in enumerate([[], *sets]):
+    split = SplitModel(tiny, dictionary, positions, readout=Readout((entropy,), 3))
+    values_ExP = engine.run_edits(split, split.run(some), mask(split.dictionary, sets))["readout"]
+    for p, prompt in enumerate(some):
+        run = plain(dictionary, prompt)
+        start = 0 if positions == "all" else len(run.ids_T) - 1
+        for e, features in enumerate([[], *sets]):
 
-                def change(x_1xTxD, run=run, features=features, start=start):
-                    x_TxD = x_1xTxD[0].numpy().copy()
-                    x_TxD[start:] -= (run.features(x_TxD)[:, features] @ run.W_dec_FxD[features])[start:]
-                    return torch.from_numpy(x_TxD)[None]
+            def change(x_1xTxD, run=run, features=features, start=start):
+                x_TxD = x_1xTxD[0].numpy().copy()
+                x_TxD[start:] -= (run.features(x_TxD)[:, features] @ run.W_dec_FxD[features])[start:]
+                return torch.from_numpy(x_TxD)[None]
 
-                with torch.no_grad():
-                    logp_CxV = torch.log_softmax(run.run(change)[-3:], dim=-1).numpy()
-                wanted = -(np.exp(logp_CxV) * logp_CxV).sum(axis=1) @ [1.0, 10.0, 100.0]
-                assert values_ExP[e, p] == pytest.approx(wanted, abs=2e-3), "of some 600"
+            with torch.no_grad():
+                logp_CxV = torch.log_softmax(run.run(change)[-3:], dim=-1).numpy()
+            wanted = -(np.exp(logp_CxV) * logp_CxV).sum(axis=1) @ [1.0, 10.0, 100.0]
+            assert values_ExP[e, p] == pytest.approx(wanted, abs=2e-3), "of some 600"
 
 
 def spread(output):
@@ -142,33 +142,33 @@ def plain_spread(run, change):
     return patterns[2][1, -1, 0] + 0.5 * (patterns[3][3, -3, -4] + patterns[2][0, -2, 1]) + 0.01 * logit
 
 
-def test_a_readout_of_attention_equals_whole_runs(tiny, dictionary, plain, prompts):
+@pytest.mark.parametrize("positions", ["all", pytest.param("last", marks=pytest.mark.slow)])
+def test_a_readout_of_attention_equals_whole_runs(tiny, dictionary, plain, prompts, positions):
     """Prompts of several lengths that begin alike, with edits at all tokens and at the last one alone."""
     some, sets = prompts[:6], [[3, 50], [8], [20, 51, 60]]
-    for positions in ("last", "all"):
-        split = SplitModel(tiny, dictionary, positions, readout=Readout((spread,), 3, (2, 3)))
-        runs = split.run(some)
-        values_ExP = engine.run_edits(split, runs, mask(split.dictionary, sets))["readout"]
-        slope_F = attribution(split, runs)  # the mean over the prompts
-        chosen = {3: [], int(np.argmax(np.abs(slope_F))): []}
-        for p, prompt in enumerate(some):
-            run = plain(dictionary, prompt)
-            start = 0 if positions == "all" else len(run.ids_T) - 1
+    split = SplitModel(tiny, dictionary, positions, readout=Readout((spread,), 3, (2, 3)))
+    runs = split.run(some)
+    values_ExP = engine.run_edits(split, runs, mask(split.dictionary, sets))["readout"]
+    slope_F = attribution(split, runs)  # the mean over the prompts
+    chosen = {3: [], int(np.argmax(np.abs(slope_F))): []}
+    for p, prompt in enumerate(some):
+        run = plain(dictionary, prompt)
+        start = 0 if positions == "all" else len(run.ids_T) - 1
 
-            def measure(features, share=1.0, run=run, start=start):
-                def change(x_TxD):
-                    fall_TxD = run.features(x_TxD)[:, features] @ run.W_dec_FxD[features]
-                    return x_TxD - share * np.pad(fall_TxD[start:], ((start, 0), (0, 0)))
+        def measure(features, share=1.0, run=run, start=start):
+            def change(x_TxD):
+                fall_TxD = run.features(x_TxD)[:, features] @ run.W_dec_FxD[features]
+                return x_TxD - share * np.pad(fall_TxD[start:], ((start, 0), (0, 0)))
 
-                return plain_spread(run, change)
+            return plain_spread(run, change)
 
-            for e, features in enumerate([[], *sets]):
-                assert values_ExP[e, p] == pytest.approx(measure(features), abs=2e-5)
-            for feature, slopes_P in chosen.items():
-                slopes_P.append((measure([feature], -0.01) - measure([feature], 0.01)) / 0.02)
+        for e, features in enumerate([[], *sets]):
+            assert values_ExP[e, p] == pytest.approx(measure(features), abs=2e-5)
         for feature, slopes_P in chosen.items():
-            assert slope_F[feature] == pytest.approx(np.mean(slopes_P), abs=2e-5, rel=1e-3)
-        assert np.abs(np.diff(values_ExP, axis=0)).max() > 1e-3 and np.abs(slope_F).max() > 3e-4
+            slopes_P.append((measure([feature], -0.01) - measure([feature], 0.01)) / 0.02)
+    for feature, slopes_P in chosen.items():
+        assert slope_F[feature] == pytest.approx(np.mean(slopes_P), abs=2e-5, rel=1e-3)
+    assert np.abs(np.diff(values_ExP, axis=0)).max() > 1e-3 and np.abs(slope_F).max() > 3e-4
 
 
 def test_features_that_move_attention_are_chosen_and_judged(tiny, dictionary, plain, asked):

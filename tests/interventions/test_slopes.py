@@ -58,7 +58,7 @@ def test_attribution_equals_torch_autograd_and_relevance_its_rules(tiny, prompts
         assert np.abs(gradient_NxF[p] - wanted_F).max() > 0.05 * np.abs(wanted_F).max()
 
 
-@pytest.mark.parametrize("kind", ["zero", "counterpart"])
+@pytest.mark.parametrize("kind", ["zero", pytest.param("counterpart", marks=pytest.mark.slow)])
 def test_integrated_attributions_add_up_to_what_replacing_all_features_costs(tiny, pairs, dictionary, kind):
     split, few, source = SplitModel(tiny, dictionary), pairs[:3], ActivationReplacement(kind)
     runs = split.run(few, counterparts=kind == "counterpart")

@@ -134,6 +134,7 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
     assert load_results(tmp_path / "work" / "transfer") == results
 
 
+@pytest.mark.slow  # two models with tokens of their own are compared in test_reading.py
 def test_a_model_with_another_tokenizer(workdir, inputs, tmp_path):
     folder, flags = workdir
     save_tiny_llama(tmp_path / "model", max_position_embeddings=512)
