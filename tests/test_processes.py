@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+import settings_read
 from compared import assert_as_one, kill_at_random_moments
 from every_kind import KINDS, PLUGIN
 
@@ -29,7 +30,7 @@ from saejax.runner.registry import all_stages
 TWO = dict(task__behaviours="agreement,greater_than", ablate__baselines="", train__kinds="topk", train__k="4,8")
 TWO |= dict(ablate__dictionary="topk/k8", ablate__untrained_dictionaries=0, ablate__top=1, ablate__text_documents=0)
 TWO |= dict(causal__random_sets=2, causal__placebo_targets=2, causal__bootstrap=100)
-TWO |= dict(train__checkpoint_every=5, train__max_steps=20)
+TWO |= dict(train__checkpoint_every=5, train__max_steps=20, train__auxk=0.03)
 
 # Preflight and the report take half of the time, and nothing of them is compared.
 MEASURED = [stage for stage in all_stages() if stage not in ("preflight", "report")]
@@ -41,17 +42,28 @@ command.main({MEASURED}, "")
 
 @pytest.fixture(scope="module")
 def whole(inputs, tmp_path_factory, single_device):
-    """An uninterrupted run, in this process: its workdir and how many lines it printed."""
+    """An uninterrupted run, in this process: its workdir, how many lines it printed, and settings left unread."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
+    settings_read.READ.clear()
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert command.run(MEASURED, "", ["program", *runs.small_flags(*inputs, workdir, **TWO)]) == 0
-    return workdir, output.getvalue().count("\n")
+    unread = {unit: settings_read.DECLARED[unit] - read for unit, read in settings_read.READ.items()}
+    return workdir, output.getvalue().count("\n"), unread
+
+
+def test_what_is_declared_is_read(whole):
+    """Otherwise a changed setting would make again what is the same: a hash covers what the code reads, no more."""
+    stages = ("baseline", "capture", "train", "evaluate")
+    unread = {unit: left for unit, left in whole[2].items() if unit.startswith(stages)}
+    assert {unit.partition("/")[0] for unit in unread} == {*stages}
+    # The code reads it only where something else is true, which other settings do not say.
+    assert set().union(*unread.values()) <= {"evaluate.ce_documents"}, unread
 
 
 # Statement 1 of WORKSPACE.md, what must hold.
 @pytest.mark.slow
 def test_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, whole, tmp_path, capsys):
-    workdir, lines = whole
+    workdir, lines, _ = whole
     sources = itertools.cycle(["resident", "streamed"])  # a run may go on with the other
 
     def start(folder):
@@ -106,20 +118,24 @@ def hears_hangups():
 
 @pytest.mark.usefixtures("hears_hangups")
 # One handler has all signals; tests/test_bad_input.py closes a real terminal.
-@pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path, first):
-    """Also in a job step of one node, where JAX's own handler of SIGTERM must not take the place of Python's."""
+@pytest.mark.parametrize(
+    "before", [(), *(pytest.param((some,), marks=pytest.mark.slow) for some in (signal.SIGINT, signal.SIGHUP))]
+)
+def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path, before):
+    """In a job step of one node, where JAX's own handler of SIGTERM must not take the place of Python's."""
     workdir, step = tmp_path / "run", runs.slurm_step()
     runs.captured_only(whole[0], workdir)
     flags = runs.small_flags(*inputs, workdir, train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
     launched = ["--mesh.distributed=auto", f"--mesh.coordinator={step['coordinator']}"]
-    for number, more, environment in ((first, [], {}), (signal.SIGTERM, launched, step["environment"])):
+    starts = [(some, [], {}) for some in before] + [(signal.SIGTERM, launched, step["environment"])]
+    for number, more, environment in starts:
         process = runs.start("train", [*flags, *more], **environment)
-        before = "".join(itertools.takewhile(lambda line: "tokens/s" not in line, process.stdout))
+        said = "".join(itertools.takewhile(lambda line: "tokens/s" not in line, process.stdout))
         process.send_signal(number)
         output = runs.finish(process, 128 + number)
         assert "run the same command to go on" in output and "Traceback" not in output
-    assert int(re.search(r"resuming topk at step (\d+)", before)[1]) > 0
+    assert not before or int(re.search(r"resuming topk at step (\d+)", said)[1]) > 0
+    assert [*(workdir / "train" / "topk").rglob("checkpoints/[1-9]*")], "it was saved beyond step 0"
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from saejax.runner import command
 from saejax.stages.circuits.claims import compare_claims
 from saejax.stages.circuits.report import sections
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 WORDS = ("war", "water", "way", "near", "runs", "side")
 
 
@@ -43,7 +43,6 @@ def flags(tiny_llama, lm, tmp_path_factory):
         f"--model.path={tiny_llama}", f"--graph.transcoders={folder / 'transcoders'}", "--task.behaviours=",
         f"--task.prompts={folder / 'sides.jsonl'}", "--task.gate=1",
         "--circuits.behaviours=sides", "--circuits.traced=3",
-        "--mesh.data=2",
     ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from saejax.stages.cluster.run import GroupedFeatures, open_texts
 from saejax.stages.cluster.settings import ClusterConfig
 from saejax.stages.transfer.inputs import load_compared
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 
 
 @pytest.fixture(scope="module")

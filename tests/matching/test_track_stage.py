@@ -21,7 +21,7 @@ from saejax.runner import command
 from saejax.stages.track.page import write_page
 from saejax.stages.track.report import sections
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 NAMES = ["topk/resid_post.0-k4", "topk/resid_post.1-k4"]
 BAD = "</script><script>alert(1)</script>"
 PROMPTS = [
@@ -126,23 +126,23 @@ def follow_sentence(tracked, workdir, layers, *more):
     return found
 
 
-def test_one_sentence_at_one_layer_and_the_output_of_the_model(tracked, inputs, tmp_path):
+@pytest.mark.slow  # prompts without a solution, and layers without links, are tested in test_track.py
+def test_one_sentence_at_one_layer(tracked, tmp_path):
     found = follow_sentence(tracked, tmp_path / "one", 1)
     assert found.links == 0 and [step.name for step in found.steps] == ["step 1"]
+
+
+def test_the_output_of_the_model_is_followed_and_a_jacobian_lens_reads_where_it_is_named(tracked, inputs, tmp_path):
     lm = load_model(str(inputs[0]), dtype="float32")
     (written,) = lm.generate(lm.tokenize(["The river"]), 6)
-    found = follow_sentence(tracked, tmp_path / "two", 2, "--track.generate=6")
-    assert found.output == written.text.strip() and found.steps[0].name == "prompt"
-    assert "".join(step.text for step in found.steps[1:]).replace(" ", "") == found.output.replace(" ", "")
-    assert "  output           " in (tmp_path / "two" / "track" / "The-river" / "track.txt").read_text()
-
-
-def test_a_jacobian_lens_reads_where_it_is_named(tracked, inputs, tmp_path):
-    lm = load_model(str(inputs[0]), dtype="float32")
+    plain = follow_sentence(tracked, tmp_path / "one", 2, "--track.generate=6")
+    assert plain.output == written.text.strip() and plain.steps[0].name == "prompt"
+    assert "".join(step.text for step in plain.steps[1:]).replace(" ", "") == plain.output.replace(" ", "")
+    assert "  output           " in (tmp_path / "one" / "track" / "The-river" / "track.txt").read_text()
     turned_DxD = np.linalg.qr(np.random.default_rng(0).standard_normal([lm.config.d_model] * 2))[0].astype(np.float32)
     JacobianLens(lm, {0: turned_DxD}, 1).save(tmp_path / "lens.pt")
-    plain = follow_sentence(tracked, tmp_path / "one", 2)
-    carried = follow_sentence(tracked, tmp_path / "two", 2, f"--model.lens={tmp_path / 'lens.pt'}")
+    lens = f"--model.lens={tmp_path / 'lens.pt'}"
+    carried = follow_sentence(tracked, tmp_path / "two", 2, "--track.generate=6", lens)
     assert plain.lens.answer[0] != carried.lens.answer[0] and plain.lens.answer[1] == carried.lens.answer[1]
     pages = [(tmp_path / name / "track/The-river/index.html").read_text() for name in ("one", "two")]
     assert ["Jacobian lens" in page for page in pages] == [False, True]

@@ -20,7 +20,7 @@ from saejax.matching.match import STEP
 from saejax.matching.transfer.chains import FeaturePairs
 from saejax.runner import command
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 
 
 @pytest.fixture(scope="module")
