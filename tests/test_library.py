@@ -125,26 +125,14 @@ def test_checkers_know_the_types_of_names(tmp_path):
         (lambda of: saejax.evaluate(of.lm, "runs/x", TEXTS), r"dictionary is a str: .* saejax.load_dictionary\("),
         (lambda of: saejax.evaluate(of.lm, None, TEXTS), "dictionary is None: expected the result of"),
         (lambda of: saejax.ablate(of.lm, [of.sae, 3], PROMPTS), "dictionary holds an item that is an int: "),
-        (
-            lambda of: saejax.ablate(of.lm, of.sae, ["The cat"]),
-            r"prompts holds an item that is a str: .*make_pro",
-        ),
+        (lambda of: saejax.ablate(of.lm, of.sae, ["The cat"]), r"prompts holds an item that is a str: .*make_pro"),
         (lambda of: saejax.patch(of.lm, "capital"), r"prompts is a str: .* saejax.make_prompts\("),
         (lambda of: saejax.train(of.acts.values[SITE]), r"acts is an? ndarray: .* saejax.capture\(lm, texts, sites\)"),
         (lambda of: saejax.save_dictionary(of.sae, "x"), r"dictionary is a str: .* saejax.load_dictionary\("),
         (lambda of: saejax.trace(model="smollm2", dictionaries=of.sae, prompt="x"), "model is a str: "),
-        (
-            lambda of: saejax.ablate(of.lm, of.sae, PROMPTS, documents=TEXTS[0]),
-            "documents is one string: ",
-        ),
-        (
-            lambda of: saejax.steer(of.lm, of.sae, PROMPTS, documents=TEXTS[0]),
-            "documents is one string: ",
-        ),
-        (
-            lambda of: saejax.falsify(of.lm, of.sae, [1], TEXTS[0], TEXTS),
-            "texts is one string: expected a list",
-        ),
+        (lambda of: saejax.ablate(of.lm, of.sae, PROMPTS, documents=TEXTS[0]), "documents is one string: "),
+        (lambda of: saejax.steer(of.lm, of.sae, PROMPTS, documents=TEXTS[0]), "documents is one string: "),
+        (lambda of: saejax.falsify(of.lm, of.sae, [1], TEXTS[0], TEXTS), "texts is one string: expected a list"),
         (lambda of: saejax.fit_jacobian_lens(of.lm, TEXTS[0]), "texts is one string: expected a list"),
         (lambda of: saejax.fit_jacobian_lens(of.lm, TEXTS, layers=1), "layers is one number: expected a list"),
         (lambda of: saejax.patch(of.lm, PROMPTS, layers=np.int32(1)), "layers is one number: expected a list"),
@@ -450,10 +438,9 @@ def test_a_stack_in_memory(acts):
     settings = dict(expansion=2, batch=64, max_steps=3, on_progress=None)
     stack = saejax.train_all(acts, SITE, k=(4, 8), **settings)
     assert {name: sae.config.k for name, sae in stack.items()} == dict(k4=4, k8=8)
-    alone = saejax.train_all(acts, SITE, k=8, **settings | dict(expansion=(2,)))  # a list of one is one dictionary
-    np.testing.assert_allclose(stack["k8"].W_dec_FxD[...], alone[""].W_dec_FxD[...], atol=1e-5)
-    widths = saejax.train_all(acts, SITE, k=4, **settings | dict(expansion=(1, 2)))
-    assert len({sae.config.n_features for sae in widths.values()}) == 2
+    widths = saejax.train_all(acts, SITE, k=(4,), **settings | dict(expansion=(1, 2)))  # a list of one names nothing
+    assert {name: sae.config.n_features for name, sae in widths.items()} == dict(expansion1=64, expansion2=128)
+    np.testing.assert_allclose(stack["k4"].W_dec_FxD[...], widths["expansion2"].W_dec_FxD[...], atol=1e-5)
 
 
 def test_pieces_of_a_text_stay_together(lm, sae, tmp_path):
