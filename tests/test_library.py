@@ -20,8 +20,11 @@ from saejax import cli
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.config import to_json
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.temporal import TemporalSAE
 from saejax.errors import UserError
+from saejax.interpret.jacobian_lens import JacobianLens
 from saejax.interventions.edits import mask
+from saejax.interventions.table import EffectsTable
 from saejax.models.tokens import bos_tokens
 from saejax.runner.registry import all_stages
 from saejax.settings_from_keywords import make_config
@@ -173,6 +176,9 @@ def test_misspelt_names_of_methods_are_told_with_the_nearest_ones(lm, sae, acts)
         (lambda: acts.save("folder", heldout=1), "'held_out'"),
         (lambda: saejax.Graph.load(foldr="folder"), "'folder'"),
         (lambda: saejax.LocalModel(lm, sae, prompts="a text"), "'prompt'"),
+        (lambda: JacobianLens(lm, {}, 1).save(pth="lens.pt"), "'path'"),
+        (lambda: TemporalSAE.encode(None, x_xd=3), "'x_xD'"),
+        (lambda: EffectsTable.select_prompts(None, behavior="sums"), "'behaviour'"),
     ):
         with pytest.raises(TypeError, match=right):
             call()
@@ -458,6 +464,9 @@ def test_pieces_of_a_text_stay_together(lm, sae, tmp_path):
     same = np.diff(sources) == 0
     np.testing.assert_array_equal(np.diff(starts)[same], lengths[:-1][same])
     assert (starts[np.append(True, ~same)] == 0).all()
+    for held_out in (3, -1):
+        with pytest.raises(UserError, match=f"held_out is {held_out}: expected less than the number of texts"):
+            acts.save(tmp_path / "other", held_out=held_out)
     with pytest.raises(UserError, match="there are 2 texts: give at least 3"):
         saejax.label_features(lm, saejax.capture(lm, texts[:2], SITE, context=8), sae)
 

@@ -209,9 +209,13 @@ def test_a_claim_of_another_host_is_taken_over_on_request_or_by_the_same_job(tmp
     claim(space)
     leave_claim("8")
     folder = claim(space, take_over=True)
-    (folder / "claim.json").write_text("")  # a damaged one counts as held
-    with pytest.raises(UserError, match="unknown host"):
-        claim(space)
+    about = dict(host="elsewhere", process=1, key="", time="")
+    for damaged in ("", json.dumps(about | dict(job=8)), json.dumps(about | dict(job="8 restart one"))):
+        (folder / "claim.json").write_text(damaged)  # a damaged one counts as held
+        monkeypatch.setenv("SLURM_JOB_ID", "8")
+        with pytest.raises(UserError, match="unknown host"):
+            claim(space)
+    monkeypatch.undo()
     (folder / "claim.json").unlink()
     (folder / "claim.json").symlink_to("nowhere")
     with pytest.raises(UserError, match="unknown host"):

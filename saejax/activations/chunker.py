@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.models.tokens import bos_tokens
+from saejax.models.tokens import bos_tokens, own_beginnings
 from saejax.tasks.corpora import Document
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 from saejax.tasks.text_sources import Messages, text_sources
@@ -23,7 +23,12 @@ SPLITS = ("train", "held_out")
 _MAX_TEXTS, _MAX_CHARACTERS = 512, 2**22  # texts that are tokenized together; one alone may have more characters
 
 
-_Tokenized = tuple[Document, Sequence[int]]  # a text and its token ids
+class _Tokenized(NamedTuple):
+    """A text and its token ids."""
+
+    text: Document  #: the text
+    ids: Sequence[int]  #: its token ids
+    begins: bool  #: whether it begins with a special token of its own, and gets no BOS
 
 
 class _Joined(NamedTuple):
@@ -33,6 +38,7 @@ class _Joined(NamedTuple):
     start: int  #: place of the first token in that text
     split: int  #: index in ``SPLITS``
     ids: Sequence[int]  #: token ids
+    begins: bool = False  #: as of a text; packed texts all stand behind a BOS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Chunker:
       tokenizer: the model's tokenizer.
       context: the longest input of the model, in tokens.
       task: see ``documents.make_documents``.
-      bos: whether every piece begins with BOS, see ``bos_tokens``.
+      bos: whether every piece begins with BOS, see ``tokens.encode``.
 
     Raises:
       UserError: pieces exceed the context or have no room for text; weights do not fit the sources; see ``bos_tokens``.
@@ -71,7 +77,7 @@ class Chunker:
     ):
         check_context(config, context)
         self._config, self._tokenizer = config, tokenizer
-        self._bos = bos_tokens(tokenizer, bos)
+        self._bos, self._own = bos_tokens(tokenizer, bos), own_beginnings(tokenizer, bos)
         # What stands between two packed texts; a tokenizer may have neither.
         end = getattr(tokenizer, "eos_token_id", None)
         self._separator = self._bos or ([] if end is None else [end])
@@ -93,12 +99,13 @@ class Chunker:
         """
         size = self._config.context - len(self._bos)  # every piece begins with its own BOS
         join = self._pack if self._config.pack else self._in_turn
-        for text, first, split, ids in join(self._tokenize_in_batches(texts), held_out, size):
+        for text, first, split, ids, begins in join(self._tokenize_in_batches(texts), held_out, size):
             key = self._budget_key(text.source)
             for start in range(0, len(ids), size):
                 if self._budgets[key] <= 0:
                     break
-                ids_T = np.array([*self._bos, *ids[start : start + size]][: self._budgets[key]], np.int32)
+                front = [] if begins and not start else self._bos
+                ids_T = np.array([*front, *ids[start : start + size]][: self._budgets[key]], np.int32)
                 self._budgets[key] -= len(ids_T)
                 yield TextPiece(ids_T, split, text.group, text.index, first + start)
             if not any(self._budgets.values()):
@@ -114,8 +121,8 @@ class Chunker:
         self, texts: Iterable[_Tokenized], held_out: Callable[[Document], bool], size: int
     ) -> Iterator[_Joined]:
         """Yield each text by itself, with its split."""
-        for text, ids in texts:
-            yield _Joined(text, 0, _split_of(text, held_out), ids)
+        for text, ids, begins in texts:
+            yield _Joined(text, 0, _split_of(text, held_out), ids, begins)
 
     def _pack(self, texts: Iterable[_Tokenized], held_out: Callable[[Document], bool], size: int) -> Iterator[_Joined]:
         """Yield the texts of each split and budget joined to pieces of ``size`` tokens.
@@ -125,7 +132,7 @@ class Chunker:
         """
         separator = list(self._separator)
         waiting: dict[tuple[int, int], _Joined] = {}
-        for text, ids in texts:
+        for text, ids, _ in texts:
             split = _split_of(text, held_out)
             before = waiting.pop((split, self._budget_key(text.source)), None)
             joined = [*before.ids, *separator, *ids] if before else list(ids)
@@ -161,26 +168,30 @@ class Chunker:
         for text in itertools.chain(texts, [None]):
             full = len(batch) == _MAX_TEXTS or characters > _MAX_CHARACTERS
             if batch and (full or text is None):
-                yield from zip(batch, self._tokenize(batch), strict=True)
+                yield from map(self._drop_bos, batch, self._tokenize(batch))
                 batch, characters = [], 0
             if text is not None:
                 batch.append(text)
                 characters += text.size
 
+    def _drop_bos(self, text: Document, ids: list[int]) -> _Tokenized:
+        """Return a text without a BOS that it begins with itself: each of its pieces gets one."""
+        size = len(self._bos)
+        if ids[:size] == self._bos:
+            return _Tokenized(text, ids[size:], False)
+        return _Tokenized(text, ids, bool(ids) and ids[0] in self._own)
+
     def _tokenize(self, documents: Sequence[Document]) -> list[list[int]]:
         """Return the token ids of documents, without special tokens of the tokenizer's own.
 
-        Token ids stay as they are, and chats get the special tokens of the chat template. A BOS that a document itself
-        begins with is dropped.
+        Token ids stay as they are, and chats get the special tokens of the chat template.
         """
         contents = [document.content for document in documents]
         texts = [self._text_of(content) for content in contents if not isinstance(content, np.ndarray)]
         # verbose=False: long texts are cut afterwards, so the tokenizer need not warn about them.
         of_texts = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         remaining = iter(of_texts)
-        sequences = [content.tolist() if isinstance(content, np.ndarray) else next(remaining) for content in contents]
-        size = len(self._bos)
-        return [ids[size:] if size and ids[:size] == self._bos else ids for ids in sequences]
+        return [content.tolist() if isinstance(content, np.ndarray) else next(remaining) for content in contents]
 
     def _text_of(self, content: str | Messages) -> str:
         """Return a document's text; raise a ``UserError`` for a chat if the tokenizer has no template for it."""

@@ -34,7 +34,7 @@ class Activations:
     texts: Sequence[np.ndarray]  #: token ids of the texts; a long text is several, its pieces
     sink_factor: float  #: rows with norms above so many times the median of their site are attention sinks
     model: CapturedModel  #: the language model
-    bos: bool  #: whether every text begins with a BOS token
+    bos: bool  #: whether every text begins with a BOS token, or a special token of its own
     sources: np.ndarray | None = None  #: the text that each piece is of, rising; None: each is a text of its own
 
     def __getitem__(self, site: str) -> np.ndarray:
@@ -64,8 +64,12 @@ class Activations:
             training.
 
         Raises:
-          UserError: a site's values are not one vector for each token, or not finite.
+          UserError: a site's values are not one vector for each token, or not finite; or no text is for training.
         """
+        # Without text for training there would be no median norm, and no row an attention sink.
+        count = len(np.unique(self.sources_of_pieces()))
+        if not 0 <= held_out < count:
+            raise UserError(f"held_out is {held_out}: expected less than the number of texts, which is {count}")
         folder, tokens = Path(folder), sum(map(len, self.texts))
         values = {site: np.asarray(value_NxD, np.float32) for site, value_NxD in self.values.items()}
         for site, value_NxD in values.items():

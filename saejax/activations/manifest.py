@@ -67,7 +67,7 @@ class Manifest:
     tokens: Mapping[str, int]  #: rows of each split: the train rows are the first ones
     shard_rows: int  #: rows of each shard, but for the last
     model: CapturedModel  #: the model
-    bos: bool  #: whether every document begins with a BOS token
+    bos: bool  #: whether every document begins with a BOS token, or a special token of its own
     sink_factor: float  #: rows with norms above so many times the median of their site are attention sinks
     documents: StoredDocuments  #: their number, and the meaning of their table
     files: Mapping[str, FileFacts]  #: files that are not of a shard, by their paths in the folder

@@ -70,7 +70,7 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
-def roles_of_tokens(documents: Documents, openers: Openers, front: int) -> list[np.ndarray]:
+def roles_of_tokens(documents: Documents, openers: Openers, front: Sequence[int]) -> list[np.ndarray]:
     """Return the role of every token of each document, its index in ``openers``; -1: none.
 
     A document that goes on in the middle of a text goes on with the role at the end of the piece before, if that is
@@ -79,7 +79,7 @@ def roles_of_tokens(documents: Documents, openers: Openers, front: int) -> list[
     Args:
       documents: pieces of texts.
       openers: result of ``message_openers``.
-      front: number of special tokens in front of each document, which have no role.
+      front: special tokens that stand in front of documents, where they have no role.
     """
     roles = [np.full(length, -1, np.int8) for length in documents.lengths_N.tolist()]
     source_N, start_N = documents.column("source"), documents.column("start")
@@ -87,10 +87,11 @@ def roles_of_tokens(documents: Documents, openers: Openers, front: int) -> list[
     for document in np.lexsort((start_N, source_N)).tolist():
         ids_T, roles_T = documents[document], roles[document]
         source, start = int(source_N[document]), int(start_N[document])
-        roles_T[front:] = before[2] if start and before[:2] == (source, start) else -1
+        count = len(front) if ids_T[: len(front)].tolist() == [*front] else 0
+        roles_T[count:] = before[2] if start and before[:2] == (source, start) else -1
         for position, role in _openings(ids_T, openers):
             roles_T[position:] = role
-        before = (source, start + len(ids_T) - front, int(roles_T[-1]))
+        before = (source, start + len(ids_T) - count, int(roles_T[-1]))
     return roles
 
 
@@ -127,7 +128,8 @@ def find_roles(lm: LanguageModel, store: Store, sites: Sequence[str]) -> TokenRo
         return None
     first = store.documents.train_count
     held_out = store.documents.select(np.arange(first, len(store.documents)))
-    front = len(bos_tokens(lm.tokenizer, lm.bos)) if store.manifest.bos else 0
+    # As the store's documents begin, whatever the tokenizer does.
+    front = bos_tokens(lm.tokenizer, store.bos)
     by_document = roles_of_tokens(held_out, openers, front)
     rows = store.rows("held_out", *dict.fromkeys(sites))
     document_N, position_N, _ = store.tokens(rows)

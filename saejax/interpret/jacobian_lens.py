@@ -66,7 +66,7 @@ class JacobianLens:
         return {site: self.lm.unembed(lens.carry(value, jacobian_of[site])) for site, value in read.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write the lens as a file of the reference implementation, in half precision.
+        """Write the lens as a file of the reference implementation: in half precision, unless numbers would overflow.
 
         Raises:
           UserError: the file is there already.
@@ -75,7 +75,9 @@ class JacobianLens:
 
         if Path(path).exists():
             raise UserError(f"{path} is there already: name another file")
-        matrices = {layer: torch.from_numpy(np.asarray(matrix, np.float16)) for layer, matrix in self.jacobians.items()}
+        overflows = any(np.abs(matrix).max() > np.finfo(np.float16).max for matrix in self.jacobians.values())
+        dtype = np.float32 if overflows else np.float16
+        matrices = {layer: torch.from_numpy(np.asarray(matrix, dtype)) for layer, matrix in self.jacobians.items()}
         facts = dict(n_prompts=self.texts, d_model=self.lm.config.d_model, source_layers=sorted(matrices))
         with whole_file(Path(path)) as unfinished, open(unfinished, "wb") as file:
             torch.save(dict(J=matrices, **facts), file)

@@ -159,7 +159,8 @@ def tokenize_in_pieces(
 ) -> tuple[Tokens, np.ndarray]:
     """Tokenise texts as ``tokenize`` does, each split into pieces of at most ``context`` tokens.
 
-    Every piece begins with the special tokens with which a text begins, as documents of ``--corpus.path`` do.
+    Every piece begins with the special tokens with which a text begins, as documents of ``--corpus.path`` do; the first
+    one of a text that begins with a special token of its own as ``encode`` leaves it.
 
     Returns:
       The pieces, and the text that each is of, int [pieces].
@@ -174,8 +175,10 @@ def tokenize_in_pieces(
     pieces: list[list[int]] = []
     source: list[int] = []
     for number, sequence in enumerate(sequences):
-        text = sequence[len(front) :] if sequence[: len(front)] == front else sequence
+        begins = sequence[: len(front)] == front
+        text = sequence[len(front) :] if begins else sequence
         of_text = [front + text[start : start + size] for start in range(0, max(len(text), 1), size)]
+        of_text[0] = of_text[0] if begins else text[:size]
         pieces += of_text
         source += [number] * len(of_text)
     return pad(pieces), np.array(source)
@@ -243,9 +246,16 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
             raise
         raise UserError(f"the model's tokenizer cannot read the text {text!r:.60}: {error}") from None
     front = bos_tokens(tokenizer, bos)
-    if bos == "always" and ids and ids[0] in tokenizer.all_special_ids and not bos_tokens(tokenizer):
+    if ids and ids[0] in own_beginnings(tokenizer, bos):
         return ids
     return ids if ids[: len(front)] == front else front + ids
+
+
+def own_beginnings(tokenizer: Any, bos: str) -> frozenset[int]:
+    """Return the special tokens of which a text that begins with one gets no BOS; for ``bos`` see ``encode``."""
+    if bos != "always" or bos_tokens(tokenizer):
+        return frozenset()
+    return frozenset(getattr(tokenizer, "all_special_ids", ()))
 
 
 def bos_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:

@@ -340,9 +340,11 @@ class _Claimant:
     def read(cls, path: Path) -> "_Claimant | None":
         """Return what a file says; None if it is gone."""
         # A full disk may have cut it off, or another process be writing it where there are no hard links.
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
             try:
-                return cls(**json.loads(path.read_text("utf-8")))
+                claimant = cls(**json.loads(path.read_text("utf-8")))
+                int(claimant.job.partition(" restart ")[2] or 0)  # a number, or the claim is damaged
+                return claimant
             except FileNotFoundError:
                 if not path.is_symlink():  # a link that leads nowhere is in the claim's place
                     return None

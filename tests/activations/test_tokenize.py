@@ -121,6 +121,10 @@ def test_a_run_reads_what_was_tokenized_and_notices_damage(stream):
     request = read_request(run.configs)
     found = text_documents(reads, request)
     assert np.array_equal(found.ids_T, documents.ids_T)
+    corpus, capture = (run.configs[group] for group in (CorpusConfig, CaptureConfig))
+    both = run.configs | dataclasses.replace(corpus, pack=True) | dataclasses.replace(capture, last=1)
+    with pytest.raises(UserError, match="--capture.last=1 records the ends of texts, which --corpus.pack puts"):
+        text_documents(dataclasses.replace(reads, configs=both), request)
     training = found.training()
     assert np.shares_memory(training.ids_T, found.ids_T) and len(training) == results.documents["train"]
     content = bytearray((run.folder / "ids.npy").read_bytes())

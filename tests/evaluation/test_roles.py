@@ -88,13 +88,13 @@ def test_every_word_of_a_message_has_its_role(name):
     openers = message_openers(tokenizer)
     assert openers.keys() == {"user", "assistant"} | (set() if name in ("gemma", "mistral") else {"system"})
     ids = tokenizer.encode_chat(*CHAT)
-    (roles,) = roles_of_tokens(documents((0, ids)), openers, 0)
+    (roles,) = roles_of_tokens(documents((0, ids)), openers, [])
     words = ["how", "many", "three", "now", "five"]
     expected = ["user", "user", "assistant", "user", "assistant"]
     assert roles_of_words(tokenizer, openers, roles, ids, words) == expected
     if "system" in openers:
         ids = tokenizer.encode_chat(("system", "be terse"), *CHAT)
-        (roles,) = roles_of_tokens(documents((0, ids)), openers, 0)
+        (roles,) = roles_of_tokens(documents((0, ids)), openers, [])
         found = roles_of_words(tokenizer, openers, roles, ids, ["be", "terse", *words])
         assert found == ["system", "system", *expected]
 
@@ -108,15 +108,32 @@ def test_templates_that_tell_no_roles_apart_have_none():
 def test_a_message_goes_on_in_the_next_piece_of_its_text():
     tokenizer = Tokenizer(CHATML)
     openers, ids = message_openers(tokenizer), tokenizer.encode_chat(*CHAT)
-    (whole,) = roles_of_tokens(documents((0, ids)), openers, 0)
+    (whole,) = roles_of_tokens(documents((0, ids)), openers, [])
     cut = next(i for i, role in enumerate(whole) if role == 1) + 5  # in the first answer
     pieces = [(3, [0, *ids[:cut]]), (4, [0, 90, 91]), (3, [0, *ids[cut:]])]
-    first, other, second = roles_of_tokens(documents(*pieces, front=1), openers, 1)
+    first, other, second = roles_of_tokens(documents(*pieces, front=1), openers, [0])
     assert [first[0], second[0], *other] == [-1] * 5
     np.testing.assert_array_equal([*first[1:], *second[1:]], whole)
     # Without the piece before it, the rest of the message has no role.
-    (alone,) = roles_of_tokens(documents(*pieces, front=1).select(np.array([2])), openers, 1)
+    (alone,) = roles_of_tokens(documents(*pieces, front=1).select(np.array([2])), openers, [0])
     assert alone[1] == -1 and alone[-1] == 1
+
+
+def test_a_token_that_the_tokenizer_does_not_put_in_front_itself_is_in_front_of_pieces(tmp_path, one_device):
+    """As --capture.bos=always has it, whatever the model's own texts begin with."""
+    tokenizer, d = Tokenizer(CHATML), 8
+    ids = tokenizer.encode_chat(*CHAT)
+    (whole,) = roles_of_tokens(documents((0, ids)), message_openers(tokenizer), [])
+    texts = [np.array([0, *part], np.int32) for part in (ids, ids[:12], ids[12:])]
+    count = sum(map(len, texts))
+    values = {"resid_post.0": np.random.default_rng(0).normal(size=(count, d)).astype(np.float32)}
+    index_Nx3, model = np.zeros((count, 3), np.int32), CapturedModel("tiny", "", "", "float32")
+    acts = Activations(values, index_Nx3, texts, 10.0, model, True, np.array([0, 1, 1]))
+    store = acts.save(tmp_path, held_out=1)
+    lm = SimpleNamespace(tokenizer=tokenizer, bos="auto", mesh=one_device)
+    groups = find_roles(lm, store, ("resid_post.0",)).groups
+    assert sorted(group_T[0] for group_T in groups) == [0, 0]
+    np.testing.assert_array_equal(np.concatenate([group_T[1:] for group_T in groups]), whole + 1)
 
 
 def losses(tokens, mean_ablated):
@@ -169,7 +186,7 @@ def test_scores_are_of_the_tokens_of_a_role(tmp_path, one_device):
     assert found["user"].ce.clean == 1.0 and found["user"].ce_recovered_mean == 0.5 and found["user"].ce.tokens == 30
     assert found["assistant"].ce is None and found == of_one_group
     openers, first = message_openers(tokenizer), sum(map(len, texts[:2]))
-    roles_N = np.concatenate(roles_of_tokens(documents(*enumerate(texts)), openers, 0))
+    roles_N = np.concatenate(roles_of_tokens(documents(*enumerate(texts)), openers, []))
     assert [*found] == ["user", "assistant"]
     for role, scores in found.items():
         x_NxD = values_NxD[first:][roles_N[first:] == [*openers].index(role)]

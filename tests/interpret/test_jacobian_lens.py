@@ -71,6 +71,13 @@ def test_files_are_those_of_the_reference_implementation(lm, lens, tmp_path):
             saejax.load_jacobian_lens(lm, tmp_path / f"{name}.pt")
 
 
+def test_numbers_beyond_half_precision_are_kept(lm, tmp_path):
+    large_DxD = np.eye(lm.config.d_model, dtype=np.float32) * 1e5
+    saejax.interpret.jacobian_lens.JacobianLens(lm, {1: large_DxD}, 1).save(tmp_path / "lens.pt")
+    loaded = saejax.load_jacobian_lens(lm, tmp_path / "lens.pt")
+    np.testing.assert_array_equal(loaded.jacobians[1], large_DxD)
+
+
 def test_what_cannot_be_fitted(lm, lens):
     with pytest.raises(UserError, match=r"\[4\] is none of 0 to 3"):
         saejax.fit_jacobian_lens(lm, TEXTS, [4])

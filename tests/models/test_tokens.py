@@ -5,9 +5,20 @@ from tiny_models import save_tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from saejax.activations.chunker import Chunker
 from saejax.errors import UserError
 from saejax.models.generation import StopCondition
-from saejax.models.tokens import bos_tokens, continuation_ids, encode, text_of, token_text, tokenize
+from saejax.models.tokens import (
+    bos_tokens,
+    continuation_ids,
+    encode,
+    text_of,
+    token_text,
+    tokenize,
+    tokenize_in_pieces,
+)
+from saejax.tasks.corpora import Document
+from saejax.tasks.settings import CorpusConfig
 
 WORDS = ["the", "city", "of", "Paris", "is", "large", "river"]
 
@@ -55,6 +66,25 @@ def test_special_tokens_of_other_templates():
     tokens = tokenize(tokenizer, ["the city of", "the"], 10)
     assert tokens.lengths_B.tolist() == [4, 2] and 1 not in tokens.ids_BxT[tokens.mask_BxT]
     assert encode(tokenizer, "the city</s>")[-1] == 1  # the text's own
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A"])
+@pytest.mark.parametrize("bos", ["auto", "always", "never"])
+def test_pieces_of_texts_and_documents_begin_as_texts_do(bos, template):
+    tokenizer = word_tokenizer(template)
+    texts = ["the city of Paris is large", "</s>the city of Paris is large", "<s>the city", "<s></s>the", "</s>", "<s>"]
+    pieces, source_N = tokenize_in_pieces(tokenizer, texts, 4, bos)
+    chunker = Chunker(CorpusConfig(context=4), tokenizer, 4, bos=bos)
+    documents = [Document(text, str(number), number) for number, text in enumerate(texts)]
+    cut = [(piece.source, piece.ids_T.tolist()) for piece in chunker.pieces(documents, lambda document: False)]
+    rows = zip(source_N.tolist(), pieces.ids_BxT, pieces.lengths_B, strict=True)
+    ours = [(source, ids[:length].tolist()) for source, ids, length in rows]
+    assert [each for each in ours if each[1] != [0]] == [each for each in cut if each[1] != [0]]
+    front = bos_tokens(tokenizer, bos)
+    for number, text in enumerate(texts):
+        (first, *others), whole = [ids for source, ids in ours if source == number], encode(tokenizer, text, bos)
+        assert first == whole[: len(first)] and all(ids[: len(front)] == front for ids in others)
+        assert [token for ids in (first, *(ids[len(front) :] for ids in others)) for token in ids] == whole
 
 
 @pytest.mark.parametrize("marker", [False, True])

@@ -84,8 +84,14 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
     """Return the documents of the corpus, from the stage ``tokenize`` if the run reads it.
 
     Raises:
-      UserError: see ``corpus_documents``; tokenized text is damaged.
+      UserError: see ``corpus_documents``; tokenized text is damaged; the ends of packed texts are wanted.
     """
+    last = run.configs[CaptureConfig].last
+    if last and run.configs[CorpusConfig].pack:
+        raise UserError(
+            f"--capture.last={last} records the ends of texts, which --corpus.pack puts into the middle of pieces: use "
+            "one of them"
+        )
     if "tokenize" in run.inputs:
         folder = run.inputs["tokenize"]
         results: TokenizeResults = load_results(folder)
