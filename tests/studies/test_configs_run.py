@@ -15,9 +15,11 @@ from tiny_models import save_tiny
 
 from saejax import load_model, load_results
 from saejax.activations.store import Store
+from saejax.config import Configs
 from saejax.runner import command
 from saejax.runner.flags import define_flags, from_flags
 from saejax.runner.registry import all_groups, all_stages
+from saejax.runner.workplan import Workplan
 from saejax.studies.rows import read_rows
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 from saejax.training.members import make_members
@@ -48,7 +50,6 @@ PUBLISHED = "qwen3-4b-instruct-2507-behaviours"  # with transcoders of others: n
 FILES = [
     path for path in sorted(CONFIGS.glob("*.flags")) if path.stem.startswith(tuple(MODELS)) and path.stem != PUBLISHED
 ]
-QUICK = "gpt2-medium-gsm8k"  # the one that every run of the tests has
 
 
 def model_of(path: Path, folder: Path, layers: int) -> Path:
@@ -98,26 +99,32 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
     return own
 
 
-@pytest.mark.parametrize(
-    ("path", "site"),
-    [(CONFIGS / f"{QUICK}.flags", "resid_post.1"), *(pytest.param(path, "", marks=pytest.mark.slow) for path in FILES)],
-    ids=lambda value: value.stem if isinstance(value, Path) else value,
-)
-def test_a_file_ends_in_its_report(path, site, tmp_path, monkeypatch, capsys):
-    """As the file says; or at a site of a lower layer, for which a smaller model will do, one benchmark studied."""
-    monkeypatch.chdir(CONFIGS.parent)  # files name others from there
+def read_file(path: Path) -> Configs:
+    """Return the settings of a file, which names others from the working directory."""
     values = flags.FlagValues()
     define_flags(all_groups(), values)
-    fewer = [f"--capture.sites={site}", f"--train.sites={site}", "--study.benchmarks=gsm8k", "--task.benchmarks=gsm8k"]
-    fewer = fewer if site else []
-    values(["binary", f"--flagfile={path}", *fewer])
-    configs = from_flags(all_groups(), values)
+    values(["binary", f"--flagfile={path}"])
+    return from_flags(all_groups(), values)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_names_dictionaries_that_are_trained(path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    configs = read_file(path)
+    plan = Workplan(configs)
+    for stage in ("ablate", "study"):
+        for unit in all_stages()[stage].units(configs):
+            assert plan.needs(unit), unit
+
+
+@pytest.mark.slow  # each stage has fast tests, and the files are read above
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_ends_in_its_report(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(CONFIGS.parent)
+    configs = read_file(path)
     layers = 1 + max(int(name.rpartition(".")[2]) for name in configs[CaptureConfig].sites)
-    own = fewer + small(configs, model_of(path, tmp_path / "model", layers), tmp_path)
-    if site:  # what behaviours cost is tested elsewhere
-        own.append("--task.behaviours=")
-    stages = [name for name in all_stages() if not site or name != "preflight"]  # a test below plans another file
-    assert command.run(stages, "", ["pipeline", f"--flagfile={path}", *own]) == 0, capsys.readouterr().err
+    own = small(configs, model_of(path, tmp_path / "model", layers), tmp_path)
+    assert command.run(all_stages(), "", ["pipeline", f"--flagfile={path}", *own]) == 0, capsys.readouterr().err
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     text = re.sub("<[^>]*>", " ", page)
     for benchmark in configs[StudyConfig].benchmarks:
