@@ -19,7 +19,7 @@ from saejax.models.sites import KINDS, NEURONS, Site
 SITES = [str(Site(kind, layer)) for layer in range(30) for kind in (*KINDS, NEURONS)]
 
 
-@pytest.mark.parametrize("prompts", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("prompts", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_smollm2_equals_transformers(prompts, smollm2, smollm2_torch):
     """In fp32; or about as close to fp64, where fp32 is not good to 1e-5: a sink that layer 10 all but cancels."""
     tokens = smollm2.tokenize(fifty_prompts()[:prompts])

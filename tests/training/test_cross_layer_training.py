@@ -184,8 +184,8 @@ def planted(steps, tokens=B, features=6):
 
 def test_features_that_write_across_layers_are_found_again(one_device):
     """A transcoder of the last layer alone cannot know what the first writes there: its own input does not tell."""
-    x, y, writes = planted(400, tokens=128)
-    settings = dict(sites=SITES, steps=400, k=(1,), learning_rate=(1e-2,), batch=128, warmup=20, dead_tokens=100_000)
+    x, y, writes = planted(320, tokens=128)
+    settings = dict(sites=SITES, steps=320, k=(1,), learning_rate=(1e-2,), batch=128, warmup=20, dead_tokens=100_000)
     stack, alone = (
         make_stack("batchtopk", one_device, 1.0, form=form, **settings) for form in (FORM["form"], "transcoder")
     )

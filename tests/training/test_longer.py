@@ -23,19 +23,16 @@ def acts():
 
 def go(acts, folder=None, **changes):
     lines = []
-    sae = saejax.train(acts, kind="batchtopk", folder=folder, on_progress=lines.append, **QUICK | changes)
+    sae = saejax.train(acts, kind="topk", folder=folder, on_progress=lines.append, **QUICK | changes)
     return sae, "\n".join(lines)
 
 
 def test_a_longer_run_in_its_folder_ends_with_the_same_bits(acts, tmp_path):
     go(acts, tmp_path)
     continued, lines = go(acts, tmp_path, epochs=2)
-    assert (
-        f"going on from step 13 of a run of 16 steps in {tmp_path}" in lines
-        and "resuming batchtopk at step 13" in lines
-    )
+    assert f"going on from step 13 of a run of 16 steps in {tmp_path}" in lines and "resuming topk at step 13" in lines
     whole, lines = go(acts, epochs=2)
-    assert "training batchtopk" in lines
+    assert "training topk" in lines
     assert_same_bits(continued.arrays, whole.arrays)
     # Shorter: its learning rate falls before anything that is kept.
     with pytest.raises(UserError, match="settings.train.epochs was 2, is 1; steps was 32, is 16"):
