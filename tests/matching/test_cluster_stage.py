@@ -7,6 +7,7 @@ import pytest
 import trained_stack
 
 from saejax import load_results
+from saejax.activations.documents import Documents
 from saejax.activations.store import Store
 from saejax.parallel.settings import MeshConfig
 from saejax.runner import command
@@ -48,19 +49,33 @@ def test_the_report_has_them_and_nothing_is_done_twice(workdir, capsys):
     assert "cluster: done before, unchanged" in capsys.readouterr().out
 
 
-def test_tokens_of_a_store_are_in_the_order_of_the_text(workdir):
-    """Shuffled data shift runs of firings within texts; rows of a store are in random order, and have no runs."""
+def test_tokens_of_a_store_are_in_the_order_of_the_text(workdir, monkeypatch):
+    """Shuffled data shift runs of firings within texts; rows of a store are in random order, and have no runs.
+
+    What is resampled is the text that a piece is of: pieces of one text depend on each other.
+    """
+    column = Documents.column
+
+    def in_pairs(self, name):
+        """Every two documents as pieces of one text."""
+        source_N = column(self, "source")
+        return dict(source=source_N // 2, start=1000 * (source_N % 2)).get(name, column(self, name))
+
+    monkeypatch.setattr(Documents, "column", in_pairs)
     folder, _ = workdir
     units = {"train/topk": folder / "train" / "topk"}
     (entry,) = load_compared(["topk/resid_post.0-k4"], units, "--cluster.dictionaries")
     settings = {kind: kind() for kind in (ClusterConfig, MeshConfig)}
     activity_of = open_texts(SimpleNamespace(inputs={"capture": folder / "capture"}, configs=settings), [entry])
-    activity, document_N = activity_of(entry)
+    activity, text_N = activity_of(entry)
     store = Store.open(folder / "capture")
     rows = store.rows("train", "resid_post.0")
-    order_N = np.lexsort(store.tokens(rows)[1::-1])
+    piece_N, position_N, _ = store.tokens(rows)
+    of_text_N, start_N = (store.documents.column(name)[piece_N] for name in ("source", "start"))
+    order_N = np.lexsort((start_N + position_N, of_text_N))
     assert (np.diff(rows[order_N]) < 0).any()
-    np.testing.assert_array_equal(document_N, store.tokens(rows[order_N])[0])
+    np.testing.assert_array_equal(text_N, of_text_N[order_N])
+    assert len(np.unique(text_N)) < len(np.unique(piece_N))
     dictionary = entry.load().with_sink_norms(store.max_norm)
     f_NxF = np.asarray(dictionary.encode(store.read("resid_post.0", rows[order_N]).astype(np.float32)))
     np.testing.assert_array_equal(activity.f_NxF.toarray() != 0, f_NxF != 0)

@@ -1,9 +1,11 @@
 """Groups of features: planted ones are found again, shuffled ones are not, and figures are what they say."""
 
 import numpy as np
+import pytest
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
+from saejax.errors import UserError
 from saejax.matching.clusters.groups import Coactivation, find_groups, group_features, overlaps
 from saejax.matching.transfer.activity import Activity
 
@@ -105,5 +107,5 @@ def test_few_features_and_none():
     assert found.group_F.tolist() == [-1] and not len(found.overlap_U)
     assert group_features(np.zeros((0, 0)), 5).tolist() == []
     activity, text_N, _ = made_activity(1, 3, 0, tokens=300)
-    seldom = Coactivation.of(Activity(activity.f_NxF, np.arange(300) < 40), text_N)  # two texts
-    assert not len(seldom.feature_F)
+    with pytest.raises(UserError, match="are of 2 texts: expected 5 at least"):  # nothing to resample
+        Coactivation.of(Activity(activity.f_NxF, np.arange(300) < 40), text_N)

@@ -4,7 +4,7 @@ Two features are as similar as their firings on the tokens of a text correlate (
 arXiv 2410.19750).
 
 HDBSCAN (scikit-learn) finds groups that are denser than their surroundings and leaves all other features alone. The
-stability of a group is the mean over bootstrap samples of documents of its largest Jaccard overlap with a group found
+stability of a group is the mean over bootstrap samples of whole texts of its largest Jaccard overlap with a group found
 on the sample (Hennig, 2007, doi:10.1016/j.csda.2006.11.025). Noise has groups too, and its bootstrap samples share some
 of them, so a group must exceed every group of shuffled data.
 """
@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import sparse
 
+from saejax.errors import UserError
 from saejax.matching.transfer.activity import Activity
 
 _PARTS = 4  # a group has at most this fraction (1 / _PARTS) of the features
 _CORE = 2  # features, itself included, within which HDBSCAN measures a feature's density
 DISSOLVED = 0.5  # mean overlap below which a group counts as dissolved (Hennig)
-_TOKENS, _DOCUMENTS = 10, 5  # minimum firings: in one document alone any two features look similar
+_TOKENS, _TEXTS = 10, 5  # minimum firings: in one text alone any two features look similar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,25 +30,33 @@ class Coactivation:
 
     feature_F: np.ndarray  #: indices of the features
     fires_FxN: sparse.csr_array  #: 1 where a feature fires, fp32
-    document_N: np.ndarray  #: document of each token, numbered from 0; documents are resampled whole
+    text_N: np.ndarray  #: text of each token, numbered from 0; texts are resampled whole, with all of their pieces
 
     @classmethod
     def of(cls, activity: Activity, text_N: np.ndarray) -> "Coactivation":
-        """Return the firings of a dictionary; features that fire rarely, or in few documents, are left out.
+        """Return the firings of a dictionary; features that fire rarely, or in few texts, are left out.
 
         Args:
           activity: activations of all features.
-          text_N: document of each token.
+          text_N: text of each token.
+
+        Raises:
+          UserError: there are too few texts to resample.
         """
         real = np.flatnonzero(activity.real_N)
+        if (texts := len(np.unique(text_N[real]))) < _TEXTS:
+            raise UserError(
+                f"these activations are of {texts} texts: expected {_TEXTS} at least, as a group of features is stable "
+                "if it is found again on samples of whole texts; give more of them"
+            )
         fires_FxX = sparse.csr_array((activity.f_NxF[real] != 0).T).astype(np.float32)
-        _, document_X = np.unique(text_N[real], return_inverse=True)
-        in_XxU = sparse.csr_array((np.ones(len(real), np.float32), (np.arange(len(real)), document_X)))
-        documents_F = np.diff((fires_FxX @ in_XxU).tocsr().indptr)
+        _, text_X = np.unique(text_N[real], return_inverse=True)
+        in_XxU = sparse.csr_array((np.ones(len(real), np.float32), (np.arange(len(real)), text_X)))
+        texts_F = np.diff((fires_FxX @ in_XxU).tocsr().indptr)
         tokens_F = np.diff(fires_FxX.indptr)
         # What fires on every token has no correlation.
-        kept = np.flatnonzero((tokens_F >= _TOKENS) & (documents_F >= _DOCUMENTS) & (tokens_F < len(real)))
-        return cls(kept, fires_FxX[kept], document_X)
+        kept = np.flatnonzero((tokens_F >= _TOKENS) & (texts_F >= _TEXTS) & (tokens_F < len(real)))
+        return cls(kept, fires_FxX[kept], text_X)
 
     def among(self, most: int, rng: np.random.Generator) -> "Coactivation":
         """Return the firings of at most ``most`` of the features, sampled uniformly."""
@@ -67,11 +76,11 @@ class Coactivation:
         return dataclasses.replace(self, fires_FxN=shifted_FxN)
 
     def bootstrap(self, rng: np.random.Generator) -> np.ndarray:
-        """Return how often each token occurs in a bootstrap sample of the documents, [N]."""
-        documents = int(self.document_N.max(initial=-1)) + 1
-        # Tokens of a document depend on each other, so documents are resampled whole.
-        times = np.bincount(rng.integers(documents, size=documents), minlength=documents)
-        return times[self.document_N].astype(np.float32)
+        """Return how often each token occurs in a bootstrap sample of the texts, [N]."""
+        texts = int(self.text_N.max(initial=-1)) + 1
+        # Tokens of a text depend on each other, so texts are resampled whole.
+        times = np.bincount(rng.integers(texts, size=texts), minlength=texts)
+        return times[self.text_N].astype(np.float32)
 
     def similarity(self, times_N: np.ndarray | None = None) -> np.ndarray:
         """Return the correlation of any two features' firings, -1 to 1; 0 for a feature whose firings do not vary.
@@ -82,7 +91,7 @@ class Coactivation:
         Returns:
           float32 [F, F].
         """
-        times_N = np.ones(len(self.document_N), np.float32) if times_N is None else times_N
+        times_N = np.ones(len(self.text_N), np.float32) if times_N is None else times_N
         # Roots of the weights on both sides, so that the product is symmetric to the last bit.
         weighted = self.fires_FxN.multiply(np.sqrt(times_N)[None]).tocsr()
         product_FxF = (weighted @ weighted.T).toarray()

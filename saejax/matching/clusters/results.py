@@ -21,7 +21,7 @@ class ClusteredDictionary:
     name: str  #: name, such as "topk/k32", or folder
     site: str  #: site that it reads
     tokens: int  #: of the text on which firings were compared
-    features: int  #: compared features, which fire on at least 10 of the tokens, in at least 5 documents
+    features: int  #: compared features, which fire on at least 10 of the tokens, in at least 5 texts
     grouped: int  #: number of these in a group
     count: int  #: number of groups
     stable_groups: int  #: number of stable groups

@@ -39,7 +39,7 @@ ActivityOf = Callable[[Compared], tuple[Activity, np.ndarray]]
 
 
 def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
-    """Return the function that gives the activity of a dictionary, and the document of each token.
+    """Return the function that gives the activity of a dictionary, and the text of each token.
 
     The text is the store's for a dictionary of one of its sites; for others a model reads held-out text.
     """
@@ -61,18 +61,19 @@ def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
         assert store
         dictionary = entry.load(settings[0]).with_sink_norms(store.max_norm)
         rows = store.rows("train", dictionary.site)
-        document_N, position_N, _ = store.tokens(rows)
+        piece_N, position_N, _ = store.tokens(rows)
+        text_N, start_N = (store.documents.column(name)[piece_N] for name in ("source", "start"))
         # As in the text: shuffled data shift runs of firings, and rows of a shard are in random order.
-        order_N = np.lexsort((position_N, document_N))
-        rows, document_N = rows[order_N], document_N[order_N]
-        documents, index_N, count = np.unique(document_N, return_inverse=True, return_counts=True)
-        # Whole documents at random, as documents are what the bootstrap resamples.
-        order = np.random.default_rng(config.seed).permutation(len(documents))
-        taken = np.zeros(len(documents), bool)
+        order_N = np.lexsort((position_N, start_N, text_N))
+        rows, piece_N, text_N = rows[order_N], piece_N[order_N], text_N[order_N]
+        pieces, index_N, count = np.unique(piece_N, return_inverse=True, return_counts=True)
+        # Pieces at random, as a text may be longer than all that is wanted.
+        order = np.random.default_rng(config.seed).permutation(len(pieces))
+        taken = np.zeros(len(pieces), bool)
         taken[order[: int(np.searchsorted(np.cumsum(count[order]), config.tokens)) + 1]] = True
         kept_N = taken[index_N]
         values_MxD = np.asarray(store.read(dictionary.site, rows[kept_N]), np.float32)
-        return encode(dictionary, values_MxD, config.batch_tokens), document_N[kept_N]
+        return encode(dictionary, values_MxD, config.batch_tokens), text_N[kept_N]
 
     return activity_of
 
@@ -89,7 +90,7 @@ def run_cluster(run: Run) -> ClusterResults:
     """Group the features of ``--cluster.dictionaries``; dictionaries finished in an earlier run are kept.
 
     Raises:
-      UserError: dictionaries or text are missing.
+      UserError: dictionaries are missing, or text is: whole texts are resampled, of which there have to be a few.
       Interrupted: asked to stop.
     """
     compared = load_compared(run.configs[ClusterConfig].dictionaries, run.inputs, _FLAG)

@@ -16,5 +16,5 @@ class ClusterConfig(Config):
         "(topk/seed5), or folders; empty: none",
     )
     batch_tokens: int = shared.analysis_batch_tokens()
-    seed: int = 789  #: of the order of documents, samples and resamples; no flag
+    seed: int = 789  #: of the order of pieces, samples and resamples; no flag
     tokens: int = 32768  #: approximate number of tokens of the text on which firings are compared; no flag

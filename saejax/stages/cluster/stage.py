@@ -36,7 +36,7 @@ CLUSTER = Stage(
     follows=("interpret", "atlas"),
     inputs=_inputs,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
-    revision=5,  # shuffled data keep the runs of firings of a text
+    revision=6,  # whole texts are resampled, not their pieces
     processes="items",
     section=sections,
 )
