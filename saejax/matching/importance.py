@@ -4,7 +4,10 @@
 2. Two features are a pair if the assignment with the largest sum of their activations' correlations over these tokens
    (``match``) joins them with one of at least ``LEAST``. The same with one text shifted by half is what chance gives.
 3. The statistic is Spearman's correlation of the importance of paired features (attribution for the right answers),
-   with a permutation p-value.
+   with a permutation p-value: in how many permutations it is as many standard errors above 0. What fires strongly has
+   large attributions of either sign in both models; the correlation itself would be larger there than in permutations
+   even where the signs are unrelated (DiCiccio and Romano, "Robust permutation tests for correlation and
+   regression coefficients", 2017).
 4. Two placebos: pairs with a rotated dictionary of the second model, and the importance in one model against that for
    corrupted answers in the other. What is important for any answer makes both agree, the right one or not.
 """
@@ -92,7 +95,7 @@ class ImportanceAlignment:
     """Agreement of two models on which features matter."""
 
     correlation: float | None  #: rank correlation of importance over pairs; None with fewer than 8 pairs
-    p_value: float | None  #: share of permutations in which it is as large, above 0
+    p_value: float | None  #: share of permutations in which it is as many standard errors above 0; above 0
     rotated: float | None  #: correlation over pairs with a rotated dictionary; None with fewer than 8 pairs
     #: 95 % quantile of the correlations with the importance for corrupted answers; None: not measured.
     placebo: float | None
@@ -212,10 +215,16 @@ def rank_correlation(
     if len(first_N) < 3 or np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
         return None, None
     one_N, two_N = _unit_ranks(first_N), _unit_ranks(second_N)
-    rng, measured = np.random.default_rng(seed), float(one_N @ two_N)
+    rng = np.random.default_rng(seed)
+
+    def standard_errors(one_N: np.ndarray) -> float:
+        product_N = one_N * two_N
+        return float(product_N.sum() / max(float(np.linalg.norm(product_N)), 1e-12))
+
     # A tolerance, because sums of the same products in another order differ in their last digits.
-    as_large = sum(float(rng.permutation(one_N) @ two_N) >= measured - 1e-12 for _ in range(_PERMUTATIONS))
-    return measured, (1 + as_large) / (1 + _PERMUTATIONS)
+    least = standard_errors(one_N) - 1e-9
+    as_large = sum(standard_errors(rng.permutation(one_N)) >= least for _ in range(_PERMUTATIONS))
+    return float(one_N @ two_N), (1 + as_large) / (1 + _PERMUTATIONS)
 
 
 def _spearman(first_N: np.ndarray, second_N: np.ndarray) -> float:

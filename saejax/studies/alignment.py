@@ -41,7 +41,8 @@ from saejax.studies.results import AlignmentFigures
 LEVEL, LEAST = 0.05, 0.3
 RULE = (
     "Two rows are aligned on a benchmark if a rank correlation is at least "
-    f"{LEAST:g}, is as large with one side shuffled in at most {100 * LEVEL:g} % of the cases after Holm's correction "
+    f"{LEAST:g}, is as large (of features: as many standard errors) with one side shuffled in at most "
+    f"{100 * LEVEL:g} % of the cases after Holm's correction "
     "over all comparisons, and is above its placebos. Of items it is that of what they lose under the top features, "
     "without what their category, the length of their answer and random sets explain, shuffled within categories; the "
     "placebo is the 95 % quantile with a random set in the place of one row's "

@@ -13,7 +13,14 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.matching import importance
 from saejax.matching import rows as matching_rows
 from saejax.matching.importance import LEAST as LEAST_PAIR
-from saejax.matching.importance import ItemFeatures, align_importance, correlated_pairs, match_features, read_features
+from saejax.matching.importance import (
+    ItemFeatures,
+    align_importance,
+    correlated_pairs,
+    match_features,
+    rank_correlation,
+    read_features,
+)
 from saejax.matching.rows import CentredRows
 from saejax.matching.transfer.activity import Activity
 from saejax.studies.alignment import LEAST, LEVEL
@@ -116,6 +123,17 @@ def test_strangers_are_not_aligned():
     found = [align(*pair(seed, 30 * (seed % 2), agree=0.0)) for seed in range(50)]
     assert sum(is_aligned(agreement) for _, agreement in found) <= 3
     assert max(match.shared for match, _ in found[::2]) <= 0.1
+
+
+def test_magnitudes_alone_make_no_correlation():
+    """What fires strongly matters in both models, with signs that have nothing to do with each other: 200 worlds."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(200):
+        size_N = rng.lognormal(size=30)
+        found.append(rank_correlation(*(size_N * rng.choice([-1, 1], (2, 30))))[1] <= 0.05)
+    assert np.mean(found) <= 0.08
+    shared_N = rng.normal(size=30)
+    assert rank_correlation(shared_N, shared_N + 0.5 * rng.normal(size=30))[1] <= 0.01
 
 
 def test_tokens_are_paired_where_they_end_together():
