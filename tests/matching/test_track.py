@@ -285,6 +285,11 @@ def test_the_answer_is_followed_where_it_stands_last_by_itself(lm, steps, answer
     assert encode(lm, Problem("x", "The capital of France is", (), " Paris")).answer == lm.token_id(" Paris")
 
 
+def test_an_answer_that_the_prompt_alone_has_is_followed_at_the_end(lm):
+    text = encode(lm, Problem("x", "Ann has 12 cats. How many?", ("She keeps all.",), " 12"))
+    assert text.position == len(text.ids_T) - 1
+
+
 def test_rows_of_gsm8k_are_followed(tmp_path):
     path = tmp_path / "test.jsonl"
     answer = "Ann sells 48/2 = <<48/2=24>>24 clips.\nShe sells 48+24 = <<48+24=72>>72.\n#### 72"

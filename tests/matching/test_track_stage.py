@@ -85,6 +85,8 @@ def test_texts_are_followed_and_kept(tracked, capsys):
     assert len(rows) == 2 and {len(row) for row in rows} == {river.tokens}
     assert all(len(cell) <= 8 and cell[1::2] == sorted(cell[1::2], reverse=True) for row in rows for cell in row)
     text = (unit / "track.txt").read_text()
+    told = sum(step.test is not None and step.test.hurt != "not testable" for step in river.steps)
+    assert f" of {told} tested steps" in text  # those that could not be tested are no evidence
     assert "river:" in text and "  resid_post.1  " in text and "\033" not in text
     found = SimpleNamespace(each=lambda kind: {"prompts": results}, folders={"track/prompts": unit}, address=str)
     (section,) = sections(found, None)

@@ -214,10 +214,10 @@ def encode(lm: LanguageModel, problem: Problem) -> EncodedText:
         TrackedStep(name, text.strip(), int(start), int(stop))
         for (name, text), start, stop in zip(parts, starts, starts[1:], strict=False)
     )
-    answer, position = _answer(lm.tokenizer, problem, whole, ids_T, ends_T)
+    first = int(parts[0][0] == "prompt")
+    answer, position = _answer(lm.tokenizer, problem, whole, int(bounds[0]) if first else 0, ids_T, ends_T)
     as_text = token_text(lm.tokenizer)
     tokens = tuple(as_text(int(token)) for token in ids_T)
-    first = int(parts[0][0] == "prompt")
     return EncodedText(problem, ids_T, tokens, segments, first, answer if answer is None else int(answer), position)
 
 
@@ -233,12 +233,12 @@ def _ends(tokenizer: Any, text: str, count: int) -> np.ndarray:
 
 
 def _answer(
-    tokenizer: Any, problem: Problem, text: str, ids_T: np.ndarray, ends_T: np.ndarray
+    tokenizer: Any, problem: Problem, text: str, solution: int, ids_T: np.ndarray, ends_T: np.ndarray
 ) -> tuple[int | None, int]:
     """Return the id of the answer's first token and the position before it.
 
-    The answer is followed at its last occurrence in the solution as a whole word or number (" 12" is not in "1200"), or
-    where there is none at the text's end.
+    The answer is followed at its last occurrence in the solution, from the character ``solution`` on, as a whole word
+    or number (" 12" is not in "1200"), or where there is none at the text's end.
     """
     last = len(ends_T) - 1
     answer = problem.answer
@@ -248,7 +248,7 @@ def _answer(
     # Not inside a word, nor before or after the rest of a number: "12" in "1200", "12.5", "3,012" or "112".
     whole = re.compile(rf"(?<!{_IN_WORD})(?<!\d[.,]){re.escape(word)}(?!{_IN_WORD})(?![.,]\d)")
     # The last occurrence, as worked solutions end in their answer and may name the number on the way.
-    places = [match.start() for match in whole.finditer(text)] if problem.steps and word else []
+    places = [match.start() for match in whole.finditer(text, solution)] if problem.steps and word else []
     if places:
         token = int(np.searchsorted(ends_T, places[-1], side="right"))
         if token > 0:

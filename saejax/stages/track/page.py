@@ -141,7 +141,7 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 def summary(text: TrackedText) -> str:
     """Return the figures of a text as one line."""
-    tests = [step.test for step in text.steps if step.test]
+    tests = [step.test for step in text.steps if step.test and step.test.hurt != "not testable"]
     harmed, answer = sum(test.hurt == "yes" for test in tests), text.lens.answer[-1]
     return (
         f"{counted(text.tokens, 'token')}, {counted(len(text.sites), 'layer')}, {counted(text.links, 'link')}; "

@@ -32,9 +32,9 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "Links": lambda slug, text, tests: f"{text.links:,}",
         "Answer": lambda slug, text, tests: f"{text.answer.strip()} {number(text.lens.answer[-1])}",
         "Output": lambda slug, text, tests: f"\u201c{text.output}\u201d" if text.output else MISSING,
-        "Steps tested": lambda slug, text, tests: str(len(tests)),
+        "Steps tested": lambda slug, text, tests: str(sum(test.hurt != _UNTESTED for test in tests)),
         "Hurt": lambda slug, text, tests: str(sum(test.hurt == "yes" for test in tests)),
-        "Not testable": lambda slug, text, tests: str(sum(test.hurt == "not testable" for test in tests)),
+        "Not testable": lambda slug, text, tests: str(sum(test.hurt == _UNTESTED for test in tests)),
     }
     rows = [
         (slug, text, [step.test for step in text.steps if step.test])
