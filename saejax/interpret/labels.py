@@ -41,14 +41,18 @@ def bars(rate: np.ndarray, random_rate: np.ndarray, random_f1: np.ndarray) -> np
 
 
 def partners(rate: np.ndarray, labelled: Sequence[bool]) -> np.ndarray:
-    """Return for every feature another one with a detector and the next larger firing rate; -1 where there is none."""
+    """Return for every feature another one with a detector and the next larger firing rate; -1 where there is none.
+
+    The one that fires most has the next smaller rate.
+    """
     order = np.argsort(rate, kind="stable")
     has = np.flatnonzero(np.asarray(labelled)[order])
     partner = np.full(len(rate), -1)
     if len(has) > 1:
-        # The next in order of rate, from the last to the first again, so that every feature with a label has a partner.
-        after = has[np.searchsorted(has, np.arange(len(order)), side="right") % len(has)]
-        partner[order] = order[after]
+        place = np.arange(len(order))
+        after = has[np.minimum(np.searchsorted(has, place, side="right"), len(has) - 1)]
+        # Not the rarest one: its label is no control for the most frequent feature, which any generic label finds.
+        partner[order] = order[np.where(after == place, has[-2], after)]
     return partner
 
 

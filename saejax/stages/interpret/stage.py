@@ -30,7 +30,7 @@ INTERPRET = Stage(
     name="interpret",
     summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
     "--interpret.dictionaries names any",
-    revision=8,  # tokens that spell a character together are read as one
+    revision=9,  # the control of the most frequent feature is the label of the next, not of the rarest
     run=run_interpret,
     results=InterpretResults,
     groups=(ModelConfig, InterpretConfig),
