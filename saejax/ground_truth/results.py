@@ -132,7 +132,7 @@ class VariableFeature:
     prompts: int  #: test prompts that have it; the others of the variable do not
     feature: int  #: whose activation, where the answer is predicted, is most correlated with having the value
     auc: float  #: of this activation on test prompts, 0 to 1; by chance 0.5
-    p_holm: float  #: of an AUC as large by chance (Mann and Whitney), after Holm's correction over all values
+    p_holm: float  #: of an AUC as large with labels permuted, after Holm's correction over all values
     drop: float  #: of the logit difference without the feature, mean over test prompts with the value
     random_drop: float  #: the same without its activation along a random direction
 

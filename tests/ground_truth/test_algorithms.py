@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ from scipy.sparse.csgraph import shortest_path
 from saejax import load_model, load_results
 from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
-from saejax.ground_truth.algorithms.features import RANDOM, TRAINED, ablate_each, compare, match_variables
+from saejax.ground_truth.algorithms.features import (
+    RANDOM,
+    TRAINED,
+    _match_value,
+    ablate_each,
+    compare,
+    match_variables,
+)
 from saejax.ground_truth.algorithms.paths import Paths
 from saejax.ground_truth.circuits.cases import make_case
 from saejax.ground_truth.circuits.dictionaries import untrained_sets
@@ -23,6 +31,7 @@ from saejax.models.families import read_config
 from saejax.runner import command
 from saejax.runner.pipeline import run_stages
 from saejax.stages.algorithm import run as algorithms_run
+from saejax.stages.ground_truth.report import _features_line
 
 pytestmark = pytest.mark.usefixtures("single_device")
 
@@ -223,6 +232,25 @@ def test_known_variables_are_matched_with_the_features_that_fire_on_them(logic):
     ablated = [row for edit in ([], [first.feature]) for row in [effects(lm, with_both, mask(exact, [edit]))]]
     assert first.drop == pytest.approx(float((ablated[0] - ablated[1]).mean()), abs=1e-5)
     assert len(others) == 40 and sum(other.p_holm <= 0.05 for other in others) <= 1
+
+
+def test_p_values_of_features_that_are_mostly_silent():
+    """Labels that no feature goes with, 6 prompts with the label: 200 worlds, of which few have a small p-value."""
+    rng, p_values = np.random.default_rng(0), []
+    for _ in range(200):
+        act_QxF = np.where(rng.random((26, 1)) < 0.05, rng.lognormal(size=(26, 1)), 0)
+        p_values.append(_match_value(act_QxF, np.arange(26) < 6, act_QxF, np.arange(26) < 6)[2])
+    assert np.mean(np.array(p_values) <= 0.05) <= 0.06
+
+
+def test_random_directions_do_no_more_than_random_directions():
+    """Worlds in which the features are random directions, of few live features and of many."""
+    rng, yes = np.random.default_rng(0), 0
+    for world in range(200):
+        effects_of = {name: (np.zeros(1, bool), rng.lognormal(size=20 + world)) for name in (TRAINED, RANDOM)}
+        results = SimpleNamespace(features=compare(effects_of))
+        yes += "? YES: " in _features_line("addition", results)
+    assert yes <= 4
 
 
 def test_effects_are_compared_with_those_of_random_directions():

@@ -15,5 +15,5 @@ ALGORITHM = Stage(
     makes_model=True,
     names=lambda configs: configs[AlgorithmConfig].names,
     section=algorithm_sections,
-    revision=4,  # features are compared with the algorithm's variables
+    revision=5,  # p-values of the algorithm's variables are of permutations
 )
