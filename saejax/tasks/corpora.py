@@ -32,8 +32,8 @@ class Document:
     """One text."""
 
     content: Content  #: text that is not blank, token ids, or the messages of a chat
-    #: documents of one group are never split; a document without one is its own group, "document-<index>", or in a
-    #: stream a hash of its text.
+    #: documents of one group are never split; a document without one is its own group with all copies of its text,
+    #: "document-<index>" after the first, or in a stream a hash of the text.
     group: str
     index: int  #: its place in the corpus, from 0
     source: int = 0  #: which of the corpus's sources it is from, from 0
@@ -75,11 +75,14 @@ def documents(
       UserError: a file is missing, of another format, damaged, not UTF-8, or without a document; a line is not JSON, or
         its fields are missing or of the wrong type (with the line's number); the hub cannot be read.
     """
-    sources, index = text_sources(config, task or TaskConfig()), 0
+    sources, index, first_copies = text_sources(config, task or TaskConfig()), 0, dict[int, int]()
     for number, source in enumerate(sources):
         before = index
         for content, group in source.texts():
-            group = group or (f"text-{_hash(_as_text(content)):016x}" if config.stream else f"document-{index}")
+            if not group:
+                # Copies of a text stand on one side of the split: held-out text that was trained on judges nothing.
+                mark = _hash(_as_text(content))
+                group = f"text-{mark:016x}" if config.stream else f"document-{first_copies.setdefault(mark, index)}"
             # A kind for each source, so that each has text on both sides of the split.
             yield Document(content, group if len(sources) == 1 else f"{source.name}/{group}", index, number)
             index += 1
