@@ -469,6 +469,10 @@ def test_pieces_of_a_text_stay_together(lm, sae, tmp_path):
             acts.save(tmp_path / "other", held_out=held_out)
     with pytest.raises(UserError, match="there are 2 texts: give at least 3"):
         saejax.label_features(lm, saejax.capture(lm, texts[:2], SITE, context=8), sae)
+    with pytest.raises(UserError, match="are of 3 texts: expected 5 at least"):
+        saejax.group_features(acts, sae)
+    with pytest.raises(UserError, match="of two texts at least"):
+        saejax.match_features(sae, sae, "activity", acts=saejax.capture(lm, texts[:1], SITE, context=8))
 
 
 def test_rule_labels_in_memory(lm, acts):
@@ -546,6 +550,11 @@ def test_contexts_matches_and_groups_in_memory(lm, acts, sae):
     matched = saejax.match_features(sae, sae)
     np.testing.assert_array_equal(matched.pairs.partner_F, np.arange(features))
     np.testing.assert_allclose(matched.pairs.value_F, 1, atol=1e-5)
+    first_text = acts.index_Nx3[:, 0] == 0  # without features that are silent there, as the stage leaves out dead ones
+    few = dataclasses.replace(acts, values={SITE: acts.values[SITE][first_text]}, index_Nx3=acts.index_Nx3[first_text])
+    fires_F = (np.asarray(sae.encode(few.values[SITE])) != 0).any(axis=0)
+    live = saejax.match_features(sae, sae, acts=few)
+    assert not fires_F.all() and ((live.pairs.partner_F >= 0) == fires_F).all()
     noise_NxD = (
         np.random.default_rng(0).normal(size=acts.values[SITE].shape).astype(np.float32)
     )  # no text returns in it

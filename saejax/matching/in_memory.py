@@ -39,21 +39,33 @@ def match_features(
       by: the rows that are compared, "decoder", "encoder", or "activity": activations on the same tokens. Texts of even
         number choose the pairs, and the values of pairs are those on the others.
       seed: of the random rows.
-      acts: result of ``capture`` with the sites of both; for "activity" alone.
+      acts: result of ``capture`` with the sites of both. "activity" needs it; for the others features that fire
+        nowhere in it are left out, as the stage leaves out those that fire on no held-out text. None: all features are
+        compared, dead ones too, whose rows say nothing.
 
     Raises:
-      UserError: the widths differ, or there are no activations of a dictionary's site.
+      UserError: the widths differ, or there are no activations of a dictionary's site, or those of one text alone.
     """
     one_of(by, ("decoder", "encoder", "activity"), "kind of rows")
     if by == "activity":
         return _match_activities(first, second, acts)
-    first_FxD, second_GxD = weight_rows(by, first), weight_rows(by, second)
+    first_FxD, second_GxD = (_live_rows(by, dictionary, acts) for dictionary in (first, second))
     if first_FxD.shape[1] != second_GxD.shape[1]:
         raise UserError(
             f"rows have the widths {first_FxD.shape[1]} and {second_GxD.shape[1]}: expected dictionaries of one width"
         )
     problems = [("pairs", first_FxD, second_GxD), ("null", first_FxD, independent_rows(second_GxD, [seed]))]
     return MatchedFeatures(**dict(match(problems, make_mesh())))
+
+
+def _live_rows(by: str, dictionary: Dictionary, acts: Activations | None) -> np.ndarray:
+    """Return the rows of a dictionary; those of features that fire nowhere in given activations are 0."""
+    rows_FxD = weight_rows(by, dictionary)
+    if acts is None:
+        return rows_FxD
+    activity = _encode(acts, dictionary)
+    fires_F = activity.firings(np.flatnonzero(activity.real_N)) > 0
+    return np.where(fires_F[:, None], rows_FxD, np.float32(0))
 
 
 def _match_activities(first: Dictionary, second: Dictionary, acts: Activations | None) -> MatchedFeatures:
@@ -63,6 +75,8 @@ def _match_activities(first: Dictionary, second: Dictionary, acts: Activations |
     real = np.flatnonzero(pair[0].real_N & pair[1].real_N)
     is_odd_N = _texts_of_rows(acts)[real] % 2 == 1
     halves = real[~is_odd_N], real[is_odd_N]
+    if not all(map(len, halves)):
+        raise UserError("pairs are chosen on some texts and measured on others: give activations of two texts at least")
     live_F, live_G = (np.all([some.firings(half) >= MIN_FIRINGS for half in halves], axis=0) for some in pair)
 
     def rows(side: str, half: np.ndarray) -> tuple[CentredRows, CentredRows]:
@@ -92,7 +106,7 @@ def group_features(
       if its ``overlap_U`` exceeds ``bar``.
 
     Raises:
-      UserError: the dictionary's site was not captured, or it reads several.
+      UserError: the dictionary's site was not captured, or it reads several, or there are fewer than five texts.
     """
     firings = Coactivation.of(_encode(acts, dictionary), _texts_of_rows(acts))
     groups, _ = find_groups(firings, smallest, resamples, [seed])
