@@ -39,13 +39,15 @@ def trained(inputs, tmp_path_factory):
     return workdir
 
 
-def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, tmp_path):
+# Other stages read a folder as ``ablate`` does.
+@pytest.mark.parametrize("stages", [("ablate",), pytest.param(("ablate", "patch", "probe"), marks=pytest.mark.slow)])
+def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, tmp_path, stages):
     workdir, folder = tmp_path / "fresh", trained / "train" / "topk"
     changes = dict(task__prompts=trained.parent / "colour.jsonl", task__behaviours="", probe__labels="correct")
-    changes |= {f"{stage}__dictionary": folder for stage in ("ablate", "patch", "probe")}
-    assert go(["baseline", "ablate", "patch", "probe"], inputs, workdir, **changes) == 0
+    changes |= {f"{stage}__dictionary": folder for stage in stages}
+    assert go(["baseline", *stages], inputs, workdir, **changes) == 0
     units = {name.partition("/")[0]: folder for name, folder in current_units(workdir).items()}
-    assert sorted(units) == ["ablate", "baseline", "patch", "probe"]
+    assert sorted(units) == sorted(["baseline", *stages])
     unit = units["ablate"]
     assert load_results(unit).dictionary == str(folder)
     # The same as by name where it was trained.
