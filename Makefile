@@ -143,7 +143,7 @@ docs: $(INSTALLED)
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs build/docs_source build/docs
 	@echo "Open build/docs/index.html"
 
-# The wheel, alone in an empty environment, and a binary of it on a tiny model: two minutes.
+# The wheel, alone in an empty environment, and the tiny demo from it: eight minutes on two cores.
 check-wheel: $(INSTALLED)
 	$(BIN)/python scripts/check_wheel.py
 

