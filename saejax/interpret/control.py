@@ -19,7 +19,7 @@ from saejax.dictionaries.input_norm import normalise
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.interpret.firings import encode_tokens
 
-MOST = 1024  # random directions
+LEAST, MOST = 19, 1024  # random directions: one more exceeds all of 19 with probability 1/20
 _ROWS = 32_768  # rows of the store that set thresholds
 _FITTED, _COUNTED = 16_384, 2048  # rows that fit a decoder, and that match an L0
 _RIDGE, _STEPS = 1e-3, 10  # relative to the mean of the Gram matrix's diagonal; steps of conjugate gradients
@@ -36,9 +36,10 @@ def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, 
       seed: seed of the directions.
     """
     # Rates are taken evenly from the dictionary's ranks, so that directions and features have the same distribution.
-    # One for a dictionary that never fires, so that it has a page that says so.
+    # One for a dictionary that never fires, so that it has a page that says so. Of few live features a rate has several:
+    # all of four directions are exceeded by every fifth one, which would have a label.
     live = np.sort(rate_F[rate_F > 0]) if rate_F.any() else np.zeros(1)
-    count = min(MOST, len(live))
+    count = min(MOST, max(len(live), LEAST)) if rate_F.any() else 1
     rate = live[np.linspace(0, len(live) - 1, count).round().astype(np.int64)]
     rows = spread(store.rows("train", dictionary.site), _ROWS)
     norm = dictionary.config.input_norm

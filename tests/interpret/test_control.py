@@ -109,6 +109,15 @@ def test_controls_of_a_dictionary_that_normalises_tokens_do_so_too(store, make, 
     np.testing.assert_allclose(np.sort(fires_NxG.mean(0)), rate_F[1:], rtol=0, atol=2 / len(rows))
 
 
+def test_few_features_have_no_fewer_random_directions(store):
+    """The largest of two directions is exceeded by every third: a bar of 5 % takes 19."""
+    rate_F, x_NxD = np.array([0.0, 0.05, 0.1]), read(store)
+    made = random_directions(store, planted.dictionary(40), rate_F, 1)
+    fires_G = (np.asarray(made.encode(x_NxD)) > 0).mean(axis=0)
+    assert len(fires_G) == 19 and np.unique(fires_G.round(2)).tolist() == pytest.approx([0.05, 0.1])
+    assert random_directions(store, planted.dictionary(40), np.zeros(3), 1).config.n_features == 1
+
+
 def test_a_signed_control_keeps_its_sign(store):
     like = topk(40, k=30)  # more than are above 0
     made = frozen_random(store, like.with_config(dataclasses.replace(like.config, signed=True)), 1)
