@@ -36,7 +36,7 @@ def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, 
       seed: seed of the directions.
     """
     # Rates are taken evenly from the dictionary's ranks, so that directions and features have the same distribution.
-    # One for a dictionary that never fires, so that it has a page that says so. Of few live features a rate has several:
+    # One for a dictionary that never fires, so that it has a page that says so. Of few live features rates return:
     # all of four directions are exceeded by every fifth one, which would have a label.
     live = np.sort(rate_F[rate_F > 0]) if rate_F.any() else np.zeros(1)
     count = min(MOST, max(len(live), LEAST)) if rate_F.any() else 1
