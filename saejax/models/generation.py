@@ -10,7 +10,7 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.files import read_json
-from saejax.models.tokens import continuation_text
+from saejax.models.tokens import continuation_text, special_tokens
 
 CHUNK = 16  # new tokens between two looks for stop strings
 
@@ -60,10 +60,12 @@ class StopCondition:
             raise UserError(f"stop is {stop!r}: expected a list of strings, none of them empty")
         if stop and tokenizer is None:
             raise UserError("this model has no tokenizer: expected no stop strings")
-        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)) if tokenizer else {}
-        self._tokenizer, self._eos = tokenizer, set(eos)
+        special = special_tokens(tokenizer) if tokenizer else {}
+        self._tokenizer, self._eos, self._special = tokenizer, set(eos), tuple(special)
         self.ids = sorted({*eos, *(special[text] for text in stop if text in special)})
         self.strings = [text for text in stop if text not in special]
+        #: those with a special token in them, which texts are without.
+        self._with_special = [text for text in self.strings if any(token in text for token in special)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, without special tokens; "" for a model without a tokenizer."""
@@ -71,17 +73,28 @@ class StopCondition:
             return ""
         return continuation_text(self._tokenizer, ids, skip_special_tokens=True)
 
+    def _before_stop(self, ids: Sequence[int]) -> str | None:
+        """Return the text of the ids up to the first stop string, without special tokens; None if there is none."""
+        text = self.decode(ids)
+        before = [text[: text.index(string)] for string in self.strings if string in text]
+        if self._with_special:
+            whole = continuation_text(self._tokenizer, ids)
+            for string in self._with_special:
+                shown, found, _ = whole.partition(string)
+                for token in self._special if found else ():
+                    shown = shown.replace(token, "")
+                before += [shown] * bool(found)
+        return min(before, key=len, default=None)
+
     def cut(self, ids: Sequence[int], start: int) -> Generated | None:
         """Return the continuation up to its end, searched from token ``start`` on; None if it has not ended."""
         end = next((i for i in range(start, len(ids)) if ids[i] in self.ids), len(ids))
         # In the whole text first: decoding token by token is slow, and most chunks end nothing.
-        if any(string in self.decode(ids[:end]) for string in self.strings):
+        if self.strings and self._before_stop(ids[:end]) is not None:
             # The first token that completes a stop string: strings need not begin or end where tokens do.
             for count in range(start + 1, end + 1):
-                text = self.decode(ids[:count])
-                starts = [text.index(string) for string in self.strings if string in text]
-                if starts:
-                    return Generated(tuple(ids[:count]), text[: min(starts)], "stop")
+                if (text := self._before_stop(ids[:count])) is not None:
+                    return Generated(tuple(ids[:count]), text, "stop")
         if end == len(ids):
             return None
         return Generated(tuple(ids[:end]), self.decode(ids[:end]), "eos" if ids[end] in self._eos else "stop")

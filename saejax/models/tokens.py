@@ -281,6 +281,12 @@ def bos_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:
     raise UserError("the tokenizer has no BOS token: expected bos='auto' or 'never'")
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return the id of each special token by its text, also of those that have no role such as BOS or padding."""
+    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+
 # What an answer is appended to where no context is given: the first of these with which it does not merge.
 _NEUTRAL_CONTEXTS = ("a", "\n", "(", "=")
 

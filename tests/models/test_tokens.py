@@ -2,7 +2,7 @@
 
 import pytest
 from tiny_models import save_tiny_tokenizer
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from saejax.activations.chunker import Chunker
@@ -139,3 +139,25 @@ def test_tokens_of_spaces_keep_them_all():
     ending = StopCondition(tokenizer, [0], [" a a"])
     assert [ending.decode(encode(tokenizer, text)) for text in ("a a", "   a")] == [" a a", "    a"]
     assert ending.cut(encode(tokenizer, "a a a"), 0).text == ""
+
+
+def test_stop_strings_with_special_tokens_end_texts():
+    """Also where the tokenizer gives the token no role, as Llama 3's gives <|eot_id|> none: texts are without it."""
+    pieces = ["<s>", "<end>", "<turn>", "a", "b", "▁a", "▁b", ".", "\n"]
+    made = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token="<s>"))
+    made.decoder = decoders.Metaspace()
+    made.add_special_tokens([AddedToken(piece, special=True) for piece in pieces[:3]])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<end>")
+    assert "<turn>" not in tokenizer.all_special_tokens
+    ids = [3, 5, 7, 2, 8, 6, 4]  # a a.<turn>\n bb
+    for stop, text, count in (
+        (["<turn>"], "a a.", 3),
+        ([".<turn>"], "a a", 4),
+        (["<turn>\n"], "a a.", 5),
+        (["\n b", "<turn>\n b"], "a a.", 6),
+        (["b<turn>", "bb"], "a a.\n ", 7),
+    ):
+        done = StopCondition(tokenizer, [1], stop).cut(ids, 0)
+        assert (done.text, len(done.ids), done.finished) == (text, count, "stop"), stop
+    assert StopCondition(tokenizer, [1], ["a<turn>"]).cut(ids, 0) is None
+    assert StopCondition(tokenizer, [1], ["a<turn>"]).cut([*ids, 1], 0).finished == "eos"
