@@ -79,7 +79,7 @@ class Site:
         kind, _, layer = text.partition(".")
         if kind in _ELSEWHERE:
             raise UserError(f"{text} {_ELSEWHERE[kind]}")
-        if kind == PATTERN and not layer:
+        if kind == PATTERN and not _LAYER.fullmatch(layer):
             raise UserError(
                 f"the site {text!r} names no layer: expected {PATTERN}, a dot and a layer, as in {PATTERN}.5"
             )

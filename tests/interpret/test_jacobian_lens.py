@@ -81,6 +81,8 @@ def test_numbers_beyond_half_precision_are_kept(lm, tmp_path):
 def test_what_cannot_be_fitted(lm, lens):
     with pytest.raises(UserError, match=r"\[4\] is none of 0 to 3"):
         saejax.fit_jacobian_lens(lm, TEXTS, [4])
+    with pytest.raises(UserError, match=r"layers is \[\]: expected some of 0 to 3"):
+        saejax.fit_jacobian_lens(lm, TEXTS, [])
     with pytest.raises(UserError, match=f"no text has {SKIPPED + 2} tokens"):
         saejax.fit_jacobian_lens(lm, ["a b"])
     with pytest.raises(UserError, match="the lens reads resid_post.1, resid_post.2, and the sites are mlp_out.0"):

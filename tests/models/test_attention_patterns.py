@@ -153,6 +153,9 @@ def test_patterns_are_read_only(models, ids_BxT):
         SiteEdit.ablate("attn_pattern.1")
     with pytest.raises(UserError, match="attn_pattern.1 is the attention of each head, .* nothing edits"):
         lm(tokens, edits=[SiteEdit.ablate(Site(PATTERN, 1))])
+    for name in ("attn_pattern.05", "attn_pattern.-1", "attn_pattern.all", "attn_pattern"):
+        with pytest.raises(UserError, match=f"the site '{name}' names no layer: expected attn_pattern, a dot"):
+            lm(tokens, capture=name)
     with pytest.raises(UserError, match="attn_pattern.9: the model has"):
         lm(tokens, capture="attn_pattern.9")
     in_torch = load_model(str(lm.source.folder), backend="torch")
