@@ -41,10 +41,17 @@ class FeatureEdit:
     site: Site = dataclasses.field(metadata=dict(static=True))  #: the site of y (static)
     #: sites of a crosscoder's parts, of which ``site`` is the first; (): it is none (static).
     parts: tuple[Site, ...] = dataclasses.field(default=(), metadata=dict(static=True))
+    #: True where prompts have no attention sink without edits, N is 1; None: sinks are told by the edited run.
+    no_sink: Values | None = None
 
     def with_sink_norms(self, sink_norm: Callable[[str], float]) -> "FeatureEdit":
         """Return the edit with the sink rule of its dictionary's sites; see ``Dictionary.with_sink_norms``."""
         return dataclasses.replace(self, dictionary=self.dictionary.with_sink_norms(sink_norm))
+
+    def with_sinks_of(self, values: Mapping[str, jax.Array]) -> "FeatureEdit":
+        """Return the edit with the attention sinks of an unedited run, given its values [B, T, D] at the two sites."""
+        no_sink_BxT = self.dictionary.is_not_sink(*(values[str(site)] for site in (self.reads, self.site)))
+        return dataclasses.replace(self, no_sink=Values(no_sink_BxT[..., None], True))
 
     def first_tokens(self, shortest: int) -> slice | None:
         """Return the tokens at which it acts if these are among the first ones of texts, which may be attention sinks.
@@ -80,7 +87,11 @@ class FeatureEdit:
         offset_xK, known_BxT = self.offset.at(run)
         # Without earlier edits here: a position that one of them made longer is no attention sink of the model.
         unedited = run.unedited.get(self.reads, x_BxTxD), run.unedited.get(self.site, value_BxTxO)
-        where_BxT = self.positions.at(run) & known_BxT & dictionary.is_not_sink(*unedited)
+        no_sink_BxT = dictionary.is_not_sink(*unedited)
+        if self.no_sink is not None:  # nor one that was made longer by edits of other sites
+            clean_BxTx1, given_BxT = self.no_sink.at(run)
+            no_sink_BxT = jnp.where(given_BxT, clean_BxTx1[..., 0], no_sink_BxT)
+        where_BxT = self.positions.at(run) & known_BxT & no_sink_BxT
         change_BxTxK = (self.factor_1x1xK - 1) * f_BxTxK + offset_xK
         if self.positions.only == "fires":
             fires_BxTxK = dictionary.fires(f_BxTxK)

@@ -4,7 +4,9 @@
 dictionary's features are in ``saejax.dictionaries``.
 """
 
+import contextlib
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
@@ -90,9 +92,10 @@ class Positions:
         first, end = 0, np.iinfo(np.int32).max  # no text is that long: the end of any
         if isinstance(positions, str) and positions in names:
             return cls(jnp.int32(first), jnp.int32(end), "" if positions == "all" else positions)
-        match positions:
-            case (int(start), int() | None as stop) if 0 <= start < (end if stop is None else stop):
-                return cls(jnp.int32(start), jnp.int32(end if stop is None else stop), "")
+        with contextlib.suppress(TypeError, ValueError):  # neither a pair nor of whole numbers of Python, NumPy or JAX
+            start, stop = (None if bound is None else operator.index(bound) for bound in positions)
+            if start is not None and 0 <= start < (end if stop is None else stop):
+                return cls(jnp.int32(min(start, end)), jnp.int32(end if stop is None else min(stop, end)), "")
         raise UserError(
             f"unknown positions {positions!r}: expected {', '.join(names)}, or (start, stop) with 0 <= start < stop, "
             "where a stop of None is the end"

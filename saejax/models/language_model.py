@@ -26,14 +26,14 @@ from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoder import run_layers
 from saejax.models.decoding import SamplingParams
 from saejax.models.edits import Edit as Edit
-from saejax.models.edits import ForwardPass, edited_layers, fit_values
+from saejax.models.edits import ForwardPass, Positions, edited_layers, fit_values
 from saejax.models.generation import Generated
 from saejax.models.layers import Taps
 from saejax.models.lengths import round_length
 from saejax.models.lens import LensOutput
 from saejax.models.sites import PATTERN, AnySite, Site, readable_site
 from saejax.models.source import ModelSource
-from saejax.models.tokens import BOS, Tokens, as_tokens, encode, single_token_id, tokenize
+from saejax.models.tokens import BOS, Tokens, as_tokens, encode, pad, single_token_id, tokenize
 from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding, sharding
 from saejax.short_reprs import has_short_repr
 
@@ -139,13 +139,19 @@ class LanguageModel:
           bos: "auto" (what the tokenizer puts in front, once), "always" or "never"; None: as the model's ``bos``.
 
         Raises:
-          UserError: a text is empty or longer than the context, or the model has no tokenizer.
+          UserError: a text is empty or longer than the context, or has a token that the model lacks; or the model has
+            no tokenizer.
         """
-        return tokenize(self.tokenizer, texts, self.config.context, bos or self.bos)
+        tokens = tokenize(self.tokenizer, texts, self.config.context, bos or self.bos)
+        tokens.check(self.config.vocab, self.config.context)  # a tokenizer may have more tokens than the model
+        return tokens
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of one text of any length; see ``tokens.encode``."""
-        return encode(self.tokenizer, text, self.bos)
+        ids = encode(self.tokenizer, text, self.bos)
+        if ids:
+            pad([ids]).check(self.config.vocab, len(ids))
+        return ids
 
     def token_id(self, text: str) -> int:
         """Return the id of the token with which an answer continues a text: " Paris" and "Paris" differ.
@@ -223,12 +229,13 @@ class LanguageModel:
             or logits are not finite.
         """
         tokens = as_tokens(tokens, self.tokenizer)
-        _, edits = self._prepare(tokens, (), edits, self._length_with_cache(tokens))
+        new = int(max_new_tokens) if isinstance(max_new_tokens, Integral) else 0
+        _, edits = self._prepare(tokens, (), edits, self._length_with_cache(tokens), new)
         generation.check_limit(tokens.lengths_B, max_new_tokens, self.config.context)
         sampling = decoding.sampling_params(temperature, top_p, seed)
         eos = generation.eos_ids(self.source.folder, self.tokenizer)
         condition = generation.StopCondition(self.tokenizer, eos, stop)
-        chunks = self._decode(tokens, int(max_new_tokens), sampling, condition, edits)
+        chunks = self._decode(tokens, new, sampling, condition, edits)
         return generation.collect(chunks, len(tokens.lengths_B), condition)
 
     def _length_with_cache(self, tokens: Tokens) -> int:
@@ -306,7 +313,12 @@ class LanguageModel:
         return lens.read_lens(self.config, self.params, x_LxBxTxD, tuple(listed), top, seed)
 
     def _prepare(
-        self, tokens: Tokens, capture: Sequence[str | AnySite] | str | AnySite, edits: Sequence[Edit], length: int
+        self,
+        tokens: Tokens,
+        capture: Sequence[str | AnySite] | str | AnySite,
+        edits: Sequence[Edit],
+        length: int,
+        new: int = 0,
     ) -> tuple[tuple[AnySite, ...], tuple[Edit, ...]]:
         """Check what a model is called with; return the captured sites, and the edits as they are applied.
 
@@ -315,6 +327,7 @@ class LanguageModel:
           capture: sites or their names, or a single one.
           edits: as the user gave them.
           length: length of the padded prompts, to which the edits' values are padded.
+          new: number of tokens that are generated.
         """
         wanted = [capture] if isinstance(capture, str) or not isinstance(capture, Sequence) else capture
         sites = tuple(readable_site(site) if isinstance(site, str) else site for site in wanted)
@@ -328,6 +341,9 @@ class LanguageModel:
         # Edits of dictionaries that do not know their sink rule yet get the model's rule.
         edits = [edit.with_sink_norms(self.sink_norm) if hasattr(edit, "with_sink_norms") else edit for edit in edits]
         self._warn_of_sinks(edits, tokens)
+        self._warn_of_ends(edits, tokens, new)
+        if len({edit.site for edit in edits}) > 1:  # an edit may make sinks of positions at sites that come later
+            edits = self._with_clean_sinks(edits, tokens)
         edits = [each for edit in edits for each in self._at_single_sites(edit, tokens)]
         for site in (*sites, *(edit.site for edit in edits)):
             self._check_site(site)
@@ -355,6 +371,25 @@ class LanguageModel:
                     "attention sinks" if last > first else "an attention sink",
                     len(tokens.lengths_B),
                 )
+
+    def _warn_of_ends(self, edits: Sequence[Any], tokens: Tokens, new: int) -> None:
+        """Name the edits at spans of positions that begin behind all prompts and new tokens."""
+        longest = int(tokens.lengths_B.max()) + new
+        for edit in edits:
+            positions = getattr(edit, "positions", None)
+            if isinstance(positions, Positions) and (start := int(positions.start)) >= longest:
+                logging.warning(
+                    "an edit at %s changes nothing: it begins at token %d, counted from 0, and the longest text has %d",
+                    "+".join(map(str, getattr(edit, "parts", ()) or (edit.site,))), start, longest,
+                )  # fmt: skip
+
+    def _with_clean_sinks(self, edits: Sequence[Any], tokens: Tokens) -> list[Any]:
+        """Return the edits; those of features of single sites act by the attention sinks of the unedited run."""
+        is_single = [hasattr(edit, "with_sinks_of") and not edit.parts for edit in edits]
+        singles = [edit for edit, single in zip(edits, is_single, strict=True) if single]
+        sites = list(dict.fromkeys(site for edit in singles for site in (edit.reads, edit.site)))
+        values = self(tokens, capture=sites, logits=False).sites if sites else {}
+        return [edit.with_sinks_of(values) if single else edit for edit, single in zip(edits, is_single, strict=True)]
 
     def _at_single_sites(self, edit: Any, tokens: Tokens) -> Sequence[Edit]:
         """Return the edits of single sites that an edit makes: of a crosscoder, one at each of its sites."""

@@ -62,7 +62,7 @@ def sink_norm(lm: Any, site: str, factor: float = SINK_FACTOR) -> float:
       factor: times the median norm over the tokens of ``SAMPLE``.
 
     Raises:
-      UserError: the site does not exist, or its values are not finite.
+      UserError: the site does not exist, its values are not finite, or the model has no tokenizer.
     """
     medians = _medians.setdefault(lm, {})
     if site not in medians:
@@ -77,6 +77,11 @@ def _median_norms(lm: Any, site: str) -> dict[str, float]:
     if site.partition(".")[0] in KINDS:
         parsed = Site.parse(site).check(lm.config)
         sites = [str(Site(parsed.kind, layer)) for layer in range(lm.config.n_layers)]
+    if lm.tokenizer is None:
+        raise UserError(
+            f"the norm that marks attention sinks at {site} is measured on a few sentences, and this model has no "
+            "tokenizer: give the dictionary a rule, as in dictionary.with_sink_norms(lambda site: 100.0)"
+        )
     # Cut to the model's context below, where the check of the tokenizer would refuse the text.
     tokens = tokenize(lm.tokenizer, SAMPLE, context=1 << 20)
     length = min(tokens.ids_BxT.shape[1], lm.config.context)

@@ -1,5 +1,6 @@
 """The attention-sink rule is the model's, whoever trained a dictionary: in edits, scores and files."""
 
+import copy
 import dataclasses
 import json
 
@@ -12,6 +13,7 @@ from tiny_models import TINY_TEXT
 import saejax
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
 from saejax.errors import UserError
+from saejax.models.edits import SiteEdit
 from saejax.models.sinks import SAMPLE, SINK_FACTOR
 from saejax.models.tokens import pad
 
@@ -73,6 +75,47 @@ def test_a_strong_edit_makes_no_sinks_for_the_edits_after_it(lm, foreign):
         )
         change_T = np.abs(both - steered).max(axis=-1)
         assert (change_T[1:] > 1e-4).all() and (site != SITE or change_T[0] == 0), (site, change_T)
+
+
+def test_an_edit_of_an_earlier_site_makes_no_sinks_for_edits_of_later_ones(lm, foreign):
+    """Nor does it unmake one: sinks are those of the run without edits."""
+    ids, d = pad([[SINK, *USUAL], [*USUAL, SINK]]), lm.config.d_model
+    transcoder = make_dictionary(d, "mlp_in.1", "mlp_out.1")
+    strong = SiteEdit.steer("resid_post.0", np.ones(d), 5 * lm.sink_norm(SITE))
+    strong_sae = make_dictionary(d, "resid_post.0").steer([3], 5 * lm.sink_norm(SITE))
+    weak = SiteEdit.set("resid_post.0", np.linspace(-1, 1, d))
+    is_sink_BxT = ids.ids_BxT == SINK
+    for earlier, later in ((strong, foreign), (strong_sae, foreign), (weak, foreign), (strong, transcoder)):
+        site, ablated = later.config.target or later.site, later.ablate(range(4, 24))
+        first, both = (
+            np.asarray(lm(ids, capture=[site], edits=edits).sites[site]) for edits in ([earlier], [ablated, earlier])
+        )
+        changed_BxT = np.abs(both - first).max(axis=-1) > 1e-4
+        assert changed_BxT[~is_sink_BxT].all() and not (changed_BxT & is_sink_BxT)[:, : 7 * (later is foreign)].any()
+    # In a text that goes on, new tokens are no part of that run.
+    steered = [one.ids for one in lm.generate(ids, 4, edits=[strong])]
+    moved = lm.generate(ids, 4, edits=[strong, foreign.steer([3], 9 * lm.sink_norm(SITE))])
+    assert [one.ids for one in moved] != steered
+
+
+def test_an_edit_behind_all_texts_is_told(lm, foreign, caplog):
+    ids = pad([[*USUAL], [*USUAL[:3]]])
+    told = f"an edit at {SITE} changes nothing: it begins at token 6, counted from 0, and the longest text has 6"
+    for edit in (foreign.ablate([3], positions=(6, None)), SiteEdit.ablate(SITE, (np.int64(6), 2**40))):
+        lm(ids, edits=[edit])
+        assert told in caplog.text
+        caplog.clear()
+        lm.generate(ids, 2, edits=edit)
+        assert not caplog.text
+
+
+def test_a_model_without_a_tokenizer_has_no_rule(lm, foreign):
+    bare = copy.copy(lm)
+    bare.tokenizer = None
+    with pytest.raises(UserError, match=f"at {SITE} is measured on a few sentences, and this model has no tokenizer"):
+        bare(pad([[*USUAL]]), edits=[foreign.ablate([3])])
+    known = foreign.with_sink_norms(lambda site: 100.0)
+    assert bare(pad([[*USUAL]]), edits=[known.ablate([3])]).logits_BxTxV is not None
 
 
 def test_an_edit_of_sinks_alone_is_told(lm, foreign, caplog):

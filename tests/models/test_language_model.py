@@ -60,6 +60,12 @@ def test_texts_that_cannot_be_run(lm, texts, message):
         lm.tokenize(texts)
     with pytest.raises(UserError, match="texts is one string: expected a list"):
         lm.tokenize("The capital")
+    larger = copy.copy(lm)  # whose tokenizer has a token that the model lacks
+    larger.tokenizer = copy.deepcopy(lm.tokenizer)
+    larger.tokenizer.add_tokens([f"<{number}>" for number in range(lm.config.vocab)])
+    for read in (larger.encode, lambda text: larger.tokenize([text])):
+        with pytest.raises(UserError, match=f"expected 0 to {lm.config.vocab - 1}, the ids of this model"):
+            read(f"The capital <{lm.config.vocab - 1}>")
     for run in (lm, lambda tokens: lm.generate(tokens, 1)):
         with pytest.raises(UserError, match=r"tokens is a str: expected the result of lm.tokenize\(texts\)"):
             run("The capital")

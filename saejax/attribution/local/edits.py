@@ -232,12 +232,15 @@ class ChangeEdits:
         self._value_N = table_Nx5[:, 4].astype(np.float32)
 
     def warn_of_sinks(self) -> None:
-        """Count the rows that change nothing, since no feature is used at the first positions: there each one is 0."""
-        is_idle_N = (self._position_N < self._state.first) & (self._value_N == 0)
+        """Count the rows that change nothing, since no feature is used at attention sinks: there each one is 0."""
+        position_N, sink_LxP = self._position_N, self._state.sink_LxP
+        in_prompt_N = np.minimum(position_N, sink_LxP.shape[1] - 1)
+        is_sink_N = (position_N == in_prompt_N) & sink_LxP[self._layer_N, in_prompt_N]
+        is_idle_N = ((position_N < self._state.first) | is_sink_N) & (self._value_N == 0)
         if idle := {*self._row_N.tolist()} - {*self._row_N[~is_idle_N].tolist()}:
             logging.warning(
                 "%d of %d rows of changes change nothing: they set features to 0 at attention sinks alone (the first "
-                "tokens, %d here), where no feature is used",
+                "tokens, %d here, and others of such a norm), where no feature is used",
                 len(idle), len({*self._row_N.tolist()}), self._state.first,
             )  # fmt: skip
 

@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax import lax
 
 from saejax.attribution.graph.data import FEATURE, Nodes
@@ -353,17 +354,6 @@ def activations(encoder: Dictionary, read_xD: jax.Array) -> jax.Array:
     return jnp.where(encoder.is_not_sink(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
 
 
-def activations_of(encoder: Dictionary, read_MxD: jax.Array, feature_M: jax.Array) -> jax.Array:
-    """Return activations of single features, [M].
-
-    Args:
-      encoder: of the features.
-      read_MxD: what it reads.
-      feature_M: the feature of each value that is read.
-    """
-    return jnp.take_along_axis(activations(encoder, read_MxD), feature_M[:, None], axis=1)[:, 0]
-
-
 @jax.jit
 def encode_used(encoder: Dictionary, read_xTxD: jax.Array, used_xT: jax.Array) -> jax.Array:
     """Return activations [..., T, F] of what is read [..., T, D], 0 at sinks and where ``used_xT`` is False."""
@@ -489,6 +479,7 @@ class LocalState(PromptRun):
     Attributes:
       frozen: the frozen layers.
       error_LxTxD: what transcoders do not explain; 0 at the first positions and at padding.
+      sink_LxP: True at later positions where the norm is that of an attention sink, and no feature is used.
       first_LxUxD: the MLP's output at the first positions, those without features, less the skip path.
       b_dec_LxD: biases of the decoders.
 
@@ -534,9 +525,9 @@ class LocalState(PromptRun):
             active = active_features(encoder, layer, read[0], used_T)
             # 3. What they write, and the error.
             outputs.add(layer, active.position_A, active.feature_A, active.value_A)
-            error_TxD, mlp_TxD = _errors(encoder, read[0], out[0], outputs.pop(layer), used_T)
+            error_TxD, mlp_TxD, sink_T = _errors(encoder, read[0], out[0], outputs.pop(layer), used_T)
             active_by_layer.append(active)
-            values = dict(stream=x_TxD, error=error_TxD, first=mlp_TxD[:first], b_dec=encoder.b_dec_D[...])
+            values = dict(stream=x_TxD, error=error_TxD, first=mlp_TxD[:first], b_dec=encoder.b_dec_D[...], sink=sink_T)
             if encoder.config.skip:
                 values["skip"] = encoder.W_skip_DxD[...]
             for name, value in values.items():
@@ -548,6 +539,7 @@ class LocalState(PromptRun):
         stacks: dict[str, Any] = {name: jnp.stack(parts.pop(name)) for name in list(parts)}
         self.stream_LxTxD, self.error_LxTxD = stacks["stream"], stacks["error"]
         self.first_LxUxD, self.b_dec_LxD = stacks["first"], stacks["b_dec"]
+        self.sink_LxP = to_host(stacks["sink"])[:, : len(self.ids_P)]
         self.frozen = dataclasses.replace(self.frozen, skip_LxDxD=stacks.get("skip"))
         # First the model: where it is not finite itself, that is the cause to name.
         self.check()
@@ -557,6 +549,12 @@ class LocalState(PromptRun):
                 f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
                 "fetch or train it again"
             )
+        if self.sink_LxP.any():
+            logging.warning(
+                "%d of %d places of the prompt (layer and token after the first) are attention sinks by their norm, "
+                "where no feature of %s is used: what the MLP adds there is error",
+                int(self.sink_LxP.sum()), self.sink_LxP[:, first:].size, transcoders.name,
+            )  # fmt: skip
 
     @property
     def first(self) -> int:
@@ -612,12 +610,16 @@ def _errors(
     out_TxD: jax.Array,
     written_TxD: jax.Array,
     used_T: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Return what features do not explain, 0 where they are not used, and the MLP's output less the skip path."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what features do not explain, 0 where they are not used; the MLP's output less the skip path; and sinks.
+
+    Of the positions at which features are used, attention sinks are those whose norm is that of one.
+    """
     if encoder.config.skip:
         out_TxD = out_TxD - einsum("td,de->te", read_TxD, encoder.W_skip_DxD[...])
     error_TxD = out_TxD - encoder.b_dec_D[...][None] - written_TxD
-    return jnp.where(used_T[:, None], error_TxD, jnp.zeros_like(error_TxD)), out_TxD
+    sink_T = used_T & ~encoder.is_not_sink(read_TxD)
+    return jnp.where(used_T[:, None], error_TxD, jnp.zeros_like(error_TxD)), out_TxD, sink_T
 
 
 @functools.partial(jax.jit, static_argnums=1)

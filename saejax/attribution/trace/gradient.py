@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax import lax
 
 from saejax.attribution.graph.data import BIAS, ERROR, TOKEN, Nodes
@@ -38,7 +39,6 @@ from saejax.attribution.local.state import (
     FrozenModel,
     LocalRun,
     PromptRun,
-    activations_of,
     active_features,
     embed,
     padded,
@@ -65,6 +65,7 @@ class SaeRun(PromptRun):
     dictionaries: LayerSaes
     error_SxTxD: np.ndarray  #: fp32, what the SAEs do not explain; at attention sinks all but b_dec
     b_dec_SxD: np.ndarray  #: biases of the decoders
+    sink_SxT: np.ndarray  #: True at attention sinks, where no feature is used
 
     @classmethod
     def of(cls, model: LanguageModel, saes: LayerSaes, ids_P: np.ndarray) -> "SaeRun":
@@ -85,7 +86,7 @@ class SaeRun(PromptRun):
         leaving_TxD, values = _run(model.config, rules, kinds, model.params, x_TxD)
         last_D = leaving_TxD[len(ids_P) - 1]
         logits_V = to_host(decoder.unembed(model.config, model.params, last_D[None], rules)[0])
-        active_by_site, errors, biases, outputs = [], [], [], FeatureOutputs(saes, length)
+        active_by_site, errors, biases, sinks, outputs = [], [], [], [], FeatureOutputs(saes, length)
         for site in saes.sites:
             sae, read_TxD = saes.load(site.layer, model.mesh), values[site.kind][site.layer]
             # Padding has no features; attention sinks are left out by the SAE's own rule.
@@ -94,10 +95,11 @@ class SaeRun(PromptRun):
             outputs.add(site.layer, active.position_A, active.feature_A, active.value_A)
             active_by_site.append(active)
             biases.append(to_host(sae.b_dec_D[...]))
+            sinks.append(~to_host(sae.is_not_sink(read_TxD)))
             errors.append(np.where(used_T[:, None], to_host(read_TxD) - biases[-1] - outputs.pop(site.layer), 0))
         run = cls(
             model, saes, rules, ids_P, Active.concatenate(active_by_site), logits_V, last_D, values["resid_pre"],
-            np.stack(errors), np.stack(biases),
+            np.stack(errors), np.stack(biases), np.stack(sinks),
         )  # fmt: skip
         run.check()
         return run
@@ -129,6 +131,7 @@ class SaeRun(PromptRun):
         model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
         pairs = zip(self.dictionaries.sites, self.dictionaries.configs, strict=True)
         change_Nx5 = placed_changes(edits, last + 1, {site.layer: config.n_features for site, config in pairs})
+        self._warn_of_sinks(change_Nx5)
         self.dictionaries.resolve_sinks(model)  # another model may have used the SAEs meanwhile
         readings = Readings(self, len(edits), readouts, features, logits)
         site_of = {site.layer: site for site in self.dictionaries.sites}
@@ -152,6 +155,17 @@ class SaeRun(PromptRun):
                 logits_RxV = decoder.unembed(model.config, model.params, last_BxD[1:], self.rules)
                 readings.logits_RxV[rows] = to_host(logits_RxV)
         return readings.checked()
+
+    def _warn_of_sinks(self, change_Nx5: np.ndarray) -> None:
+        """Count the rows that change nothing, since they act at attention sinks alone."""
+        row_N, layer_N, position_N = change_Nx5[:, :3].T.astype(np.int64)
+        site_N = np.searchsorted([site.layer for site in self.dictionaries.sites], layer_N)
+        idle = {*row_N.tolist()} - {*row_N[~self.sink_SxT[site_N, position_N]].tolist()}
+        if idle:
+            logging.warning(
+                "%d of %d rows of changes change nothing: they act at attention sinks alone, where no feature is used",
+                len(idle), len({*row_N.tolist()}),
+            )  # fmt: skip
 
     def _edits(self, change_Nx5: np.ndarray) -> list["PlacedEdit"]:
         edits = list[PlacedEdit]()
@@ -181,9 +195,11 @@ class PlacedEdit:
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the edited value of ``site``; attention sinks, where no feature is used, stay as they are."""
         x_MxD = value_BxTxD[self.row_M, self.position_M]
-        old_M = activations_of(self.dictionary, x_MxD, self.feature_M)
-        # At a sink the SAE has no features that could be set.
-        change_M = jnp.where(self.dictionary.is_not_sink(x_MxD), self.value_M - old_M, 0)
+        old_M = jnp.take_along_axis(self.dictionary.encode(x_MxD), self.feature_M[:, None], axis=1)[:, 0]
+        # At a sink the SAE has no features that could be set. Sinks are the prompt's, which is the first row: a change
+        # of another layer may have made a position longer.
+        no_sink_M = self.dictionary.is_not_sink(value_BxTxD[0, self.position_M])
+        change_M = jnp.where(no_sink_M, self.value_M - old_M, 0)
         added_MxD = change_M[:, None] * self.dictionary.W_dec_FxD[...][self.feature_M]
         return value_BxTxD.at[self.row_M, self.position_M].add(added_MxD.astype(value_BxTxD.dtype))
 

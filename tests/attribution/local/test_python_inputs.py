@@ -85,6 +85,24 @@ def test_changes_of_nothing_are_counted(local, change, caplog):
     assert caplog.text.count("change nothing") == 1
 
 
+def test_places_without_features_by_their_norm_are_counted(lm, transcoders, change, caplog):
+    layer, position = change[:2]
+    read_TxD = lm(pad([IDS]), capture=[f"mlp_in.{layer}"]).sites[f"mlp_in.{layer}"][0]
+    norm_T = np.linalg.norm(np.asarray(read_TxD), axis=-1)
+    low = [dictionary.with_sink_norms(lambda site: 1e9, replace=True) for dictionary in transcoders]
+    limit = float(norm_T[position]) * 0.999
+    low[layer] = low[layer].with_sink_norms(lambda site: limit, replace=True)
+    count = int((norm_T[1:] > limit).sum())
+    assert 0 < count < 5
+    local = LocalModel(lm, low, IDS)
+    assert f"{count} of {5 * lm.config.n_layers} places of the prompt (layer and token after the first)" in caplog.text
+    assert (layer, position) not in {(at, place) for at, place, _ in local.active.index_of}
+    for value, is_told in ((0.0, True), (2.0, False)):
+        caplog.clear()
+        local.run(Change(layer, position, change.feature, value))
+        assert ("1 of 1 rows of changes change nothing" in caplog.text) == is_told
+
+
 def test_settings_of_generated_texts(local, change):
     greedy = local.generate(change, 3).ids_N
     np.testing.assert_array_equal(local.generate(change, np.int64(3), temperature=1e-300).ids_N, greedy)

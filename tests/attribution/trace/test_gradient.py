@@ -293,6 +293,24 @@ def test_features_that_a_run_with_saes_does_not_have_are_refused(llama, features
         run.run([[]], features=features)
 
 
+def test_changes_at_sinks_are_told_and_a_strong_change_makes_none(llama, caplog):
+    lm, _ = llama
+    saes = saes_of(lm, ("resid_post.0", "resid_post.1"))
+    run = SaeRun.of(lm, open_saes(saes), np.array(IDS))
+    (sink,) = np.flatnonzero(run.sink_SxT[1, : len(IDS)])
+    (clean_V,) = run.run([[]]).logits_RxV
+    at_sink = Change(1, int(sink), 3, 5.0)
+    np.testing.assert_array_equal(run.run([[at_sink]]).logits_RxV[0], clean_V)
+    assert "1 of 1 rows of changes change nothing: they act at attention sinks alone" in caplog.text
+    caplog.clear()
+    # The first change makes the position longer than any sink where the second one acts.
+    place = int(np.flatnonzero(~run.sink_SxT[:, : len(IDS)].any(axis=0))[0])
+    limit = saes[1].config.max_norm
+    strong, later = Change(0, place, 3, 1e2 * limit), Change(1, place, 3, 1e2 * limit)
+    alone, both = run.run([[strong], [strong, later]]).logits_RxV
+    assert not caplog.text and np.abs(alone - both).max() > 1e-3
+
+
 def test_a_slice_of_positions_is_each_of_them(llama):
     lm, saes = llama
     run = SaeRun.of(lm, open_saes(saes), np.array(IDS, np.int32))
