@@ -61,7 +61,7 @@ from saejax.interventions.table import (
 from saejax.interventions.text import HeldOutText
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import Site
+from saejax.models.sites import INNER_KINDS, Site
 from saejax.models.split import Readout
 from saejax.progress import OnProgress, silent
 from saejax.statistics.bootstrap import resampling_weights
@@ -556,9 +556,9 @@ def _on_basis(tested: BehaviourAblation, name: str) -> BehaviourAblation | None:
         if isinstance(lm.config, TorchConfig):  # which has no table of its weights
             return None
         site = Site.parse(dictionary.config.target or dictionary.site)
-        # Where a norm follows the MLP, or the MLP reads the site, a neuron has no direction at the site's scale. Of
-        # several experts each has neurons of its own.
-        if lm.config.post_norms or lm.config.n_experts or site.kind == "mlp_in":
+        # Where a norm follows the MLP, or the site is within attention or the MLP or read by it, a neuron has no
+        # direction at the site's scale. Of several experts each has neurons of its own.
+        if lm.config.post_norms or lm.config.n_experts or site.kind in (*INNER_KINDS, "mlp_in"):
             return None
         return tested.with_basis(bases.Neurons(lm, site.layer))
     values_NxD = tested.train.site_values()

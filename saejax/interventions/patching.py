@@ -43,7 +43,7 @@ from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row, sharding
 from saejax.progress import OnProgress, silent
 from saejax.results import Interval
-from saejax.tasks.answer_tokens import first_answer_ids
+from saejax.tasks.answer_tokens import different_answer_ids
 from saejax.tasks.behaviours import Prompt
 
 DIRECTIONS = ("denoising", "noising")
@@ -116,6 +116,7 @@ def patch_sites(
     layers: Sequence[int] | None = None,
     batch_rows: int = BATCH_ROWS,
     on_progress: OnProgress = silent,
+    by_head: bool = True,
 ) -> PatchEffects:
     """Patch a kind of site in every layer, in both directions.
 
@@ -128,10 +129,12 @@ def patch_sites(
       batch_rows: rows of a batch.
       on_progress: called at the start and after each batch with the rows done and in total, also those that are not
         run; may raise to stop.
+      by_head: whether heads are patched each by itself, not all together.
 
     Raises:
       UserError: there is no such kind or layer, the model runs in PyTorch and the kind is one of heads, a counterpart
-        has another number of tokens, or a logit difference is not finite.
+        has another number of tokens, both answers of a prompt begin with the same token, or a logit difference is not
+        finite.
     """
     one_of(kind, ALL_KINDS, "kind of site")
     layers = tuple(sorted(set(range(lm.config.n_layers) if layers is None else layers)))
@@ -147,10 +150,11 @@ def patch_sites(
             f"{prompts[index].text!r} has another number of tokens than its counterpart "
             f"{prompts[index].counterpart!r}: give pairs of one length (see fitting_pairs)"
         )
-    answers_Px2 = first_answer_ids(lm.tokenizer, prompts)
+    answers_Px2 = different_answer_ids(lm.tokenizer, prompts)
     columns = int(lengths_P.max()) if positions == EACH else 1
+    heads = count_heads(lm.config, kind) if by_head else 1
     base_2xP = np.full((2, len(prompts)), np.nan)
-    diff_DxLxHxPxC = np.full((2, len(layers), count_heads(lm.config, kind), len(prompts), columns), np.nan)
+    diff_DxLxHxPxC = np.full((2, len(layers), heads, len(prompts), columns), np.nan)
     all_rows = 2 * diff_DxLxHxPxC[0, :, :, 0, 0].size * int(lengths_P.sum() if positions == EACH else len(prompts))
     done = 0
     on_progress(0, all_rows)
@@ -161,7 +165,7 @@ def patch_sites(
         all_ids = [fit_ids(tokens.ids_BxT[rows_B], length) for tokens in sides]
         runs = [record(point, lm.params, *by_row(lm.mesh, ids_BxT, last_B, answers_Bx2)) for ids_BxT in all_ids]
         base_2xP[:, index_P] = [to_host(run.diff_B)[: len(index_P)] for run in runs]
-        patched, column_R = _rows_to_run(point, runs, positions, layers, last_B[: len(index_P)], length)
+        patched, column_R = _rows_to_run(heads, runs, positions, layers, last_B[: len(index_P)], length)
         has_column_PxC = np.ones((len(index_P), columns), bool)
         if positions == EACH:
             # Columns are counted from the end, where prompts of other lengths have their answers.
@@ -177,7 +181,7 @@ def patch_sites(
             whole_PxC = np.where(has_column_PxC, base_2xP[base, index_P][:, None], np.nan)
             diff_DxLxHxPxC[direction][:, :, index_P] = whole_PxC
             # The run that is not the base is the source.
-            args = point, lm.params, runs[base], runs[1 - base].value_LxBxTxX, last_B, answers_Bx2
+            args = point, heads, lm.params, runs[base], runs[1 - base].value_LxBxTxX, last_B, answers_Bx2
             # A generator: a batch is started when an earlier one is fetched, not all at once.
             started = (_start_rows(*args, PatchRows(*(a[b] for a in patched)), batch_rows) for b in batches)
             for batch, device_array in zip(batches, prefetch(started), strict=True):
@@ -276,7 +280,7 @@ def _differences(heads: int, clean_LxBxTxX: jax.Array, corrupted_LxBxTxX: jax.Ar
 
 
 def _rows_to_run(
-    point: SplitPoint,
+    heads: int,
     runs: Sequence[Recording],
     positions: str,
     layers: Sequence[int],
@@ -284,7 +288,6 @@ def _rows_to_run(
     length: int,
 ) -> tuple[PatchRows, np.ndarray]:
     """Return the rows in which the two runs differ, by rising layer, and the column of each among the positions."""
-    heads = count_heads(point.config, point.site.kind)
     differs_LxHxBxT = to_host(_differences(heads, *(run.value_LxBxTxX for run in runs)))
     wanted_PxT = editable_positions("all" if positions == EACH else positions, last_P, length)
     changed_LxHxPxT = differs_LxHxBxT[:, :, : len(last_P)] & wanted_PxT
@@ -304,6 +307,7 @@ def _rows_to_run(
 
 def _start_rows(
     point: SplitPoint,
+    heads: int,
     params: decoder.Params,
     base: Recording,
     source_LxBxTxX: jax.Array,
@@ -321,7 +325,6 @@ def _start_rows(
     first: int | np.integer = np.int32(start)
     if isinstance(point.config, TorchConfig):
         program, first = _patched_rows_of_layer, start
-    heads = count_heads(point.config, point.site.kind)
     return program(
         point, heads, first, params, base.stream_LxBxTxD, source_LxBxTxX, PatchRows(*arrays[:5]), *arrays[5:]
     )

@@ -225,11 +225,17 @@ def open_crosscoder(lm: LanguageModel, crosscoder: Dictionary, texts: Sequence[s
       texts: texts whose values say how large values of each site are.
 
     Raises:
-      UserError: a part is of a second model or no site of the decoder, or has no values but attention sinks.
+      UserError: a part is of a second model, within attention or the MLP, or no site of the decoder, or has no values
+        but attention sinks.
     """
     for name in site_parts(crosscoder.site):
-        if OtherSite.names(name) or Site.parse(name).kind not in KINDS:
-            raise UserError(f"the crosscoder reads {name}: features of crosscoders of one decoder's sites are tested")
+        if OtherSite.names(name):
+            raise UserError(f"the crosscoder reads {name}, a site of a second model: expected one of one model's sites")
+        if Site.parse(name).kind not in KINDS:
+            raise UserError(
+                f"the crosscoder reads {name}, which lies within attention or the MLP: of crosscoders, features of "
+                f"sites as wide as the stream are tested, {', '.join(KINDS)}"
+            )
     parts = crosscoder_parts(crosscoder.config)
     for part in parts:
         Site.parse(part.site).check(lm.config)

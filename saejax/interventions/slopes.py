@@ -48,7 +48,7 @@ from saejax.models.split import Ends, PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import BY_DOCUMENT, by_row, fitting_sharding, row_sharding, sharding
 from saejax.progress import OnProgress, show_progress, silent
-from saejax.tasks.answer_tokens import first_answer_ids
+from saejax.tasks.answer_tokens import different_answer_ids, first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
 TARGETS = 16  # targets whose slopes are computed together: as many times the tokens of a batch
@@ -72,13 +72,15 @@ def slopes(
       Float32 array ``[P, T, D]``, in logits or nats per unit of the site; 0 beyond a prompt's last token.
 
     Raises:
-      UserError: the readout or the site does not exist, or the gradient is not finite.
+      UserError: the readout or the site does not exist, both answers of a prompt begin with the same token, or the
+        gradient is not finite.
     """
     one_of(readout, ("logit_diff", "log_prob"), "readout with a gradient")
     where = Site.parse(site).check(lm.config)
     point = SplitPoint(lm.config, where, where, lm.mesh, lm.rules)
     tokens = lm.tokenize([prompt.text for prompt in prompts])
-    answers_Px2 = first_answer_ids(lm.tokenizer, prompts)
+    read_ids = different_answer_ids if readout == "logit_diff" else first_answer_ids
+    answers_Px2 = read_ids(lm.tokenizer, prompts)
     parts, size = [], prompts_at_once(tokens.ids_BxT.shape[1])
     with show_progress("slopes") as bar:
         for first in range(0, len(prompts), size):

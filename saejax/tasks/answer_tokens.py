@@ -40,6 +40,17 @@ def first_answer_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
     return np.array([[answer_ids(tokenizer, *pair)[0] for pair in pairs] for pairs in answers], np.int32)
 
 
+def different_answer_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
+    """Return ``first_answer_ids`` where both answers of each prompt differ; a ``UserError`` otherwise, too."""
+    ids_Nx2 = first_answer_ids(tokenizer, prompts)
+    for place in np.flatnonzero(ids_Nx2[:, 0] == ids_Nx2[:, 1])[:1]:
+        raise UserError(
+            f"{ALIKE} in prompt {place}, counted from 0, {prompts[place].text!r:.60}: their logit difference is always "
+            "0; give answers whose first tokens differ"
+        )
+    return ids_Nx2
+
+
 def fault(tokenizer: Any, prompt: Prompt) -> str:
     """Return why a prompt's answers cannot be told apart by their first tokens; "" if they can."""
     texts = [prompt.text, *([prompt.counterpart] if prompt.counterpart else [])]

@@ -502,10 +502,14 @@ def test_the_stage_tests_one_set_of_several_sites(make_run, tiny, make_dictionar
         assert {item.site for item in top} == {"", "resid_post.2"}
 
 
-def test_neurons_of_several_experts_are_no_basis(tiny, dictionary):
+def test_neurons_of_several_experts_or_beside_other_widths_are_no_basis(tiny, dictionary, make_dictionary):
     lm = types.SimpleNamespace(config=dataclasses.replace(tiny.config, n_experts=4, experts_per_token=2))
     tested = types.SimpleNamespace(split=types.SimpleNamespace(lm=lm), basis=dictionary)
     assert ablation_module._on_basis(tested, "neurons") is None
+    # Their dose, in units of mlp_out, would not be that of a change of heads or of hidden activations.
+    for site in ("attn_z.1", "mlp_act.1"):
+        tested = types.SimpleNamespace(split=types.SimpleNamespace(lm=tiny), basis=make_dictionary(site))
+        assert ablation_module._on_basis(tested, "neurons") is None
 
 
 def test_what_cannot_be_run_is_said(make_run):

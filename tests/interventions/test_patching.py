@@ -81,6 +81,21 @@ def test_heads_at_each_position_add_up_in_shape(tiny, pairs):
     np.testing.assert_allclose(earlier[~np.isnan(earlier)], 0, atol=1e-5)
 
 
+def test_all_heads_together_are_the_whole_site(tiny, pairs):
+    """As a dictionary of heads is compared with in the stage; one head alone is less."""
+    site, tokens = "attn_z.2", [tiny.tokenize([p.text for p in pairs]), tiny.tokenize([p.counterpart for p in pairs])]
+    source = tiny(tokens[1], capture=[site]).sites[site]
+    logits_PxV = np.asarray(tiny(tokens[0], edits=[saejax.SiteEdit.patch(site, source)]).logits_BxTxV)
+    logits_PxV = logits_PxV[np.arange(len(pairs)), tokens[0].last_B]
+    ids = [[tiny.token_id(answer) for answer in (pair.correct, pair.wrong)] for pair in pairs]
+    expected = [logits_V[right] - logits_V[wrong] for logits_V, (right, wrong) in zip(logits_PxV, ids, strict=True)]
+    patched = patching.patch_sites(tiny, "attn_z", pairs, "all", [2], by_head=False)
+    assert patched.diff_DxLxHxPxC.shape == (2, 1, 1, len(pairs), 1)
+    np.testing.assert_allclose(patched.diff_DxLxHxPxC[1, 0, 0, :, 0], expected, atol=2e-5)
+    first = patching.patch_sites(tiny, "attn_z", pairs, "all", [2]).diff_DxLxHxPxC[1, 0, 0, :, 0]
+    assert np.abs(first - expected).max() > 1e-3
+
+
 def test_all_positions_together_equal_the_other_run(tiny, pairs):
     patched = patching.patch_sites(tiny, "resid_pre", pairs, "all", layers=[2])
     np.testing.assert_allclose(patched.diff_DxLxHxPxC[0, 0, 0, :, 0], patched.clean_P, atol=1e-5)
@@ -177,10 +192,14 @@ def test_what_cannot_be_patched_is_refused_in_a_line(tiny, tiny_llama, pairs):
     )
     assert not fitting and left_out == {"no counterpart": 1, "other length": 1}
     in_torch = saejax.load_model(str(tiny_llama), backend="torch", mesh=tiny.mesh)
+    alike = [dataclasses.replace(pair, split="test") for pair in pairs[:2]]
+    alike[1] = dataclasses.replace(alike[1], wrong=alike[1].correct + " far")
     for message, call in (
         ("heads", lambda: patching.patch_sites(in_torch, "attn_z", pairs)),
         ("another number of tokens", lambda: patching.patch_sites(tiny, "resid_post", [longer])),
         ("kind of site", lambda: patching.patch_sites(tiny, "resid", pairs)),
+        ("both answers begin with the same token in prompt 1, counted", lambda: saejax.patch(tiny, alike)),
+        ("both answers begin with the same token", lambda: saejax.slopes(tiny, alike, "logit_diff", "resid_post.1")),
         ("there is no site", lambda: patching.patch_sites(tiny, "resid_post", pairs, layers=[99])),
         ("positions", lambda: patching.patch_sites(tiny, "resid_post", pairs, "first")),
         ("no test prompt has a counterpart", lambda: saejax.patch(tiny, [dataclasses.replace(longer, split="test")])),

@@ -411,6 +411,11 @@ def test_features_of_a_crosscoder_are_ablated_and_judged_at_all_of_its_sites(
     assert_equals_whole_runs(found, asked, plain, saes, falls_of)
     with pytest.raises(UserError, match="neither repeats nor error='drop'"):
         saejax.ablate(tiny, crosscoder, prompts, error="drop", **SETTINGS)
-    other = crosscoder.with_config(dataclasses.replace(crosscoder.config, site=f"{SITES[0]}+other:{SITES[0]}"))
-    with pytest.raises(UserError, match="reads other:resid_post.0: features of crosscoders of one"):
-        saejax.ablate(tiny, other, prompts, **SETTINGS)
+    for part, said in (
+        (f"other:{SITES[0]}", f"reads other:{SITES[0]}, a site of a second model"),
+        ("attn_z.1", "reads attn_z.1, which lies within attention or the MLP"),
+        ("mlp_act.1", "reads mlp_act.1, which lies within attention or the MLP: .*, resid_pre, attn_out"),
+    ):
+        other = crosscoder.with_config(dataclasses.replace(crosscoder.config, site=f"{SITES[0]}+{part}"))
+        with pytest.raises(UserError, match=said):
+            saejax.ablate(tiny, other, prompts, **SETTINGS)

@@ -58,6 +58,6 @@ ABLATE = Stage(
     inputs=_inputs,
     names=_names,
     check=_check,
-    revision=7,  # an effect below 0 is none
+    revision=8,  # neurons are no basis of a site within attention or the MLP
     processes="all",
 )

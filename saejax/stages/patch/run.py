@@ -204,7 +204,7 @@ def _measure_features(
     interchange, line = None, "on no pair is the model right about both the prompt and its counterpart"
     if both_P.any():
         site = Site.parse(dictionary.config.target or dictionary.site)
-        whole = patch_sites(lm, site.kind, tests, "all", [site.layer], config.batch_rows)
+        whole = patch_sites(lm, site.kind, tests, "all", [site.layer], config.batch_rows, by_head=False)
         random_sets = table.select_whole_edits(name, "random")
         random_ExP = table.values(random_sets, definitions, "logit_diff")
         interchange = Interchange(

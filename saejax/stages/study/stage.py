@@ -69,7 +69,7 @@ STUDY = Stage(
     inputs=_inputs,
     names=lambda configs: configs[StudyConfig].benchmarks,
     check=_check,
-    revision=12,  # an effect below 0 is none
+    revision=13,  # neurons are no basis of a site within attention or the MLP
     processes="items",
     section=sections,
 )
