@@ -150,8 +150,8 @@ def fit_jacobian_lens(
     chosen = sorted(set(range(config.n_layers - 1) if layers is None else layers))
     wrong = [layer for layer in chosen if not 0 <= layer < config.n_layers]
     if wrong or not chosen:
-        said = f"{wrong} is none of" if wrong else "expected some of"
-        raise UserError(f"layers is {layers}: {said} 0 to {config.n_layers - 1}")
+        fault = f"{wrong} is none of" if wrong else "expected some of"
+        raise UserError(f"layers is {layers}: {fault} 0 to {config.n_layers - 1}")
     length = min(length, config.context)
     ids = [text_ids for text_ids in (lm.encode(text)[:length] for text in texts) if len(text_ids) >= skipped + 2]
     if not ids:

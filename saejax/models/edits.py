@@ -92,8 +92,10 @@ class Positions:
         first, end = 0, np.iinfo(np.int32).max  # no text is that long: the end of any
         if isinstance(positions, str) and positions in names:
             return cls(jnp.int32(first), jnp.int32(end), "" if positions == "all" else positions)
-        with contextlib.suppress(TypeError, ValueError):  # neither a pair nor of whole numbers of Python, NumPy or JAX
-            start, stop = (None if bound is None else operator.index(bound) for bound in positions)
+        # What is neither a pair nor of whole numbers, be they of Python, NumPy or JAX, is refused below; text, too.
+        with contextlib.suppress(TypeError, ValueError):
+            bounds: Any = positions
+            start, stop = (None if bound is None else operator.index(bound) for bound in bounds)
             if start is not None and 0 <= start < (end if stop is None else stop):
                 return cls(jnp.int32(min(start, end)), jnp.int32(end if stop is None else min(stop, end)), "")
         raise UserError(

@@ -80,10 +80,13 @@ class StopCondition:
         if self._with_special:
             whole = continuation_text(self._tokenizer, ids)
             for string in self._with_special:
-                shown, found, _ = whole.partition(string)
-                for token in self._special if found else ():
+                if string not in whole:
+                    continue
+                # What is left is shown as ``decode`` shows it: without special tokens.
+                shown = whole[: whole.index(string)]
+                for token in self._special:
                     shown = shown.replace(token, "")
-                before += [shown] * bool(found)
+                before.append(shown)
         return min(before, key=len, default=None)
 
     def cut(self, ids: Sequence[int], start: int) -> Generated | None:

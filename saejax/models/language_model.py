@@ -229,6 +229,7 @@ class LanguageModel:
             or logits are not finite.
         """
         tokens = as_tokens(tokens, self.tokenizer)
+        # What is no whole number is refused below, by ``check_limit``.
         new = int(max_new_tokens) if isinstance(max_new_tokens, Integral) else 0
         _, edits = self._prepare(tokens, (), edits, self._length_with_cache(tokens), new)
         generation.check_limit(tokens.lengths_B, max_new_tokens, self.config.context)
@@ -385,6 +386,7 @@ class LanguageModel:
 
     def _with_clean_sinks(self, edits: Sequence[Any], tokens: Tokens) -> list[Any]:
         """Return the edits; those of features of single sites act by the attention sinks of the unedited run."""
+        # Those of a crosscoder's parts read the unedited run anyway: see ``_at_single_sites``.
         is_single = [hasattr(edit, "with_sinks_of") and not edit.parts for edit in edits]
         singles = [edit for edit, single in zip(edits, is_single, strict=True) if single]
         sites = list(dict.fromkeys(site for edit in singles for site in (edit.reads, edit.site)))
