@@ -90,14 +90,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.15)
 
 LONGEST = (
-    "processes steering report readouts_and_sites slopes torch_model family_parity finetune library step meshes "
-    "ablation_measurements settings_read null_and_power stack_members configs_run finetune_stage objective "
-    "widths kinds model_input crosscoder_stages cross_layer_training benchmark interpret_stages "
+    "processes steering report readouts_and_sites slopes torch_model finetune library step meshes crosscoder_stages "
+    "ablation_measurements null_and_power stack_members configs_run finetune_stage objective "
+    "split_dictionaries algorithms widths kinds model_input cross_layer_training benchmark interpret_stages "
     "attention_patterns known_circuits generation transfer_stage library_calls study_run circuits_stage "
     "planted_circuit track track_stage initial sinks loop expansions stages preflight_stage attribute_stage "
     "new_behaviour baseline gate detectors cluster_stage killed_processes world reuse precision collectives "
     "planted_crosscoders cross_layer_scores pretrained decoder effects local_model docs serve_saes evaluate "
-    "probing answer_tokens algorithms"
+    "family_parity probing answer_tokens"
 )
 
 
