@@ -55,7 +55,7 @@ class PlainDictionary:
     def edited(self, x_TxD, y_TxD, features, new: Callable, positions="all", error="keep", prompt=None, before=None):
         """y with features changed: ``new(k, t, f)`` is the activation in place of f of the k-th feature at t.
 
-        Sinks are told by x, or where the site was edited by its value ``before`` that.
+        Sinks are told by x, or where x was edited by its value ``before`` that.
         """
         out_TxD = y_TxD.copy()
         for t, x_D in enumerate(x_TxD):

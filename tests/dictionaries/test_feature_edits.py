@@ -107,25 +107,30 @@ def test_edits_of_several_layers_and_of_one_site_act_in_their_order(llama):
     many = list(range(20))
 
     def plain(b):
-        kept = {}
+        # Sinks are those of the prompt without edits.
+        kept, clean = {}, {site: llama.plain.value(llama.prompts[b], site) for site in (SITE, "mlp_in.2")}
 
         def keep(x_TxD, site):
             kept[site] = x_TxD.copy()
             return x_TxD
 
         def both(x_TxD):
-            once_TxD = plain_sae.edited(x_TxD, x_TxD, FEATURES, lambda k, t, f: f + 4.0)
-            return plain_sae.edited(once_TxD, once_TxD, FEATURES[:2], lambda k, t, f: 0.0, before=x_TxD)
+            once_TxD = plain_sae.edited(x_TxD, x_TxD, FEATURES, lambda k, t, f: f + 4.0, before=clean[SITE])
+            return plain_sae.edited(once_TxD, once_TxD, FEATURES[:2], lambda k, t, f: 0.0, before=clean[SITE])
 
         def drop(y_TxD):
             return plain_first.edited(kept["mlp_in.0"], y_TxD, many, lambda k, t, f: 2 * f, error="drop")
+
+        def double(y_TxD):
+            read_TxD, before = kept["mlp_in.2"], clean["mlp_in.2"]
+            return plain_last.edited(read_TxD, y_TxD, many, lambda k, t, f: 2 * f, before=before)
 
         return [
             ("mlp_in.0", functools.partial(keep, site="mlp_in.0")),
             ("mlp_out.0", drop),
             (SITE, both),
             ("mlp_in.2", functools.partial(keep, site="mlp_in.2")),
-            ("mlp_out.2", lambda y: plain_last.edited(kept["mlp_in.2"], y, many, lambda k, t, f: 2 * f)),
+            ("mlp_out.2", double),
         ]
 
     early = [llama.sae.steer(FEATURES, 4.0), llama.sae.ablate(FEATURES[:2])]
