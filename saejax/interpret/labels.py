@@ -43,7 +43,7 @@ def bars(rate: np.ndarray, random_rate: np.ndarray, random_f1: np.ndarray) -> np
 def partners(rate: np.ndarray, labelled: Sequence[bool]) -> np.ndarray:
     """Return for every feature another one with a detector and the next larger firing rate; -1 where there is none.
 
-    The one that fires most has the next smaller rate.
+    The partner of the feature that fires most is the feature with the next smaller rate.
     """
     order = np.argsort(rate, kind="stable")
     has = np.flatnonzero(np.asarray(labelled)[order])

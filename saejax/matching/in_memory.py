@@ -40,11 +40,11 @@ def match_features(
         number choose the pairs, and the values of pairs are those on the others.
       seed: of the random rows.
       acts: result of ``capture`` with the sites of both. "activity" needs it; for the others features that fire
-        nowhere in it are left out, as the stage leaves out those that fire on no held-out text. None: all features are
+        nowhere in it are left out, as in the stage features that fire on no held-out text. None: all features are
         compared, dead ones too, whose rows say nothing.
 
     Raises:
-      UserError: the widths differ, or there are no activations of a dictionary's site, or those of one text alone.
+      UserError: the widths differ, or there are no activations of a dictionary's site, or of one text alone.
     """
     one_of(by, ("decoder", "encoder", "activity"), "kind of rows")
     if by == "activity":

@@ -92,7 +92,7 @@ class Positions:
         first, end = 0, np.iinfo(np.int32).max  # no text is that long: the end of any
         if isinstance(positions, str) and positions in names:
             return cls(jnp.int32(first), jnp.int32(end), "" if positions == "all" else positions)
-        # What is neither a pair nor of whole numbers, be they of Python, NumPy or JAX, is refused below; text, too.
+        # Anything but a pair of whole numbers, of Python, NumPy or JAX, is refused below.
         with contextlib.suppress(TypeError, ValueError):
             bounds: Any = positions
             start, stop = (None if bound is None else operator.index(bound) for bound in bounds)

@@ -64,7 +64,7 @@ class StopCondition:
         self._tokenizer, self._eos, self._special = tokenizer, set(eos), tuple(special)
         self.ids = sorted({*eos, *(special[text] for text in stop if text in special)})
         self.strings = [text for text in stop if text not in special]
-        #: those with a special token in them, which texts are without.
+        #: stop strings with a special token in them, which decoded texts lack.
         self._with_special = [text for text in self.strings if any(token in text for token in special)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -82,7 +82,7 @@ class StopCondition:
             for string in self._with_special:
                 if string not in whole:
                     continue
-                # What is left is shown as ``decode`` shows it: without special tokens.
+                # The text before it is shown without special tokens, as by ``decode``.
                 shown = whole[: whole.index(string)]
                 for token in self._special:
                     shown = shown.replace(token, "")

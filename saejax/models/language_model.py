@@ -385,7 +385,7 @@ class LanguageModel:
                 )  # fmt: skip
 
     def _with_clean_sinks(self, edits: Sequence[Any], tokens: Tokens) -> list[Any]:
-        """Return the edits; those of features of single sites act by the attention sinks of the unedited run."""
+        """Return the edits; edits of features at single sites act by the attention sinks of the unedited run."""
         # Those of a crosscoder's parts read the unedited run anyway: see ``_at_single_sites``.
         is_single = [hasattr(edit, "with_sinks_of") and not edit.parts for edit in edits]
         singles = [edit for edit, single in zip(edits, is_single, strict=True) if single]

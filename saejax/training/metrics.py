@@ -3,8 +3,8 @@
 A record has ``step``, ``tokens``, ``seconds`` and ``member``; ``tokens_per_second`` of each member and
 ``tflop_per_second`` of the whole program since the first step of the process, compilation left out; ``mfu``, the share
 of the devices' peak, where that is known; and the metrics of the step, with ``held_out_`` before scores on held-out
-tokens. The steps of fine-tuning (``--train.kl_steps``) follow those of training, without rates and with ``kl``; their
-tokens are those at which the dictionary's output stood.
+tokens. The steps of fine-tuning (``--train.kl_steps``) follow the steps of training, without rates and with ``kl``;
+they count the tokens at which the dictionary's output stood.
 """
 
 import importlib
@@ -95,7 +95,7 @@ class Metrics:
     def add_finetuning(self, records: Sequence[Sequence[Mapping[str, float]]]) -> None:
         """Write the metrics of each member and step of fine-tuning, as of the steps that follow training."""
         steps, every = len(records[0]), self._stack.config.log_every
-        # A step takes whole documents, and so about ``batch`` tokens: those that were replaced are counted.
+        # A step takes whole documents, and so about ``batch`` tokens: replaced tokens are counted.
         trained = self._steps * self._stack.config.batch
         tokens = [trained + np.cumsum([record["tokens"] for record in each]).astype(np.int64) for each in records]
         # Step by step, though members were tuned one after the other: wandb takes rising steps alone.

@@ -207,14 +207,14 @@ def test_an_edge_takes_an_interval_and_both_controls(effect, control, options, d
 def test_noise_draws_no_edge(count):
     """Forty-eight edges between six groups, where nothing is true: two prompts agree on half of them."""
     rng, drawn = np.random.default_rng(0), 0
-    for seed in range(20):
+    for seed in range(40):
         noise = rng.normal(size=(count, 3, 6, 5, 7))
         noise[:, :, range(6), :, range(6)] = np.nan
         effects = [PromptEffects(effect_ExGxSxH, np.ones((3, 6, 5))) for effect_ExGxSxH in noise]
         edges = judge_edges("abcdef", effects, ["a"] * count, resamples=1000, seed=seed)
         assert len(edges) == 48
         drawn += any(edge.drawn for edge in edges)
-    assert drawn <= 2
+    assert drawn <= 4
 
 
 @pytest.mark.parametrize("count", [4, 40])

@@ -120,8 +120,8 @@ def test_pairs_are_those_of_the_best_assignment_of_all_products(monkeypatch):
 
 def test_strangers_are_not_aligned():
     """Half of them share features, but not what is important beyond firing often; half share nothing at all."""
-    found = [align(*pair(seed, 30 * (seed % 2), agree=0.0)) for seed in range(50)]
-    assert sum(is_aligned(agreement) for _, agreement in found) <= 3
+    found = [align(*pair(seed, 30 * (seed % 2), agree=0.0)) for seed in range(100)]
+    assert sum(is_aligned(agreement) for _, agreement in found) <= 5
     assert max(match.shared for match, _ in found[::2]) <= 0.1
 
 

@@ -613,7 +613,7 @@ def _errors(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return what features do not explain, 0 where they are not used; the MLP's output less the skip path; and sinks.
 
-    Of the positions at which features are used, attention sinks are those whose norm is that of one.
+    Sinks are positions at which features would be used, but for their norm.
     """
     if encoder.config.skip:
         out_TxD = out_TxD - einsum("td,de->te", read_TxD, encoder.W_skip_DxD[...])
