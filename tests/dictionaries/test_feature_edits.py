@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from plain_edits import FEATURES, SITE, PlainDictionary, PlainModel, make_dictionary, wanted
 
-from saejax import SiteEdit
+from saejax import SiteEdit, load_model
 from saejax.dictionaries import Dictionary, DictionaryConfig, joined
 from saejax.models.tokens import pad
+from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 
 VALUES = [0.5, 2.0, 1.0]
 # What the methods are given, and the activation that takes the place of f of the k-th feature at t of prompt b.
@@ -184,3 +186,15 @@ def test_features_of_a_crosscoder_are_changed_at_each_of_its_sites(lm, name):
     passed_on = lm(tokens, capture=parts, edits=[SiteEdit.patch(parts[0], edited[parts[0]])]).sites[parts[1]]
     np.testing.assert_allclose(edited[parts[1]][real], (np.asarray(passed_on) + second)[real], rtol=1e-4, atol=1e-4)
     assert np.abs(second[real]).max() > 0.05
+
+
+def test_edits_of_several_sites_are_the_same_on_eight_devices(llama):
+    """Their sinks come from a run without edits, of which each device has a part."""
+    late = make_dictionary(llama.lm, llama.tokens, "resid_post.2")
+    edits = [llama.sae.steer(FEATURES, 300.0), late.ablate(list(range(60)))]
+    split = load_model(str(llama.lm.source.folder), mesh=make_mesh(MeshConfig(data=2, model=4)))
+    own = llama.tokens.mask_BxT
+    expected, found = (np.asarray(lm(llama.tokens, edits=edits).logits_BxTxV)[own] for lm in (llama.lm, split))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    alone = np.asarray(llama.lm(llama.tokens, edits=edits[:1]).logits_BxTxV)[own]
+    assert np.abs(alone - expected).max() > 0.1
