@@ -9,7 +9,7 @@ from saejax.errors import UserError
 from saejax.models import parity
 from saejax.models.sites import KINDS, NEURONS
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = pytest.mark.usefixtures("cache", "single_device")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from small_runs import assert_same_bits, make_stack
+from small_stacks import first_device
 from test_thresholds import activations
 
 import saejax
@@ -23,7 +24,8 @@ def acts():
 
 def go(acts, folder=None, **changes):
     lines = []
-    sae = saejax.train(acts, kind="topk", folder=folder, on_progress=lines.append, **QUICK | changes)
+    options = QUICK | dict(folder=folder, mesh=first_device(), on_progress=lines.append) | changes
+    sae = saejax.train(acts, kind="topk", **options)
     return sae, "\n".join(lines)
 
 
