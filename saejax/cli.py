@@ -40,17 +40,17 @@ def main(program: str = "") -> None:
       program: its name, such as "train"; "": the first argument of the command line names it.
     """
     name, *arguments = [program, *sys.argv[1:]] if program else (sys.argv[1:] or [""])
-    if name in ("--help", "-h", "help"):
-        command.show_text(describe_programs())
-        sys.exit(0)
     try:
+        if name in ("--help", "-h", "help"):
+            command.show_text(describe_programs())
+            sys.exit(0)
         arguments = read_flag_files(arguments)
         # The stages of a plugin are known only when it has been loaded.
         plugins.load_named(arguments)
         if not name or name.startswith("-"):
             raise UserError("a program is missing: saejax STAGE --flag=value; saejax --help lists them")
         one_of(name, list_programs(), "program (saejax --help lists them)")
-    except (UserError, flags.Error) as error:
+    except (UserError, flags.Error, OSError) as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
     command.leave(run(name, [sys.argv[0] if program else f"saejax {name}", *arguments]))

@@ -43,6 +43,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a write does not say of which file, and a cache may be full
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -112,8 +116,12 @@ def locked_text(path: Path, text: str) -> Iterator[None]:
     with open(path, "x", encoding="utf-8") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.write(text)
-        file.flush()
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:  # a full disk: what is cut off would be a lock of nobody
+            path.unlink()
+            raise
         yield
 
 

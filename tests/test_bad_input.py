@@ -303,6 +303,14 @@ def test_output_that_nobody_reads(monkeypatch, capsys):
     assert re.fullmatch(r"error: nobody reads the output any more [^\n]+\n", capsys.readouterr().err)
 
 
+def test_output_on_a_full_disk(monkeypatch, capsys):
+    with open("/dev/full", "w") as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        assert status_of_work(lambda: command.make_logger()("text")) == 2
+    said = "error: standard output: the disk is full: free space, then run again\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize(
     "error",
     [

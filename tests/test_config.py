@@ -32,7 +32,10 @@ class Example(Config):
 def parse(*arguments: str) -> Example:
     values = flags.FlagValues()
     define_flags(dict(ex=Example), values)
-    values(["program", *arguments])
+    try:
+        values(["program", *arguments])
+    except flags.Error as error:
+        raise flags.Error(command_line.flag_error(error)) from None
     return from_flags(dict(ex=Example), values)[Example]
 
 

@@ -1,14 +1,17 @@
 """Files appear whole or not at all; damaged ones are named."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import runs
 
 from saejax.errors import UserError
-from saejax.files import read_json, unfinished_folder, whole_file, write_json, write_text
+from saejax.files import locked_text, read_json, unfinished_folder, whole_file, write_json, write_text
 
 
 # Statement 4 of WORKSPACE.md, what must hold.
@@ -21,6 +24,18 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
     write_text(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_names_the_file_that_was_to_be(tmp_path):
+    """It may be in a cache; what was cut off does not stay, as it would hold a unit for ever."""
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.txt'"), whole_file(tmp_path / "a.txt") as half:
+        runs.write_half(half)
+    opened = mock.mock_open()
+    opened.return_value.write.side_effect = OSError(errno.ENOSPC, "")
+    (tmp_path / "claim.json").touch()
+    with mock.patch("builtins.open", opened), mock.patch("saejax.files.fcntl.flock"), pytest.raises(OSError):
+        locked_text(tmp_path / "claim.json", "text").__enter__()
+    assert not os.listdir(tmp_path)
 
 
 def test_bad_json(tmp_path):

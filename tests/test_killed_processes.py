@@ -38,7 +38,7 @@ def test_killed_on_eight_devices_at_random_moments_it_ends_with_the_same_figures
     next feature are as strong as each other may take the other one: 3e-5 was seen in a mean cosine.
     """
     stages = [stage for stage in all_stages() if stage not in ("preflight", "report")]
-    program = f"from saejax.runner import command\ncommand.main({stages}, '')\n"
+    program = f"import sys\nfrom saejax.runner import command\ncommand.leave(command.run({stages}, '', sys.argv))\n"
 
     def start(folder, devices):
         flags = runs.small_flags(*inputs, folder, **FEW, mesh__model=2)

@@ -10,6 +10,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.runner import changes, pipeline, workplan
 from saejax.runner.pipeline import RunOptions
 from saejax.runner.registry import all_stages
+from saejax.runner.workspace import hold_claim
 
 OPTIONS = RunOptions()
 ALL = "preflight baseline capture train/topk train/standard evaluate/topk evaluate/standard ablate/topk report"
@@ -81,6 +82,19 @@ def test_what_is_refused_or_stopped_leaves_the_earlier_result_in_its_place(tmp_p
         go(tmp_path, ["train"], stopped={"train/topk"}, train__batch=7)
     assert (tmp_path / "train" / "topk" / "done.json").exists()
     assert go(tmp_path) == []
+
+
+def test_a_member_that_another_run_makes_is_left_to_it(tmp_path):
+    """Its folder has no more files than one in which nothing will be made."""
+    train = ["capture", "train"], dict(train__kinds=("topk",))
+    with pytest.raises(Interrupted):
+        go(tmp_path, train[0], stopped={"train/topk"}, train__k=(4, 8), **train[1])
+    unit = tmp_path / "train" / "topk"
+    shared = unit.parent / json.loads((unit / "stack.json").read_text())["members"]["k8"]
+    before = sorted(unit.parent.iterdir())
+    with hold_claim(shared, "train/topk"), pytest.raises(UserError, match="is being made by process"):
+        go(tmp_path, train[0], train__k=(2, 8), **train[1])
+    assert (shared / "started.json").exists() and sorted(unit.parent.iterdir()) == before
 
 
 def test_what_is_begun_says_with_which_settings_and_versions(tmp_path):

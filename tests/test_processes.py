@@ -35,8 +35,9 @@ TWO |= dict(train__checkpoint_every=5, train__max_steps=20, train__auxk=0.03)
 # Preflight and the report take half of the time, and nothing of them is compared.
 MEASURED = [stage for stage in all_stages() if stage not in ("preflight", "report")]
 MEASURE = f"""
+import sys
 from saejax.runner import command
-command.main({MEASURED}, "")
+command.leave(command.run({MEASURED}, "", sys.argv))
 """
 
 

@@ -1,7 +1,9 @@
 """Options of a run that are no settings: --keep_going, --profile, --budget_device_hours, and log files."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import time
 
@@ -60,6 +62,13 @@ def test_units_that_do_not_depend_on_a_failed_one_are_made(fake):
     with pytest.raises(UserError, match="no sites"):
         fake(broken)
     assert fake.ran == ["capture"], "without the flag it ends at the first failure; what is done stays"
+
+
+def test_a_full_disk_is_no_bug(fake, capsys):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(CheckFailed, match="5 of 6 units: capture: .* No space left on device; train/topk: skipped"):
+        fake(dict(capture=full), keep_going=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_bug_leaves_the_rest_to_go_on_and_is_in_the_log(fake):

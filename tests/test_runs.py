@@ -1,5 +1,7 @@
 """Which units a workdir has, and what may go: obsolete ones, checkpoints, stores whose readers are finished."""
 
+from unittest import mock
+
 import pytest
 from test_pipeline import go
 
@@ -67,6 +69,9 @@ def test_a_store_goes_when_its_readers_are_done_and_is_made_again_for_a_new_one(
     assert go(workdir, train__k=(3,)) == ["capture", "train/topk", "evaluate/topk", "ablate/topk", "report"]
     assert (store.folder / "out.txt").exists() and not (store.folder / "removed.json").exists()
     assert runs.remove(Workspace(workdir), runs.list_units(workdir), ["stores"])
+    (store.folder / "rest.npy").touch()  # which a kill has left
+    assert runs.remove(Workspace(workdir), runs.list_units(workdir), ["stores"])
+    assert not runs.remove(Workspace(workdir), runs.list_units(workdir), ["stores"])
     assert go(workdir, ["capture"], train__k=(3,)) == ["capture"], "asked for by itself, it is made again"
 
 
@@ -90,6 +95,14 @@ def test_checkpoints_of_finished_units_go(workdir):
     (folder / "checkpoints" / "52" / "state").write_bytes(bytes(5000))
     (line,) = runs.remove(Workspace(workdir), runs.list_units(workdir), ["checkpoints"])
     assert line.endswith(", 5 kB") and not (folder / "checkpoints").exists() and go(workdir, **CHANGED) == []
+
+
+def test_a_file_that_goes_while_units_are_listed_has_no_size(tmp_path):
+    """Such as one that a run renames when it is whole."""
+    (tmp_path / "kept").write_bytes(bytes(7))
+    walked = [(str(tmp_path), [], ["kept", ".out.npy.writing-1"])]
+    with mock.patch.object(runs.os, "walk", return_value=walked):
+        assert runs._size(tmp_path) == 7
 
 
 @pytest.mark.parametrize(

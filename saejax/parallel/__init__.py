@@ -6,5 +6,5 @@
 - ``gpus``: the GPUs of a node, and those that a process sees.
 - ``processes``: barriers and broadcasts without devices; which process has failed; this one's part of a unit's items.
 
-``processes`` and ``gpus`` import no JAX, and ``cluster`` does when it joins processes.
+``processes`` and ``gpus`` import no JAX.
 """

@@ -8,7 +8,9 @@ and on many hosts.
 import collections
 import contextlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from saejax.parallel.settings import MeshConfig
 AXES = ("member", "data", "model")
 BY_DOCUMENT = ("member", "data")  # axes over which documents are split, and rows that are no training batch's
 Axis = str | tuple[str, ...] | None
+_PROCESS_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of Linux, which limit memory
 
 
 def alone_config(model: int, devices: int) -> MeshConfig:
@@ -213,12 +216,30 @@ def on_host() -> contextlib.AbstractContextManager[Any]:
 
 def free_bytes(mesh: Mesh) -> int:
     """Return the free bytes on each device; CPU devices share the host's."""
-    return free_on(next(device for device in mesh.devices.flat if device.process_index == jax.process_index()))
-
-
-def free_on(device: jax.Device) -> int:
-    """Return the free bytes on a device of this process."""
+    device = next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
     if device.platform == "cpu":
-        return psutil.virtual_memory().available // jax.local_device_count()
+        return free_host_bytes() // jax.local_device_count()
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+
+
+def free_host_bytes() -> int:
+    """Return the memory of the host that this process can take, within the limits of its container and batch job."""
+    free = [psutil.virtual_memory().available]
+    groups = _PROCESS_GROUPS.read_text().splitlines() if _PROCESS_GROUPS.exists() else []
+    for _, controllers, place in (line.split(":", 2) for line in groups):
+        first = bool(controllers)  # the first version has a tree for each kind of resource
+        if first and "memory" not in controllers.split(","):
+            continue
+        top, most = (_GROUPS / "memory", "limit_in_bytes") if first else (_GROUPS, "max")
+        inner = top / place.lstrip("/")
+        for group in (inner, *inner.parents):
+            with contextlib.suppress(OSError, ValueError):  # it limits nothing: it has no such file, or it says "max"
+                limit, used = (
+                    int((group / f"memory.{name}").read_text())
+                    for name in (most, "usage_in_bytes" if first else "current")
+                )
+                # Pages of files that were read count as used, and are given back on demand.
+                read = re.search(r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+                free.append(limit - used + int(read[1] if read else 0))
+    return max(min(free), 0)

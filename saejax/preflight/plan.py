@@ -1,6 +1,6 @@
 """A configuration on a model that is known by its shape: its programs, and the bytes and hours that it takes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -61,26 +61,26 @@ def check_dictionaries(plan: PlannedRun) -> None:
             plan.dictionary(stage)
 
 
-def stage_programs(plan: PlannedRun) -> list[Program]:
-    """Return the large programs of all stages that have any; a benchmark's are a study's, too.
+def stage_programs(plan: PlannedRun, stages: Collection[str] | None = None) -> list[Program]:
+    """Return the large programs of those of some stages that have any; a benchmark's are a study's, too.
+
+    Args:
+      plan: the run.
+      stages: names of stages; None: all that have units.
 
     Raises:
       UserError: the mesh does not divide the training batch or the features.
     """
-    needed = {stage.name for stage in all_stages().values() if stage.units(plan.configs)}
-    needed |= {"benchmark"} if "study" in needed else set()
-    placed = [
-        (list_programs, plan.placed(all_stages()[name])) for name, list_programs in _PROGRAMS.items() if name in needed
-    ]
+    if stages is None:
+        stages = {stage.name for stage in all_stages().values() if stage.units(plan.configs)}
+    names = {*stages, *(["benchmark"] if "study" in stages else [])}
+    placed = [(programs, plan.placed(all_stages()[name])) for name, programs in _PROGRAMS.items() if name in names]
     return [program for list_programs, where in placed for program in list_programs(where, where.mesh)]
 
 
-def disk_bytes(plan: PlannedRun) -> int:
-    """Return the bytes that a run writes: the store, dictionaries and the checkpoints that are kept."""
-    units = {
-        unit.partition("/")[0] for stage in ("capture", "train") for unit in all_stages()[stage].units(plan.configs)
-    }
-    return ("capture" in units) * store_bytes(plan) + ("train" in units) * checkpoint_bytes(plan)
+def disk_bytes(plan: PlannedRun, stages: Collection[str]) -> int:
+    """Return the bytes that stages write: the store, dictionaries and the checkpoints that are kept."""
+    return ("capture" in stages) * store_bytes(plan) + ("train" in stages) * checkpoint_bytes(plan)
 
 
 def stage_seconds(programs: Sequence[CompiledProgram], rates: Mapping[str, float], dtypes: Mapping[str, str]) -> dict:

@@ -19,25 +19,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 from jax.sharding import Mesh, PartitionSpec
 
 from saejax.config import Configs
 from saejax.costs.programs import Program
 from saejax.errors import UserError
-from saejax.parallel.mesh import make_mesh
+from saejax.parallel.mesh import free_host_bytes, make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.preflight.results import CompiledProgram
 from saejax.stages.preflight.settings import PreflightConfig
 
-# The first two keep libtpu from asking a metadata server and from taking the machine's one TPU for itself; the
-# others only keep it quiet about not being on a TPU host.
-_ENVIRONMENT = dict(
-    TPU_SKIP_MDS_QUERY="1",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-8",
-    TPU_WORKER_HOSTNAMES="localhost",
-)
+# They keep libtpu from asking a metadata server and from taking the machine's one TPU for itself. ``for_libraries`` in
+# ``runner/environment.py`` keeps it quiet about not being on a TPU host.
+_ENVIRONMENT = dict(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 _EXCEEDED = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
 GPUS = {"a100-40": 40e9, "a100-80": 80e9, "h100": 80e9, "h200": 141e9, "b200": 180e9}  # bytes of memory
@@ -83,7 +77,7 @@ def find_place(configs: Configs) -> Place:
     device = jax.devices()[0]
     own_devices = jax.local_device_count() if jax.process_count() > 1 else 0
     if device.platform == "cpu":  # all of them have the host's memory
-        limit = psutil.virtual_memory().available // jax.device_count()
+        limit = free_host_bytes() // jax.device_count()
         return Place(make_mesh(config), limit, own_devices)
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     return Place(make_mesh(config), limit, own_devices)

@@ -37,17 +37,6 @@ _REFUSED = {
 }
 
 
-def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -> None:
-    """Run a binary and exit with its status.
-
-    Args:
-      stages: names of the stages it runs.
-      about: its purpose, for ``--help``.
-      argv: program name and arguments; default ``sys.argv``.
-    """
-    leave(run(stages, about, sys.argv if argv is None else argv))
-
-
 def leave(status: int) -> NoReturn:
     """End the process; after a signal without an orderly end, which would wait for threads, such as a download's."""
     if _signals and status:
@@ -56,7 +45,13 @@ def leave(status: int) -> NoReturn:
 
 
 def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
-    """Run a binary like ``main``, but return the exit status."""
+    """Run a binary and return its exit status.
+
+    Args:
+      stages: names of the stages it runs.
+      about: its purpose, for ``--help``.
+      argv: program name and arguments.
+    """
     flag_values = command_line.stage_flags()
 
     def work() -> None:
@@ -76,7 +71,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
             take_over=bool(flag_values["take_over"].value),
             dry_run=bool(flag_values["dry_run"].value),
             keep_going=bool(flag_values["keep_going"].value),
-            profile=flag_values["profile"].value or "",
+            profile=os.path.expanduser(flag_values["profile"].value or ""),
             budget_device_hours=flag_values["budget_device_hours"].value or 0.0,
         )
         pipeline.run_stages(stages, configs, workdir, say, install_signal_handlers(), options)
@@ -161,10 +156,18 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def show_text(text: str) -> None:
     """Print a long text; its reader may stop early (``--help | head``), which ends nothing."""
+    with contextlib.suppress(BrokenPipeError):
+        _print(text)
+
+
+def _print(text: str) -> None:
+    """Print a text at once; where that fails, nothing is printed from then on, as Python does when it ends."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        error.filename = "standard output"  # a file on a full disk, perhaps
         _drop_output(sys.stdout)
+        raise
 
 
 def _drop_output(*streams: TextIO) -> None:
@@ -183,11 +186,7 @@ def _refuse(message: str, flag_values: flags.FlagValues) -> int:
 def make_logger() -> Callable[[str], None]:
     """Return a function that prints lines with the seconds since now before them."""
     start = time.monotonic()
-
-    def say(line: str) -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
-
-    return say
+    return lambda line: _print(f"[{time.monotonic() - start:6.1f} s] {line}")
 
 
 def install_signal_handlers() -> Callable[[], bool]:

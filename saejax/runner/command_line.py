@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import shutil
@@ -26,77 +27,47 @@ _COMMON = (
     "interpret.dictionaries", "model.dtype",
 )  # fmt: skip
 _NARROWEST = 60  # columns of a terminal to which --help is wrapped
-_OF_BINARIES = (
-    "plugins",
-    "unit",
-    "dry_run",
-    "keep_going",
-    "take_over",
-    "profile",
-    "budget_device_hours",
-    "deterministic",
-    "debug",
-)
+# Flags of every binary: how each is defined, its default, its help.
+_OF_BINARIES: dict[str, tuple[Callable[..., Any], Any, str]] = {
+    "plugins": (
+        flags.DEFINE_multi_string, [], "Python files that add kinds of dictionary or stages, with commas between",
+    ),
+    "unit": (flags.DEFINE_string, "", "run only this unit, such as train/topk"),
+    "dry_run": (
+        flags.DEFINE_bool, False,
+        "print which units are done, which are left and because of which setting or input, and run nothing",
+    ),
+    "keep_going": (
+        flags.DEFINE_bool, False,
+        "continue after a failure with the units that do not depend on it, and list the failures at the end",
+    ),
+    "take_over": (
+        flags.DEFINE_bool, False, "replace the lock (claim.json) that a process which is gone has left on a unit",
+    ),
+    "profile": (flags.DEFINE_string, "", "folder for a jax.profiler trace of a few steps of each unit"),
+    "budget_device_hours": (
+        functools.partial(flags.DEFINE_float, lower_bound=0.0), 0.0,
+        "device-hours of the workdir after which no further unit starts, with a warning from 80 % on; 0: no limit",
+    ),
+    "deterministic": (flags.DEFINE_bool, False, "give the same bits in every run on a GPU, which is slower"),
+    "debug": (flags.DEFINE_bool, False, "also show the traceback of bad input"),
+}  # fmt: skip
 
 
 def stage_flags() -> flags.FlagValues:
     """Return the flags of every binary without the groups' flags, which ``read_configs`` defines after plugins."""
     flag_values = flags.FlagValues()
-    flags.DEFINE_multi_string(
-        "plugins",
-        [],
-        "Python files that add kinds of dictionary or stages, with commas between",
-        flag_values=flag_values,
-    )
-    define_workdir(flag_values)
-    flags.DEFINE_string("unit", "", "run only this unit, such as train/topk", flag_values=flag_values)
-    flags.DEFINE_bool(
-        "dry_run",
-        False,
-        "print which units are done, which are left and because of which setting or input, and run nothing",
-        flag_values=flag_values,
-    )
-    flags.DEFINE_bool(
-        "keep_going",
-        False,
-        "continue after a failure with the units that do not depend on it, and list the failures at the end",
-        flag_values=flag_values,
-    )
-    flags.DEFINE_string(
-        "profile",
-        "",
-        "folder for a jax.profiler trace of a few steps of each unit",
-        flag_values=flag_values,
-    )
-    flags.DEFINE_float(
-        "budget_device_hours",
-        0.0,
-        "device-hours of the workdir after which no further unit starts, with a warning from 80 % on; 0: no limit",
-        lower_bound=0.0,
-        flag_values=flag_values,
-    )
-    flags.DEFINE_bool(
-        "deterministic", False, "give the same bits in every run on a GPU, which is slower", flag_values=flag_values
-    )
-    define_common(flag_values)
+    define_common(flag_values, *_OF_BINARIES)
     return flag_values
 
 
-def define_workdir(flag_values: flags.FlagValues) -> None:
-    """Define the flags that say where a program works."""
+def define_common(flag_values: flags.FlagValues, *names: str) -> None:
+    """Define some of the flags of every binary, and those of every program: ``--workdir`` and ``--help``."""
     flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
-    flags.DEFINE_bool(
-        "take_over",
-        False,
-        "replace the lock (claim.json) that a process which is gone has left on a unit",
-        flag_values=flag_values,
-    )
-
-
-def define_common(flag_values: flags.FlagValues) -> None:
-    """Define the flags of every program, including programs without stages."""
-    flags.DEFINE_bool("debug", False, "also show the traceback of bad input", flag_values=flag_values)
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
+    for name in names:
+        define, default, help_text = _OF_BINARIES[name]
+        define(name, default, help_text, flag_values=flag_values)
 
 
 def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Sequence[str] | None = None) -> Configs:
@@ -239,10 +210,8 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
         "",
         "Flags of every stage:",
     ]
-    for name in _OF_BINARIES:
-        flag = flag_values[name]
-        default = flag.default if flag.default not in (None, "", []) else "none"
-        lines.append(f"  --{name}  {(flag.help or '').splitlines()[0].rstrip(';')} (default: {default})")
+    for name, (_, value, text) in _OF_BINARIES.items():
+        lines.append(f"  --{name}  {text} (default: {value if value not in ('', []) else 'none'})")
     listed = set(common)
     for group, of_group in groups.items():
         lines += ["", *f"{group}: {(all_groups()[group].__doc__ or '').strip()}".splitlines()]
@@ -264,7 +233,12 @@ def _wrap(line: str, width: int) -> str:
 def flag_error(error: flags.Error) -> str:
     """Return absl's description of a flag error, with at most the three nearest of the names that it suggests."""
     message = str(error).removeprefix("ERROR:: ")
-    message = re.sub(r"\('Non-boolean argument to boolean flag', (.*)\)", r"\1 is neither true nor false", message)
+    for theirs, plain in (
+        (r"\('Non-boolean argument to boolean flag', (.*)\)", r"\1 is neither true nor false"),
+        (r"invalid literal for int\(\) with base \d+: (.*)", r"\1 is not a whole number"),
+        ("could not convert string to float: (.*)", r"\1 is not a number"),
+    ):
+        message = re.sub(theirs, plain, message)
     if parts := re.fullmatch(r"(.* flag '(.*)'\. Did you mean: )(.*) \?", message, re.DOTALL):
         start, name, suggested = parts.groups()
         nearest = difflib.get_close_matches(name.lower(), suggested.split(", "), 3, 0.0)

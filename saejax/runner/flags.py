@@ -1,6 +1,7 @@
 """Flags made from groups of configuration (``saejax.config``), and groups filled from parsed flags."""
 
 import dataclasses
+import itertools
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -19,65 +20,42 @@ def flag_name(group: str, field: dataclasses.Field) -> str:
 
 def flag_fields(group: str, cls: type) -> dict[str, dataclasses.Field]:
     """Return the settings of a group and of those inside it, by the names of their flags."""
-    fields = {flag_name(group, field): field for field in own_settings(cls).values()}
-    for _, name, inner in nested_groups(cls):
-        fields |= {f"{group}.{name}.{key}": field for key, field in own_settings(inner).items()}
-    return fields
+    return {
+        flag_name(prefix, field): field
+        for prefix, inner in _groups_of(group, cls)
+        for field in own_settings(inner).values()
+    }
+
+
+def _groups_of(group: str, cls: type) -> list[tuple[str, type]]:
+    """Return a group and those inside it, by the prefixes of their flags."""
+    return [(group, cls), *((f"{group}.{name}", inner) for _, name, inner in nested_groups(cls))]
 
 
 def define_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> None:
     """Define ``--group.field`` for every field of every group, on ``flag_values``."""
-    for group, cls in groups.items():
-        _define_all(group, cls, flag_values)
-        for _, name, inner in nested_groups(cls):
-            _define_all(f"{group}.{name}", inner, flag_values)
-
-
-def _define_all(group: str, cls: type, flag_values: flags.FlagValues) -> None:
-    hints = typing.get_type_hints(cls)
-    for name, field in own_settings(cls).items():
-        default, flag = typing.cast(Any, field.default), flag_name(group, field)
-        if field.metadata["shared"] and flag in flag_values:  # another group has defined it
-            if (flag_values[flag].default, flag_values[flag].help) != (default, field.metadata["help"]):
-                raise ValueError(f"--{flag} has another default or help in the group {group}")
-            continue
-        _define(flag, hints[name], default, field.metadata["help"], flag_values)
+    for prefix, cls in itertools.chain.from_iterable(itertools.starmap(_groups_of, groups.items())):
+        hints = typing.get_type_hints(cls)
+        for name, field in own_settings(cls).items():
+            default, flag, help_text = field.default, flag_name(prefix, field), field.metadata["help"]
+            if not field.metadata["shared"] or flag not in flag_values:
+                _define(flag, hints[name], default, help_text, flag_values)
+            elif (flag_values[flag].default, flag_values[flag].help) != (default, help_text):  # of another group
+                raise ValueError(f"--{flag} has another default or help in the group {prefix}")
 
 
 def _define(name: str, hint: Any, default: Any, help_text: str, flag_values: flags.FlagValues) -> None:
-    parsers: dict[Any, tuple[flags.ArgumentParser, flags.ArgumentSerializer]] = {
-        str: (flags.ArgumentParser(), flags.ArgumentSerializer()),
-        int: (_IntParser(), flags.ArgumentSerializer()),
-        float: (_FloatParser(), flags.ArgumentSerializer()),
+    parsers: dict[Any, flags.ArgumentParser] = {
+        str: flags.ArgumentParser(),
+        int: flags.IntegerParser(),
+        float: flags.FloatParser(),
     }
     if hint is bool:
         flags.DEFINE_bool(name, default, help_text, flag_values=flag_values)
     elif isinstance(hint, types.GenericAlias):
-        parser: flags.ArgumentParser = _TupleParser(parsers[typing.get_args(hint)[0]][0])
-        flags.DEFINE(parser, name, default, help_text, flag_values, flags.CsvListSerializer(","))
+        flags.DEFINE(_TupleParser(parsers[typing.get_args(hint)[0]]), name, default, help_text, flag_values)
     else:
-        parser, serializer = parsers[hint]
-        flags.DEFINE(parser, name, default, help_text, flag_values, serializer)
-
-
-class _PlainErrors:
-    """Mixin of absl's parsers of numbers, whose own message is Python's."""
-
-    expected: str
-
-    def convert(self, argument: Any) -> Any:
-        try:
-            return super().convert(argument)  # type: ignore[misc]
-        except ValueError:
-            raise ValueError(f"{argument!r} is not {self.expected}") from None
-
-
-class _IntParser(_PlainErrors, flags.IntegerParser):
-    expected = "a whole number"
-
-
-class _FloatParser(_PlainErrors, flags.FloatParser):
-    expected = "a number"
+        flags.DEFINE(parsers[hint], name, default, help_text, flag_values)
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -93,9 +71,6 @@ class _TupleParser(flags.ArgumentParser):
         return tuple(
             self._element.parse(item.strip() if isinstance(item, str) else item) for item in items if item != ""
         )
-
-    def flag_type(self) -> str:
-        return f"comma separated list of {self._element.flag_type()}"
 
 
 def from_flags(

@@ -15,13 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from saejax import config as configuration
 from saejax.config import Configs
-from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, one_of
+from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, one_of, out_of_room
 from saejax.files import read_object
 from saejax.models.settings import ModelConfig
 from saejax.models.source import runs_in_torch
 from saejax.parallel.cluster import check_same, join, joined_processes, process_label
+from saejax.parallel.collectives import alone, wait_for_all
 from saejax.parallel.processes import Processes, ProcessShare, ShareDone
 from saejax.parallel.settings import MeshConfig
 from saejax.results import to_json
@@ -156,7 +159,7 @@ def run_stages(
         except Interrupted:
             raise
         except Exception as error:
-            expected = isinstance(error, UserError | CheckFailed | OtherFailed)
+            expected = isinstance(error, UserError | CheckFailed | OtherFailed) or out_of_room(error)
             pipeline.log(unit, f"failed: {error}" if expected else traceback.format_exc())
             if not options.keep_going:
                 raise
@@ -212,7 +215,7 @@ def _settings_to_compare(configs: Configs, units: Sequence[str]) -> dict[str, st
 def _run_unit(pipeline: _Pipeline, unit: str) -> None:
     """Make a unit unless it is done; several processes return when it is done."""
     workspace, plan, processes = pipeline.workspace, pipeline.plan, pipeline.processes
-    mark = plan.fingerprint(unit)
+    mark, stage = plan.fingerprint(unit), unit.partition("/")[0]
     done = _find_done(pipeline, unit) if pipeline.leads else ""
     if processes:  # the first process looks, since others may see a shared folder a little later
         done = processes.broadcast(f"{unit}: done", done)
@@ -222,7 +225,11 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
             pipeline.say(f"{unit}: done before, {done}")
         return
     inputs = {need: _input_folder(pipeline, unit, need) for need in plan.needs(unit)}
-    stack = _make_stack(pipeline, unit, inputs) if plan.members(unit) else None
+    stack = None
+    if members := plan.members(unit):
+        marks = {member: plan.fingerprint(f"{unit}/{member}") for member in members}
+        describe = (lambda member: _describe(plan, stage, inputs, members[member])) if pipeline.leads else None
+        stack = Stack(workspace, unit, mark, marks, describe)
     if pipeline.leads:
         with contextlib.ExitStack() as claims:
             claims.enter_context(workspace.claim(unit, mark, pipeline.options.take_over))
@@ -243,17 +250,6 @@ def _find_done(pipeline: _Pipeline, unit: str) -> str:
     return ""
 
 
-def _make_stack(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path]) -> Stack:
-    """Return the stack that a unit is."""
-    plan, members = pipeline.plan, pipeline.plan.members(unit)
-    marks = {member: plan.fingerprint(f"{unit}/{member}") for member in members}
-
-    def describe(member: str) -> dict[str, Any]:
-        return _describe(plan, unit.partition("/")[0], inputs, members[member])
-
-    return Stack(pipeline.workspace, unit, plan.fingerprint(unit), marks, describe if pipeline.leads else None)
-
-
 def _run_claimed(
     pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], stack: Stack | None, claims: contextlib.ExitStack
 ) -> None:
@@ -266,28 +262,22 @@ def _run_claimed(
     resumed = workspace.begin(unit, mark, _start(plan, unit, plan.configs))
     differences = "" if resumed or previous is None else describe_changes(plan, unit, previous)
     pipeline.report(unit, f"{unit}: {'resumed' if resumed else 'started'}{differences}")
+    begun = [mark]  # another run's folder of a member may look as empty
     try:
         if stack:
-            _begin_members(pipeline, unit, stack, claims)
+            stack.find_missing()
+            for member in stack.missing:
+                claims.enter_context(workspace.claim(unit, stack.marks[member], pipeline.options.take_over))
+                about = _start(plan, f"{unit}/{member}", plan.members(unit)[member])
+                workspace.begin(unit, stack.marks[member], about, current=False)
+                begun.append(stack.marks[member])
+            if reused := len(stack.marks) - len(stack.missing):
+                pipeline.report(unit, f"  {unit}: {reused} of {len(stack.marks)} members done before")
         _run_together(pipeline, unit, inputs, stack)
     except UserError:
-        if stack:
-            for member in stack.missing:
-                workspace.discard_if_empty(unit, stack.marks[member])
-        workspace.discard_if_empty(unit, mark)
+        for each in begun:
+            workspace.discard_if_empty(unit, each)
         raise
-
-
-def _begin_members(pipeline: _Pipeline, unit: str, stack: Stack, claims: contextlib.ExitStack) -> None:
-    """Find out which members of a stack are missing, and claim and begin these."""
-    plan, workspace = pipeline.plan, pipeline.workspace
-    stack.find_missing()
-    for member in stack.missing:
-        claims.enter_context(workspace.claim(unit, stack.marks[member], pipeline.options.take_over))
-        about = _start(plan, f"{unit}/{member}", plan.members(unit)[member])
-        workspace.begin(unit, stack.marks[member], about, current=False)
-    if reused := len(stack.marks) - len(stack.missing):
-        pipeline.report(unit, f"  {unit}: {reused} of {len(stack.marks)} members done before")
 
 
 def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], stack: Stack | None) -> None:
@@ -302,13 +292,9 @@ def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], st
         members = json.dumps([stack.together, stack.missing])
         stack.together, stack.missing = json.loads(processes.broadcast(f"{unit}: members", members))
     if stage.processes == "all":
-        from saejax.parallel.collectives import wait_for_all
-
         wait_for_all(f"{unit} is begun")
         return _run_stage(pipeline, unit, inputs, ProcessShare(), stack)
     if stage.processes == "items" or pipeline.leads:
-        from saejax.parallel.collectives import alone
-
         share = ProcessShare(processes) if stage.processes == "items" else ProcessShare()
         with alone():
             _run_stage(pipeline, unit, inputs, share, stack)
@@ -347,15 +333,11 @@ def _run_stage(
         return
     if stack:
         stack.link()
-    about = _describe(plan, stage, inputs, plan.configs)
-    measured = dict(
-        start=started,
-        seconds=round(attempt.total_seconds, 2),
-        device_hours=round(attempt.total_device_hours, 5),
-        peak_host_bytes=peak_host_bytes(),
-        peak_device_bytes=peak_device_bytes(),
-    )
-    about |= {name: value for name, value in measured.items() if value is not None}
+    seconds, hours = attempt.totals()
+    measured = dict(start=started, seconds=round(seconds, 2), device_hours=round(hours, 5))
+    peaks = dict(peak_host_bytes=peak_host_bytes(), peak_device_bytes=peak_device_bytes())
+    measured |= {name: peak for name, peak in peaks.items() if peak is not None}
+    about = _describe(plan, stage, inputs, plan.configs) | measured
     workspace.finish(unit, mark, about | dict(results=to_json(results)))
     pipeline.report(unit, f"{unit}: done in {attempt.seconds:.1f} s")
 
@@ -392,12 +374,8 @@ def _settings(configs: Configs, stage: str) -> dict[str, dict[str, Any]]:
     return {configuration.group_name(group): configuration.to_json(configs[group]) for group in groups}
 
 
-def _devices() -> dict[str, Any] | None:
-    """Return the devices as JAX sees them; None if the stages so far have not used JAX."""
-    if "jax" not in sys.modules:
-        return None
-    import jax
-
+def _devices() -> dict[str, Any]:
+    """Return the devices as JAX sees them."""
     kinds = sorted({device.device_kind for device in jax.devices()})
     return dict(count=jax.device_count(), kinds=kinds, processes=jax.process_count())
 

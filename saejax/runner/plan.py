@@ -69,7 +69,8 @@ def plan_units(plan: Workplan, workspace: Workspace, units: Sequence[str]) -> li
                 reason = describe_changes(plan, unit, previous).strip(" ()")
         if todo != REUSED:
             remade.add(unit)
-            reason = reason or ", ".join(f"{need} is made first" for need in _whole(plan, unit) if need in remade)
+            wholes = dict.fromkeys(split_unit(need)[0] for need in plan.needs(unit))  # of a member its stack
+            reason = reason or ", ".join(f"{need} is made first" for need in wholes if need in remade)
         planned.append(PlannedUnit(unit, mark, todo, reason, done, len(marks)))
     return planned
 
@@ -98,11 +99,6 @@ def is_read_later(configs: Configs, workspace: Workspace, units: Sequence[str], 
         except UserError:  # said when that unit's turn comes
             return True
     return not readers  # it was asked for by itself
-
-
-def _whole(plan: Workplan, unit: str) -> list[str]:
-    """Return the units that a unit reads, of a member its stack."""
-    return list(dict.fromkeys(split_unit(need)[0] for need in plan.needs(unit)))
 
 
 def describe_plan(planned: Sequence[PlannedUnit]) -> list[str]:

@@ -45,8 +45,9 @@ def load(files: Sequence[str | Path]) -> None:
         before = dict(kinds.KINDS)
         module = _run(file, f"saejax_plugin_{source[:16]}")
         added = [name for name, kind in kinds.KINDS.items() if before.get(name) is not kind]
-        declared = {value.name: value for value in vars(module).values() if isinstance(value, Stage)}
-        stages = {name: stage for name, stage in declared.items() if not registry.is_own(stage)}
+        declared = [value for value in vars(module).values() if isinstance(value, Stage)]
+        # It may import saejax's own.
+        stages = {stage.name: stage for stage in declared if registry.own_stages().get(stage.name) is not stage}
         if not added and not stages:
             raise UserError(
                 f"--plugins={file} adds nothing: decorate the class of a kind with saejax.dictionaries.kinds.register, "

@@ -71,11 +71,6 @@ def own_stages() -> Mapping[str, Stage]:
     return {stage.name: stage for stage in _discover()}
 
 
-def is_own(stage: Stage) -> bool:
-    """Return whether a stage is one of saejax itself, which a plugin may import."""
-    return own_stages().get(stage.name) is stage
-
-
 def add_stage(stage: Stage) -> None:
     """Add a plugin's stage, or replace an earlier one of its name."""
     _ADDED[stage.name] = stage

@@ -1,5 +1,6 @@
 """The program ``runs``: the units of a workdir with their sizes, and the removal of units that nobody needs."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -50,10 +51,8 @@ class KeptUnit:
 def run(argv: Sequence[str]) -> int:
     """Run the program and return its exit status."""
     flag_values = flags.FlagValues()
-    flags.DEFINE_string("workdir", "", "", flag_values=flag_values)
+    command_line.define_common(flag_values, "dry_run", "debug")
     flags.DEFINE_list("remove", [], "", flag_values=flag_values)
-    flags.DEFINE_bool("dry_run", False, "", flag_values=flag_values)
-    command_line.define_common(flag_values)
 
     def work() -> None:
         rest = flag_values([argv[0], *read_flag_files(argv[1:])])
@@ -95,7 +94,11 @@ def list_units(root: Path) -> list[KeptUnit]:
             state = "member"
         mark = str(about["fingerprint"])
         readers = sorted(_reader(root, other, members) for other, marks in reads.items() if mark in marks)
-        size, removed = _size(folder), (folder / Workspace.REMOVED).exists()
+        files = {path.name for path in folder.iterdir()}
+        size, removed = (
+            _size(folder),
+            Workspace.REMOVED in files and files <= Workspace.LEFT,
+        )  # a kill may have left the rest
         date = str(about.get("start", ""))
         units.append(
             KeptUnit(name, mark, folder, state, size, date, reads[folder], (*dict.fromkeys(readers),), removed)
@@ -136,8 +139,11 @@ def _reader(root: Path, folder: Path, members: set[str]) -> str:
 
 
 def _size(folder: Path) -> int:
-    files = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
-    return sum(path.lstat().st_size for path in files if not path.is_symlink())
+    size = 0
+    for path in (Path(place) / name for place, _, names in os.walk(folder) for name in names):
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on has renamed it
+            size += 0 if path.is_symlink() else path.lstat().st_size
+    return size
 
 
 def describe_units(units: Sequence[KeptUnit]) -> list[str]:
@@ -185,7 +191,7 @@ def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str
             doomed |= {path: ("checkpoints", unit) for path in unit.folder.rglob(CHECKPOINTS) if path.is_dir()}
         stage = unit.name.partition("/")[0]
         if "stores" in wanted and stage in STORES and not unit.is_removed and _has_finished_readers(units, unit):
-            doomed[unit.folder / "."] = ("store", unit)
+            doomed[unit.folder] = ("store", unit)
     for _, unit in doomed.values():
         if workspace.is_claimed(unit.name, unit.fingerprint):
             raise UserError(f"{unit.name} is being made by another process: wait for it")

@@ -72,18 +72,6 @@ def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:
     return from_json(tuple[TrainedMember, ...], read_json(path)["results"]["members"], path, "results.members")
 
 
-def load_member(unit: Path, name: str, flag: str, mesh: Mesh | None = None) -> Dictionary:
-    """Load the dictionary of a full name, such as "topk/k16", that a flag names, from the unit of its whole stack.
-
-    For the mesh see ``load_dictionary``.
-
-    Raises:
-      UserError: the unit has no such member, or is a stack and the flag names none of its members.
-    """
-    check_member(name, [entry.name for entry in members(unit)], flag)
-    return load_dictionary(member_folder(Path(unit), kind_and_member(name)[1]), mesh=mesh)
-
-
 def load_trained(name: str, units: Mapping[str, Path], flag: str, mesh: Mesh | None = None) -> Dictionary:
     """Load the dictionary that a flag names, of this workdir or by its folder.
 
@@ -92,12 +80,17 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str, mesh: Mesh | N
       units: folders of units such as "train/topk" or "train/topk/k16", unless a folder is named.
       flag: for the message, such as "--ablate.dictionary".
       mesh: the devices, see ``load_dictionary``.
+
+    Raises:
+      UserError: the unit has no such member, or is a stack and the flag names none of its members.
     """
     if not is_folder(name):
         kind, member = kind_and_member(name)
         if member and (folder := units.get(f"train/{name}")):
             return load_dictionary(folder, mesh=mesh)
-        return load_member(units[f"train/{kind}"], name, flag, mesh)
+        unit = units[f"train/{kind}"]
+        check_member(name, [entry.name for entry in members(unit)], flag)
+        return load_dictionary(member_folder(unit, member), mesh=mesh)
     try:
         # A published dictionary may normalise tokens, which those trained here never do.
         return rescale.to_output_units(load_dictionary(name, mesh=mesh))

@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax._src import xla_bridge
+
 from saejax.errors import UserError
 from saejax.files import read_object, write_json
 from saejax.runner.workspace import SUMMARY, Workspace, now
@@ -47,11 +50,7 @@ def peak_host_bytes() -> int | None:
 
 
 def peak_device_bytes() -> int | None:
-    """Return the largest peak memory among this process's devices; None where JAX was not used, and on CPUs."""
-    if "jax" not in sys.modules:
-        return None
-    import jax
-
+    """Return the largest peak memory among this process's devices; None on CPUs."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     return max((peak for peak in peaks if peak is not None), default=None)
 
@@ -84,15 +83,10 @@ class Attempt:
         """Seconds since the attempt began."""
         return time.monotonic() - self._clock
 
-    @property
-    def total_seconds(self) -> float:
-        """Seconds of this attempt and of all earlier ones at the same unit."""
-        return self.seconds + sum(file["seconds"] for file in self._earlier)
-
-    @property
-    def total_device_hours(self) -> float:
-        """Hours of this attempt and of all earlier ones at the same unit, times the devices of each."""
-        return _device_hours([*self._earlier, dict(seconds=self.seconds, devices=_device_count())])
+    def totals(self) -> tuple[float, float]:
+        """Return seconds and device-hours of this attempt and of all earlier ones at the same unit."""
+        attempts = [*self._earlier, dict(seconds=self.seconds, devices=_device_count())]
+        return sum(attempt["seconds"] for attempt in attempts), _device_hours(attempts)
 
     def write(self) -> None:
         """Write the attempt's file; one that cannot be written stops no run."""
@@ -122,11 +116,6 @@ def count_hours(workspace: Workspace, unit: str, mark: str) -> Iterator[Attempt]
 
 def _device_count() -> int:
     """Return the number of devices of all processes; 0 if JAX has not looked for devices."""
-    if "jax" not in sys.modules:
-        return 0
-    import jax
-    from jax._src import xla_bridge
-
     # Counting devices must not be what reserves their memory, which torch may want.
     return jax.device_count() if xla_bridge.backends_are_initialized() else 0
 

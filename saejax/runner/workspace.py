@@ -66,6 +66,7 @@ class Workspace:
     """
 
     REMOVED = "removed.json"  # marks a finished unit whose files were removed, because nobody reads them any more
+    LEFT = frozenset({STARTED, SUMMARY, CLAIM, REMOVED})  # the files that such a unit has
 
     def __init__(self, root: str | os.PathLike, read_only: bool = False):
         self.root = Path(root)
@@ -123,7 +124,7 @@ class Workspace:
         folder = self.folder(unit, mark)
         write_json(folder / self.REMOVED, dict(removed=now()))
         for path in folder.iterdir():
-            if path.name not in (STARTED, SUMMARY, CLAIM, self.REMOVED):
+            if path.name not in self.LEFT:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     @contextlib.contextmanager
@@ -260,10 +261,6 @@ class Workspace:
             path.parent.mkdir(exist_ok=True)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f"{now()} {text}\n")
-
-    def units(self) -> dict[str, Path]:
-        """Return the folders of the current units by name, such as "train/topk", finished or not."""
-        return current_units(self.root)
 
 
 @contextlib.contextmanager
@@ -408,12 +405,8 @@ class Stack:
         self.folders = {member: workspace.folder(unit, fingerprint) for member, fingerprint in marks.items()}
         self.together: Sequence[str] = ()  # names of members that are computed in one program
         self.missing: Sequence[str] = ()  # names of the members that are not finished
-        self._workspace, self._unit, self._folder, self._describe = (
-            workspace,
-            unit,
-            workspace.folder(unit, mark),
-            describe,
-        )
+        self._workspace, self._unit, self._folder = workspace, unit, workspace.folder(unit, mark)
+        self._describe = describe
         self._start, self._clock = now(), time.monotonic()
         self._seconds: list[float] = []  # of the members that are finished
 

@@ -4,7 +4,6 @@ import importlib.util
 import re
 import secrets
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,13 +28,8 @@ With --model.path=MODEL and --graph.transcoders=SET, and other flags of experime
 else each graph's own are taken from its unit. It answers at an address with a random token, and ends with Ctrl-C."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the binary and exit with its status."""
-    sys.exit(run(sys.argv if argv is None else argv))
-
-
 def run(argv: Sequence[str]) -> int:
-    """Like ``main``, but returns the exit status."""
+    """Run the binary and return its exit status."""
     flag_values = command_line.stage_flags()
     flags.DEFINE_integer("port", 8765, "", lower_bound=0, upper_bound=65535, flag_values=flag_values)
     flags.DEFINE_list("hosts", [], "", flag_values=flag_values)
@@ -47,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     def work() -> None:
         configs = command_line.read_configs(flag_values, [program, *rest], ["attribute"])
         if flag_values["help"].value:
-            return print(ABOUT)
+            return command.show_text(ABOUT)
         folder = flag_values["workdir"].value
         if not folder:
             raise UserError("--workdir=DIR is missing: name a workdir, or a folder of graphs")

@@ -1,6 +1,5 @@
 """The binary ``study_run``: the pipeline on several models, and one report of them all."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,23 +24,17 @@ All other flags are those of experiments.pipeline; they hold for every row, and 
 unchanged is not run again. A unit that fails stops no other row; the exit status is 1 then, and the report says why."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the binary and exit with its status."""
-    sys.exit(run(sys.argv if argv is None else argv))
-
-
 def run(argv: Sequence[str]) -> int:
     """Run the binary and return its exit status."""
     flag_values = flags.FlagValues()
-    command_line.define_workdir(flag_values)
+    command_line.define_common(flag_values, "take_over", "debug")
     flags.DEFINE_list("rows", [], "", flag_values=flag_values)
     flags.DEFINE_integer("at_once", 1, "", lower_bound=1, flag_values=flag_values)
-    command_line.define_common(flag_values)
 
     def work() -> None:
         _, *common = flag_values([argv[0], *read_flag_files(argv[1:])], known_only=True)
         if flag_values["help"].value:
-            return print(ABOUT)
+            return command.show_text(ABOUT)
         workdir = command_line.named_workdir(flag_values)
         if not flag_values["rows"].value:
             raise UserError("--rows=FILE,FOLDER is missing: name the flag files of the study's rows, or their folder")

@@ -79,7 +79,8 @@ def test_the_order_is_random_and_the_same_again(stream):
 def test_documents_are_shuffled_without_their_token_ids_in_memory(tmp_path):
     lengths_N = np.random.default_rng(0).integers(1, 16_384, 1_000)
     tracemalloc.start()
-    with tokenize._DocumentsWriter(tmp_path) as writer:
+    with tokenize._open_whole(tmp_path / "ids.npy") as ids:
+        writer = tokenize._DocumentsWriter(tmp_path, ids)
         for number, length in enumerate(lengths_N):
             writer.add(TextPiece(np.full(length, number, np.int32), number % 2, "", number, 0))
         writer.finish(seed=0)

@@ -96,6 +96,7 @@ def test_the_report_has_its_layers(workdir, flags):
 
 
 def test_what_takes_dictionaries_one_by_one_says_so(workdir, flags, capsys):
+    unit = workdir / "train" / "jumprelu"
     capsys.readouterr()
     for stage, changes in [
         ("interpret", dict(interpret__dictionaries="jumprelu")),
@@ -105,5 +106,5 @@ def test_what_takes_dictionaries_one_by_one_says_so(workdir, flags, capsys):
         (error,) = capsys.readouterr().err.strip().splitlines()
         assert "cross-layer transcoder" in error
     with pytest.raises(UserError, match="traced with --graph.transcoders"):
-        stacks.load_member(workdir / "train" / "jumprelu", "jumprelu/mlp_in.0", "--ablate.dictionary")
-    assert labels_of_folders([workdir / "train" / "jumprelu"]) == {}  # which a graph of it asks for
+        stacks.load_trained("jumprelu/mlp_in.0", {"train/jumprelu": unit}, "--ablate.dictionary")
+    assert labels_of_folders([unit]) == {}  # which a graph of it asks for

@@ -1,4 +1,4 @@
-"""How the devices of slices and nodes, made up here or libtpu's, are arranged as a mesh."""
+"""How the devices of slices and nodes, made up here or libtpu's, are arranged as a mesh; the memory of the host."""
 
 import importlib.util
 import itertools
@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from saejax.parallel.mesh import arrange_devices
+from saejax.parallel import mesh
+from saejax.parallel.mesh import arrange_devices, free_host_bytes
 from saejax.preflight import topology
 
 
@@ -67,3 +68,25 @@ def test_nodes_of_gpus_are_the_outer_axis(shape, axis):
     arranged = arrange_devices(random.Random(1).sample(devices, 8), shape)
     nodes = np.vectorize(lambda device: device.process_index)(arranged)
     assert np.diff(nodes, axis=axis).any() and not any(np.diff(nodes, axis=a).any() for a in {0, 1, 2} - {axis})
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "free"),
+    [
+        ("0::/job/step", {"": (9000, 0, 0), "job": (2000, 900, 300), "job/step": ("max", 500, 0)}, 1400),
+        ("2:cpu:/\n4:cpuacct,memory:/pod\n0::/", {"memory": (2000, 2500, 100)}, 0),
+        ("", {}, 5000),
+    ],
+)
+def test_the_limit_of_a_batch_job_or_container_counts(monkeypatch, tmp_path, groups, files, free):
+    """Its files are (most, used, pages of files that are given back); the tightest group counts."""
+    for group, (most, used, read) in files.items():
+        names = ("limit_in_bytes", "usage_in_bytes") if group == "memory" else ("max", "current")
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        for name, value in zip((*names, "stat"), (most, used, f"anon 3\ninactive_file {read}\n"), strict=True):
+            (tmp_path / group / f"memory.{name}").write_text(f"{value}\n")
+    (tmp_path / "cgroup").write_text(f"{groups}\n" if groups else "")
+    monkeypatch.setattr(mesh, "_GROUPS", tmp_path)
+    monkeypatch.setattr(mesh, "_PROCESS_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(mesh.psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    assert free_host_bytes() == free

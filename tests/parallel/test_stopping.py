@@ -182,7 +182,7 @@ DEAF = {
 
 # One process imports what all of them run.
 DEAF_PROGRAM = f"""
-import hashlib, os, time
+import hashlib, os, sys, time
 from concurrent import futures
 from saejax.runner import command, pipeline
 
@@ -195,7 +195,7 @@ for code in {list(DEAF.values())}:
         print("ended:", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     else:
         pipeline.run_stages, command._PATIENCE = run_stages, 0.5
-        command.main(["report"], "")
+        command.leave(command.run(["report"], "", sys.argv))
 """
 
 

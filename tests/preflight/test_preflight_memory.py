@@ -51,7 +51,8 @@ def test_disk_host_memory_and_resident_rows():
     )
     parameters = 2 * 576 * 4608 + 4608 + 576
     assert store_bytes(plan) == 1000 * (4 * 576 + 16)
-    assert disk_bytes(plan) == store_bytes(plan) + 10 * 4 * parameters  # three checkpoints of three copies
+    assert disk_bytes(plan, ["capture"]) == store_bytes(plan) and disk_bytes(plan, ["evaluate"]) == 0
+    assert disk_bytes(plan, ["train"]) == 10 * 4 * parameters  # three checkpoints of three copies
     assert host_bytes(plan) == 600 * 4 * 576 + 3 * 4 * parameters
     assert resident_bytes(plan) == 1000 * 4 * 576
     assert resident_bytes(spread) == 125 * 4 * 576

@@ -2,16 +2,17 @@
 
 import json
 import re
-import types
 
 import pytest
 import runs
 from preflight_setup import CONFIGS
 
 from saejax.preflight import topology
-from saejax.runner import command
+from saejax.runner import command, command_line
 from saejax.runner.flags import flag_fields
 from saejax.runner.registry import all_groups
+from saejax.runner.workplan import Workplan
+from saejax.runner.workspace import Workspace
 from saejax.stages.preflight import run as checks
 
 SHAPES = CONFIGS / "shapes"
@@ -30,8 +31,8 @@ def host(monkeypatch):
     """host(gib): makes this host's free memory so large."""
 
     def set_memory(gib: float) -> None:
-        free = types.SimpleNamespace(available=int(gib * 2**30))
-        monkeypatch.setattr(topology.psutil, "virtual_memory", lambda: free)
+        for module in (topology, checks):
+            monkeypatch.setattr(module, "free_host_bytes", lambda: int(gib * 2**30))
 
     return set_memory
 
@@ -67,6 +68,18 @@ def test_one_model_is_planned(tmp_path, inputs, capsys):
     flags = {name for group, config in all_groups().items() for name in flag_fields(group, config)}
     assert {flag.removeprefix("--") for flag in checks.SHORTENING.values()} <= flags
     assert "done before, unchanged" in capsys.readouterr().out
+    changed = runs.small_flags(*inputs, tmp_path, ablate__top=3)
+    plan, space = (
+        Workplan(command_line.read_configs(command_line.stage_flags(), ["program", *changed])),
+        Workspace(tmp_path),
+    )
+    for unit in ("capture", "train/topk", "train/standard"):
+        with space.claim(unit, plan.fingerprint(unit)):
+            space.begin(unit, plan.fingerprint(unit))
+            space.finish(unit, plan.fingerprint(unit), dict(results={}))
+    assert preflight(*changed) == 0 and "since they are done: capture, train\n" in capsys.readouterr().out
+    results = json.loads((tmp_path / "preflight" / "done.json").read_text())["results"]
+    assert set(results["seconds"]) == {"evaluate", "ablate"} and results["disk_bytes"] == results["host_bytes"] == 0
 
 
 def test_a_machine_without_bfloat16(tmp_path, inputs, capsys, monkeypatch):

@@ -55,7 +55,7 @@ def meet(folder: Path) -> None:
 def main() -> None:
     stages = fake_stages()
     pipeline.all_stages = workplan.all_stages = lambda: stages
-    command.main(list(pipeline.all_stages()), "", sys.argv)
+    command.leave(command.run(list(pipeline.all_stages()), "", sys.argv))
 
 
 # A child that asks ``serve`` for a process, and ends as that process does.

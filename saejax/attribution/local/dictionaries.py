@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 from jax.sharding import Mesh
 from scipy.sparse import csr_array
 
@@ -32,7 +31,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
 from saejax.models.sites import Site
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import free_bytes, make_mesh, on_host
+from saejax.parallel.mesh import free_bytes, free_host_bytes, make_mesh, on_host
 
 READ_AT_ONCE = 1 << 26  # numbers that are read of decoders at once
 KEPT_SHARE = 4  # encoders stay on the devices up to one part in so many of what is free
@@ -579,11 +578,6 @@ def _widen(dictionary: Dictionary) -> Dictionary:
     arrays = dictionary.arrays
     wide = {name: array.astype(jnp.promote_types(array.dtype, jnp.float32)) for name, array in arrays.items()}
     return Dictionary(dictionary.config, dictionary.matmul_dtype, **wide)
-
-
-def free_host_bytes() -> int:
-    """Return the memory of the host that is free."""
-    return psutil.virtual_memory().available
 
 
 def _first_device() -> Mesh:

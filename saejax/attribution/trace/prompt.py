@@ -39,7 +39,6 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 from absl import logging
 from jax.sharding import Mesh
 
@@ -69,7 +68,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.parameters import parameter_table as model_table
 from saejax.models.tokens import text_of, token_text
-from saejax.parallel.mesh import document_devices, free_bytes, part_size
+from saejax.parallel.mesh import document_devices, free_bytes, free_host_bytes, part_size
 from saejax.progress import OnProgress, show_progress, silent
 
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
@@ -604,7 +603,7 @@ def return_freed() -> None:
 
 def free_memory(mesh: Mesh) -> Memory:
     """Return what is free now."""
-    return Memory(free_bytes(mesh), psutil.virtual_memory().available)
+    return Memory(free_bytes(mesh), free_host_bytes())
 
 
 def check_memory(size: GraphSize, tokens: int, mesh: Mesh, make_room: Callable[[], None] | None = None) -> None:

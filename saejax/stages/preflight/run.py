@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ from saejax.models import parity
 from saejax.models.loading import load_model
 from saejax.models.settings import ModelConfig
 from saejax.parallel.collectives import process_count
-from saejax.parallel.mesh import make_mesh
+from saejax.parallel.mesh import free_host_bytes, make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.preflight import rates
 from saejax.preflight.plan import (
@@ -29,8 +29,10 @@ from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResul
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.topology import Place, compile_for, find_place
 from saejax.results import MeshShape
+from saejax.runner.plan import REUSED, plan_units
 from saejax.runner.registry import all_stages
-from saejax.runner.workspace import Run
+from saejax.runner.workplan import Workplan
+from saejax.runner.workspace import Run, Workspace
 from saejax.stages.preflight.settings import PreflightConfig
 from saejax.stages.train.plan import host_bytes, resident_bytes
 from saejax.tasks import corpora
@@ -62,9 +64,9 @@ def run_preflight(run: Run) -> PreflightResults:
       Interrupted: asked to stop.
     """
     configs, config = run.configs, run.configs[PreflightConfig]
-    for stage in all_stages().values():
-        if stage.units(configs):
-            stage.check(configs)
+    stages = [stage for stage in all_stages().values() if stage.units(configs)]
+    for stage in stages:
+        stage.check(configs)
     shapes = read_shapes(configs)
     if config.parity:
         _check_parity_is_possible(shapes, config.topology)
@@ -73,20 +75,34 @@ def run_preflight(run: Run) -> PreflightResults:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.axes.items())
     run.say(f"{mesh.devices} x {', '.join(mesh.kinds)}, {place.limit / GIB:.2f} GiB each; mesh {axes}")
     runs_here = len(shapes) == 1 and not config.topology
+    left = {stage.name for stage in stages if not stage.first}
+    if runs_here and (done := left - _stages_left(run, left)):
+        left -= done
+        run.say(f"not counted, since they are done: {', '.join(name for name in all_stages() if name in done)}")
     plans = _planned_runs(run, shapes, place, runs_here)
-    models = [_check_model(run, plan, place) for plan in plans]
+    models = [_check_model(run, plan, place, left) for plan in plans]
     if unfit := [message for model in models if (message := _misfit(model, place))]:
         raise UserError(f"{'; '.join(unfit)}: {_ADVICE}")
     for model in models if config.topology else ():
         _say_least_hours(run, model, config.topology)
     results = PreflightResults(mesh, config.topology, place.limit, tuple(models))
     if runs_here and plans:
-        results = _with_resources(run, results, plans[0], place)
+        results = _with_resources(run, results, plans[0], place, left)
     if config.parity:
         results = dataclasses.replace(results, parity={shape.path: _check_parity(run, shape.path) for shape in shapes})
     if long := describe_long_run(results.seconds or {}):
         run.say(long)  # last, so that it is not missed
     return results
+
+
+def _stages_left(run: Run, stages: set[str]) -> set[str]:
+    """Return those of some stages of which this workdir lacks a unit."""
+    units = [unit for name, stage in all_stages().items() if name in stages for unit in stage.units(run.configs)]
+    try:
+        planned = plan_units(Workplan(run.configs), Workspace(run.folder.parent, read_only=True), units)
+    except UserError:  # said when that unit's turn comes
+        return stages
+    return {unit.name.partition("/")[0] for unit in planned if unit.todo != REUSED}
 
 
 def describe_long_run(seconds: Mapping[str, float]) -> str:
@@ -125,14 +141,14 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
     return plans
 
 
-def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
-    """Compile the programs of a model, with a line for each."""
+def _check_model(run: Run, plan: PlannedRun, place: Place, stages: Collection[str]) -> ModelNeeds:
+    """Compile the programs of stages on a model, with a line for each."""
     model = plan.model
     run.say(f"{plan.name}: {parameters(model) / 1e6:,.1f} M parameters, {model.n_layers} layers, {plan.dtype}")
     check_dictionaries(plan)
     if any(all_stages()[stage].units(plan.configs) for stage in ("tokenize", "capture", "train")):
         check_context(plan.configs[CorpusConfig], model.context)
-    programs = stage_programs(plan)
+    programs = stage_programs(plan, stages)
     if programs:
         run.say(
             "  compiled programs: memory on each device, other data of the stage included; GFLOP of all devices by "
@@ -190,8 +206,10 @@ def _misfit(model: ModelNeeds, place: Place) -> str:
     )
 
 
-def _with_resources(run: Run, results: PreflightResults, plan: PlannedRun, place: Place) -> PreflightResults:
-    """Return the results with disk, host memory and time.
+def _with_resources(
+    run: Run, results: PreflightResults, plan: PlannedRun, place: Place, stages: Collection[str]
+) -> PreflightResults:
+    """Return the results with disk, host memory and time of stages.
 
     Raises:
       UserError: the disk or the host's memory is too small.
@@ -201,8 +219,8 @@ def _with_resources(run: Run, results: PreflightResults, plan: PlannedRun, place
     dtypes = dict.fromkeys(("evaluate", "ablate", "benchmark"), plan.dtype)
     dtypes |= dict(capture=plan.capture_dtype, train=train.matmul)
     seconds = stage_seconds(programs, measured, dtypes)
-    needed, free = disk_bytes(plan), psutil.disk_usage(str(run.folder)).free
-    on_host, host_free = host_bytes(plan), psutil.virtual_memory().available
+    needed, free = disk_bytes(plan, stages), psutil.disk_usage(str(run.folder)).free
+    on_host, host_free = host_bytes(plan) if "train" in stages else 0, free_host_bytes()
     shown = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in measured.items())
     run.say(f"text: {plan.documents:,} documents, about {plan.tokens:,} tokens; matrix products: {shown}")
     if measured["bfloat16"] < measured["float32"]:
@@ -213,7 +231,7 @@ def _with_resources(run: Run, results: PreflightResults, plan: PlannedRun, place
     run.say(f"memory of the host for buffers and checkpoints of training: about {on_host / GIB:.1f} GiB")
     stored = resident_bytes(plan) if train.source == "store" else 0
     auto = train.input == "auto" and plan.platform != "cpu" and stored < _RESIDENT * place.limit
-    if stored and (auto or train.input == "resident"):
+    if "train" in stages and stored and (auto or train.input == "resident"):
         run.say(f"activations that stay on the devices: {stored / GIB:.2f} GiB on each, besides the training step")
     devices = 1 if plan.platform == "cpu" else plan.mesh.size
     hours = devices * sum(seconds.values()) / 3600

@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -65,7 +65,8 @@ def run_tokenize(run: Run) -> TokenizeResults:
             yield document
             progress.add(document.size)
 
-    with _DocumentsWriter(run.folder) as writer:
+    with _open_whole(run.folder / FILES[0]) as ids:
+        writer = _DocumentsWriter(run.folder, ids)
         with _use_all_cores():
             for piece in chunker.pieces(texts(), lambda document: corpora.is_held_out(document, config)):
                 check_vocabulary(model, vocabulary, piece.ids_T)
@@ -103,27 +104,18 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
 
 
 class _DocumentsWriter:
-    """Writer of the files of ``Documents``; a context manager that removes unfinished files.
+    """Writer of the files of ``Documents``.
 
     Args:
       folder: the folder to write to.
+      ids: its open file of token ids.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, ids: IO[bytes]):
+        self._folder, self._ids = folder, ids
         self._rows = array.array("i")  # in the order of the text, of each document its length and ``COLUMNS``
         self.documents, self.tokens = [0] * len(SPLITS), [0] * len(SPLITS)
-
-    def __enter__(self) -> "_DocumentsWriter":
-        with contextlib.ExitStack() as stack:
-            self._ids = self._open(stack, FILES[0])
-            self._ids.write(npy_header((0,), np.dtype(np.int32)))
-            # Only now that the file is open: what fails before is closed and removed by the block.
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+        self._ids.write(npy_header((0,), np.dtype(np.int32)))
 
     def add(self, piece: TextPiece) -> None:
         """Write a document."""
@@ -143,18 +135,19 @@ class _DocumentsWriter:
         starts_N = np.cumsum(rows_Nx5[:, 0], dtype=np.int64) - rows_Nx5[:, 0]
         order_N = shuffled_order(rows_Nx5[:, 1 + COLUMNS.index("split")], seed)
         arrays = starts_N, rows_Nx5[:, 0], rows_Nx5[:, 1:]
-        with contextlib.ExitStack() as stack:
-            for name, values in zip(FILES[1:], arrays, strict=True):
-                ordered = values[order_N]
-                file = self._open(stack, name)
+        for name, values in zip(FILES[1:], arrays, strict=True):
+            ordered = values[order_N]
+            with _open_whole(self._folder / name) as file:
                 file.write(npy_header(ordered.shape, ordered.dtype))
                 file.write(ordered.data)
 
-    def _open(self, stack: contextlib.ExitStack, name: str) -> IO[bytes]:
-        """Open a file that appears whole or not at all."""
-        path = self._folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return stack.enter_context(open(stack.enter_context(whole_file(path)), "wb"))
+
+@contextlib.contextmanager
+def _open_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 @contextlib.contextmanager
