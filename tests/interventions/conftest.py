@@ -11,6 +11,7 @@ from runs import write_members
 
 from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
+from saejax.interventions import rows, split_model
 from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
@@ -18,6 +19,16 @@ from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
 
 N_FEATURES = 160
 _SUBJECTS = ("cat", "dogs", "water", "year", "war", "capital", "way", "she", "France", "3 + 4", "Paris")
+
+
+@pytest.fixture(scope="module")
+def few_shapes():
+    """Fill batches up to few shapes: compiling a program takes longer than all that the tests of a file run by it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split_model, "LENGTH_STEP", 32)
+        for name, value in dict(_STEP=128, _ROWS=128, _SHARES=(1 / 8, 1 / 2)).items():
+            patch.setattr(rows, name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

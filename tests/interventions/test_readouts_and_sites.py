@@ -25,6 +25,7 @@ from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED, TEXT
 from saejax.models.split import Readout, ReadoutInputs
 
+pytestmark = pytest.mark.usefixtures("few_shapes")
 RIGHT, WRONG = " runs", " far"
 SITES = ("resid_post.0", "mlp_out.2")
 SETTINGS = dict(top=3, random_sets=6, untrained_dictionaries=1, baselines=("pca", "diff_means"), bootstrap=200)

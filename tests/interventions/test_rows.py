@@ -1,5 +1,6 @@
 """Which rows are run, on which tokens and in which batches."""
 
+import functools
 import types
 
 import numpy as np
@@ -7,7 +8,14 @@ import pytest
 
 from saejax.interventions.edits import FeatureEdits, filled_features
 from saejax.interventions.rows import Prompts, all_different, batches_of
-from saejax.interventions.split_model import prefixes
+from saejax.interventions.split_model import (
+    GROUP_TOKENS,
+    groups_by_length,
+    prefixes,
+    prompts_at_once,
+    row_step,
+    rows_at_once,
+)
 
 DICTIONARY = types.SimpleNamespace(config=types.SimpleNamespace(n_features=1000))
 
@@ -96,3 +104,26 @@ def test_batches_have_few_shapes(many):
         shapes |= {(batch.size, batch.length, batch.tokens, len(batch.features_K)) for batch in batches}
     assert len(shapes) <= 12 and {features for *_, features in shapes} == {filled_features(40)}
     assert max(tokens for *_, tokens, _ in shapes) <= 96
+
+
+def test_long_prompts_are_not_filled_up_to_sixteen():
+    """A prompt of 4,000 tokens runs once, not 16 times; prompts of a few tokens run 16 at a time."""
+    for length, most in ((4000, 1), (1000, 2), (128, 16), (20, 16)):
+        assert prompts_at_once(length) == most
+        ((index_P, rows_B, padded),) = groups_by_length(np.array([length]), row_step, GROUP_TOKENS)
+        assert (len(index_P), len(rows_B), padded) == (1, min(most, 8), length)
+    lengths_N = np.array([20] * 3 + [300] * 9 + [9000])
+    groups = list(groups_by_length(lengths_N, row_step, GROUP_TOKENS))
+    assert sorted(np.concatenate([index_P for index_P, _, _ in groups])) == list(range(13))
+    assert all(len(rows_B) % row_step(length) == 0 for _, rows_B, length in groups)
+
+
+@pytest.mark.parametrize(
+    "prompts, devices, rows, program", [(20, 1, 24, 8), (24, 1, 24, 8), (80, 8, 80, 16), (3, 16, 16, 16)]
+)
+def test_few_prompts_are_filled_up_with_few_copies(prompts, devices, rows, program):
+    """20 prompts run as 24 rows, not 32, and each device has as many rows of a program as the others."""
+    step_of = functools.partial(row_step, devices=devices)
+    ((_, rows_B, _),) = groups_by_length(np.full(prompts, 12), step_of, GROUP_TOKENS)
+    assert (len(rows_B), rows_at_once(len(rows_B), 12)) == (rows, program)
+    assert program % devices == 0
