@@ -199,7 +199,7 @@ class StudyConfig(Config):
     items: int = setting(
         200,
         "maximum number of items of each benchmark, of those of --task.examples: half select features, half test them",
-        low=2,
+        low=4,
     )
     top: int = setting(10, "number of features, ranked by attribution on train items, that are ablated", low=1)
     random_sets: int = shared.random_sets()

@@ -26,6 +26,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -120,20 +121,14 @@ def _pair(
         [len(first_items[item].correct) for item in shared],
         _SEED,
     )
-    correlation, p, placebo = None, None, None
-    if agreement:
-        correlation, p, placebo = agreement.correlation, agreement.p_value, agreement.placebo
+    both: Any = dict(first=pair[0], second=pair[1], benchmark=benchmark, p_holm=None, aligned=None)
     yield AlignmentFigures(
-        first=pair[0],
-        second=pair[1],
-        benchmark=benchmark,
+        **both,
         by="items",
         n=len(shared),
-        rank_correlation=correlation,
-        p_value=p,
-        p_holm=None,
-        control=placebo,
-        aligned=None,
+        rank_correlation=agreement.correlation if agreement else None,
+        p_value=agreement.p_value if agreement else None,
+        control=agreement.placebo if agreement else None,
         shared=None,
         shared_null=None,
     )
@@ -145,16 +140,12 @@ def _pair(
         controls = [value for value in (importance.rotated, importance.placebo) if value is not None]
         has_placebo = importance.placebo is not None
         yield AlignmentFigures(
-            first=pair[0],
-            second=pair[1],
-            benchmark=benchmark,
+            **both,
             by="features",
             n=len(match.first_M),
             rank_correlation=importance.correlation,
             p_value=importance.p_value,
-            p_holm=None,
             control=max(controls) if has_placebo else None,
-            aligned=None,
             shared=match.shared if min(match.live) else None,
             shared_null=match.shared_null if min(match.live) else None,
         )

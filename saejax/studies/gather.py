@@ -155,17 +155,15 @@ def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
     for kind, results in findings.each(EvaluateResults).items():
         train = findings.each(TrainResults)[kind]
         for scores in results.members:
-            yield DictionaryFigures(
+            yield DictionaryFigures.copy_from(
+                scores,
                 row=row,
                 dictionary=full_name(kind, scores.name),
-                site=scores.site,
                 features=sum(scores.density_histogram.counts) + scores.density_histogram.never,
                 epochs=settings["train"]["epochs"],
                 tokens=train.tokens,
                 seconds=train.seconds,
-                l0=scores.l0,
                 dead=scores.dead_fraction,
-                explained_variance=scores.explained_variance,
                 ce_recovered=scores.ce_recovered_mean,
             )
 
@@ -173,13 +171,12 @@ def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
 def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
     for results in findings.each(CaptureResults).values():
         for site, statistics in results.sites.items():
-            yield ActivationFigures(
+            yield ActivationFigures.copy_from(
+                statistics,
                 row=row,
                 text="corpus",
                 site=site,
                 tokens=statistics.rows,
-                median_norm=statistics.median_norm,
-                largest_norm=statistics.largest_norm,
                 beyond_sinks=statistics.sinks.share_beyond,
                 l0=None,
                 firing=None,
@@ -187,18 +184,7 @@ def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
             )
     for benchmark, study in findings.each(StudyResults).items():
         if read := study.activations:
-            yield ActivationFigures(
-                row=row,
-                text=benchmark,
-                site=study.site,
-                tokens=read.tokens,
-                median_norm=read.median_norm,
-                largest_norm=read.largest_norm,
-                beyond_sinks=None,
-                l0=read.l0,
-                firing=read.firing,
-                explained_variance=read.explained_variance,
-            )
+            yield ActivationFigures.copy_from(read, row=row, text=benchmark, site=study.site, beyond_sinks=None)
 
 
 def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
@@ -273,16 +259,12 @@ def _gates(row: str, findings: Findings) -> Iterator[GateFigures]:
 def _domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
     """Return what features chosen on one benchmark do on another; p-values corrected over all of them."""
     figures = [
-        DomainFigures(
+        DomainFigures.copy_from(
+            transferred,
             row=row,
             chosen_on=chosen_on,
             benchmark=benchmark,
-            effect=transferred.effect,
             chosen_here=results.verdict.dictionaries[TESTED][benchmark].ablation["answer_log_prob"].effect,
-            common=transferred.common,
-            random=transferred.random,
-            random_sets=transferred.random_sets,
-            p_value=transferred.p_value,
             p_holm=None,
         )
         for row, findings in rows.items()
@@ -298,15 +280,7 @@ def _drivers(row: str, findings: Findings) -> Iterator[DriverFigures]:
     """Yield what drives the features of each benchmark, by group."""
     for benchmark, results in findings.each(StudyResults).items():
         for shares in results.falsification.shares if results.falsification else ():
-            yield DriverFigures(
-                row=row,
-                benchmark=benchmark,
-                group=shares.group,
-                features=shares.features,
-                tokens=shares.tokens,
-                context=shares.context,
-                undecided=shares.undecided,
-            )
+            yield DriverFigures.copy_from(shares, row=row, benchmark=benchmark)
 
 
 def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
@@ -314,10 +288,9 @@ def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
     for results in findings.each(TransferResults).values():
         for pair in results.pairs:
             for measure, both in pair.measures.items():
-                yield TransferFigures(
+                yield TransferFigures.copy_from(
+                    pair,
                     row=row,
-                    first=pair.first,
-                    second=pair.second,
                     measure=measure,
                     matched=both.scores.matched,
                     matched_null=both.null.matched,
@@ -331,13 +304,11 @@ def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
     for results in findings.each(TrackResults).values():
         for slug, text in results.texts.items():
             tests = [step.test for step in text.steps if step.test]
-            yield TrackingFigures(
+            yield TrackingFigures.copy_from(
+                text,
                 row=row,
                 text=slug,
-                tokens=text.tokens,
                 sites=len(text.sites),
-                links=text.links,
-                output=text.output,
                 tests=sum(test.hurt != "not testable" for test in tests),
                 measured=sum(chain.holds is not None for chain in text.chains),
                 holding=sum(chain.holds is True for chain in text.chains),

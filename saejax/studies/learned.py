@@ -39,17 +39,8 @@ def learned(figures: StudyFigures) -> tuple[LearnedFigures, ...]:
         answers = dict(_answers(figures, gate.row, gate.benchmark))
         for name, question in QUESTIONS.items():
             if name in answers:
-                answer, evidence = answers[name]
-                expected = question.expected.get(control_kind[gate.row], "")
-                row = LearnedFigures(
-                    row=gate.row,
-                    benchmark=gate.benchmark,
-                    question=name,
-                    answer=answer,
-                    expected=expected,
-                    evidence=evidence,
-                )
-                rows.append(row)
+                (answer, evidence), expected = answers[name], question.expected.get(control_kind[gate.row], "")
+                rows.append(LearnedFigures(gate.row, gate.benchmark, name, answer, expected, evidence))
     return tuple(rows)
 
 

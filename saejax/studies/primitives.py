@@ -106,9 +106,8 @@ class BenchmarkPrimitives:
     seeds: Mapping[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
     #: share of permutations of names with as many recurrences of all groups together; None: too few names to be rare
     p_recurs: float | None = None
-    can_name: bool = (
-        True  #: whether any group could be named: False where even the best fit is not rare on so few items
-    )
+    #: whether any group could be named: False where even the best fit is not rare on so few items
+    can_name: bool = True
 
 
 def find_primitives(

@@ -7,7 +7,7 @@ the study's folder: ``index.html`` (complete in itself), ``study.md`` (the same 
 """
 
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -20,7 +20,7 @@ from saejax.page.tables import Table
 from saejax.results import to_json
 from saejax.studies.gate import RULES
 from saejax.studies.learned import answers_table, holds, overview
-from saejax.studies.pictures import draw_drivers, draw_drops, draw_models, draw_trends
+from saejax.studies.pictures import draw_drivers, draw_drops, draw_models
 from saejax.studies.results import TABLES, StudyFigures
 from saejax.studies.sheet import as_csv, duration
 from saejax.studies.units import ROWS
@@ -58,15 +58,16 @@ def _lead(figures: StudyFigures) -> Sequence[str]:
         lines.append("; ".join(gates) + ".")
     if figures.failures:
         failed = sum(failure.state == "failed" for failure in figures.failures)
-        missing = (
-            f"{counted(failed, 'unit')} failed, and {len(figures.failures) - failed} that depend on them were skipped"
-        )
+        skipped = len(figures.failures) - failed
+        missing = f"{counted(failed, 'unit')} failed"
+        missing += f", and {skipped} that depend on them were skipped" if skipped else ""
         lines.append(f"Not everything was done: {missing}; the last section says why.")
     return lines
 
 
 def _sections(root: Path, figures: StudyFigures) -> list[Section]:
     """Return the sections of the page; what no row ran has none, and is named in the last one."""
+    rules = [Code(_TITLES[name], "\n".join(textwrap.wrap(rule, 96))) for name, rule in RULES.items()]
     took = Text(f"All units together took {duration(sum(model.seconds for model in figures.models))}.")
     sections: dict[str, Iterable[Block]] = {
         "What was learned": _learned(root, figures),
@@ -77,8 +78,8 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         "The same problem in every model": _tables(figures, "problems"),
         "Alignment": _alignment(root, figures),
         "From layer to layer": _tables(figures, "transfer", "tracking"),
-        "Before anything is changed": _dictionaries(root, figures),
-        "Answers and rules": (*_tables(figures, "learned"), *_rules()),
+        "Before anything is changed": _dictionaries(figures),
+        "Answers and rules": (*_tables(figures, "learned"), *rules),
         "Setup": (*_tables(figures, "models"), took, _reports(root, figures)),
         "What is not done": (*_tables(figures, "failures"), *_not_run(figures)),
     }
@@ -191,16 +192,11 @@ def _alignment(root: Path, figures: StudyFigures) -> Iterator[Block]:
     yield from _tables(figures, "alignment", "domains")
 
 
-def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
+def _dictionaries(figures: StudyFigures) -> Iterator[Block]:
     """Yield the models, their activations, and their dictionaries."""
     yield from _tables(figures, "baselines", "activations")
-    if not figures.dictionaries:
-        return
-    widths = {model.row: model.width for model in figures.models if model.width}
-    if any(dictionary.row in widths for dictionary in figures.dictionaries):
-        caption = "Normalised error (1 - explained variance) of every dictionary on held-out text."
-        yield _picture(root, "study_trends", draw_trends(figures.dictionaries, widths), caption)
-    yield Text(trend_sentence(figures))
+    if figures.dictionaries:
+        yield Text(trend_sentence(figures))
     yield from _tables(figures, "dictionaries")
 
 
@@ -210,27 +206,18 @@ def trend_sentence(figures: StudyFigures) -> str:
     for dictionary in figures.dictionaries:
         errors.setdefault(dictionary.row, []).append(1 - dictionary.explained_variance)
     means = {row: sum(some) / len(some) for row, some in errors.items()}
-    low, high = _extremes(means)
-    text = f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
-    norms = {f"{site.row}, {site.text}": site.median_norm for site in figures.activations}
-    if norms:
-        low, high = _extremes(norms)
-        text += f" The median norm of activations ranges from {norms[low]:.3g} ({low}) to {norms[high]:.3g} ({high})."
+    low, high = (function(means, key=lambda row: means[row]) for function in (min, max))
+    text = f"The mean normalised error is {means[low]:.2f} in {low}"
+    text += f", the smallest, and {means[high]:.2f} in {high}, the largest." if low != high else "."
+    norms = sorted((site.median_norm, f"{site.row}, {site.text}, {site.site}") for site in figures.activations)
+    if len(norms) > 1:
+        (least, low), (most, high) = norms[0], norms[-1]
+        text += f" The median norm of activations ranges from {least:.3g} ({low}) to {most:.3g} ({high})."
     return text
-
-
-def _extremes(values: Mapping[str, float]) -> tuple[str, str]:
-    return min(values, key=lambda name: values[name]), max(values, key=lambda name: values[name])
 
 
 def _picture(root: Path, name: str, figure: "Figure", caption: str) -> Picture:
     return Picture(name, style.inline(style.save(figure, root / "figures", name), name, caption), caption, caption)
-
-
-def _rules() -> Iterator[Code]:
-    """Yield each rule, folded away."""
-    for name, rule in RULES.items():
-        yield Code(_TITLES[name], "\n".join(textwrap.wrap(rule, 96)))
 
 
 def _tables(figures: StudyFigures, *names: str) -> tuple[Table, ...]:

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from saejax.page.tables import MISSING, Table, interval, significant
 from saejax.results import Interval, to_json
@@ -54,6 +54,12 @@ class Figures:
         cls._cards = cards
 
     @classmethod
+    def copy_from(cls, source: Any, **more: Any) -> Self:
+        """Return a row with these fields; its others are those of the same names in ``source``."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name not in more]
+        return cls(**{name: getattr(source, name) for name in names}, **more)
+
+    @classmethod
     def table(cls, rows: Sequence[Any]) -> Table:
         """Return the rows as text."""
         columns, words, hints = dict[str, Callable[[Any], str]](), set(), get_type_hints(cls)
@@ -61,7 +67,7 @@ class Figures:
             if how := field.metadata:
                 is_joined = "words" in how
                 columns[how["heading"]] = how["show"] if is_joined else _shows(field.name, how["show"])
-                if how["words"] if is_joined else not _NUMBERS & {hints[field.name], *get_args(hints[field.name])}:
+                if how["words"] if is_joined else not _NUMBERS & _types(hints[field.name]):
                     words.add(how["heading"])
         caption, _, note = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
         note = note.replace("\n", " ")
@@ -74,13 +80,21 @@ def select(rows: Sequence[T], **fields: str) -> list[T]:
 
 
 def as_csv(rows: Sequence[Figures]) -> str:
-    """Return all fields of the rows; an interval is three columns, what is not known is empty."""
-    lines = [_flat(to_json(row)) for row in rows]
+    """Return all fields of the rows, at least one; an interval is three columns, what is not known is empty."""
+    lines, hints, names = [_flat(to_json(row)) for row in rows], get_type_hints(type(rows[0])), list[str]()
+    for field in dataclasses.fields(rows[0]):
+        ends = [end.name for end in dataclasses.fields(Interval)] if Interval in _types(hints[field.name]) else []
+        names += [f"{field.name}.{end}" for end in ends] or [field.name]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
+    # An interval that is not known is one empty field, in place of the three columns.
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
+
+
+def _types(hint: Any) -> set[Any]:
+    return {hint, *get_args(hint)}
 
 
 def _shows(name: str, show: Callable[[Any], str]) -> Callable[[Any], str]:

@@ -14,7 +14,7 @@ from saejax.studies import report
 from saejax.studies.gather import gather
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import shares
-from saejax.studies.units import UnitState, run_rows
+from saejax.studies.units import run_rows
 
 
 def run_study_rows(
@@ -50,7 +50,13 @@ def run_study_rows(
         else:
             report.write_report(root, gather(root, rows, states, mark))
             say(f"open {root / 'index.html'}")
-    _check(states, root)
+    if failed := [state for state in states if state.state == "failed"]:
+        first = failed[0]
+        raise CheckFailed(
+            f"{len(failed)} of {len(states)} units: {first.row}, {first.unit}: {first.reason}"
+            f"{' (and others)' if len(failed) > 1 else ''}: {root / 'index.html'} says which and why; run the same "
+            "command to try them again"
+        )
 
 
 def _settings(row: StudyRow) -> list[Any]:
@@ -64,14 +70,3 @@ def _code() -> list[str]:
     rooms = ("studies", "page", "interpret", "matching", "statistics")
     files = sorted(file for room in rooms for file in (package / room).rglob("*") if file.is_file())
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.suffix != ".pyc"]
-
-
-def _check(states: Sequence[UnitState], root: Path) -> None:
-    failed = [state for state in states if state.state == "failed"]
-    if failed:
-        first = failed[0]
-        raise CheckFailed(
-            f"{len(failed)} of {len(states)} units: {first.row}, {first.unit}: {first.reason}"
-            f"{' (and others)' if len(failed) > 1 else ''}: {root / 'index.html'} says which and why; run the same "
-            "command to try them again"
-        )

@@ -105,8 +105,8 @@ class RowUnits:
         path = str(log.relative_to(self._root)) if log.exists() else ""
         state = _failed(self.name, unit, self._reasons.get(unit, ""), path)
         try:
-            needs = [] if unit in self._first else [*self._first, *map(_whole, self._plan.needs(unit))]
-            for need in needs:
+            needs = [] if unit in self._first else [*self._first, *self._plan.needs(unit)]
+            for need in (split_unit(each)[0] for each in needs):
                 if need not in earlier or earlier[need].state != "done":
                     return dataclasses.replace(state, state="not run", reason=f"{need} is not done", log="")
             state = dataclasses.replace(state, fingerprint=self._plan.fingerprint(unit))
@@ -120,10 +120,6 @@ class RowUnits:
 
 def _failed(row: str, unit: str, reason: str, log: str = "") -> UnitState:
     return UnitState(row=row, unit=unit, state="failed", reason=reason, log=log, fingerprint="")
-
-
-def _whole(need: str) -> str:
-    return split_unit(need)[0]
 
 
 def run_rows(
@@ -168,7 +164,6 @@ def _run_side_by_side(
 ) -> None:
     """Run the first stage of rows, or all of them, as many at once as there are shares."""
     waiting, running, free, reported = list(rows), dict[RowUnits, RowProcess](), list(shares), set[RowUnits]()
-    longest = 0.0  # seconds of the longest row that ended
 
     def check_stop() -> None:
         if stopping():
@@ -192,15 +187,13 @@ def _run_side_by_side(
                 if process.ended(_LOOK_EVERY / len(running)):
                     check_stop()  # the signal may have ended the row, too: that is no failure
                     free.append(running.pop(row).share)
-                    longest = max(longest, process.seconds)
                     for unit, why in row.end(process).items():
                         say(f"{row.name}  {unit}: failed: {why}")
                     say(f"{row.name}: {_count_done(row)} after {duration(process.seconds)}")
                     waiting += [row] if row.left(first) else []
                 elif time.monotonic() - process.last_report > _SAY_EVERY:
                     process.last_report = time.monotonic()
-                    to_go = _time_to_go(longest, [unit.seconds for unit in running.values()], len(waiting), len(shares))
-                    say(f"{row.name}  {process.last_line or 'starting'}{to_go}")
+                    say(f"{row.name}  {process.last_line or 'starting'}")
             if not running and waiting:
                 time.sleep(_LOOK_EVERY)
     finally:
@@ -208,22 +201,6 @@ def _run_side_by_side(
             process.ask_to_stop()
         for process in running.values():
             process.ended(within=None)
-
-
-def _time_to_go(longest: float, running: Sequence[float], waiting: int, at_once: int) -> str:
-    """Return in words the time that is left, if every row takes as long as the longest; "" before a row has ended.
-
-    Args:
-      longest: seconds of the longest row that has ended; 0: none has.
-      running: seconds for which the rows at work have run.
-      waiting: rows that wait.
-      at_once: rows that run at once.
-    """
-    if not longest:
-        return ""
-    # A row that takes longer than any before is not known to end soon.
-    left = sum(max(longest - seconds, 0.1 * seconds) for seconds in running) + longest * waiting
-    return f"; about {duration(left / min(at_once, max(len(running), 1)))} to go in all"
 
 
 def _count_done(row: RowUnits) -> str:

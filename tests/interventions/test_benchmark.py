@@ -12,7 +12,7 @@ from scipy import sparse
 
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
-from saejax.interventions import benchmark, references
+from saejax.interventions import benchmark
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.edits import mask
 from saejax.interventions.references import Reference, References, answer_pairs, attributions
@@ -303,7 +303,7 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     assert any("log-likelihood of the reference answer" in line for line in lines)
 
     table = load_effects(run.folder)
-    assert verdict(table, benchmark_run.study_verdict_config(run.configs[StudyConfig])) == results.verdict
+    assert verdict(table, VerdictConfig(resamples=CONFIG.bootstrap, seed=CONFIG.seed)) == results.verdict
     train, test = benchmark_measure.split_items(read_items(name, task), CONFIG, name)
     assert not {item.id for item in train} & {item.id for item in test}
     prompts = table.select_prompts(name)
@@ -387,37 +387,6 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     check_associations(run, items, results, table, monkeypatch)
 
 
-def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary, task, monkeypatch):
-    """Each answer to an item is attributed once for each dictionary, and a dictionary is placed once."""
-    seen, placed = [], []
-
-    def record(compute):
-        def recorded(splits, references, *rest, **options):
-            seen.extend(
-                (id(split), *map(tuple, (each.context, each.answer))) for split in splits for each in references
-            )
-            return compute(splits, references, *rest, **options)
-
-        return recorded
-
-    split = SplitModel.__init__
-
-    def place(self, lm, basis, *rest):
-        placed.append(id(basis))
-        split(self, lm, basis, *rest)
-
-    for module in (benchmark, references):
-        monkeypatch.setattr(module, "attributions", record(attributions))
-    monkeypatch.setattr(SplitModel, "__init__", place)
-    halves = benchmark_measure.split_items(read_items("gsm8k", task), CONFIG, "gsm8k")
-    items = benchmark.BenchmarkItems(tiny, "gsm8k", task, *halves)
-    config = dataclasses.replace(CONFIG, attribution_items=4, baselines=(), placebo_targets=1, repeats=("again",))
-    repeat = make_dictionary(SITE, dead=8, seed=9)
-    benchmark.measure_benchmark(items, dictionary, config, dict(again=repeat)).item_attributions()
-    # Four train items choose, with eight corrupted answers each; the eight others follow.
-    assert len(set(seen)) == len(seen) == 2 * (4 + 4 * 8 + 8) and placed == [id(dictionary), id(repeat)]
-
-
 def test_the_power_in_the_text_is_that_of_simulations():
     rng, items = np.random.default_rng(0), 100
     # Of 100 answers 7.5 become wrong and 2.5 right on average.
@@ -428,6 +397,7 @@ def test_the_power_in_the_text_is_that_of_simulations():
     start = "if ablation truly lowers accuracy by 5 points and changes 10 % of the answers, 100 test items"
     assert text.startswith(start) and text.endswith("and 307 in 80 %")
     assert float(text.split(" above zero in ")[1].split(" %")[0]) == pytest.approx(100 * power, abs=6)
+    assert benchmark_run.describe_power(items, 1.0).endswith("above zero in 100 % of cases, and 1 in 80 %")
 
 
 def test_generated_answers_are_scored_under_every_condition(make_run, dictionary, monkeypatch):

@@ -1,5 +1,6 @@
 """The report of a study: all its figures are in the JSON beside it, and it can be read on a phone and on paper."""
 
+import collections.abc
 import csv
 import dataclasses
 import itertools
@@ -10,9 +11,9 @@ import pytest
 from browser import find_cut_off, needs_chromium
 
 from saejax.results import Interval, from_json
-from saejax.studies.report import write_report
+from saejax.studies.report import _lead, trend_sentence, write_report
 from saejax.studies.results import TABLES, StudyFigures
-from saejax.studies.sheet import duration
+from saejax.studies.sheet import as_csv, duration
 
 WORDS = "smollm2-135m-bfloat16"
 
@@ -21,6 +22,8 @@ def made_up(hint, counter):
     """A value of a field's type; no two numbers alike."""
     if typing.get_origin(hint) is typing.Literal:
         return typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (dict, collections.abc.Mapping):
+        return {key: made_up(typing.get_args(hint)[1], counter) for key in ("tested", "sums")}
     if typing.get_origin(hint) is tuple:
         return tuple(made_up(typing.get_args(hint)[0], counter) for _ in range(3))
     if typing.get_args(hint):  # X | None
@@ -31,7 +34,7 @@ def made_up(hint, counter):
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         return hint(**{field.name: made_up(hints[field.name], counter) for field in dataclasses.fields(hint)})
-    return {str: WORDS, bool: True, int: next(counter), float: next(counter) / 1000}[hint]
+    return {str: WORDS, typing.Any: WORDS, bool: True, int: next(counter), float: next(counter) / 1000}[hint]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,35 @@ def test_a_page_says_nothing_about_what_was_not_run(tmp_path):
         page = (tmp_path / name / "study.md").read_text()
         assert "0 of 0" not in page
         assert "No group of features was stable" not in page
+
+
+def test_intervals_that_are_not_known_are_three_empty_columns():
+    (effect,) = made_up(StudyFigures, itertools.count(1)).effects[:1]
+    known, unknown = (as_csv([dataclasses.replace(effect, nats_drop=value)]) for value in (effect.nats_drop, None))
+    assert known.splitlines()[0] == unknown.splitlines()[0]
+    (row,) = csv.DictReader(unknown.splitlines())
+    assert {row[f"nats_drop.{end}"] for end in ("mean", "low", "high")} == {""} and "nats_drop" not in row
+    assert row["accuracy_drop.low"] == str(effect.accuracy_drop.low)
+
+
+def test_sentences_about_rows():
+    """Every site of a row's text counts; of one row nothing is the smallest; without skipped units none is named."""
+    figures = made_up(StudyFigures, itertools.count(1))
+    dictionaries = [dataclasses.replace(figures.dictionaries[0], row=row, explained_variance=share)
+                    for row, share in (("a", 0.8), ("a", 0.6), ("b", 0.5))]  # fmt: skip
+    corpus = dataclasses.replace(figures.activations[0], row="a", text="corpus")
+    sites = [dataclasses.replace(corpus, site=f"resid_post.{norm}", median_norm=norm) for norm in (9, 2, 4)]
+    both = dataclasses.replace(figures, dictionaries=tuple(dictionaries), activations=tuple(sites))
+    assert trend_sentence(both) == (
+        "The mean normalised error is 0.30 in a, the smallest, and 0.50 in b, the largest. The median norm of "
+        "activations ranges from 2 (a, corpus, resid_post.2) to 9 (a, corpus, resid_post.9)."
+    )
+    one = dataclasses.replace(both, dictionaries=both.dictionaries[:2], activations=both.activations[:1])
+    assert trend_sentence(one) == "The mean normalised error is 0.30 in a."
+    failed = dataclasses.replace(figures.failures[0], state="failed")
+    skipped = dataclasses.replace(failed, state="not run")
+    for failures, words in (((failed,), "done: 1 unit failed; the"), ((failed, skipped), "1 unit failed, and 1 that")):
+        assert words in _lead(dataclasses.replace(figures, failures=failures))[-1]
 
 
 @needs_chromium

@@ -19,21 +19,14 @@ from saejax.interventions.benchmark import POOL, BenchmarkItems, MeasuredBenchma
 from saejax.interventions.falsify import Falsification, falsify
 from saejax.interventions.references import References
 from saejax.interventions.settings import StudyConfig
-from saejax.interventions.table import (
-    merge_tables,
-    save_effects,
-)
+from saejax.interventions.table import merge_tables, save_effects
 from saejax.matching.importance import read_features
 from saejax.matching.rows import rotate
 from saejax.models.language_model import LanguageModel
 from saejax.results import to_json
 from saejax.runner.parts import Progress
 from saejax.runner.workspace import Run
-from saejax.stages.study.results import (
-    BenchmarkActivations,
-    BenchmarkFeature,
-    ChosenFeatures,
-)
+from saejax.stages.study.results import BenchmarkActivations, BenchmarkFeature, ChosenFeatures
 from saejax.studies.primitives import (
     CHOSEN_ON,
     GROUP,

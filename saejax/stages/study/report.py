@@ -9,13 +9,7 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import place
-from saejax.stages.ablate.report import (
-    control_picture,
-    headline,
-    rule_in_full,
-    seed_table,
-    table_of_answers,
-)
+from saejax.stages.ablate.report import control_picture, headline, rule_in_full, seed_table, table_of_answers
 from saejax.stages.study.results import AnswerScores, StudyResults
 from saejax.wording import counted
 

@@ -22,7 +22,6 @@ from saejax.errors import Interrupted
 from saejax.files import read_json, read_lines, write_json, write_lines
 from saejax.interventions import bases
 from saejax.interventions.ablation import verdict_config
-from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.benchmark import (
     SCORED,
     BenchmarkItems,
@@ -33,14 +32,7 @@ from saejax.interventions.benchmark import (
 )
 from saejax.interventions.falsify import Falsification
 from saejax.interventions.settings import StudyConfig
-from saejax.interventions.table import (
-    READOUTS,
-    EffectsTable,
-    has_effects,
-    load_effects,
-    merge_tables,
-    save_effects,
-)
+from saejax.interventions.table import READOUTS, EffectsTable, has_effects, load_effects, merge_tables, save_effects
 from saejax.interventions.verdict import verdict
 from saejax.matching.importance import ItemFeatures
 from saejax.results import from_json, to_json
@@ -55,19 +47,11 @@ from saejax.stages.study.measure import (
     measure_items,
     read_benchmark,
 )
-from saejax.stages.study.results import (
-    AnswerScores,
-    ChosenFeatures,
-    StudyItems,
-    StudyResults,
-)
+from saejax.stages.study.results import AnswerScores, ChosenFeatures, StudyItems, StudyResults
 from saejax.statistics.intervals import wilson
 from saejax.statistics.ranks import rank_p
 from saejax.studies.associations import RIGHT, BenchmarkAssociations, associate, item_activations
-from saejax.studies.primitives import (
-    judge_domains,
-    judge_primitives,
-)
+from saejax.studies.primitives import judge_domains, judge_primitives
 from saejax.tasks.benchmark_definitions import Item, way
 from saejax.tasks.benchmarks import origin
 from saejax.tasks.scored_items import WAYS, ScoredItem
@@ -107,13 +91,11 @@ def run_study(run: Run) -> StudyResults:
     lm = load_run_model(run, dictionary.config, *(repeat.config for repeat in repeats.values()))
     items = read_benchmark(run.name, lm, task, config)
     train, test = items.train, items.test
-    run.say(f"{run.name}: {describe_power(len(test), config.min_accuracy_drop)}")
+    if config.min_accuracy_drop:
+        run.say(f"{run.name}: {describe_power(len(test), config.min_accuracy_drop)}")
 
     run.each(
-        [FEATURES],
-        lambda name: run.folder / name,
-        lambda _: measure_items(run, items, dictionary, repeats),
-        last=False,
+        [FEATURES], lambda name: run.folder / name, lambda _: measure_items(run, items, dictionary, repeats), last=False
     )
     # A run that was killed while it removed what was measured has left the whole table, answers included.
     is_merged = has_effects(run.folder)
@@ -129,7 +111,7 @@ def run_study(run: Run) -> StudyResults:
     answers, at_chance = _score_answers(run, items, dictionary, chosen, table, chance)
     run.each([], lambda _: run.folder, lambda _: None)  # the other processes leave the stage here
     table = table if is_merged else merge_tables([table, *answers])
-    judged = verdict(table, study_verdict_config(config))
+    judged = verdict(table, verdict_config(ablate_config(config)))
     if not is_merged:
         save_effects(run.folder, table)
     clean_P = table.clean_values(table.select_prompts(run.name), "answer_log_prob")
@@ -186,9 +168,9 @@ def describe_power(items: int, drop: float) -> str:
       items: how many judge.
       drop: the true fall, a share above 0.
     """
-    spread = math.sqrt(max(_CHANGED, drop) - drop**2)
+    spread = math.sqrt(max(_CHANGED, drop) - drop**2) or 1e-9  # none where all answers change from right to wrong
     power = ndtr(drop / spread * math.sqrt(items) - ndtri(0.975))
-    needed = math.ceil(((ndtri(0.975) + ndtri(0.8)) * spread / max(drop, 1e-9)) ** 2)
+    needed = math.ceil(((ndtri(0.975) + ndtri(0.8)) * spread / drop) ** 2)
     return (
         f"if ablation truly lowers accuracy by {100 * drop:g} points and changes {100 * max(_CHANGED, drop):g} % of "
         f"the answers, {items} test items show a fall above zero in {100 * power:.0f} % of cases, and "
@@ -234,11 +216,6 @@ def question_activations(read: ItemFeatures, items: Sequence[Item]) -> np.ndarra
     length_P = np.array([len(item.question) for item in items])
     is_question_N = read.end_N <= length_P[read.text_N]
     return item_activations(read.activity.f_NxF[is_question_N], read.text_N[is_question_N], len(items))
-
-
-def study_verdict_config(config: StudyConfig) -> VerdictConfig:
-    """Return the numbers of the rule."""
-    return verdict_config(ablate_config(config))
 
 
 def _score_answers(

@@ -28,11 +28,6 @@ def _bases(configs: Configs) -> str:
     return fingerprint([hash_dictionaries(name) for name in names if is_folder(name)])
 
 
-def _benchmarks(configs: Configs) -> str:
-    """Return the identity of all benchmarks: features chosen on each are ablated on the others."""
-    return fingerprint([identities.benchmark(name)(configs) for name in configs[StudyConfig].benchmarks])
-
-
 def _ordinary_text(configs: Configs) -> str:
     """Return the identity of the user's ordinary text; "" if there is none, or it is not read."""
     study = configs[StudyConfig]
@@ -52,7 +47,8 @@ def _inputs(configs: Configs, name: str) -> dict[str, Input]:
         model=identities.model,
         bases=_bases,
         benchmark=identities.benchmark(name),
-        benchmarks=_benchmarks,
+        # Features chosen on each are ablated on the others.
+        benchmarks=lambda c: fingerprint([identities.benchmark(name)(c) for name in c[StudyConfig].benchmarks]),
         ordinary_text=_ordinary_text,
     )
 
