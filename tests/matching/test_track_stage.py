@@ -16,8 +16,10 @@ from saejax.interpret.jacobian_lens import JacobianLens
 from saejax.matching.track.firings import follow
 from saejax.matching.track.measured import _all, measure_chains
 from saejax.matching.track.results import MeasuredChain, MeasuredLink, TrackResults
+from saejax.matching.track.settings import TrackConfig
 from saejax.models.tokens import pad
 from saejax.runner import command
+from saejax.runner.registry import all_stages, default_configs
 from saejax.stages.track.page import write_page
 from saejax.stages.track.report import sections
 
@@ -101,6 +103,12 @@ def test_texts_are_followed_and_kept(tracked, capsys):
     assert "done before, unchanged" in capsys.readouterr().out
 
 
+def test_files_whose_names_differ_behind_a_dot_have_units_of_their_own():
+    configs = [default_configs() | TrackConfig(prompts=f"texts/{name}", dictionaries=("topk",))
+               for name in ("a.one.jsonl", "a.two.jsonl", "a.jsonl")]  # fmt: skip
+    assert [all_stages()["track"].units(each) for each in configs] == [["track/a.one"], ["track/a.two"], ["track/a"]]
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -118,33 +126,27 @@ def test_what_is_refused_in_one_line(tracked, capsys, flag, message):
     assert message in error
 
 
-def follow_sentence(tracked, workdir, layers, *more):
+def follow_sentence(tracked, workdir, *more):
     """What is found of one sentence by dictionaries that are given by their folders."""
     folder, flags = tracked
-    folders = ",".join(str(folder / "train" / name) for name in NAMES[:layers])
+    folders = ",".join(str(folder / "train" / name) for name in NAMES)
     flags = [*flags, "--track.prompts=", "--track.prompt=The river", f"--track.dictionaries={folders}", *more]
     assert command.run(["track"], "", ["test", *flags, f"--workdir={workdir}"]) == 0
     (found,) = load_results(workdir / "track" / "The-river").texts.values()
     return found
 
 
-@pytest.mark.slow  # prompts without a solution, and layers without links, are tested in test_track.py
-def test_one_sentence_at_one_layer(tracked, tmp_path):
-    found = follow_sentence(tracked, tmp_path / "one", 1)
-    assert found.links == 0 and [step.name for step in found.steps] == ["step 1"]
-
-
 def test_the_output_of_the_model_is_followed_and_a_jacobian_lens_reads_where_it_is_named(tracked, inputs, tmp_path):
     lm = load_model(str(inputs[0]), dtype="float32")
     (written,) = lm.generate(lm.tokenize(["The river"]), 6)
-    plain = follow_sentence(tracked, tmp_path / "one", 2, "--track.generate=6")
+    plain = follow_sentence(tracked, tmp_path / "one", "--track.generate=6")
     assert plain.output == written.text.strip() and plain.steps[0].name == "prompt"
     assert "".join(step.text for step in plain.steps[1:]).replace(" ", "") == plain.output.replace(" ", "")
     assert "  output           " in (tmp_path / "one" / "track" / "The-river" / "track.txt").read_text()
     turned_DxD = np.linalg.qr(np.random.default_rng(0).standard_normal([lm.config.d_model] * 2))[0].astype(np.float32)
     JacobianLens(lm, {0: turned_DxD}, 1).save(tmp_path / "lens.pt")
     lens = f"--model.lens={tmp_path / 'lens.pt'}"
-    carried = follow_sentence(tracked, tmp_path / "two", 2, "--track.generate=6", lens)
+    carried = follow_sentence(tracked, tmp_path / "two", "--track.generate=6", lens)
     assert plain.lens.answer[0] != carried.lens.answer[0] and plain.lens.answer[1] == carried.lens.answer[1]
     pages = [(tmp_path / name / "track/The-river/index.html").read_text() for name in ("one", "two")]
     assert ["Jacobian lens" in page for page in pages] == [False, True]

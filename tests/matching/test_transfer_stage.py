@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 import runs
 import trained_stack
-from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
-from saejax import load_model, load_results
+from saejax import load_results
 from saejax.activations.store import Store
-from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
+from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary
 from saejax.files import write_json
 from saejax.matching.match import STEP
+from saejax.matching.track.settings import TrackConfig
 from saejax.matching.transfer.chains import FeaturePairs
 from saejax.runner import command
+from saejax.runner.command_line import read_configs, stage_flags
+from saejax.runner.registry import all_stages
+from saejax.stages.identities import hash_folders
+from saejax.stages.transfer import report
 
 pytestmark = pytest.mark.usefixtures("single_device")
 
@@ -134,30 +138,34 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
     assert load_results(tmp_path / "work" / "transfer") == results
 
 
-@pytest.mark.slow  # two models with tokens of their own are compared in test_reading.py
-def test_a_model_with_another_tokenizer(workdir, inputs, tmp_path):
+def test_names_on_the_page_tell_dictionaries_apart():
+    """Of other workdirs the folders that differ are shown; members of two kinds are called alike."""
+    names = ["topk", "/home/ada/runs/seed1/train/topk", "/home/ada/runs/seed2/train/topk"]
+    assert [*report._shorten(names).values()] == ["topk", "seed1/train/topk", "seed2/train/topk"]
+    for members, shown in ((["topk/k4", "topk/k8"], ["k4", "k8"]), (["gated/k4", "topk/k4"], ["gated/k4", "topk/k4"])):
+        figure = report.draw_heatmaps(members, dict(shared=np.eye(2)), "share")
+        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == shown
+
+
+def test_labels_that_change_make_comparisons_anew(workdir):
+    """Chains are called by the labels of their features, which this run makes or the workdir of a folder has."""
     folder, flags = workdir
-    save_tiny_llama(tmp_path / "model", max_position_embeddings=512)
-    save_tiny_tokenizer(tmp_path / "model", 384)
-    first, model = load_results(folder / "transfer").dictionaries[0].name, load_model(str(tmp_path / "model"))
-    untrained = DictionaryConfig(
-        kind="topk", k=8, site="resid_post.0", d_in=model.config.d_model, n_features=256, model=model.source.name,
-        fingerprint=model.source.fingerprint,
-    )  # fmt: skip
-    second = Dictionary.initial(untrained, jax.random.key(0)).with_sink_norms(model.sink_norm)
-    save_dictionary(tmp_path / "second", second)
-    names = f"{first},{tmp_path / 'second'}"
-    runs.copy_units(folder, tmp_path / "work", "train", "capture")
-    flags = [
-        *flags,
-        f"--workdir={tmp_path / 'work'}",
-        f"--transfer.dictionaries={names}",
-        "--transfer.reconstruction=true",
-    ]
-    assert command.run(["transfer"], "", ["test", *flags]) == 0
-    (pair,) = load_results(tmp_path / "work" / "transfer").pairs
-    assert pair.measures.keys() == {"activity"} and 100 < pair.tokens < 600
-    assert pair.onto_second.direct is None and pair.onto_second.affine.explained_variance < 1
+    configs = read_configs(
+        stage_flags(), ["test", *flags, "--interpret.dictionaries=topk", "--cluster.dictionaries=topk"]
+    )
+    for stage in ("transfer", "cluster", "track"):
+        read = all_stages()[stage].units_read(configs | TrackConfig(dictionaries=("topk",)), "")
+        assert {"interpret/topk", "atlas/topk"} < {*read}
+    member = next((folder / "train" / "topk").glob("resid_post*")).name
+    for name in ("topk", f"topk/{member}"):
+        marks = []
+        for label in ("one", "two"):
+            labels = folder / "atlas" / "topk" / member / "labels.json"
+            labels.parent.mkdir(parents=True, exist_ok=True)
+            labels.write_text(label)
+            marks.append(hash_folders([str(folder / "train" / name)]))
+        assert marks[0] != marks[1] and marks[0][-1] == marks[1][-1]
+    shutil.rmtree(folder / "atlas")
 
 
 def test_bad_input(workdir, tmp_path, capsys):

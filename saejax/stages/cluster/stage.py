@@ -14,12 +14,14 @@ from saejax.training.settings import TrainConfig
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
-    trained = train_units(*configs[ClusterConfig].dictionaries)
+    names = configs[ClusterConfig].dictionaries
+    trained = train_units(*names)
     stored = ("capture",) if trained and configs[TrainConfig].source == "store" else ()
     return inputs_of(
         trained_sites(configs),
         *stored,
         *trained,
+        *identities.units_of_labels(configs, names),
         model=identities.model,
         corpus=identities.corpus,
         folders=identities.dictionaries("cluster"),
@@ -32,8 +34,7 @@ CLUSTER = Stage(
     run=run_cluster,
     results=ClusterResults,
     groups=(ModelConfig, CorpusConfig, ClusterConfig),
-    reads=("capture", "train"),
-    follows=("interpret", "atlas"),
+    reads=("capture", "train", "interpret", "atlas"),
     inputs=_inputs,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
     revision=6,  # whole texts are resampled, not their pieces

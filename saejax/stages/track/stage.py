@@ -4,18 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.config import Configs
-from saejax.dictionaries.hashes import hash_dictionaries
-from saejax.dictionaries.labels import LABELS
-from saejax.dictionaries.names import folder_name, is_folder
+from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
 from saejax.files import file_sha256, fingerprint
 from saejax.matching.track.results import TrackResults
 from saejax.matching.track.settings import TrackConfig
 from saejax.matching.track.texts import name_text, read_problems
 from saejax.models.settings import ModelConfig
-from saejax.runner.stage import Input, Stage, inputs_of, split_unit, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, train_units
 from saejax.stages import identities
-from saejax.stages.interpret.settings import InterpretConfig
 from saejax.stages.track.report import sections
 from saejax.stages.track.run import run_track
 
@@ -29,26 +26,23 @@ def _names(configs: Configs) -> Sequence[str]:
         return ()
     if not config.dictionaries:
         raise UserError("--track.dictionaries is missing: name dictionaries of some layers, such as a stack's topk")
-    return (folder_name(Path(config.prompts).name.split(".")[0]) if config.prompts else name_text(config.prompt),)
+    file = Path(config.prompts).name.removesuffix(".jsonl")
+    return (folder_name(file) if file else name_text(config.prompt),)
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     """Return what is read, descriptions of the dictionaries' features where this run makes them."""
-    units = train_units(*configs[TrackConfig].dictionaries)
-    tracked = {split_unit(unit)[0] for unit in units}
-    labelled = [f"interpret/{kind}" for kind in configs[InterpretConfig].dictionaries if f"train/{kind}" in tracked]
-    shown = [unit.replace("interpret", "atlas", 1) for unit in labelled]
-    return inputs_of(configs, *units, *labelled, *shown, model=identities.model, track=_files)
+    names = configs[TrackConfig].dictionaries
+    units = *train_units(*names), *identities.units_of_labels(configs, names)
+    return inputs_of(configs, *units, model=identities.model, track=_files)
 
 
 def _files(configs: Configs) -> str:
     """Return the hash of the files that flags name: texts, dictionaries and their labels."""
     config = configs[TrackConfig]
-    folders = [Path(name) for name in config.dictionaries if is_folder(name) and Path(name).is_dir()]
-    labels = [path for folder in folders for path in sorted(folder.parent.parent.glob(f"*/{folder.name}/**/{LABELS}"))]
-    files = [*(Path(name) for name in (config.prompts, config.lens) if name), *labels]
+    files = [Path(name) for name in (config.prompts, config.lens) if name]
     marks = [file_sha256(path) for path in files if path.is_file()]  # what is missing is said when it runs
-    return fingerprint([*marks, *(hash_dictionaries(str(folder)) for folder in folders)])
+    return fingerprint([*marks, *identities.hash_folders(config.dictionaries)])
 
 
 def _check(configs: Configs) -> None:

@@ -17,6 +17,7 @@ from saejax.matching.transfer.reading import SharedText, read_shared_text
 from saejax.models.settings import ModelConfig
 from saejax.runner import stacks
 from saejax.runner.workspace import Run
+from saejax.stages.identities import split_trained
 from saejax.tasks import corpora
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
@@ -89,11 +90,8 @@ def read_run_text(
 
 def trained_in(compared: Compared, workdir: Path) -> tuple[Path, str]:
     """Return the workdir that trained a dictionary, or else another one, and its name there."""
-    parts = compared.folder.absolute().parts
-    if not is_folder(compared.name) or "train" not in parts:
-        return workdir, compared.name
-    index = len(parts) - 1 - parts[::-1].index("train")
-    return Path(*parts[:index]), "/".join(parts[index + 1 :])
+    trained = split_trained(compared.folder) if is_folder(compared.name) else None
+    return trained or (workdir, compared.name)
 
 
 def knows_live(compared: Compared, workdir: Path) -> bool:

@@ -1,6 +1,6 @@
 """The report's section on what dictionaries share: pairs, matrices, chains, and evaluation at other sites."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -35,22 +35,28 @@ def _section(results: TransferResults, draw: Draw) -> Section:
         "for activity, its activations on text shifted by half. All values are signed. Features that fire on no "
         "held-out text, and for activity features with too few firings, are not compared."
     )
-    unknown = [_short(entry.name) for entry in results.dictionaries if not entry.dead_known]
+    short = _shorten([entry.name for entry in results.dictionaries])
+    unknown = [short[entry.name] for entry in results.dictionaries if not entry.dead_known]
     if unknown and {*WEIGHTS} & {measure for pair in results.pairs for measure in pair.measures}:
         intro += f" Cosines of {', '.join(unknown)} are of all features: which of them never fire is not known."
     blocks: list[Block] = [Text(intro)]
     if len(results.pairs) <= _ROWS:
-        blocks.append(_pairs_table(results.pairs))
+        blocks.append(_pairs_table(results.pairs, short))
     if len(results.dictionaries) > 2:
-        blocks += _matrices(results, draw)
-    blocks += _chains(results)
-    blocks += _transfers(results)
+        blocks += _matrices(results, short, draw)
+    blocks += _chains(results, short)
+    blocks += _transfers(results, short)
     return Section("What dictionaries share", tuple(blocks))
 
 
-def _short(name: str) -> str:
-    """Return a dictionary's name; of a folder the last parts."""
-    return name if len(name) <= 24 else "/".join(PurePath(name).parts[-2:])
+def _shorten(names: Sequence[str]) -> dict[str, str]:
+    """Return each name as tables show it; of a long one the last parts, as many as tell it from the others."""
+    short = {}
+    for name in names:
+        ends = ["/".join(PurePath(name).parts[-count:]) for count in range(2, len(PurePath(name).parts))]
+        unique = (end for end in ends if sum(f"/{other}".endswith(f"/{end}") for other in names) == 1)
+        short[name] = name if len(name) <= 24 else next(unique, name)
+    return short
 
 
 def _with_null(both: ComparedRows, name: str, show: Callable[[float], str] = number) -> str:
@@ -58,10 +64,10 @@ def _with_null(both: ComparedRows, name: str, show: Callable[[float], str] = num
     return f"{show(value.mean)} [{show(value.low)}, {show(value.high)}]; {show(getattr(both.null, name).mean)}"
 
 
-def _pairs_table(pairs: Sequence[ComparedPair]) -> Table:
+def _pairs_table(pairs: Sequence[ComparedPair], short: Mapping[str, str]) -> Table:
     columns = {
         "Dictionaries, by": lambda pair, measure, both: (
-            f"{_short(pair.first)} and {_short(pair.second)}, by {_MEASURES[measure]}"
+            f"{short[pair.first]} and {short[pair.second]}, by {_MEASURES[measure]}"
         ),
         "Nearest": lambda pair, measure, both: _with_null(both, "nearest"),
         "Nearest, reversed": lambda pair, measure, both: _with_null(both, "nearest_back"),
@@ -82,7 +88,7 @@ def _pairs_table(pairs: Sequence[ComparedPair]) -> Table:
     return Table.of("Pairs of dictionaries", rows, columns, note=note)
 
 
-def _matrices(results: TransferResults, draw: Draw) -> list[Block]:
+def _matrices(results: TransferResults, short: Mapping[str, str], draw: Draw) -> list[Block]:
     names = [entry.name for entry in results.dictionaries]
     blocks: list[Block] = []
     for measure in dict.fromkeys(name for pair in results.pairs for name in pair.measures):
@@ -95,7 +101,7 @@ def _matrices(results: TransferResults, draw: Draw) -> list[Block]:
             f"{number(most.null.matched.mean)}."
         )
         shares, null_shares = (_share_matrix(names, results.pairs, measure, side) for side in ("scores", "null"))
-        figure = draw_heatmaps(names, {"shared": shares, "null": null_shares}, "share of pairs")
+        figure = draw_heatmaps([*short.values()], {"shared": shares, "null": null_shares}, "share of pairs")
         blocks.append(draw(f"transfer-{measure}", figure, caption, caption))
     return blocks
 
@@ -115,31 +121,28 @@ def draw_heatmaps(names: Sequence[str], matrices: dict[str, np.ndarray], label: 
     """Return matrices of dictionaries by dictionaries, one below the other, on one scale from 0 to 1."""
     figure, below = style.panels([3.55] * len(matrices), list(matrices))
     step = -(-len(names) // 12)
-    ticks = range(0, len(names), step)
+    ticks, ends = range(0, len(names), step), [name.rpartition("/")[2] or name for name in names]
+    # Members of two kinds may have the same names.
+    shown = [name if len(name) <= 16 else "…" + name[-15:] for name in (ends if len({*ends}) == len(ends) else names)]
     for axes, values in zip(below, matrices.values(), strict=True):
         image = axes.imshow(values, cmap="viridis", vmin=0.0, vmax=1.0, interpolation="nearest")
-        axes.set_xticks(ticks, [_tick(names[i]) for i in ticks], rotation=90, size=7.5)
-        axes.set_yticks(ticks, [_tick(names[i]) for i in ticks], size=7.5)
+        axes.set_xticks(ticks, [shown[i] for i in ticks], rotation=90, size=7.5)
+        axes.set_yticks(ticks, [shown[i] for i in ticks], size=7.5)
     figure.colorbar(image, ax=below, shrink=0.6, aspect=30, label=label)
     return figure
 
 
-def _tick(name: str) -> str:
-    text = _short(name).rpartition("/")[2] or name
-    return text if len(text) <= 16 else "…" + text[-15:]
-
-
-def _chains(results: TransferResults) -> list[Block]:
+def _chains(results: TransferResults, short: Mapping[str, str]) -> list[Block]:
     blocks: list[Block] = []
     for chains in results.chains:
         lengths = sorted({*chains.lengths, *chains.lengths_null})
-        ends = f"{_short(chains.dictionaries[0])} to {_short(chains.dictionaries[-1])}"
+        ends = f"{short[chains.dictionaries[0]]} to {short[chains.dictionaries[-1]]}"
         title = f"Chains of features shared by {_MEASURES[chains.measure]}, {ends}"
         counts = (chains.lengths, chains.lengths_null)
         rows = tuple((str(length), *(f"{of_side.get(length, 0):,}" for of_side in counts)) for length in lengths)
         longest = "; ".join(
             f"{chain.label or 'a feature without a label'} (features {', '.join(map(str, chain.features))}, from "
-            f"{_short(chain.first)} on, weakest link {number(chain.value)})"
+            f"{short[chain.first]} on, weakest link {number(chain.value)})"
             for chain in chains.longest[:5]
         )
         table = Table(title, ("Layers", "Chains", "Null"), rows, note=f"The longest: {longest or 'none'}.")
@@ -147,10 +150,10 @@ def _chains(results: TransferResults) -> list[Block]:
     return blocks
 
 
-def _transfers(results: TransferResults) -> list[Block]:
+def _transfers(results: TransferResults, short: Mapping[str, str]) -> list[Block]:
     """Return a table of the dictionaries that explain most at each other's sites; nothing if none was evaluated."""
     moved = [
-        (f"{_short(first)} at the site of {_short(second)}", transfer)
+        (f"{short[first]} at the site of {short[second]}", transfer)
         for pair in results.pairs
         for first, second, transfer in (
             (pair.first, pair.second, pair.onto_second),

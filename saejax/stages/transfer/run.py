@@ -46,6 +46,7 @@ from saejax.runner.workspace import Run
 from saejax.stages.transfer.inputs import live_features, load_compared, read_run_text
 from saejax.stages.transfer.summary import summarize
 from saejax.statistics.intervals import wilson
+from saejax.wording import counted
 
 _FLAG = "--transfer.dictionaries"
 _ROW_BYTES = 1 << 30  # rows of dictionaries kept in memory
@@ -265,7 +266,7 @@ def _line(first: Compared, pairs: Sequence[ComparedPair]) -> str:
     most = max(pairs, key=lambda pair: next(iter(pair.measures.values())).scores.shared.mean)
     measure, both = next(iter(most.measures.items()))
     return (
-        f"{first.name}, {len(pairs)} pairs: by {measure}, shares most with {most.second}, "
+        f"{first.name}, {counted(len(pairs), 'pair')}: by {measure}, shares most with {most.second}, "
         f"{both.scores.shared.mean:.1%} of the pairs of features (null {both.null.shared.mean:.1%}), mean "
         f"{both.scores.matched.mean:.3f} ({both.null.matched.mean:.3f})"
     )

@@ -12,9 +12,11 @@ from saejax.tasks.settings import CorpusConfig
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
+    names = configs[TransferConfig].dictionaries
     return inputs_of(
         configs,
-        *train_units(*configs[TransferConfig].dictionaries),
+        *train_units(*names),
+        *identities.units_of_labels(configs, names),  # chains of features have their names
         model=identities.model,
         corpus=identities.corpus,
         folders=identities.dictionaries("transfer"),
@@ -27,8 +29,8 @@ TRANSFER = Stage(
     run=run_transfer,
     results=TransferResults,
     groups=(ModelConfig, CorpusConfig, TransferConfig),
-    reads=("train",),
-    follows=("ablate", "interpret", "atlas"),
+    reads=("train", "interpret", "atlas"),
+    follows=("ablate",),
     inputs=_inputs,
     revision=4,  # without dead features, also before evaluate has run
     names=lambda configs: ("",) if configs[TransferConfig].dictionaries else (),
