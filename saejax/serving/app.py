@@ -40,6 +40,7 @@ from saejax.wording import counted
 _OWN = Path(__file__).parent / "viewer"
 _LARGEST = 1e30  # factor or activation
 _LONGEST_LABEL = 1000  # characters
+_FEATURE = re.compile("[0-9]{1,9}(_[0-9]{1,9}){2}")  # layer, index, position
 _MOST_TOKENS = 200  # of a generated text
 _GRACE = 5  # seconds for answers that are under way when the server is to end
 _OUTPUTS = ("first", "second")  # in the address of a page: two logits, whose difference it explains
@@ -306,16 +307,11 @@ def _changes(entries: Any) -> list[tuple[str, float, list[str]]]:
     for item in entries if isinstance(entries, list) else [entries]:
         match item:
             case ["scale" | "set" as how, int() | float() as amount, first, *rest] if -_LARGEST < amount < _LARGEST:
-                if all(isinstance(name, str) and _is_feature(name) for name in (first, *rest)):
+                if all(isinstance(name, str) and _FEATURE.fullmatch(name) for name in (first, *rest)):
                     changes.append((how, float(amount), [first, *rest]))
                     continue
         raise UserError('changes are lists such as ["scale", 0.0, "3_17_4"]: how, a number, and ids of features')
     return changes
-
-
-def _is_feature(name: str) -> bool:
-    parts = name.split("_")
-    return len(parts) == 3 and all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
 
 
 def _parts(configs: Configs) -> str:
@@ -365,8 +361,7 @@ def serve(
         )
     port = listening.getsockname()[1]
     server = make_server(store, ModelSession(configs, named), jobs, token, port, hosts)
-    count = "1 graph" if graphs == 1 else f"{graphs} graphs"
-    print(f"{count}: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
+    print(f"{counted(graphs, 'graph')}: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(jobs):
         server.run(sockets=[listening])
 

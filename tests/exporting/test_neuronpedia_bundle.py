@@ -165,11 +165,12 @@ def test_names_that_neuronpedia_does_not_take_are_refused(tmp_path, settings):
     assert [path.name for path in folder.iterdir()] == [STARTED]
 
 
-def test_sites_of_heads_have_a_source_or_are_refused():
-    def source(site):
+def test_every_site_and_kind_has_a_source_or_is_refused():
+    def source(site, kind="topk"):
         member = SimpleNamespace(name="", site=site, target=site)
-        return neuronpedia._source(member, "topk", "tiny", ExportConfig()).id
+        return neuronpedia._source(member, kind, "tiny", ExportConfig()).id
 
     assert source("attn_z.3") == "3-att-topk"
+    assert source("mlp_act.3", "matching_pursuit") == "3-mlp-act-matching-pursuit"
     with pytest.raises(UserError, match="no name for the site attn_k.0"):
         source("attn_k.0")

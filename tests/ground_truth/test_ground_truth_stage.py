@@ -64,16 +64,6 @@ def test_a_dictionary_of_another_world_is_not_started_from(whole, tmp_path, caps
     assert "the dictionary does not fit: model is synthetic (" in capsys.readouterr().err
 
 
-@pytest.mark.slow  # all training starts so, which test_initial.py tests
-def test_a_dictionary_of_the_same_world_may_be_started_from(whole, tmp_path):
-    seed0 = whole / "ground_truth" / "batchtopk" / "seed0"
-    again = dict(train__init_from=seed0, train__seed="0", train__learning_rate=1e-12)
-    assert run("ground_truth", tmp_path, truth__samples=1000, truth__held_out=1000, **again) == 0
-    mcc = json.loads((seed0 / "scores.json").read_text())["mcc"]
-    results = load_results(tmp_path / "ground_truth" / "batchtopk")
-    assert results.dictionaries[0].scores.mcc.mean == pytest.approx(mcc, abs=1e-6)
-
-
 def test_results_and_report(whole):
     results = load_results(whole / "ground_truth" / "batchtopk")
     assert results.kind == "batchtopk" and results.samples == 6000 and results.features == 32

@@ -165,16 +165,6 @@ def test_answers_are_carried_where_most_turn_and_more_than_under_lists_of_the_sa
     assert judge._carries(all_P, one_NxP) and not judge._carries(all_P, two_NxP)
 
 
-@pytest.mark.slow
-def test_random_transcoders_stand_for_nothing(tmp_path, one_device):
-    case = make_case("logic", 30, 0)
-    save_model(tmp_path / "model", *checkpoint(case.model, 0), list(case.model.words))
-    model = load_model(str(tmp_path / "model"), mesh=one_device)
-    for seed in range(10):
-        judged = judge_features(model, untrained_sets(case, model, case.layer, seed)["random"], case, {})
-        assert judged.shown == judged.carried == 0
-
-
 def test_tokens_on_which_nothing_fires_are_not_in_the_store(case_and_model, tmp_path):
     """A defect: a store of some tokens of its texts could not be written, and the stage ended with an IndexError."""
     case, lm = case_and_model

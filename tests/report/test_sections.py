@@ -13,7 +13,9 @@ from saejax.stages.baseline import report as tasks
 from saejax.stages.patch import report as patching
 from saejax.stages.probe import report as probes
 from saejax.stages.track import report as tracks
+from saejax.stages.train import report as dictionaries
 from saejax.tasks.results import BenchmarkResults
+from saejax.training.results import TrainResults
 
 some = types.SimpleNamespace
 
@@ -110,6 +112,15 @@ def test_probes_are_shown_and_labels_without_one_named():
     without = findings(settings, topk=partly(ProbeResults, **results | dict(labels=labels[1:])))
     assert [block.kind for block in probes.sections(without, lambda *drawn: None)[0].blocks] == ["text", "terms"]
     assert probes.sections(findings(), lambda *drawn: None) == []
+
+
+def test_a_table_of_more_dictionaries_than_are_shown_says_so():
+    scored = some(kl=0.5, ce_recovered=0.9)
+    for count, note in ((100, "in nats per token."), (101, "in nats per token. The first 100 of 101 rows.")):
+        trained = [some(name=f"k{k}", finetuned=(scored, scored)) for k in range(count)]
+        (table,) = dictionaries.finetuning_tables(findings(topk=partly(TrainResults, members=trained)))
+        assert len(table.rows) == 100 and table.note.endswith(note)
+    assert dictionaries.finetuning_tables(findings()) == []
 
 
 def test_texts_that_were_followed_are_a_row_each():

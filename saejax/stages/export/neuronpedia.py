@@ -28,7 +28,7 @@ from saejax.dictionaries.names import full_name
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.files import read_json, whole_file, write_text
-from saejax.interpret.feature_record import FEATURES, FeatureContext, FeatureRecord, LogitHistogram
+from saejax.interpret.feature_record import FEATURES, FeatureRecord, LogitHistogram
 from saejax.interpret.records import GROUPS, LOWEST, PER_OCTAVE
 from saejax.links import member_folder
 from saejax.models.sites import Site
@@ -120,9 +120,10 @@ def _model_id(config: ExportConfig, store: Store) -> str:
 
 
 def _source(member: TrainedMember, kind: str, model: str, config: ExportConfig) -> NeuronpediaSource:
-    site, setting = Site.parse(member.site), _tame(setting_of(member)).replace(".", "-")
-    hook = to_hook(member.target)  # refuses sites that other tools have no name for
-    name = "-".join(filter(None, [config.source_set or f"{_SHORT.get(site.kind, site.kind)}-{kind}", setting]))
+    site, hook = Site.parse(member.site), to_hook(member.target)  # which refuses what other tools have no name for
+    parts = (f"{_SHORT.get(site.kind, site.kind)}-{kind}", setting_of(member))
+    by_site, setting = (_tame(part).replace(".", "-") for part in parts)
+    name = "-".join(filter(None, [config.source_set or by_site, setting]))
     if not _SET.fullmatch(name):
         raise UserError(
             f"--neuronpedia.source_set makes a set {name!r}: Neuronpedia takes small letters, digits and single "
@@ -240,7 +241,8 @@ def feature_row(source: NeuronpediaSource, record: FeatureRecord, row_D: np.ndar
 def activation_rows(source: NeuronpediaSource, record: FeatureRecord) -> Iterator[dict[str, Any]]:
     """Return the rows of a feature's contexts: the strongest, then its groups'; none if it never fires."""
     for number, context in enumerate([*record.get("examples", ()), *record.get("groups", ())]):
-        values, group = _acts(context), context.get("group")
+        # 0 where the store has none.
+        values, group = [act or 0.0 for act in context["acts"]], context.get("group")
         if group is None:
             bounds = dict(binMin=-1.0, binMax=record["max"], binContains=-1.0)  # so the strongest are marked
         else:
@@ -272,11 +274,6 @@ def explanation_row(source: NeuronpediaSource, feature: int, label: Label) -> di
         authorId=CREATOR_ID,
         notes=f"by {label.by}{score}" + (f": {label.note}" if label.note else ""),
     )
-
-
-def _acts(context: FeatureContext) -> list[float]:
-    """Return the activations of a context, 0 where the store has none."""
-    return [act or 0.0 for act in context["acts"]]
 
 
 def _rounded(values: np.ndarray) -> list[float]:

@@ -24,6 +24,7 @@ from saejax.runner.workspace import CLAIM, STARTED, Run
 from saejax.stages.export.neuronpedia import setting_of, write_bundle
 from saejax.stages.export.results import ExportedMember, ExportResults
 from saejax.stages.export.settings import ExportConfig
+from saejax.wording import counted
 
 
 def run_export(run: Run) -> ExportResults:
@@ -58,7 +59,9 @@ def run_export(run: Run) -> ExportResults:
         _clear(run.folder)
         raise
     exported = (ExportedMember(m.name, m.site, m.target, folder) for m, folder in zip(members, folders, strict=True))
-    run.say(f"{len(members)} dictionaries to {run.folder} ({config.format}): {', '.join(sorted(set(folders)))}")
+    run.say(
+        f"{counted(len(members), 'dictionary')} to {run.folder} ({config.format}): {', '.join(sorted(set(folders)))}"
+    )
     return ExportResults(config.format, tuple(exported))
 
 

@@ -28,8 +28,5 @@ class ExportConfig(Config):
         "repository of the Hugging Face hub, such as org/name, to which SAELens folders are pushed with a model card "
         "and the scores of the stage evaluate; takes a token; empty: none",
     )
-    model_id: str = setting(
-        "",
-        "the model's id at Neuronpedia; empty: the last part of its name in lower case",
-    )
+    model_id: str = setting("", "the model's id at Neuronpedia; empty: the last part of its name in lower case")
     source_set: str = shared.source_set()

@@ -27,12 +27,12 @@ _COLUMNS: tuple[tuple[str, str, int, float], ...] = (
     ("Explained variance", "explained_variance", 3, 1),
 )
 _NOTE = (
-    "Recovered: share of the frequent true features whose matched latent has a cosine above 0.9 with them. MCC: mean "
-    "cosine of features and latents matched one to one. F1: of a true feature being active and its matched latent "
-    "firing; F1 of latents: the same of each latent and its nearest true feature, as in SynthSAEBench. Split: several "
-    "latents share a true feature. Merged: several true features share a latent. Absorbed: the parent latent is "
-    "absorbed by a child latent. Invented: share of live latents that are close to no true feature. Best possible: the "
-    "largest true activations, as many as the dictionary above has, decoded by the true directions."
+    "Recovered: share of the frequent true features whose matched latent has an absolute cosine above 0.9 with them. "
+    "MCC: mean absolute cosine of features and latents matched one to one. F1: of a true feature being active and its "
+    "matched latent firing; F1 of latents: the same of each latent and its nearest true feature, as in SynthSAEBench. "
+    "Split: several latents share a true feature. Merged: several true features share a latent. Absorbed: the parent "
+    "latent is absorbed by a child latent. Invented: share of live latents that are close to no true feature. Best "
+    "possible: the largest true activations, as many as the dictionary above has, decoded by the true directions."
 )
 _VARIABLES: dict[str, Callable[[VariableFeature], str]] = {
     "Variable": lambda match: f"{match.variable}: {match.value}",

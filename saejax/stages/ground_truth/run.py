@@ -78,7 +78,8 @@ def _judge(
         stack += members
     groups: dict[str, list[Member]] = {}
     for member in stack:
-        groups.setdefault(_without_seed(member), []).append(member)
+        without_seed = [part for part in member.name.split("-") if not part.startswith("seed")]
+        groups.setdefault("-".join(without_seed), []).append(member)
     judged = []
     for name, members in groups.items():
         seed_scores = []
@@ -97,10 +98,6 @@ def _judge(
         )
         judged.append((JudgedDictionary(name, control, seeds, spread), dictionary, counts))
     return judged
-
-
-def _without_seed(member: Member) -> str:
-    return "-".join(part for part in member.name.split("-") if not part.startswith("seed"))
 
 
 def _line(judged: JudgedDictionary) -> str:

@@ -14,12 +14,7 @@ _ABOUT = {
     "induction": "The word that followed this one before: a head finds it, and neurons of the layer above name it.",
     "logic": "A function of two of sixteen bits, which the last word asks for; other pairs are computed for nothing.",
 }
-_SETS = {
-    EXACT: "exact",
-    TRAINED: "trained",
-    WRONG: "exact, decoders permuted",
-    RANDOM: "random",
-}
+_SETS = {EXACT: "exact", TRAINED: "trained", WRONG: "exact, decoders permuted", RANDOM: "random"}
 _EDGE_NOTE = (
     "Neurons: share with a feature of cosine above 0.9. Edge error: largest difference between an edge and the "
     "products of weights along its paths, relative to the largest edge. AUROC: edge size as a predictor of which "

@@ -9,7 +9,7 @@ from saejax.attribution.local.dictionaries import open_transcoders
 from saejax.dictionaries import load_dictionary
 from saejax.errors import Interrupted
 from saejax.files import write_text
-from saejax.ground_truth.circuits.cases import Case, make_case
+from saejax.ground_truth.circuits.cases import make_case
 from saejax.ground_truth.circuits.dictionaries import write_sets
 from saejax.ground_truth.circuits.edges import judge_edges
 from saejax.ground_truth.circuits.handset import checkpoint
@@ -21,7 +21,6 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
 from saejax.stages.known_circuits.settings import KnownConfig
-from saejax.tasks.behaviours import Prompt
 from saejax.tasks.own_prompts import as_line
 
 
@@ -38,7 +37,9 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
     save_model(run.folder / "model", *checkpoint(case.model, config.seed), list(case.model.words))
     mesh = make_mesh(run.configs[MeshConfig])
     model = load_model(str(run.folder / "model"), mesh=mesh)
-    traced = _traced(case, config.graphs)
+    tests = [prompt for prompt in case.prompts if prompt.split == "test"]
+    by_behaviour = itertools.groupby(tests, lambda test: test.behaviour)
+    traced = [prompt for _, some in by_behaviour for prompt in [*some][: config.graphs]]
     judged = {}
     for name, folder in write_sets(run.folder, case, model, config.seed, mesh, run.say).items():
         if run.stopping():
@@ -52,16 +53,8 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
         judged[name] = JudgedSet(recovered, edges, causal)
         run.say(_line(name, judged[name]))
     return KnownCircuitResults(
-        layers=len(case.model.layers),
-        neurons=sum(len(layer.neurons) for layer in case.model.layers),
-        sets=judged,
+        layers=len(case.model.layers), neurons=sum(len(layer.neurons) for layer in case.model.layers), sets=judged
     )
-
-
-def _traced(case: Case, count: int) -> list[Prompt]:
-    """Return the first test prompts of each behaviour."""
-    tests = [prompt for prompt in case.prompts if prompt.split == "test"]
-    return [prompt for _, some in itertools.groupby(tests, lambda test: test.behaviour) for prompt in [*some][:count]]
 
 
 def _line(name: str, judged: JudgedSet) -> str:

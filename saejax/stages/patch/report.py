@@ -28,10 +28,7 @@ from saejax.wording import counted
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TITLES = dict(
-    denoising="denoising: prompt into counterpart",
-    noising="noising: counterpart into prompt",
-)
+_TITLES = dict(denoising="denoising: prompt into counterpart", noising="noising: counterpart into prompt")
 
 _INTRO = (
     "Denoising puts a value of the prompt's run into the counterpart's run; its effect is the rise of the logit "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from saejax.stages.train.metrics import read_metrics
 from saejax.training.results import TrainResults
 
 _POINTS = 400  # of a training curve; a longer one is thinned, its ends kept
-_MEMBER_ROWS = 100  # longest list of a stack's members
+_MEMBER_ROWS = 100  # longest table
 # Columns of a dictionary: in every table, and where the tested one, or one that stands alone, leaves room.
 _MEASURES: dict[str, Callable[[DictionaryScores], str]] = {
     "L0": lambda score: number(score.l0, 1),
@@ -83,7 +84,9 @@ def section(findings: Findings, draw: Draw, tested: str) -> Section:
     pictures += [_training(curves, draw, bool(stacks or layers))] if curves else []
     pictures += [_density(scores, draw)] if scores else []
     tables = [_table(findings, tested)] if scores else []
-    tables += [_members_table(kind, members) for kind, members in stacks.items()]
+    columns = {"Member": lambda member: member.name} | _MEASURES
+    for kind, members in stacks.items():
+        tables += _long_table(f"The members of {kind}", [(member,) for member in members], columns)
     tables += [_layers_table(kind, results) for kind, results in layers.items()]
     tables += finetuning_tables(findings) + _parts_tables(scores) + _roles_tables(scores)
     # A cross-layer transcoder has no scores of single dictionaries to introduce.
@@ -124,13 +127,6 @@ def _table(findings: Findings, tested: str) -> Table:
     return Table("The dictionaries on held-out text", ("Measure", *shown), rows, stack=False, note=note)
 
 
-def _members_table(kind: str, members: Sequence[DictionaryScores]) -> Table:
-    """Return a table with a row for every member of a stack."""
-    rows = tuple((member.name, *(show(member) for show in _MEASURES.values())) for member in members[:_MEMBER_ROWS])
-    note = f"The first {_MEMBER_ROWS} of {len(members)} members." if len(members) > _MEMBER_ROWS else ""
-    return Table(f"The members of {kind}", ("Member", *_MEASURES), rows, stack=False, note=note)
-
-
 def finetuning_tables(findings: Findings) -> list[Table]:
     """Return a table with a row for every dictionary that was fine-tuned through the model; none without any."""
     rows = [
@@ -138,7 +134,7 @@ def finetuning_tables(findings: Findings) -> list[Table]:
         for kind, trained in findings.each(TrainResults).items()
         for member in trained.members
         if member.finetuned
-    ][:_MEMBER_ROWS]
+    ]
     columns = {
         "Dictionary": lambda name, before, after: name,
         "KL divergence: before": lambda name, before, after: number(before.kl, 4),
@@ -147,7 +143,7 @@ def finetuning_tables(findings: Findings) -> list[Table]:
         "Cross-entropy recovered (mean): after": lambda name, before, after: number(after.ce_recovered, 3),
     }
     note = "With the dictionary's output in the model, on held-out text; KL divergence in nats per token."
-    return [Table.of("Fine-tuning through the model", rows, columns, stack=False, note=note)] if rows else []
+    return _long_table("Fine-tuning through the model", rows, columns, note)
 
 
 def _parts_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Table]:
@@ -176,7 +172,7 @@ def _parts_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Tabl
         "are absent elsewhere if, by latent scaling (Minder et al., 2025), errors of the other parts hold less than "
         "0.2 and their reconstructions less than 0.5 of the feature that this part has."
     )
-    return [Table.of("The parts of crosscoders", rows, columns, stack=False, note=note)] if rows else []
+    return _long_table("The parts of crosscoders", rows, columns, note)
 
 
 def _roles_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Table]:
@@ -186,7 +182,7 @@ def _roles_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Tabl
         for kind, members in scores.items()
         for member in members
         for role, scored in (member.roles or {}).items()
-    ][:_MEMBER_ROWS]
+    ]
     columns = {
         "Dictionary": lambda name, role, scored: name,
         "Role": lambda name, role, scored: role,
@@ -197,19 +193,23 @@ def _roles_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Tabl
         "Dense": lambda name, role, scored: percent(scored.dense_fraction, 1),
         "Cross-entropy recovered (mean)": lambda name, role, scored: number(scored.ce_recovered_mean, 3),
     }
-    caption = "The messages of held-out chats, by role"
-    return [Table.of(caption, rows, columns, words=("Role",), stack=False)] if rows else []
+    return _long_table("The messages of held-out chats, by role", rows, columns, words=("Role",))
+
+
+def _long_table(
+    caption: str, rows: Sequence[Any], columns: Mapping[str, Callable[..., str]], note: str = "", words: Any = ()
+) -> list[Table]:
+    """Return a table of the first rows, which says how many there are; none without rows."""
+    cut = f"The first {_MEMBER_ROWS} of {len(rows)} rows." if len(rows) > _MEMBER_ROWS else ""
+    note = " ".join(filter(None, [note, cut]))
+    return [Table.of(caption, rows[:_MEMBER_ROWS], columns, words, stack=False, note=note)] if rows else []
 
 
 def _layers_table(kind: str, scores: CrossLayerScores) -> Table:
     """Return a table with a row for every layer of a cross-layer transcoder."""
     columns = {
         "Layer": lambda layer: str(layer.layer),
-        "Explained variance": lambda layer: number(layer.explained_variance, 3),
-        "Cosine": lambda layer: number(layer.cosine, 3),
-        "L0": lambda layer: number(layer.l0, 1),
-        "Dead": lambda layer: percent(layer.dead_fraction, 1),
-        "Dense": lambda layer: percent(layer.dense_fraction, 1),
+        **{name: _MEASURES[name] for name in ("Explained variance", "Cosine", "L0", "Dead", "Dense")},
     }
     rows = [(layer,) for layer in scores.layers]
     note = (
@@ -284,10 +284,9 @@ def training_curves(unit: Path) -> list[TrainingCurve]:
     points: dict[str, list[list[float]]] = {}
     for record in read_metrics(unit, names):
         points.setdefault(record["member"], []).append([record[name] for name in names])
-    return [TrainingCurve(*zip(*_thin(of_member), strict=True)) for of_member in points.values()]
-
-
-def _thin(points: list[list[float]]) -> list[list[float]]:
-    # Evenly spaced records keep the shape of the curve, and both of its ends.
-    keep = np.unique(np.linspace(0, len(points) - 1, min(len(points), _POINTS)).round().astype(int))
-    return [points[i] for i in keep]
+    curves = []
+    for of_member in points.values():
+        # Evenly spaced records keep the shape of the curve, and both of its ends.
+        keep = np.unique(np.linspace(0, len(of_member) - 1, min(len(of_member), _POINTS)).round().astype(int))
+        curves.append(TrainingCurve(*zip(*(of_member[i] for i in keep), strict=True)))
+    return curves

@@ -58,11 +58,6 @@ def _check_finetuning(configs: Configs) -> None:
         raise UserError(f"--train.kl_steps={train.kl_steps} is not for {reason}: leave it out")
 
 
-def _pretrained(configs: Configs) -> str:
-    """Return the identity of the dictionaries that were trained elsewhere."""
-    return fingerprint([hash_dictionaries(address) for address in configs[TrainConfig].pretrained])
-
-
 def _settings(configs: Configs, name: str) -> dict[str, Any]:
     """Return the settings that training reads; without a store also the settings of the text and its capture."""
     train = configs[TrainConfig]
@@ -75,7 +70,8 @@ def _settings(configs: Configs, name: str) -> dict[str, Any]:
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     if name == PRETRAINED:
-        return inputs_of(configs, pretrained=_pretrained)
+        addresses = configs[TrainConfig].pretrained
+        return inputs_of(configs, pretrained=lambda _: fingerprint([*map(hash_dictionaries, addresses)]))
     outside = place_in_stack(configs)
     if configs[TrainConfig].source == "store":
         tuned = dict(model=identities.model) if configs[TrainConfig].kl_steps else {}
