@@ -3,7 +3,7 @@ r"""Final answers in what a model wrote, and whether they are right.
 Numbers are found as lm-evaluation-harness does for gsm8k: *strict* takes the number after the first "#### ", *flexible*
 the last number of the text, whatever stands around it, so that "The answer is \boxed{18}" holds the answer 18. The
 strict rule compares text, as the harness does, without thousands commas, dollar signs, a full stop at the end, and
-case. The flexible rule compares values: "$29.00" is 29.
+case. The flexible rule compares values: "$29.00" is 29, as is "29" where the right answer is "29%".
 
 Formulas are compared by the library math-verify, which knows that 1/2 and 0.5 are the same: *strict* takes the last
 ``\boxed{}``, *flexible* what math-verify finds in the whole text. math-verify drops subscripts, so numbers with a base
@@ -14,6 +14,7 @@ cannot be found is None, and counts as wrong.
 """
 
 import dataclasses
+import functools
 import re
 import threading
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from typing import Any
 import numpy as np
 
 _STRICT_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
+# As loose as the harness's pattern: two or more digits, dollar signs, commas and points in a row count as a number, so
+# a text that ends in "..." has the answer "...".
 _ANY_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 _IGNORED = re.compile(r"[,$]")
 _BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, eleven=11, twelve=12)
@@ -119,43 +122,33 @@ def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:
 
     Args:
       text: what the model wrote.
-      answer: the right number, such as "1,250".
+      answer: the right number, such as "1,250"; see ``number_value``.
     """
-    strict, flexible = strict_number(text), flexible_number(text)
+    first, numbers = _STRICT_NUMBER.search(text), _ANY_NUMBER.findall(text)
+    strict, flexible = first[1] if first else None, numbers[-1] if numbers else None
     return dict(
         # Text against text, as in the harness: figures are to be comparable with published ones.
         strict=Verdict(strict, strict is not None and _normal(strict) == _normal(answer)),
-        flexible=Verdict(flexible, flexible is not None and _value(flexible) == _value(answer)),
+        flexible=Verdict(flexible, flexible is not None and _value(flexible) == number_value(answer) is not None),
     )
 
 
-def strict_number(text: str) -> str | None:
-    """Return the number after the first "#### ", as it is written; None if there is none."""
-    match = _STRICT_NUMBER.search(text)
-    return match[1] if match else None
-
-
-def flexible_number(text: str) -> str | None:
-    """Return the last number of the text, as it is written; None if there is none.
-
-    The pattern is as loose as the harness's: two or more digits, dollar signs, commas and points in a row count as a
-    number, so a text that ends in "..." has the answer "...".
-    """
-    numbers = _ANY_NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+def number_value(answer: str) -> Decimal | None:
+    """Return the value of an answer that holds one number, perhaps with a unit; None if it holds none, or several."""
+    numbers = _ANY_NUMBER.findall(answer)
+    return _value(numbers[0]) if len(numbers) == 1 else None
 
 
 def _normal(number: str) -> str:
     return _IGNORED.sub("", number).removesuffix(".").lower()
 
 
-def _value(number: str) -> Decimal | str:
-    """Return the value of a number; text that has no value, such as "...", is returned as it is."""
-    normal = _normal(number).rstrip(".")
+def _value(number: str) -> Decimal | None:
+    """Return the value of a number; None for text that has none, such as "..."."""
     try:
-        return Decimal(normal)
+        return Decimal(_normal(number).rstrip("."))
     except InvalidOperation:
-        return normal
+        return None
 
 
 def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
@@ -165,6 +158,9 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
       text: what the model wrote.
       answer: the right formula in LaTeX, without a box around it.
     """
+    import math_verify
+
+    is_same = functools.partial(math_verify.verify, timeout_seconds=_limit())
     # Boxed again, so that math-verify reads the answer as it reads the model's.
     gold, boxed, anywhere = _parsed(f"\\boxed{{{answer}}}"), last_boxed(text), _parsed(text)
     in_box = _parsed(f"\\boxed{{{boxed}}}") if boxed else []
@@ -178,7 +174,7 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
         rule: Verdict(
             extracted,
             extracted is not None
-            and (extracted == answer or (_has_same_base(written[rule] or "", answer) and _same(gold, reading))),
+            and (extracted == answer or (_has_same_base(written[rule] or "", answer) and is_same(gold, reading))),
         )
         for rule, (extracted, reading) in readings.items()
     }
@@ -235,12 +231,6 @@ def _parsed(text: str) -> list[Any]:
         return math_verify.parse(text, parsing_timeout=_limit())
     except TimeoutException:  # not an ``Exception``, so that math-verify does not catch it itself
         return []
-
-
-def _same(gold: list[Any], reading: list[Any]) -> bool:
-    import math_verify
-
-    return bool(math_verify.verify(gold, reading, timeout_seconds=_limit()))
 
 
 def _limit() -> int | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saejax.errors import UserError, one_of
-from saejax.tasks.answers import last_boxed
+from saejax.tasks.answers import last_boxed, number_value
 from saejax.tasks.benchmark_files import TEST, Row
 from saejax.tasks.files import shown
 from saejax.tasks.settings import BENCHMARKS, TaskConfig
@@ -62,8 +62,6 @@ class Benchmark:
     """The definition of a benchmark: its data set, prompts and ways of scoring."""
 
     hub: str  #: its data set's id on the hub; "": its items are made from templates
-    configurations: tuple[str, ...]  #: the data set's configurations to read
-    parts: tuple[str, ...]  #: the tasks it consists of; ("",) if it is one
     examples: int  #: how many items are asked by default
     shots: int  #: worked examples before each question by default
     scores: tuple[str, ...]  #: ways of scoring it, the default first
@@ -71,6 +69,8 @@ class Benchmark:
     instruction: str  #: what a chat model is told beforehand
     stop: tuple[str, ...]  #: texts that end a generated answer
     parse: Callable[[Row], Item]  #: makes an item of a row
+    configurations: tuple[str, ...] = ("default",)  #: the data set's configurations to read
+    parts: tuple[str, ...] = ("",)  #: the tasks it consists of; ("",) if it is one
     #: the hub's data set and its configurations whose split "train" goes with it; empty: there is none.
     training: tuple[str, tuple[str, ...]] = ("", ())
     new_tokens: int = 0  #: longest generated answer by default, in tokens; 0: none is generated
@@ -90,7 +90,8 @@ def _categories(row: Row, *published: str) -> tuple[str, ...]:
 def _gsm8k(row: Row) -> Item:
     question, solution = (row.text(column, ("question", "answer")) for column in ("question", "answer"))
     _, mark, answer = solution.rpartition("####")
-    if not mark or not re.search("[0-9]", answer):
+    # Of an answer such as "1/2" no number that a model writes would be right.
+    if not mark or number_value(answer) is None:
         raise UserError(f"{row.where}: 'answer' does not end in '#### ' and a number: fix or remove the row")
     return Item(row.name, "", question, solution, answer.strip(), categories=_categories(row))
 
@@ -216,7 +217,6 @@ DEFINITIONS = {
     "gsm8k": Benchmark(
         hub="openai/gsm8k",
         configurations=("main",),
-        parts=("",),
         examples=500,
         shots=5,
         scores=("generate", "likelihood"),
@@ -229,8 +229,6 @@ DEFINITIONS = {
     ),
     "math": Benchmark(
         hub="HuggingFaceH4/MATH-500",
-        configurations=("default",),
-        parts=("",),
         examples=100,
         shots=4,
         scores=("generate", "likelihood"),
@@ -242,33 +240,18 @@ DEFINITIONS = {
         new_tokens=1024,  # a quarter of the reference solutions is longer than 256
     ),
     "logic": _multiple_choice_benchmark(
-        hub="SaylorTwift/bbh",
-        configurations=LOGIC_TASKS,
-        parts=LOGIC_TASKS,
-        parse=_logic,
+        hub="SaylorTwift/bbh", configurations=LOGIC_TASKS, parts=LOGIC_TASKS, parse=_logic
     ),
     "logiqa": _multiple_choice_benchmark(
-        hub="lucasmccabe/logiqa",
-        configurations=("default",),
-        parts=("",),
-        parse=_multiple_choice,
-        training=("lucasmccabe/logiqa", ("default",)),
+        hub="lucasmccabe/logiqa", parse=_multiple_choice, training=("lucasmccabe/logiqa", ("default",))
     ),
     "commonsense": _multiple_choice_benchmark(
         hub="tau/commonsense_qa",
-        configurations=("default",),
-        parts=("",),
         parse=_multiple_choice,
         training=("tau/commonsense_qa", ("default",)),
         splits=("validation", "dev", "test"),  # the answers of its test split are not published
     ),
-    "word_problems": _multiple_choice_benchmark(
-        hub="",
-        configurations=(),
-        parts=("",),
-        parse=_word_problem,
-        question="Question: {}\nAnswer:",
-    ),
+    "word_problems": _multiple_choice_benchmark(hub="", parse=_word_problem, question="Question: {}\nAnswer:"),
 }
 
 

@@ -8,6 +8,7 @@ costs no thousand rows of the vocabulary.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -45,11 +46,12 @@ class Likelihood:
 
 
 def encode_pair(tokenizer: Any, context: str, continuation: str, bos: str = "auto") -> tuple[list[int], list[int]]:
-    """Token ids of a context and of what follows it, split as lm-evaluation-harness does.
+    r"""Return the token ids of a context and of what follows it, split as lm-evaluation-harness does.
 
     White space at the end of the context is moved to the continuation, because most vocabularies keep a space with
     the word after it; then context and continuation are tokenised together, and what is longer than the context
-    alone is the continuation.
+    alone is the continuation. Where a token reaches over the border, as "{\" in "\boxed{\frac" may do, it belongs to
+    the continuation: the harness reads another text there, "\boxed{frac".
 
     Args:
       tokenizer: of the model.
@@ -61,7 +63,9 @@ def encode_pair(tokenizer: Any, context: str, continuation: str, bos: str = "aut
     kept = context.rstrip()
     context, continuation = kept, context[len(kept) :] + continuation
     context_ids, whole_ids = (encode(tokenizer, text, bos) for text in (context, context + continuation))
-    return context_ids, whole_ids[len(context_ids) :]
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(context_ids, whole_ids, strict=False))
+    shared = len(list(same))
+    return whole_ids[:shared], whole_ids[shared:]
 
 
 def loglikelihoods(
@@ -95,7 +99,7 @@ def loglikelihoods(
                 f"context {number} has {len(context)} tokens and its continuation {len(continuation)}, together more "
                 f"than the model's context of {lm.config.context}: shorten it"
             )
-    by_pair: dict[int, Likelihood] = {}
+    by_pair, last = dict[int, Likelihood](), f"resid_post.{lm.config.n_layers - 1}"
     # Longest first: pairs of like length share a batch, and what needs the most memory comes first.
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
     longest = max((len(context) + len(continuation) for context, continuation in pairs), default=0)
@@ -107,8 +111,13 @@ def loglikelihoods(
         # Filled up with copies, so that few shapes are compiled.
         filled = batch + batch[-1:] * (count - len(batch))
         fitted = fit_values(edits, (len(pairs), longest), length, filled)
-        logp_BxC, hits_BxC = _score(lm, [pairs[i] for i in filled], length, fitted)
-        for i, logp_C, hits_C in zip(batch, logp_BxC, hits_BxC):
+        tokens, positions_BxC, targets_BxC = align([pairs[i] for i in filled], length)
+        # Logits follow from the last layer's stream, at the wanted positions only.
+        x_BxTxD = lm(tokens, capture=[last], edits=fitted, logits=False).sites[last]
+        placed = by_row(lm.mesh, positions_BxC, targets_BxC)
+        logp_BxC, hits_BxC = map(np.asarray, token_scores(lm.config, lm.params, x_BxTxD, *placed))
+        # float64, as totals of long solutions are compared.
+        for i, logp_C, hits_C in zip(batch, logp_BxC.astype(np.float64), hits_BxC):
             n = len(pairs[i][1])
             by_pair[i] = Likelihood(float(logp_C[:n].sum()), n, int(hits_C[:n].sum()))
     for number in range(len(pairs)):
@@ -134,20 +143,6 @@ def batch_shape(longest: int, left: int, limit: int, data: int, batch_tokens: in
     # At most twice as many rows as are left: a power of two, so that the size of the rest is seldom a new one.
     count = max(1, min(batch_tokens // length, 1 << (left - 1).bit_length()))
     return -(-count // data) * data, length
-
-
-def _score(
-    lm: LanguageModel, rows: Sequence[tuple[list[int], list[int]]], length: int, edits: tuple[Edit, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's log-likelihoods of continuation tokens and whether each was the likeliest, both [B, C]."""
-    tokens, positions_BxC, targets_BxC = align(rows, length)
-    last = f"resid_post.{lm.config.n_layers - 1}"
-    # Logits follow from the last layer's stream, at the wanted positions only.
-    x_BxTxD = lm(tokens, capture=[last], edits=edits, logits=False).sites[last]
-    placed = by_row(lm.mesh, positions_BxC, targets_BxC)
-    logp_BxC, hits_BxC = token_scores(lm.config, lm.params, x_BxTxD, *placed)
-    # float64, as totals of long solutions are compared.
-    return np.asarray(logp_BxC, np.float64), np.asarray(hits_BxC)
 
 
 def align(rows: Sequence[tuple[list[int], list[int]]], length: int) -> tuple[Tokens, np.ndarray, np.ndarray]:
@@ -176,11 +171,7 @@ def align(rows: Sequence[tuple[list[int], list[int]]], length: int) -> tuple[Tok
 
 @functools.partial(jax.jit, static_argnums=0)
 def token_scores(
-    config: DecoderConfig,
-    params: decoder.Params,
-    x_BxTxD: jax.Array,
-    positions_BxC: jax.Array,
-    targets_BxC: jax.Array,
+    config: DecoderConfig, params: decoder.Params, x_BxTxD: jax.Array, positions_BxC: jax.Array, targets_BxC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the log-likelihood of the target after each position, and whether it is the likeliest, both [B, C].
 

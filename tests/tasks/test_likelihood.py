@@ -1,7 +1,5 @@
 """Log-likelihoods against PyTorch, token by token, and where contexts and continuations meet."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,6 @@ from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.language_model import LanguageModel
 from saejax.models.settings import ModelConfig
-from saejax.models.sites import Site
 from saejax.tasks import likelihood
 from saejax.tasks.likelihood import encode_pair, loglikelihoods
 
@@ -58,30 +55,6 @@ def test_batches_split_over_devices(tiny_llama, expected):
     check(loglikelihoods(eight, *zip(*PAIRS), batch_tokens=512), expected)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Zero:
-    """Replaces a site by zero at the real positions."""
-
-    site: Site = dataclasses.field(metadata=dict(static=True))
-
-    def __call__(self, value_BxTxD, run):
-        return jnp.where(run.mask_BxT[..., None], 0.0, value_BxTxD)
-
-
-def test_edits_are_on(lm):
-    contexts, continuations = zip(*PAIRS[:3])
-    found = loglikelihoods(lm, contexts, continuations, edits=[Zero(Site("mlp_out", 1))])
-    for (context, continuation), one in zip(PAIRS, found):
-        tokens = likelihood.pad([context + continuation])
-        logits = np.asarray(lm(tokens, edits=[Zero(Site("mlp_out", 1))]).logits_BxTxV[0], np.float64)
-        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        total = logp[np.arange(len(context) - 1, len(context) + len(continuation) - 1), continuation].sum()
-        np.testing.assert_allclose(one.total, total, rtol=2e-5)
-    clean = loglikelihoods(lm, contexts, continuations)
-    assert all(abs(one.total - unedited.total) > 1e-3 for one, unedited in zip(found, clean))
-
-
 def test_logits_exist_only_where_they_are_needed(lm):
     x_BxTxD, positions = jnp.zeros((4, 128, 64)), jnp.zeros((4, 16), jnp.int32)
     program = jax.make_jaxpr(likelihood.token_scores, static_argnums=0)
@@ -115,6 +88,11 @@ def test_spaces_between_the_two_belong_to_the_continuation_and_special_tokens_co
     for context, continuation in [("The answer is", " 42."), ("The answer is ", "42."), ("The answer is 42.", "")]:
         ids = encode_pair(tokenizer, context, continuation)
         assert ids[0] + ids[1] == together
+    # Where a token reaches over the border, the text is the same, too.
+    for context, continuation, last in [(r"so $\boxed{", r"\frac{1}{2}}$", "boxed"), ("x =", "= 3", "x")]:
+        ids = encode_pair(tokenizer, context, continuation)
+        assert ids[0] + ids[1] == tokenizer(context + continuation)["input_ids"]
+        assert tokenizer.decode(ids[0]).endswith(last)
     assert encode_pair(tokenizer, "The answer is ", "42.") == encode_pair(tokenizer, "The answer is", " 42.")
     assert encode_pair(tokenizer, "Q\n", "A")[0] == tokenizer("Q")["input_ids"]
 

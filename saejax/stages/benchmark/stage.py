@@ -22,6 +22,6 @@ BENCHMARK = Stage(
     settings=settings_of(ModelConfig, TaskConfig, but=OF_BEHAVIOURS),
     inputs=_inputs,
     names=lambda configs: configs[TaskConfig].benchmarks,
-    revision=3,  # questions beside prompts
+    revision=4,  # tokens that reach over the border of prompt and answer; percentages
     processes="items",
 )

@@ -65,7 +65,7 @@ STUDY = Stage(
     inputs=_inputs,
     names=lambda configs: configs[StudyConfig].benchmarks,
     check=_check,
-    revision=13,  # neurons are no basis of a site within attention or the MLP
+    revision=14,  # tokens that reach over the border of text and answer
     processes="items",
     section=sections,
 )
