@@ -108,7 +108,9 @@ def training_identity(name: str, task: TaskConfig) -> str:
     """Return a hash, 16 hexadecimal digits, of what ``training_items`` depends on; see ``identity``."""
     source = _training_origin(name, task)
     selection = [task.examples or definition(name).examples, task.seed]
-    return fingerprint([identity(name, task), *selection, *(source.identity() if source else [])])
+    return fingerprint(
+        ["groups by benchmark", identity(name, task), *selection, *(source.identity() if source else [])]
+    )
 
 
 def _training_origin(name: str, task: TaskConfig) -> Origin | None:

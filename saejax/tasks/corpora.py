@@ -32,8 +32,9 @@ class Document:
     """One text."""
 
     content: Content  #: text that is not blank, token ids, or the messages of a chat
-    #: documents of one group are never split; a document without one is its own group with all copies of its text,
-    #: "document-<index>" after the first, or in a stream a hash of the text.
+    #: documents of one group are never split, whatever their sources; a document without one is its own group with all
+    #: copies of its text, "document-<index>" after the first, or in a stream a hash of the text. Of several sources the
+    #: name of the first that has the group stands in front, but for streams.
     group: str
     index: int  #: its place in the corpus, from 0
     source: int = 0  #: which of the corpus's sources it is from, from 0
@@ -75,16 +76,18 @@ def documents(
       UserError: a file is missing, of another format, damaged, not UTF-8, or without a document; a line is not JSON, or
         its fields are missing or of the wrong type (with the line's number); the hub cannot be read.
     """
-    sources, index, first_copies = text_sources(config, task or TaskConfig()), 0, dict[int, int]()
+    sources, index, names = text_sources(config, task or TaskConfig()), 0, dict[str, str]()
     for number, source in enumerate(sources):
         before = index
         for content, group in source.texts():
-            if not group:
-                # Copies of a text stand on one side of the split: held-out text that was trained on judges nothing.
-                mark = _hash(_as_text(content))
-                group = f"text-{mark:016x}" if config.stream else f"document-{first_copies.setdefault(mark, index)}"
-            # A kind for each source, so that each has text on both sides of the split.
-            yield Document(content, group if len(sources) == 1 else f"{source.name}/{group}", index, number)
+            # Copies of a text stand on one side of the split: held-out text that was trained on judges nothing.
+            name = group or f"text-{_hash(content if isinstance(content, str) else repr(list(content))):016x}"
+            if not config.stream:
+                # A kind for each source, so that each has text on both sides of the split. A group of several sources,
+                # such as the shards of a data set, is of the kind of the first.
+                kind = f"{source.name}/" if len(sources) > 1 else ""
+                name = names.setdefault(name, f"{kind}{group or f'document-{index}'}")
+            yield Document(content, name, index, number)
             index += 1
             if enough(number):
                 break
@@ -135,11 +138,6 @@ def is_held_out(document: Document, config: CorpusConfig) -> bool:
     return _hash(f"{config.seed}/{document.group}") < config.held_out * 2**64
 
 
-def _as_text(content: Content) -> str:
-    """Return a text that is the same for the same content."""
-    return content if isinstance(content, str) else repr(list(content))
-
-
 def _hash(text: str) -> int:
     """Return 64 bits of a text's hash, the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
@@ -158,7 +156,7 @@ def identity(config: CorpusConfig, task: TaskConfig | None = None) -> str:
       UserError: a file is missing, of another format, or damaged.
     """
     hashes = [source.identity() for source in text_sources(config, task or TaskConfig())]
-    return hashes[0] if len(hashes) == 1 else fingerprint(hashes)
+    return hashes[0] if len(hashes) == 1 else fingerprint([*hashes, "groups across sources"])
 
 
 def split(documents: Sequence[Document], held_out: float, seed: int) -> tuple[list[Document], list[Document]]:

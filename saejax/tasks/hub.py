@@ -1,7 +1,6 @@
 """Data sets of the Hugging Face hub, read through ``datasets``."""
 
 import functools
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any, TypeVar
 
 from saejax.errors import UserError
 from saejax.models.hub import offline_if_unreachable
-from saejax.models.identity import content_sha256
 
 Found = TypeVar("Found")
 
@@ -19,11 +17,11 @@ def hub_commit(hub: str, revision: str) -> str:
     """Return the commit that a data set's revision stands for now, or when it was last fetched where there is no hub.
 
     Args:
-      hub: its id, such as "openai/gsm8k", or a local folder in the hub's layout.
+      hub: its id, such as "openai/gsm8k".
       revision: branch, tag or commit.
 
     Returns:
-      40 hexadecimal digits; of a local folder, a hash of its files' content.
+      40 hexadecimal digits.
 
     Raises:
       UserError: the hub cannot be reached and the data set was never fetched, or there is no such revision.
@@ -31,11 +29,6 @@ def hub_commit(hub: str, revision: str) -> str:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-    if Path(hub).is_dir():
-        files = sorted(path for path in Path(hub).rglob("*") if path.is_file())
-        # By relative path, so that the same folder elsewhere has the same identity.
-        content = [f"{path.relative_to(hub)} {content_sha256(path)}\n" for path in files]
-        return hashlib.sha256("".join(content).encode()).hexdigest()[:40]
     # A commit needs no network.
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
@@ -64,7 +57,7 @@ def hub_rows(hub: str, configuration: str, revision: str, split: str, stream: bo
     """Yield the rows of a data set.
 
     Args:
-      hub: its id, such as "openai/gsm8k", or a local folder in the hub's layout.
+      hub: its id, such as "openai/gsm8k".
       configuration: its name; "": the only one.
       revision: branch, tag or commit.
       split: "train" or another.

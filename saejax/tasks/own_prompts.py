@@ -5,8 +5,9 @@
 "counterpart" (the same text with other content, to which the wrong answer is the better one), "split", "template"
 (a name of the words around the content: prompts that share it are not independent) and "labels" ({"carry": "yes"}: what
 else is known of the prompt, for probes) may be left out. Of a behaviour whose lines have no split, train and test
-prompts are drawn at random, as many as were asked for. No text stands in a behaviour twice; that the two splits share
-no content beyond that is up to the user.
+prompts are drawn at random, as many as were asked for; a prompt and the one that turns it around, whose text is its
+counterpart, are of one split. No text stands in a behaviour twice; that the two splits share no content beyond that is
+up to the user.
 """
 
 import hashlib
@@ -41,7 +42,9 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[
       tokenizer: the model's tokenizer; None: what takes one is not checked.
 
     Raises:
-      UserError: as ``check_own_prompts``; or prompts' answers merge with their text or start with the same token.
+      UserError: the file cannot be read; lines are not prompts or repeat others, all of which are named; a behaviour
+        has too few lines, a reserved name, or splits on some lines only; or prompts' answers merge with their text or
+        start with the same token.
     """
     prompts, faults = dict[str, list[Prompt]](), Faults(task.prompts, "cannot be tested", "behaviours")
     for name, of_behaviour in _read_lines(task, tokenizer).items():
@@ -49,16 +52,6 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[
             prompts[name] = _prompts(name, of_behaviour, task)
     faults.refuse()
     return prompts
-
-
-def check_own_prompts(task: TaskConfig) -> None:
-    """Check the file of ``task.prompts``, if one is named, as far as no tokenizer is needed.
-
-    Raises:
-      UserError: the file cannot be read; lines are not prompts or repeat others, all of which are named; a behaviour
-        has too few lines, a reserved name, or splits on some lines only.
-    """
-    read_own_prompts(task, None)
 
 
 def _read_lines(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[dict[str, Any]]]:
@@ -118,18 +111,10 @@ def as_line(prompt: Prompt) -> str:
     return json.dumps(fields | (dict(labels=dict(prompt.labels)) if prompt.labels else {}), ensure_ascii=False) + "\n"
 
 
-def count_behaviours(task: TaskConfig) -> int:
-    """Return the number of behaviours in the file; 0 if no file is named.
-
-    Raises:
-      UserError: it cannot be read, or lines are not prompts or repeat others, all of which are named.
-    """
-    return len(_read_lines(task, None))
-
-
 def identity(task: TaskConfig) -> str:
     """Return a hash of the content of both files; "" if none is named."""
-    prompts = _content(Path(task.prompts)) if task.prompts else b""
+    # With a word, as prompts were once drawn whatever their counterparts.
+    prompts = b"pairs " + _content(Path(task.prompts)) if task.prompts else b""
     words = read_bytes(Path(task.ioi), "--task.ioi", "name a .json file, or leave it empty") if task.ioi else b""
     return hashlib.sha256(prompts).hexdigest() * bool(prompts) + hashlib.sha256(words).hexdigest() * bool(words)
 
@@ -189,8 +174,17 @@ def _prompts(name: str, lines: Sequence[Mapping[str, Any]], task: TaskConfig) ->
                 f"{path} has {len(lines)} prompts of {name!r}, but {wanted['train']} train and {wanted['test']} test "
                 "prompts were asked for: lower --task.train_prompts or --task.test_prompts"
             )
-        order = iter(np.random.default_rng((task.seed, zlib.crc32(name.encode()))).permutation(len(lines)))
-        chosen = {split: [lines[next(order)] for _ in range(count)] for split, count in wanted.items()}
+        pairs: dict[frozenset[str], list[Mapping[str, Any]]] = {}
+        order = np.random.default_rng((task.seed, zlib.crc32(name.encode()))).permutation(len(lines))
+        for line in (lines[place] for place in order):
+            pairs.setdefault(frozenset((line["text"], line.get("counterpart", ""))), []).append(line)
+        chosen, left = {split: list[Mapping[str, Any]]() for split in SPLITS}, list[Mapping[str, Any]]()
+        for pair in pairs.values():
+            fits = (some for split, some in chosen.items() if len(some) + len(pair) <= wanted[split])
+            next(fits, left).extend(pair)
+        for split, some in chosen.items():
+            # Where numbers are odd, a pair may have to be taken apart.
+            some += [left.pop() for _ in range(wanted[split] - len(some))]
     return [_prompt(split, line) for split in SPLITS for line in chosen[split]]
 
 

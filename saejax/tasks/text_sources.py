@@ -164,7 +164,8 @@ def benchmark_source(name: str, task: TaskConfig) -> TextSource:
     def texts() -> Iterator[Text]:
         benchmark = benchmarks.definition(name)
         for item in benchmarks.training_items(name, task):
-            yield f"{benchmark.question.format(item.question)} {item.solution}", item.id
+            # With the benchmark's name, as items of others may have the same names.
+            yield f"{benchmark.question.format(item.question)} {item.solution}", f"{name}-{item.id}"
 
     return TextSource(name, lambda: benchmarks.training_identity(name, task), texts)
 
@@ -249,7 +250,9 @@ def _content(value: Any, where: str) -> Content:
     """Return a field's text, token ids or messages; raise a ``UserError`` if it holds none of these."""
     if isinstance(value, list) and value and all(type(id) is int and 0 <= id <= _LARGEST_ID for id in value):
         return np.array(value, np.int32)
-    if isinstance(value, list) and value and all(map(_is_message, value)):
+    names = ("role", "content")
+    is_chat = isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
+    if value and is_chat and all(isinstance(message.get(name), str) for message in value for name in names):
         value = tuple({"role": message["role"], "content": message["content"]} for message in value)
     texts = [message["content"] for message in value] if isinstance(value, tuple) else [value]
     if not all(isinstance(text, str) for text in texts) or not any(text.strip() for text in texts):
@@ -260,8 +263,3 @@ def _content(value: Any, where: str) -> Content:
     if any(map(has_surrogates, texts)):
         raise UserError(f"{where} has an unpaired surrogate: expected valid Unicode; fix it")
     return value
-
-
-def _is_message(value: Any) -> bool:
-    """Return whether a value is a message of a chat."""
-    return isinstance(value, Mapping) and all(isinstance(value.get(name), str) for name in ("role", "content"))

@@ -83,15 +83,6 @@ def test_text_documents_are_separated_by_blank_lines(tmp_path):
     assert len(groups_of(documents)) == 3
 
 
-def test_copies_of_a_text_stand_on_one_side_of_the_split(tmp_path):
-    texts = [f"text {number % 40}" for number in range(100)]
-    documents = read_corpus(written(tmp_path, "\n".join(json.dumps(dict(text=text)) for text in texts)))
-    assert len(groups_of(documents)) == 40 and documents[45].group == "document-5"
-    for seed in range(5):
-        train, held_out = ({document.text for document in side} for side in split(documents, 0.2, seed))
-        assert held_out and not train & held_out
-
-
 GOOD = '{"text": "good"}\n'
 # Without the time: workers that begin in different seconds would collect tests of different names.
 PACKED = gzip.compress(GOOD.encode() * 50, mtime=0)

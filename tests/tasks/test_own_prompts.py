@@ -9,7 +9,7 @@ import pytest
 from saejax.errors import UserError
 from saejax.runner import command
 from saejax.tasks.behaviours import read_prompts, write_prompts
-from saejax.tasks.own_prompts import count_behaviours, identity, read_own_prompts
+from saejax.tasks.own_prompts import identity, read_own_prompts
 from saejax.tasks.settings import TaskConfig
 
 LINES = [
@@ -51,6 +51,19 @@ def test_splits_are_drawn_by_seed_where_none_is_given(read):
     assert len({prompt.text for prompt in first}) == 5
 
 
+@pytest.mark.parametrize(("pairs", "train", "test", "apart"), [(20, 24, 16, 0), (20, 25, 14, 0), (20, 25, 15, 1)])
+def test_a_prompt_and_the_one_that_turns_it_around_are_of_one_split(read, pairs, train, test, apart):
+    lines = []
+    for n in range(pairs):
+        line = dict(behaviour="plural", text=f"one {n}", correct=" cat", wrong=" dogs", counterpart=f"two {n}")
+        lines += [line, line | dict(text=f"two {n}", correct=" dogs", wrong=" cat", counterpart=f"one {n}")]
+    for seed in range(5):
+        found = read(lines, seed=seed, train_prompts=train, test_prompts=test)["plural"]
+        sides = [{p.text.split()[1] for p in found if p.split == split} for split in ("train", "test")]
+        assert len(sides[0] & sides[1]) == apart and [p.split for p in found] == ["train"] * train + ["test"] * test
+        assert len({p.text for p in found}) == train + test
+
+
 def test_a_counterpart_may_be_missing_a_template_be_named_and_a_text_hold_any_separator(read, tmp_path):
     line = {key: value for key, value in LINES[0].items() if key != "counterpart"}
     prompt = next(p for p in read([line, *LINES[1:5]])["plural"] if p.text == "Two")
@@ -61,20 +74,11 @@ def test_a_counterpart_may_be_missing_a_template_be_named_and_a_text_hold_any_se
     assert read_prompts(tmp_path / "prompts.jsonl") == prompts and {p.template for p in prompts} == {"t0", "t1"}
 
 
-def test_how_many_behaviours(tmp_path):
-    path = tmp_path / "own.jsonl"
-    path.write_text(
-        "\n".join(json.dumps(line | dict(behaviour=name)) for line, name in zip(LINES, "aba", strict=False))
-    )
-    assert count_behaviours(TaskConfig(prompts=str(path))) == 2 and count_behaviours(TaskConfig()) == 0
-    assert read_own_prompts(TaskConfig(), letters) == {} and identity(TaskConfig()) == ""
-
-
 def test_the_identity_is_of_the_content(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text(json.dumps(LINES[0]))
     a, b = (TaskConfig(prompts=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl"))
-    assert identity(a) == identity(b) != ""
+    assert identity(a) == identity(b) != identity(TaskConfig()) == "" and not read_own_prompts(TaskConfig(), letters)
     (tmp_path / "b.jsonl").write_text(json.dumps(LINES[1]))
     assert identity(a) != identity(b)
     with pytest.raises(UserError, match="--task.prompts=.*none.jsonl does not exist"):
@@ -90,7 +94,7 @@ def test_the_identity_is_of_the_content(tmp_path):
         ([dict(behaviour="plural", text="Two", correct=" cats")], "line 1 lacks wrong"),
         ([LINES[0] | dict(answer="x")], "line 1 has the unknown field 'answer'"),
         ([LINES[0] | dict(correct=" ")], "'correct' is \" \": expected a string that is not blank"),
-        ([LINES[0] | dict(behaviour="a/b")], "names files: use letters"),
+        ([LINES[0] | dict(behaviour="复/数")], 'the behaviour "复/数" names files: use letters'),
         ([LINES[0] | dict(split="held_out")], "'split' is \"held_out\": expected train or test"),
         ([SPLIT[0], *LINES[1:]], "only some prompts of 'plural' have a 'split'"),
         (SPLIT[1:], "has 1 test prompts of 'plural': expected at least 2"),
@@ -128,15 +132,6 @@ def test_all_bad_lines_are_listed_at_once(read):
     mixed = [LINES[0] | dict(split="train"), LINES[1], *([line | dict(behaviour="other") for line in LINES[:2]])]
     with pytest.raises(UserError, match="2 behaviours cannot be tested: only some .*'plural'.*'other'"):
         read(mixed)
-
-
-def test_messages_show_other_scripts_as_they_are_and_counting_names_every_bad_line(read, tmp_path):
-    with pytest.raises(UserError, match='the behaviour "复数" names files'):
-        read([LINES[0] | dict(behaviour="复数")])
-    file = tmp_path / "own.jsonl"
-    file.write_text('{"behaviour": "plural"}\n{\n')
-    with pytest.raises(UserError, match="2 lines are no prompts: line 1 lacks text, .*; line 2 is not JSON"):
-        count_behaviours(TaskConfig(behaviours=(), prompts=str(file)))
 
 
 def test_bad_files_end_a_run_before_a_model_is_looked_for(tmp_path, capsys):

@@ -12,7 +12,7 @@ from saejax.activations.documents import make_documents
 from saejax.errors import UserError
 from saejax.tasks import text_sources
 from saejax.tasks.benchmarks import read_items
-from saejax.tasks.corpora import identity, read_corpus, split
+from saejax.tasks.corpora import identity, is_held_out, read_corpus, split
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 ROWS = [dict(text=f"Row {n} of a table.", group=f"table/{n % 5}") for n in range(20)]
@@ -67,12 +67,31 @@ def test_a_pattern_gives_all_its_files_and_a_field_its_column(tmp_path):
 
 
 def test_each_source_is_on_both_sides_of_the_split(tmp_path):
-    files = [write_lines(tmp_path / f"{name}.jsonl", ROWS) for name in "ab"]
-    config = CorpusConfig(path=",".join(map(str, files)))
-    documents = read_corpus(config)
-    assert {document.group for document in documents} == {f"{name}/table/{n}" for name in "ab" for n in range(5)}
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [row | dict(group=f"{name} {row['group']}") for row in ROWS])
+    documents = read_corpus(CorpusConfig(path=str(tmp_path / "*.jsonl")))
+    assert {document.group for document in documents} == {f"{name}/{name} table/{n}" for name in "ab" for n in range(5)}
     for side in split(documents, 0.2, seed=1):
         assert {document.source for document in side} == {0, 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_copies_and_groups_stand_on_one_side_whatever_the_files_that_hold_them(tmp_path, stream):
+    def book(text):
+        return f"book {int(text.split()[1]) % 10}" if text.startswith("piece") else text
+
+    texts = [f"copy {n % 20}" for n in range(25)]
+    for name, start in (("a", 0), ("b", 20)):
+        pieces = [f"piece {n}" for n in range(start, start + 20)]
+        rows = [dict(text=text) for text in texts] + [dict(text=text, group=book(text)) for text in pieces]
+        write_lines(tmp_path / f"shard-{name}.jsonl", rows)
+    for seed in range(3):
+        config = CorpusConfig(path=str(tmp_path / "*.jsonl"), stream=stream, held_out=0.3, seed=seed)
+        found = read_corpus(config)
+        held_out = {d.index for d in found if is_held_out(d, config)} if stream else None
+        held_out = held_out or {d.index for d in split(found, config.held_out, seed)[1]}
+        sides = [{book(d.text) for d in found if (d.index in held_out) == side} for side in (False, True)]
+        assert all(sides) and not sides[0] & sides[1] and len(found) == 90
 
 
 def test_weights_are_shares_of_the_tokens(tmp_path):
@@ -95,6 +114,7 @@ def test_a_data_set_in_the_hubs_layout_is_read_as_far_as_it_is_wanted(tmp_path, 
     rows = [dict(text=f"{n:04d} characters" if n != 3 else " ") for n in range(50)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(text_sources, "hub_commit", lambda hub, revision: revision)
     source = text_sources.hub_source(str(tmp_path / "set"), "", "main", "train", "text", most=15 * 10)
     assert [text for text, _ in source.texts()] == [row["text"] for row in rows[:11] if row["text"].strip()]
     wrong = text_sources.hub_source(str(tmp_path / "set"), "", "main", "train", "body", most=1)

@@ -17,7 +17,7 @@ from saejax.models.edits import fit_values
 from saejax.parallel.mesh import BY_DOCUMENT, Axis, fitting_sharding
 from saejax.tasks.benchmark_definitions import answer_tokens, definition, way
 from saejax.tasks.benchmark_prompts import worked_examples
-from saejax.tasks.own_prompts import count_behaviours
+from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.settings import TaskConfig
 
 QUESTION = 1000  # characters of the longest questions of a batch
@@ -102,4 +102,4 @@ def prompt_tokens(name: str, task: TaskConfig) -> int:
 
 def count_all_behaviours(task: TaskConfig) -> int:
     """Return the number of behaviours that are measured, the user's own included."""
-    return len(task.behaviours) + count_behaviours(task)
+    return len(task.behaviours) + len(read_own_prompts(task, None))

@@ -5,14 +5,14 @@ from saejax.models.settings import ModelConfig
 from saejax.runner.stage import Stage, inputs_of, settings_of
 from saejax.stages import identities
 from saejax.stages.baseline.run import run_baseline
-from saejax.tasks.own_prompts import check_own_prompts, read_ioi
+from saejax.tasks.own_prompts import read_ioi, read_own_prompts
 from saejax.tasks.results import BaselineResults
 from saejax.tasks.settings import OF_BENCHMARKS, TaskConfig
 
 
 def _check(configs: Configs) -> None:
     """Check the files of prompts and words before any model is loaded."""
-    check_own_prompts(configs[TaskConfig])
+    read_own_prompts(configs[TaskConfig], None)
     read_ioi(configs[TaskConfig])
 
 
