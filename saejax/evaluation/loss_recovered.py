@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries import Dictionary
 from saejax.evaluation import programs
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.results import StandInMeans
@@ -156,7 +156,10 @@ def stand_in_losses(
     total = sum(max(len(document) - 1, 0) for document in documents)
     dictionaries = [dictionary.with_sink_norms(lm.sink_norm) for dictionary in dictionaries]
     members = MemberData.of(dictionaries, lm.mesh)
-    config = _same_rule(dictionaries)
+    rules = {(d.config.site, d.config.target, d.config.max_norm, d.config.target_max_norm) for d in dictionaries}
+    if len(rules) > 1:
+        raise ValueError("dictionaries that are scored together must have one site, target and sink rule")
+    config = dictionaries[0].config
     site = Site.parse(config.site).check(lm.config)
     target = Site.parse(config.target or config.site).check(lm.config)
     point = SplitPoint(lm.config, target, site, lm.mesh)
@@ -177,13 +180,6 @@ def stand_in_losses(
         sums.add(lm, left, *batch, group_BxT)
         on_progress(sums.tokens, total)
     return sums.losses()
-
-
-def _same_rule(dictionaries: Sequence[Dictionary]) -> DictionaryConfig:
-    """Return the first one's configuration, after a check that all have its site, target and sink rule."""
-    if len({(d.config.site, d.config.target, d.config.max_norm, d.config.target_max_norm) for d in dictionaries}) > 1:
-        raise ValueError("dictionaries that are scored together must have one site, target and sink rule")
-    return dictionaries[0].config
 
 
 def scored_documents(store: Store, config: EvaluateConfig) -> list[np.ndarray]:

@@ -36,9 +36,10 @@ class Reconstruction:
         """Share of features that never fire on these tokens."""
         return float(np.mean(self.firing_rate_F == 0))
 
-    def dense_fraction(self, above: float = DENSE_ABOVE) -> float:
-        """Share of features that fire on more than this share of the tokens."""
-        return float(np.mean(self.firing_rate_F > above))
+    @property
+    def dense_fraction(self) -> float:
+        """Share of features that fire on more than a tenth of the tokens."""
+        return float(np.mean(self.firing_rate_F > DENSE_ABOVE))
 
     def figures(self) -> dict[str, Any]:
         """Return the fields that results about a dictionary and about a layer share."""
@@ -47,7 +48,7 @@ class Reconstruction:
             cosine=self.cosine,
             l0=self.l0,
             dead_fraction=self.dead_fraction,
-            dense_fraction=self.dense_fraction(),
+            dense_fraction=self.dense_fraction,
         )
 
     def density_histogram(self) -> DensityHistogram:

@@ -144,9 +144,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
     """Return the sums of a dictionary over the held-out vectors."""
     feature_J, parent_J = matching.feature_J, world.parent_J
     places = dict(
-        nearest_F=matching.nearest_F,
-        matched_J=feature_J,
-        parent_J=np.where(parent_J < 0, -1, feature_J[parent_J]),
+        nearest_F=matching.nearest_F, matched_J=feature_J, parent_J=np.where(parent_J < 0, -1, feature_J[parent_J])
     )
     threshold = _threshold(dictionary, world, config)
     sums: dict[str, Any] = {}

@@ -120,11 +120,7 @@ def read_features(
 
 
 def align_importance(
-    first: ItemFeatures,
-    second: ItemFeatures,
-    match: FeatureMatch,
-    rotated: ItemFeatures | None = None,
-    seed: int = 789,
+    first: ItemFeatures, second: ItemFeatures, match: FeatureMatch, rotated: ItemFeatures | None = None, seed: int = 789
 ) -> ImportanceAlignment:
     """Return the agreement of two models on which features matter for the same items.
 

@@ -137,11 +137,7 @@ def _one_answer(prompts: Sequence[Prompt]) -> tuple[str, ...]:
 
 def _flags(splits: Mapping[str, BaselineScores]) -> tuple[str, ...]:
     """Return a sentence for each score that is below its limit."""
-    limits = [
-        ("accuracy", MIN_ACCURACY),
-        ("separation", MIN_SEPARATION),
-        ("counterpart_accuracy", MIN_ACCURACY),
-    ]
+    limits = [("accuracy", MIN_ACCURACY), ("separation", MIN_SEPARATION), ("counterpart_accuracy", MIN_ACCURACY)]
     scores = [(key, split, getattr(splits[split], key), limit) for split in SPLITS for key, limit in limits]
     return tuple(
         f"{key.replace('_', ' ')} {value.mean:.3f} on {split} prompts is below {limit:.3f}"

@@ -33,12 +33,7 @@ _TEXT = 300  # characters of them, from the end
 
 
 def score_items(
-    lm: LanguageModel,
-    name: str,
-    items: Sequence[Item],
-    task: TaskConfig,
-    edits: Sequence[Edit] = (),
-    scored: str = "",
+    lm: LanguageModel, name: str, items: Sequence[Item], task: TaskConfig, edits: Sequence[Edit] = (), scored: str = ""
 ) -> list[ScoredItem]:
     """Return the score of each item of a benchmark.
 

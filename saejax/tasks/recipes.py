@@ -119,18 +119,10 @@ def recipes() -> Mapping[str, Recipe]:
     ]
     pairs = {name: words["antonyms"][language] for name, language in _LANGUAGES.items()} | dict(rhyme=words["rhymes"])
     return dict(
-        agreement=Recipe(
-            templates["agreement"],
-            dict(nouns=list(words["nouns"].items())),
-            least=2,
-            drawer=_agreement,
-        ),
+        agreement=Recipe(templates["agreement"], dict(nouns=list(words["nouns"].items())), least=2, drawer=_agreement),
         capital=Recipe(templates["capital"], dict(places=places), 2, _fact),
         greater_than=Recipe(
-            templates["greater_than"],
-            dict(digits=range(10), events=words["events"]),
-            least=1,
-            drawer=_greater_than,
+            templates["greater_than"], dict(digits=range(10), events=words["events"]), least=1, drawer=_greater_than
         ),
         addition=Recipe(
             templates["addition"],
@@ -140,12 +132,7 @@ def recipes() -> Mapping[str, Recipe]:
         ),
         two_hop=Recipe(templates["two_hop"], cities, 2, _fact),
         **{name: Recipe(templates[name], dict(pairs=list(some.items())), 2, _partner) for name, some in pairs.items()},
-        acronym=Recipe(
-            templates["acronym"],
-            words["names"],
-            least=5,
-            drawer=_acronym,
-        ),
+        acronym=Recipe(templates["acronym"], words["names"], least=5, drawer=_acronym),
         # Of 12 athletes some have another sport.
         sport=Recipe(templates["sport"], dict(athletes=athletes), 12, _fact),
         ioi=ioi_recipe(dict(templates=templates["ioi"], **words["ioi"])),

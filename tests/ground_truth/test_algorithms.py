@@ -12,14 +12,7 @@ from scipy.sparse.csgraph import shortest_path
 from saejax import load_model, load_results
 from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
-from saejax.ground_truth.algorithms.features import (
-    RANDOM,
-    TRAINED,
-    _match_value,
-    ablate_each,
-    compare,
-    match_variables,
-)
+from saejax.ground_truth.algorithms.features import RANDOM, TRAINED, _match_value, ablate_each, compare, match_variables
 from saejax.ground_truth.algorithms.paths import Paths
 from saejax.ground_truth.circuits.cases import make_case
 from saejax.ground_truth.circuits.dictionaries import untrained_sets

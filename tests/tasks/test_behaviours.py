@@ -23,14 +23,7 @@ CAPITAL_OF = {fact.item: fact.answer.strip() for fact in recipes()["capital"].po
 SPORT_OF = {fact.item: fact.answer for pool in recipes()["sport"].pools.values() for fact in pool}
 PAIRED = ("antonym", "antonym_french", "antonym_spanish", "rhyme")
 PAIR_OF = {name: {word: pair for pair in recipes()[name].pools["pairs"] for word in pair} for name in PAIRED}
-OF_ONE_LENGTH = (
-    *DEMO_BEHAVIOURS,
-    "two_hop",
-    "antonym",
-    "rhyme",
-    "acronym",
-    "ioi",
-)  # prompts and counterparts, in SmolLM2
+OF_ONE_LENGTH = (*DEMO_BEHAVIOURS, "two_hop", "antonym", "rhyme", "acronym", "ioi")  # in SmolLM2
 
 
 def letters(text, **options):

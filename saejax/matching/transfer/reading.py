@@ -21,15 +21,7 @@ from saejax.dictionaries.formats import hooks
 from saejax.dictionaries.kinds import by_name
 from saejax.errors import UserError
 from saejax.matching.rows import CentredRows
-from saejax.matching.transfer.activity import (
-    MIN_FIRINGS,
-    Activity,
-    ReadText,
-    aligned,
-    encode,
-    read_text,
-    site_values,
-)
+from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, ReadText, aligned, encode, read_text, site_values
 from saejax.matching.transfer.compared import Compared
 from saejax.matching.transfer.reconstruction import DictionaryOnText, evaluate_at_other_site
 from saejax.matching.transfer.results import ReconstructionTransfer
