@@ -15,7 +15,6 @@ from saejax.runner import command_line
 from saejax.training.settings import TrainConfig
 
 
-@pytest.mark.usefixtures("cold_programs")
 def test_gradients_agree_with_finite_differences_and_a_broken_one_is_noticed(monkeypatch, capsys):
     """Its forward pass is right, and a fifth is lost on the way back."""
     assert gpu_check.check_gradient("jumprelu") and gpu_check.check_gradient("batchtopk")

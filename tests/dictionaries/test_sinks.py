@@ -85,7 +85,7 @@ def test_an_edit_of_an_earlier_site_makes_no_sinks_for_edits_of_later_ones(lm, f
     strong_sae = make_dictionary(d, "resid_post.0").steer([3], 5 * lm.sink_norm(SITE))
     weak = SiteEdit.set("resid_post.0", np.linspace(-1, 1, d))
     is_sink_BxT = ids.ids_BxT == SINK
-    for earlier, later in ((strong, foreign), (strong_sae, foreign), (weak, foreign), (strong, transcoder)):
+    for earlier, later in ((strong_sae, foreign), (weak, foreign), (strong, transcoder)):
         site, ablated = later.config.target or later.site, later.ablate(range(4, 24))
         first, both = (
             np.asarray(lm(ids, capture=[site], edits=edits).sites[site]) for edits in ([earlier], [ablated, earlier])
@@ -157,7 +157,7 @@ def test_an_edit_of_a_crosscoder_at_sinks_alone_is_told(lm, caplog):
         max_norms=limits,
     )
     crosscoder = Dictionary.initial(config, jax.random.key(0))
-    for positions, is_told in (((0, 1), True), ((0, 3), False), ((1, 2), False)):
+    for positions, is_told in (((0, 1), True), ((0, 3), False)):
         caplog.clear()
         lm(at_sink, edits=crosscoder.steer([3], 5.0, positions=positions))
         told = "an edit at resid_post.0+resid_post.1 changes nothing: it acts at the first token alone"
@@ -177,11 +177,9 @@ def test_a_transcoder_leaves_sinks_of_either_site_alone(lm):
 
 
 def test_the_rule_is_ten_times_the_median_of_the_sample(lm):
-    norms = []
-    for text in SAMPLE:
-        ids = lm.tokenizer(text)["input_ids"][: lm.config.context]
-        norms.append(np.linalg.norm(np.asarray(lm(pad([ids]), capture=[SITE]).sites[SITE])[0], axis=-1))
-    assert lm.sink_norm(SITE) == pytest.approx(SINK_FACTOR * np.median(np.concatenate(norms)), rel=1e-4)
+    tokens = pad([lm.tokenizer(text)["input_ids"][: lm.config.context] for text in SAMPLE])
+    norm_N = np.linalg.norm(np.asarray(lm(tokens, capture=[SITE]).sites[SITE]), axis=-1)[tokens.mask_BxT]
+    assert lm.sink_norm(SITE) == pytest.approx(SINK_FACTOR * np.median(norm_N), rel=1e-4)
     assert lm.sink_norm(SITE, factor=3.0) == pytest.approx(0.3 * lm.sink_norm(SITE), rel=1e-6)
     with pytest.raises(UserError, match="there is no site resid_post.9"):
         lm.sink_norm("resid_post.9")

@@ -48,12 +48,12 @@ def test_more_values_than_a_number_of_32_bits_counts_are_many(monkeypatch):
         assert selection._count_all(jnp.zeros((tokens, 1)), jnp.zeros((1, 1))) == expected
 
 
-@pytest.mark.usefixtures("cold_programs")
 @pytest.mark.parametrize("platform", ["tpu", "default"])
 def test_both_ways_to_find_the_largest_blocks(platform, monkeypatch):
     """A TPU looks at all blocks, others at the best ones; k may be a traced number below the largest there can be."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **ways: ways[platform](*arrays))
-    normal = np.random.default_rng(3).normal(size=(40, 640)).astype(np.float32)
+    tokens = dict(tpu=40, default=41)[platform]  # what is traced for one is not there for the other
+    normal = np.random.default_rng(3).normal(size=(tokens, 640)).astype(np.float32)
     keep_largest = jax.jit(lambda pre, k: sparsity.topk(pre, k, 9))
     for values, pre in dict(normal=normal, ties=np.round(normal * 4), few=normal - 2.5).items():
         positive = np.maximum(pre, 0)

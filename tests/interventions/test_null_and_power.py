@@ -33,7 +33,7 @@ from saejax.interventions.verdict import verdict
 from saejax.tasks.behaviours import Prompt
 
 K, M = 5, 79
-COUNTS = pytest.mark.parametrize("worlds", [24, pytest.param(400, marks=pytest.mark.slow)])
+COUNTS = pytest.mark.parametrize("worlds", [14, pytest.param(400, marks=pytest.mark.slow)])
 
 
 def judge(world: World, top: tuple[int, ...], seed: int, **options) -> BehaviourVerdict:
@@ -79,7 +79,7 @@ def test_features_selected_for_random_answers_pass_no_more_than_the_level(worlds
     assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) <= 0.08 * worlds
 
 
-@COUNTS
+@pytest.mark.parametrize("worlds", [24, pytest.param(400, marks=pytest.mark.slow)])
 def test_random_features_planted_as_top_pass_no_more_than_the_level(worlds):
     """A fixed pair of answers, which some features carry; the tested set is drawn from the pool."""
     verdicts = []

@@ -76,7 +76,7 @@ def firings(tokens, features, active, seed):
 
 
 @pytest.mark.parametrize("sizes", [(120, 120), (90, 150), (150, 90)])
-def test_sparse_rows_are_matched_by_their_correlations(sizes, monkeypatch):
+def test_sparse_rows_are_matched_by_their_correlations(sizes, monkeypatch, one_device):
     """Half of the second's features are the first's, in another order; few candidates, so that rows look again."""
     monkeypatch.setattr(matching, "CANDIDATES", 3)
     monkeypatch.setattr(matching, "_ROWS", 16)
@@ -87,7 +87,7 @@ def test_sparse_rows_are_matched_by_their_correlations(sizes, monkeypatch):
     pair = [CentredRows.of(sparse.csr_array(acts), which) for acts, which in compared]
     dense = [np.where(which[:, None], (acts - acts.mean(0)).T, 0) for acts, which in compared]
     dense = [rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in dense]  # in float64
-    ((_, found),) = match([(0, *pair)], make_mesh())
+    ((_, found),) = match([(0, *pair)], one_device)
     assert np.sum(found.value_F > 0.9) > 35
     check(*dense, found)
 
@@ -104,16 +104,15 @@ def test_matching_activations_takes_memory_for_firings_alone():
     assert peak < 4 * features * tokens / 4
 
 
-@pytest.mark.usefixtures("cold_programs")
 @pytest.mark.parametrize("sizes", [(300, 300), (270, 330), (330, 270)])
-def test_rows_that_know_few_columns_look_again(sizes, monkeypatch):
+def test_rows_that_know_few_columns_look_again(sizes, monkeypatch, one_device):
     """A few at a time, and in looks of several sizes; a column that no row has costs nothing."""
     monkeypatch.setattr(matching, "CANDIDATES", 3)
     monkeypatch.setattr(matching, "_ROWS", 32)
     looks, look = [], matching._Problem.look
     monkeypatch.setattr(matching._Problem, "look", lambda self, *rows: looks.append(len(rows[0])) or look(self, *rows))
     first, second = directions(sizes[0], 10, 6), directions(sizes[1], 10, 7)
-    (_, found), *_ = match([(0, first, second)], make_mesh())
+    (_, found), *_ = match([(0, first, second)], one_device)
     check(first, second, found)
     assert {32, min(sizes)} < set(looks)
 

@@ -206,12 +206,12 @@ def test_where_the_ids_that_end_a_text_are_found(lm, tmp_path, files, expected):
     assert eos_ids(tmp_path, lm.tokenizer) == expected
 
 
-@pytest.mark.usefixtures("cold_programs")
 def test_prompts_of_like_length_and_any_limit_share_a_program(lm):
-    lm.generate(pad([[1, 2, 3], [5]]), 3)
+    others = [[5]] * 10  # as many prompts as nowhere else
+    lm.generate(pad([[1, 2, 3], *others]), 3)
     programs = decoding.prefill._cache_size(), decoding.decode._cache_size()
-    lm.generate(pad([list(range(1, 31)), [5] * 9]), 30)
-    lm.generate(pad([[7], [8]]), 17, stop=["xyz"])
+    lm.generate(pad([list(range(1, 31)), *others]), 30)
+    lm.generate(pad([[7], *others]), 17, stop=["xyz"])
     assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == programs
 
 

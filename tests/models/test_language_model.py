@@ -219,10 +219,9 @@ def test_edits_change_what_comes_after_them_at_real_positions(lm, tokens):
     assert np.abs(np.asarray(edited.sites["resid_post.2"] - clean.sites["resid_post.2"]))[mask].max() > 10
 
 
-@pytest.mark.usefixtures("cold_programs")
 def test_one_compilation_per_sites_edits_and_padded_length(lm):
     forward = language_model.forward
-    run = lambda n, **kwargs: lm(pad([[5] * n, [6]]), **kwargs)  # noqa: E731
+    run = lambda n, **kwargs: lm(pad([[5] * n, *[[6]] * 10]), **kwargs)  # noqa: E731  # as many prompts as nowhere else
     site = Site("mlp_out", 1)
     run(3), run(3, capture=["mlp_in.1"]), run(3, edits=[Add(jnp.zeros(64), site)])
     before = forward._cache_size()

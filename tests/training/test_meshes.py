@@ -19,8 +19,6 @@ from saejax.training.stack import choose_members_at_once
 from saejax.training.state import abstract_state, init_state
 
 SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
-# Two kinds that must find the largest over all features; those that shard their features freely take minutes.
-FEW = ("topk", "batchtopk")
 SWEEP = dict(learning_rate=(3e-3, 1e-3), seed=(1, 2))  # four members
 EXTRAS = dict(auxk=0.03, decorrelation=0.01)
 
@@ -34,8 +32,7 @@ def on_one_device(kind, dtype, one_device):
     ("kind", "shape", "zero", "dtype"),
     [
         # With True the optimizer is split over tokens.
-        *((kind, (2, 2, 2), kind == "topk", "float64") for kind in FEW),
-        pytest.param("topk", (1, 8, 1), True, "float64", marks=pytest.mark.slow),
+        ("topk", (2, 2, 2), True, "float64"),
         *(
             pytest.param(kind, shape, False, dtype, marks=pytest.mark.slow)
             for kind in KINDS
@@ -62,11 +59,7 @@ def test_meshes_agree_with_one_device(kind, shape, zero, dtype, one_device):
 
 @pytest.mark.parametrize(
     ("sites", "at_once", "shape"),
-    [
-        (1, 4, (1, 1, 1)),  # of one site the matrix is found otherwise than of several
-        pytest.param(1, 1, (4, 2, 1), marks=pytest.mark.slow),
-        (2, 2, (2, 2, 2)),
-    ],
+    [(1, 4, (1, 1, 1)), (2, 2, (2, 2, 2))],  # of one site the matrix is found otherwise than of several
     ids=str,
 )
 def test_members_of_a_site_share_its_values_and_its_whitening_matrix(sites, at_once, shape, one_device):
@@ -101,7 +94,8 @@ def test_members_of_a_site_share_its_values_and_its_whitening_matrix(sites, at_o
                 np.testing.assert_allclose(together.params[name][index], value[0], rtol=1e-8, atol=1e-11, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in FEW else pytest.mark.slow) for k in KINDS])
+# TopK must find the largest over all features; test_planted_crosscoders.py and test_widths.py have BatchTopK on meshes.
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "topk" else pytest.mark.slow) for k in KINDS])
 def test_a_stack_of_four_equals_four_single_runs(kind, one_device):
     with jax.enable_x64(True):
         together = on_one_device(kind, "float64", one_device)
@@ -136,13 +130,12 @@ def test_members_that_are_left_are_trained_on_a_mesh_that_divides_them(tmp_path,
 EIGHT = dict(seed=tuple(range(8)), auxk=0.03, resample_every=4, resample_from="errors", dead_tokens=60)
 
 
-@pytest.mark.parametrize("kind", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
-def test_however_many_go_at_once_they_end_alike_in_fp64(kind, one_device):
+def test_however_many_go_at_once_they_end_alike_in_fp64(one_device):
     with jax.enable_x64(True):
         halves, ends = make_mesh(MeshConfig(member=2, data=4)), []
         # All in one program, and some of a device at once; one in its turn, as alone, is tested above.
         for mesh, at_once in ((one_device, 8), (halves, 2)):
-            stack = make_stack(kind, mesh, state_dtype="float64", members_at_once=at_once, **EIGHT)
+            stack = make_stack("topk", mesh, state_dtype="float64", members_at_once=at_once, **EIGHT)
             ends.append(jax.tree.leaves(run(stack, batches(9))))
         for expected, leaf in zip(*ends, strict=True):
             np.testing.assert_allclose(leaf, expected, rtol=1e-9, atol=1e-12)

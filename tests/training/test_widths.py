@@ -207,13 +207,14 @@ def acts(lm):
         *(pytest.param(site, "jax", marks=pytest.mark.slow) for site in ("mlp_act", "resid_pre")),
     ],
 )
-def test_an_edit_reads_the_site_and_changes_the_target(site, backend, lm, model, acts):
+def test_an_edit_reads_the_site_and_changes_the_target(site, backend, lm, model, acts, one_device):
     target = f"{PAIRS[site]}.0"
     if backend == "torch":
         lm = saejax.load_model(str(model), backend="torch")
     if site == "mlp_in":
         settings = dict(form="transcoder", target=PAIRS[site], k=8, expansion=2, batch=64, max_steps=20)
-        trained = saejax.train(acts, f"{site}.0", on_progress=None, learning_rate=1e-3, **settings)
+        options = dict(on_progress=None, learning_rate=1e-3, mesh=one_device)
+        trained = saejax.train(acts, f"{site}.0", **settings | options)
     else:
         rest = dict(n_features=2 * WIDTHS[site], target_width=WIDTHS[PAIRS[site]], k=8, centred=False)
         config = DictionaryConfig("topk", f"{site}.0", target, WIDTHS[site], **rest)

@@ -472,9 +472,10 @@ def test_a_curve_that_is_not_defined_is_json(traced, monkeypatch):
 def test_everything_kept_is_the_model_with_sinks_too(lm):
     """At a sink no feature is used, and all that the MLP adds but the decoder's bias is the error."""
     tokens = Tokens(np.array([IDS], np.int32), np.array([len(IDS)], np.int32))
-    made = []
-    for transcoder in made_set(lm):
-        norm_T = np.linalg.norm(np.asarray(lm(tokens, capture=[transcoder.site]).sites[transcoder.site])[0], axis=-1)
+    made, transcoders = [], made_set(lm)
+    read = lm(tokens, capture=[transcoder.site for transcoder in transcoders]).sites
+    for transcoder in transcoders:
+        norm_T = np.linalg.norm(np.asarray(read[transcoder.site])[0], axis=-1)
         config = dataclasses.replace(transcoder.config, max_norm=float(np.sort(norm_T[1:])[-2:].mean()))
         made.append(Dictionary(config, **transcoder.arrays))
     local = saejax.LocalModel(lm, LayerTranscoders.of(made), np.array(IDS))
@@ -487,7 +488,6 @@ def test_everything_kept_is_the_model_with_sinks_too(lm):
     np.testing.assert_allclose(kept, readouts.value_K[0], atol=5e-6)
 
 
-@pytest.mark.usefixtures("cold_programs")
 @pytest.mark.parametrize("traced", ["skip"], indirect=True)
 def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_same(traced, monkeypatch):
     local, _, readouts, graph = traced
