@@ -201,6 +201,7 @@ def test_misspelt_names_of_methods_are_told_with_the_nearest_ones(lm, sae, acts)
         (lambda of: of.sae.redraw([3], [np.ones(2)], 8, seed=-1), "seed is -1: expected a whole number, 0 or more"),
         (lambda of: saejax.SiteEdit.ablate(None), "the site is None: expected one such as resid_post.15"),
         (lambda of: saejax.capture(of.lm, TEXTS, []), "sites is empty: name some"),
+        (lambda of: saejax.capture(of.lm, TEXTS, "attn_pattern.1"), "nothing edits, stores or trains on"),
         (
             lambda of: saejax.effects(of.lm, PROMPTS, mask(of.sae, [[3]]), batch_rows=0),
             "batch_rows is 0: expected 1 or more",

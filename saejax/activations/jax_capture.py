@@ -123,11 +123,9 @@ def read_sites(
     """
     _, values = forward(config, sites, False, params, ids_BxT, lengths_B)
     rows = _place_rows(mesh, len(lengths_B)).spec[0]
-
-    def keep_part(value: jax.Array) -> jax.Array:
-        return lax.with_sharding_constraint(value, sharding(mesh, *[None] * (value.ndim - 3), rows))
-
-    return jax.tree.map(keep_part, values)
+    return jax.tree.map(
+        lambda value: lax.with_sharding_constraint(value, sharding(mesh, *[None] * (value.ndim - 3), rows)), values
+    )
 
 
 def _place_rows(mesh: Mesh, rows: int) -> NamedSharding:

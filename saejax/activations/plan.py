@@ -168,7 +168,8 @@ class Plan:
         documents_S, first_S, stop_S = spans = self._spans(shard)
         rows = self._rows(shard, spans)
         batches = []
-        for chosen, filled, length in self._groups(stop_S):
+        # Spans of similar length go through the model together.
+        for chosen, filled, length in part_batches(stop_S, self._lengths, self._batch_tokens, self._devices, _PROGRAM):
             ids_BxT = np.zeros((len(chosen), stop_S[chosen[0]]), np.int32)
             for row, document, stop in zip(ids_BxT, documents_S[chosen], stop_S[chosen], strict=True):
                 row[:stop] = self.documents[document][:stop]
@@ -201,10 +202,6 @@ class Plan:
         rng, train = np.random.default_rng([self.seed, _PERMUTATION, shard]), self.train_size(shard)
         order_R = np.concatenate([rng.permutation(train), train + rng.permutation(self.size(shard) - train)])
         return np.split(order_R, np.cumsum(spans[2] - spans[1])[:-1])
-
-    def _groups(self, stop_S: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
-        """Return the spans of similar length that go through the model together, with rows and length of a program."""
-        return part_batches(stop_S, self._lengths, self._batch_tokens, self._devices, _PROGRAM)
 
 
 def _first_recorded(documents: Documents, last: int, whole: Documents) -> np.ndarray:

@@ -106,6 +106,7 @@ class Store:
         """
         folder = Path(folder)
         store = cls(folder, Manifest.read(folder))
+        one_of(store.manifest.dtype, DTYPES, f"dtype of the store {folder}")
         # Their sizes alone: the content is compared with its checksums when it is read.
         for part in (INDEX, *store.sites):
             for shard in range(store.manifest.shards):

@@ -141,7 +141,10 @@ class ModelStream:
         # The first buffer is a fair sample of the text, and later ones must keep its rule.
         if not self._max_norms:
             self._max_norms = {site: self._sink_factor * float(np.median(self._norms[site])) for site in self.sites}
-        self._log_speed(buffer, start)
+        now = time.monotonic()
+        if now - self._last_logged >= SAY_EVERY:  # not for each, as small models make several a second
+            self._last_logged, rate = now, self.size(buffer) / (now - start)
+            self._say(f"buffer {buffer + 1} of {len(self)}: {self.size(buffer):,} tokens, {rate:,.0f} tokens/s")
         return True
 
     def read_held_out(self, count: int) -> bool:
@@ -182,13 +185,6 @@ class ModelStream:
         self._norms = {site: norm_R[: plan.size(buffer)] for site, norm_R in self._buffers.norms().items()}
         self._check(plan, buffer)
         return True
-
-    def _log_speed(self, buffer: int, start: float) -> None:
-        """Log how fast a buffer was made; not for each, as small models make several a second."""
-        now = time.monotonic()
-        if now - self._last_logged >= SAY_EVERY:
-            self._last_logged, rate = now, self.size(buffer) / (now - start)
-            self._say(f"buffer {buffer + 1} of {len(self)}: {self.size(buffer):,} tokens, {rate:,.0f} tokens/s")
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
         """Return the current buffer's rows, all of the split "train", that are sinks at none of the sites, rising."""

@@ -142,7 +142,7 @@ def patch_sites(
         Site(kind, layer).check(lm.config)
     if positions != EACH:
         parse_positions(positions)
-    point = SplitPoint(lm.config, Site(kind, 0), Site(kind, 0), lm.mesh, lm.rules)
+    point = SplitPoint(lm.config, Site(kind, 0), Site(kind, 0), lm.mesh)
     sides = _tokenize(lm, prompts)
     lengths_P = sides[0].lengths_B
     for index in np.flatnonzero(lengths_P != sides[1].lengths_B)[:1]:

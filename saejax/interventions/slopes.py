@@ -77,7 +77,7 @@ def slopes(
     """
     one_of(readout, ("logit_diff", "log_prob"), "readout with a gradient")
     where = Site.parse(site).check(lm.config)
-    point = SplitPoint(lm.config, where, where, lm.mesh, lm.rules)
+    point = SplitPoint(lm.config, where, where, lm.mesh)
     tokens = lm.tokenize([prompt.text for prompt in prompts])
     read_ids = different_answer_ids if readout == "logit_diff" else first_answer_ids
     answers_Px2 = read_ids(lm.tokenizer, prompts)

@@ -121,7 +121,7 @@ class SplitModel:
         # Changes at the site are computed as activations times decoder rows.
         dictionary = rescale.to_output_units(dictionary)
         later = dictionary.later_sites if isinstance(dictionary, SeveralSites) else ()
-        self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules, readout, later)
+        self.point = SplitPoint(model.config, writes, reads, model.mesh, readout=readout, later=later)
         self._least_tokens = self.point.least_tokens()
         self.params = model.params
         self.dictionary = dictionary.on_mesh(model.mesh)

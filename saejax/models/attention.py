@@ -60,17 +60,12 @@ class AttentionTables(NamedTuple):
     scale: float | jax.Array  #: factor on the scores
     sinks_H: jax.Array | None = None  #: score of each head's sink, see ``DecoderConfig.attn_sinks``; None: no sinks
 
-    def block(self, queries: slice, keys: slice) -> "AttentionTables":
-        """Return the tables of some of the queries and the keys from the first on, as in ``query_blocks``."""
-        if isinstance(self.mask, CausalMask):
-            return self.from_query(queries.start, queries.stop - queries.start)
-        return self._replace(mask=self.mask[..., queries, keys])
-
-    def from_query(self, start: int | jax.Array, count: int) -> "AttentionTables":
-        """Return the tables of ``count`` queries from ``start`` on, which may be an array."""
-        if isinstance(self.mask, CausalMask):
-            return self._replace(mask=self.mask._replace(first=self.mask.first + start))
-        return self._replace(mask=lax.dynamic_slice_in_dim(self.mask, start, count, axis=-2))
+    def from_query(self, start: int | jax.Array) -> "AttentionTables":
+        """Return the tables of the queries from ``start`` on, which may be an array."""
+        # Masks that are arrays have more keys than queries, and so one block of all of these.
+        if not isinstance(self.mask, CausalMask):
+            return self
+        return self._replace(mask=self.mask._replace(first=self.mask.first + start))
 
 
 class TablesByLayer(NamedTuple):
@@ -215,7 +210,7 @@ def attend(
     parts = []
     for queries, keys in query_blocks(length, slots):
         block = q_xNxGxTxK[..., queries, :], k_xNxSxK[..., keys, :], v_xNxSxK[..., keys, :]
-        parts.append(attend_block(config, rules, *block, tables.block(queries, keys)))
+        parts.append(attend_block(config, rules, *block, tables.from_query(queries.start)))
     attended_xTxNxGxK = jnp.moveaxis(jnp.concatenate(parts, axis=-2), -2, -4)
     return attended_xTxNxGxK.reshape(q_xTxHxK.shape).astype(v_xSxNxK.dtype)
 
@@ -279,17 +274,12 @@ def _map_block(
     count = -(-length // size)
     extra = count * size - length
     q = jnp.pad(q_xNxGxTxK, [(0, 0)] * (q_xNxGxTxK.ndim - 2) + [(0, extra), (0, 0)])
-    if not isinstance(mask := tables.mask, CausalMask):
-        # Padded queries attend to all keys: a softmax over none would be NaN, also in gradients.
-        padding = [(0, 0)] * (mask.ndim - 2) + [(0, extra), (0, 0)]
-        mask = jnp.pad(mask, padding, constant_values=True)
-    padded = tables._replace(mask=mask)
 
     @jax.checkpoint
     def attend_rows(start: jax.Array) -> jax.Array:
         """Attend with the rows of queries from ``start`` on."""
         rows = lax.dynamic_slice_in_dim(q, start, size, axis=-2)
-        return _attend_block(config, rules, rows, k_xNxSxK, v_xNxSxK, padded.from_query(start, size))
+        return _attend_block(config, rules, rows, k_xNxSxK, v_xNxSxK, tables.from_query(start))
 
     attended = jnp.moveaxis(lax.map(attend_rows, jnp.arange(count) * size), 0, -3)
     return attended.reshape(q.shape)[..., :length, :]

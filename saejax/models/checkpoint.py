@@ -22,6 +22,7 @@ import numpy as np
 from saejax.errors import UserError
 
 _INDEX = ".index.json"
+ADAPTER = "adapter_config.json"
 # What transformers looks for, in this order.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors" + _INDEX, "pytorch_model.bin", "pytorch_model.bin" + _INDEX)
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -106,6 +107,10 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     index = _read_index(folder)
     tensors_of = {file.name: read_header(file) for file in weight_files(folder)}
     tensors = {name: tensor for in_file in tensors_of.values() for name, tensor in in_file.items()}
+    if adapted := [name for name in tensors if ".lora_" in name]:
+        raise UserError(
+            f"{folder} holds weights with an adapter beside them ({adapted[0]}): merge it, and save the model"
+        )
     return tensors | {name: tensors_of[file][name] for name, file in index.items() if name in tensors_of[file]}
 
 
@@ -123,6 +128,12 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise UserError(f"{folder} has no {', '.join(missing)}, which {chosen} names: fetch the model again")
     return [folder / name for name in names]
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise a ``UserError`` if a folder holds an adapter: transformers may put it on weights beside it."""
+    if (folder / ADAPTER).exists():
+        raise UserError(f"{folder} holds an adapter ({ADAPTER}): merge it into its base model, and save that alone")
 
 
 def not_finite_error(what: str, names: Sequence[str], dtype: str) -> UserError:
@@ -205,8 +216,6 @@ def _describe_contents(folder: Path) -> str:
     if shards:
         index = WEIGHT_FILES[1 if shards[0].startswith("model") else 3]
         return f" that can be read: {shards[0]} is a shard, and {index}, which names all of them, is missing: fetch it"
-    if (folder / "adapter_config.json").exists():
-        return " of its own, but an adapter: merge it into its base model, and save that"
     return ": expected model.safetensors, or its shards with an index, or pytorch_model.bin"
 
 

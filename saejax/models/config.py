@@ -33,7 +33,7 @@ class DecoderConfig:
     vocab: int  #: rows of the embedding and number of logits (V)
     context: int  #: longest prompt in tokens (C)
     tied: bool  #: whether the unembedding is the embedding
-    norm: str  #: "rms", "rms_plus_one" or "layer", as ``layers.norm`` says
+    norm: str  #: "rms", "rms_float32", "rms_plus_one" or "layer", as ``layers.norm`` says
     norm_eps: float  #: added to the mean square or the variance inside the norms
     activation: str  #: a key of ``layers.ACTIVATIONS``
     gated: bool  #: whether the MLP is down(activation(gate(x)) * up(x)); otherwise down(activation(up(x)))
@@ -93,8 +93,6 @@ class RunRules:
     #: whether a gradient computes each layer again from the stream that enters it, which takes the least memory;
     #: otherwise it keeps the matrix products of the forward pass.
     remat: bool = False
-    #: whether fused attention kernels may be used, which can be differentiated backwards and once only.
-    fused: bool = True
 
     def factor(self, value: jax.Array) -> jax.Array:
         """Return a norm factor or attention scores: the first prompt's, or a constant, where the rules say so."""

@@ -44,10 +44,11 @@ class Fields:
       data: the parsed file, or an object in it.
       where: the file's name, for messages.
       path: what names in messages start with, such as "rope_parameters." for an object in the file.
+      defaults: values of fields that the file lacks.
     """
 
-    def __init__(self, data: Mapping[str, Any], where: str, path: str = ""):
-        self.where, self._path, self._data = where, path, data
+    def __init__(self, data: Mapping[str, Any], where: str, path: str = "", defaults: Mapping[str, Any] | None = None):
+        self.where, self._path, self._own, self._data = where, path, data, {**(defaults or {}), **data}
         self._known: set[str] = set()
         self._parts: list[Fields] = []
 
@@ -56,8 +57,8 @@ class Fields:
         return self._data.get(name) is not None
 
     def unread(self) -> list[str]:
-        """Return the names of fields that are not null, were not read and could have an effect."""
-        unread = [name for name in self._data if name in self and name not in self._known]
+        """Return the names of fields of the file that are not null, were not read and could have an effect."""
+        unread = [name for name in self._own if name in self and name not in self._known]
         effective = [
             self._path + name
             for name in unread
@@ -119,7 +120,7 @@ class Fields:
 
     def part(self, name: str, defaults: Mapping[str, Any] | None = None) -> "Fields":
         """Return the fields of an object in this one, none where it is absent or null, on top of ``defaults``."""
-        part = Fields({**(defaults or {}), **self.take(name, dict, {})}, self.where, f"{self._path}{name}.")
+        part = Fields(self.take(name, dict, {}), self.where, f"{self._path}{name}.", defaults)
         self._parts.append(part)
         return part
 

@@ -45,7 +45,7 @@ def select_kernel(
       model_devices: devices over which heads are split.
     """
     # Derivatives of fused kernels are backward and of first order alone, of the function itself.
-    if not rules.fused or rules.backward != "gradient" or rules.first_fixes:
+    if rules.backward != "gradient" or rules.first_fixes:
         return None
     # A window of its own for each layer is known, a scale is not, and neither are sinks.
     if config.scale_by_layer or config.attn_sinks or length < _SHORTEST or config.n_kv_heads % model_devices:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from saejax.arguments import suggests_names
 from saejax.errors import UserError, one_of
 from saejax.models import decoder, decoding, generation, lens, sinks
-from saejax.models.config import GRADIENT, DecoderConfig, RunRules
+from saejax.models.config import DecoderConfig
 from saejax.models.decoder import run_layers
 from saejax.models.decoding import SamplingParams
 from saejax.models.edits import Edit as Edit
@@ -90,21 +90,13 @@ class LanguageModel:
       tokenizer: the model's own; None if it has none.
       source: where it came from.
       mesh: the devices it is on.
-      rules: how its gradients are taken.
       bos: how its texts begin, as ``tokenize`` takes it; see ``with_bos``.
     """
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        params: dict[str, jax.Array],
-        tokenizer: Any,
-        source: ModelSource,
-        mesh: Mesh,
-        rules: RunRules = GRADIENT,
+        self, config: DecoderConfig, params: dict[str, jax.Array], tokenizer: Any, source: ModelSource, mesh: Mesh
     ):
         self.config, self.params, self.tokenizer, self.source, self.mesh = config, params, tokenizer, source, mesh
-        self.rules = rules
         self.bos = "auto"
         self._by_bos: weakref.WeakValueDictionary[str, LanguageModel] = weakref.WeakValueDictionary({self.bos: self})
 
@@ -442,7 +434,7 @@ def _unembed(config: DecoderConfig, params: decoder.Params, x_BxTxD: jax.Array) 
     return decoder.unembed(config, params, x_BxTxD)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="rules")
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def forward(
     config: DecoderConfig,
     capture: tuple[Site, ...],
@@ -451,7 +443,6 @@ def forward(
     ids_BxT: jax.Array,
     lengths_B: jax.Array,
     edits: tuple[Edit, ...] = (),
-    rules: RunRules = GRADIENT,
 ) -> tuple[jax.Array | None, SiteValues]:
     """Run a model; compiled once for each combination of static arguments, kinds of edits and shapes.
 
@@ -464,7 +455,6 @@ def forward(
       ids_BxT: int32, padded on the right.
       lengths_B: number of tokens of each prompt.
       edits: see ``Edit``.
-      rules: rules of differentiation (static).
 
     Returns:
       Logits [B, T, V] or None, and the values [B, T, D] at the sites of ``capture``, in their order; attention patterns
@@ -478,16 +468,16 @@ def forward(
         layers: dict[str, list[int]] = {}
         for site in sorted(set(capture), key=lambda site: site.layer):
             layers.setdefault(site.kind, []).append(site.layer)
-        x_BxTxD, stacked, _ = run_layers(config, params, x_BxTxD, 0, stop, Taps(collect=layers), rules=rules)
+        x_BxTxD, stacked, _ = run_layers(config, params, x_BxTxD, 0, stop, Taps(collect=layers))
         values = SiteValues(stacked, tuple((site.kind, layers[site.kind].index(site.layer)) for site in capture))
     else:
         patterns = sorted({site.layer for site in capture if site.kind == PATTERN})
         hook_layers = {site.layer for site in capture} | edited_layers(edits)
         taps = Taps(run.hook(edits), hook_layers, inner_sites=True, collect={PATTERN: patterns} if patterns else ())
-        x_BxTxD, collected, _ = run_layers(config, params, x_BxTxD, 0, stop, taps, rules=rules)
+        x_BxTxD, collected, _ = run_layers(config, params, x_BxTxD, 0, stop, taps)
         for layer, pattern_BxHxTxT in zip(patterns, collected.get(PATTERN, ()), strict=True):
             run.values[Site(PATTERN, layer)] = pattern_BxHxTxT
         at_sites = {str(site): run.values[site] for site in capture}
         values = SiteValues(at_sites, tuple((str(site), None) for site in capture))
-    logits_BxTxV = decoder.unembed(config, params, x_BxTxD, rules) if logits else None
+    logits_BxTxV = decoder.unembed(config, params, x_BxTxD) if logits else None
     return logits_BxTxV, values

@@ -57,6 +57,7 @@ def norm(
     """Normalise the last dimension of x with the parameters ``name``, as ``config.norm`` says.
 
     - "rms": ``x / sqrt(mean(x^2) + eps) * scale`` (Zhang and Sennrich, 2019);
+    - "rms_float32": the same, rounded to the stream's dtype only once it is scaled;
     - "rms_plus_one": the same with ``1 + scale``;
     - "layer": ``(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`` (Ba et al., 2016).
 

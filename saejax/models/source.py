@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
-from saejax.models.checkpoint import WEIGHT_FILES, list_shards, not_finite_error, read_checkpoint, weight_files
+from saejax.models.checkpoint import (
+    ADAPTER,
+    WEIGHT_FILES,
+    check_no_adapter,
+    list_shards,
+    not_finite_error,
+    read_checkpoint,
+    weight_files,
+)
 from saejax.models.families import check_family, has_family, read_config
 from saejax.models.gguf import dequantise
 from saejax.models.hub import hub_errors, hub_folder
@@ -119,10 +127,9 @@ def _local(path: str) -> Path | None:
         )
     else:
         return None
+    check_no_adapter(folder)
     if not (folder / "config.json").exists():
-        is_adapter = (folder / "adapter_config.json").exists()
-        expected = "an adapter: merge it into its base model, and save that" if is_adapter else "expected a folder"
-        raise UserError(f"{folder} has no config.json: {expected} in the hub's format")
+        raise UserError(f"{folder} has no config.json: expected a folder in the hub's format")
     return folder
 
 
@@ -266,7 +273,8 @@ def _from_hub(name: str, revision: str, decoder: bool, weights: bool) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     commit = _fetch_config(name, revision, decoder).name
-    folder = hub_folder(name, commit, [*SETTINGS, "*.txt", "*.tiktoken"], ["*/*"])
+    folder = hub_folder(name, commit, [*SETTINGS, "*.txt", "*.tiktoken", ADAPTER], ["*/*"])
+    check_no_adapter(folder)
     if not weights:
         return folder
     # What the cache has is not asked for again.

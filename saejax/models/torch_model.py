@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from saejax.arguments import suggests_names
 from saejax.errors import UserError
 from saejax.models import decoding, parity
-from saejax.models.config import RunRules, TorchConfig
+from saejax.models.config import TorchConfig
 from saejax.models.decoding import SamplingParams
 from saejax.models.edits import Edit, ForwardPass, fit_values
 from saejax.models.generation import StopCondition
@@ -49,15 +49,12 @@ class TorchModel(LanguageModel):
       tokenizer: the model's own.
       source: where it came from.
       mesh: one device, on which edits are computed; None: the first one.
-      rules: how gradients are taken.
 
     Raises:
       UserError: the mesh has several devices.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, source: ModelSource, mesh: Mesh | None = None, rules: RunRules | None = None
-    ):
+    def __init__(self, model: Any, tokenizer: Any, source: ModelSource, mesh: Mesh | None):
         mesh = mesh or make_mesh(devices=jax.devices()[:1])
         if mesh.size > 1:
             raise UserError(
@@ -70,9 +67,7 @@ class TorchModel(LanguageModel):
         # On the JAX side only the dtype of the parameters is asked for.
         params = dict(embed_VxD=jnp.zeros((0, config["d_model"]), str(self._dtype).removeprefix("torch.")))
         functions = TorchFunctions(self.hooked, config["context"])
-        super().__init__(
-            TorchConfig(**config, functions=functions), params, tokenizer, source, mesh, rules or RunRules()
-        )
+        super().__init__(TorchConfig(**config, functions=functions), params, tokenizer, source, mesh)
 
     def __call__(
         self,

@@ -8,7 +8,6 @@ from runs import small_flags
 from tiny_models import make_tiny, save_tiny, save_tiny_tokenizer
 from torch_sites import relative_error
 
-from saejax import load_model, load_results
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.models import source
@@ -118,23 +117,3 @@ def test_from_capture_to_training_and_no_further(bloom_setup, tmp_path, capsys):
     assert command.run(["evaluate"], "", ["program", *flags]) == 2
     error = capsys.readouterr().err
     assert "the site module:" in error and " is a module of the PyTorch model, which only capture" in error
-
-
-@pytest.mark.slow  # functions that capture, train and edit there have tests of their own
-@pytest.mark.usefixtures("single_device")
-def test_hidden_activations_from_capture_to_ablation(inputs, tmp_path, capsys):
-    """They are as wide as the MLP's hidden layer, not as the stream."""
-    changes = dict(capture__sites="mlp_act.1", train__sites="mlp_act.1", train__kinds="topk")
-    changes |= dict(task__behaviours="agreement", ablate__baselines="", ablate__untrained_dictionaries=0)
-    flags = small_flags(*inputs, tmp_path, **changes, ablate__text_documents=0, evaluate__ce_documents=1)
-    assert command.run(["baseline", "capture", "train", "evaluate", "ablate"], "", ["program", *flags]) == 0
-    assert not capsys.readouterr().err
-    dictionary = load_dictionary(tmp_path / "train" / "topk")
-    lm = load_model(str(inputs[0]))
-    assert (
-        (dictionary.site, dictionary.config.d_in) == ("mlp_act.1", lm.config.d_mlp) != ("mlp_act.1", lm.config.d_model)
-    )
-    (scores,) = load_results(tmp_path / "evaluate" / "topk").members
-    assert scores.ce_recovered_mean is not None and np.isfinite(scores.ce_recovered_mean)
-    changed = lm(lm.tokenize(["The cat near the dogs runs."]), edits=[dictionary.ablate([0, 1])])
-    assert np.isfinite(changed.logits_BxTxV).all()

@@ -78,6 +78,10 @@ def test_rows_are_those_of_the_split_without_sinks_beyond_ten_medians_of_the_tra
             lambda path: change_manifest(path, lambda manifest: manifest["sites"]["mlp_out.0"].pop("max_norm")),
             r"manifest.json has no field sites.mlp_out.0.max_norm: it is damaged",
         ),
+        (
+            lambda path: change_manifest(path, lambda manifest: manifest.update(dtype="float16")),
+            "dtype of the store .*16",
+        ),
     ],
 )
 def test_a_manifest_that_cannot_be_read_is_refused_in_one_line(make_store, spoil, message):

@@ -16,8 +16,9 @@ from saejax.interventions.edits import ZERO, ActivationReplacement, mask
 from saejax.interventions.engine import run_edits
 from saejax.interventions.rows import EditedRun, prompt_trees
 from saejax.interventions.split_model import SplitModel
-from saejax.models import language_model
+from saejax.models import decoder
 from saejax.models.config import RunRules
+from saejax.models.decoder import run_layers
 from saejax.tasks.behaviours import Prompt
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
@@ -116,8 +117,11 @@ def test_the_ranking_follows_the_replacement(tiny, prompts, dictionary, plain, k
 
 def test_the_rules_change_no_value(tiny):
     tokens = tiny.tokenize(["The cat near the dogs"])
-    fixed = tiny.config, (), True, tiny.params, tokens.ids_BxT, tokens.lengths_B
-    plain, again = (language_model.forward(*fixed, rules=rules)[0] for rules in (RunRules(), RunRules(backward="relp")))
+    model = tiny.config, tiny.params
+    plain, again = (
+        decoder.unembed(*model, run_layers(*model, decoder.embed(*model, tokens.ids_BxT), 0, 4, rules=rules).x, rules)
+        for rules in (RunRules(), RunRules(backward="relp"))
+    )
     np.testing.assert_allclose(again, plain, atol=2e-6 * np.abs(plain).max())
 
 

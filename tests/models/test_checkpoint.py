@@ -76,16 +76,13 @@ def test_the_order_of_transformers(folder):
 
 
 def test_what_a_folder_without_weights_holds_is_said(folder):
-    """A shard that was not fetched, an index that was not, an adapter, and nothing at all."""
+    """A shard that was not fetched, an index that was not, and nothing at all."""
     (folder / "one.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no one.safetensors, which model.safetensors.index.json names: fetch"):
         weight_files(folder)
     for name in (INDEX, "two.safetensors"):
         (folder / name).unlink()
     with pytest.raises(UserError, match="has no weights: expected model.safetensors, or its shards with an index"):
-        weight_files(folder)
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="has no weights of its own, but an adapter: merge it into its base model"):
         weight_files(folder)
     save_file(dict(a=A), folder / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match="model-00001-of-00002.safetensors is a shard, and model.safetensors.index"):
@@ -101,6 +98,13 @@ def test_rows_columns_and_numbers_of_a_tensor(tmp_path):
     np.testing.assert_array_equal(tensors["wide"].rows(np.array([1, 0])), wide[::-1])
     np.testing.assert_array_equal(tensors["wide"].column(2).read(), wide[:, 2])
     assert tensors["wide"].column(2).shape == (2, 2) and tensors["count"].numbers() == [3, 4]
+
+
+def test_weights_with_an_adapter_beside_them_are_refused(folder):
+    """Older files of adapters have the base model's own matrices under their own names."""
+    save_file({"a": A, "q_proj.lora_A.default.weight": B}, folder / "one.safetensors")
+    with pytest.raises(UserError, match=r"with an adapter beside them \(q_proj.lora_A.default.weight\): merge it"):
+        read_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from tiny_models import save_tiny
 from torch_sites import relative_error, run_torch
 
 from saejax.models import decoder
+from saejax.models.config import GRADIENT
 from saejax.models.decoder import run_layers
 from saejax.models.decoding import init_cache
-from saejax.models.layers import Taps
+from saejax.models.layers import Taps, norm
 from saejax.models.sites import KINDS, NEURONS, Site
 from saejax.parallel.mesh import fitting_sharding
 
@@ -266,6 +267,22 @@ def test_gradients_of_further_cases_equal_those_of_transformers(name, tmp_path):
 def test_further_families_in_bfloat16_round_as_those_of_transformers(name, tmp_path):
     config, _, model = load_tiny(tmp_path, name.partition("-")[0], **CASES[name])
     check_bfloat16(tmp_path, model, np.random.default_rng(0).integers(4, config.vocab, (3, LENGTH)))
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "olmo3", "gpt_oss", "gemma2", "smollm3"])
+def test_norms_round_as_those_of_transformers(family, tmp_path):
+    """In bfloat16 it counts whether they round before they scale or after; a last digit of the root may differ."""
+    config, params, model = load_tiny(tmp_path, family)
+    name = "attn_post_norm" if config.post_norms else "attn_norm"
+    theirs = (
+        model.bfloat16()
+        .model.layers[0]
+        .get_submodule("post_attention_layernorm" if config.post_norms else "input_layernorm")
+    )
+    x_NxD = torch.tensor(np.random.default_rng(0).normal(size=(300, config.d_model))).bfloat16()
+    weights = {f"{name}_D": jnp.asarray(params[f"layers.{name}_D"][0], jnp.bfloat16)}
+    ours_NxD = norm(config, GRADIENT, weights, name, jnp.asarray(x_NxD.float().numpy(), jnp.bfloat16))
+    assert np.mean(np.asarray(ours_NxD, np.float32) != theirs(x_NxD).detach().float().numpy()) < 0.02
 
 
 @pytest.mark.parametrize(

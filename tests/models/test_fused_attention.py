@@ -55,7 +55,6 @@ CAPPED = dict(attn_logit_softcap=5.0)
         *((p, 9.0, BF16, dict(scale_by_layer=True), {}, 256, 1, None) for p in ("gpu", "tpu")),
         *((p, 9.0, BF16, {}, dict(backward="relp"), 256, 1, None) for p in ("gpu", "tpu")),
         *((p, 9.0, BF16, {}, dict(first_fixes=True), 256, 1, None) for p in ("gpu", "tpu")),
-        *((p, 9.0, BF16, {}, dict(fused=False), 256, 1, None) for p in ("gpu", "tpu")),
     ],
 )
 def test_selection(platform, capability, dtype, config, rules, length, devices, kernel):

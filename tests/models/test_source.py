@@ -166,6 +166,10 @@ def test_folders_that_hold_no_model(copy, tmp_path):
         (copy / "config.json").write_text(text, encoding="latin-1")
         with pytest.raises(UserError, match="config.json is not valid JSON: expected a model's settings; fetch it"):
             resolve(copy)
+    for folder in (tmp_path, copy):  # alone, and beside weights, on which transformers puts it if it can
+        (folder / "adapter_config.json").write_text("{}")
+        with pytest.raises(UserError, match=r"holds an adapter \(adapter_config.json\): merge it into its base model"):
+            resolve(folder)
 
 
 def test_a_model_without_a_tokenizer_runs_on_token_ids(untokenized):

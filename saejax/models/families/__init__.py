@@ -63,13 +63,17 @@ def _read(data: Mapping[str, Any], where: str) -> tuple[DecoderConfig, Fields]:
     family = FAMILIES[check_family(data, where)]
     if data.get("quantization_config"):
         raise UserError(f"{where}: the weights are quantised ('quantization_config'): use the unquantised model")
-    fields = Fields({**family.defaults, **data}, where)
+    fields = Fields(data, where, defaults=family.defaults)
     for name, value in _UNSUPPORTED.items():
         fields.expect(name, value)
     config = family.read_config(fields)
     if config.n_heads % config.n_kv_heads:
         raise UserError(
             f"{where}: {config.n_heads} attention heads are not a multiple of {config.n_kv_heads} key-value heads"
+        )
+    if config.experts_per_token > config.n_experts:
+        raise fields.contradiction(
+            f"'num_experts_per_tok' ({config.experts_per_token})", f"the number of experts ({config.n_experts})"
         )
     return config, fields
 

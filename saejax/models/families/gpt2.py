@@ -35,21 +35,12 @@ def _read_gpt2(fields: Fields) -> DecoderConfig:
     )
 
 
-def _columns(part: int) -> View:
-    """Return a view of query (0), key (1) or value (2) of the one matrix [in, 3 x heads x width]."""
+def _part(part: int) -> View:
+    """Return a view of query (0), key (1) or value (2) of the one matrix [in, 3 x heads x width], or of its bias."""
 
     def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        width = shape[1] * shape[2]
-        return expect(tensor, (shape[0], 3 * width))[:, part * width : (part + 1) * width].reshape(shape)
-
-    return view
-
-
-def _bias_part(part: int) -> View:
-    """Return a view of query (0), key (1) or value (2) of the one bias [3 x heads x width]."""
-
-    def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return expect(tensor, (3 * shape[0] * shape[1],)).reshape(3, *shape)[part]
+        *into, heads, width = shape
+        return expect(tensor, (*into, 3 * heads * width)).reshape(*into, 3, heads, width)[..., part, :, :]
 
     return view
 
@@ -66,11 +57,11 @@ _GPT2_WEIGHTS = (
     | {"unembed_DxV": Weight("lm_head.weight", linear)}
     | norm_weights(final_norm="transformer.ln_f", attn_norm=_LAYER + "ln_1", mlp_norm=_LAYER + "ln_2")
     | {
-        f"layers.{name}": Weight(_LAYER + "attn.c_attn.weight", _columns(part))
+        f"layers.{name}": Weight(_LAYER + "attn.c_attn.weight", _part(part))
         for part, name in enumerate(("q_DxHxK", "k_DxNxK", "v_DxNxK"))
     }
     | {
-        f"layers.{name}": Weight(_LAYER + "attn.c_attn.bias", _bias_part(part))
+        f"layers.{name}": Weight(_LAYER + "attn.c_attn.bias", _part(part))
         for part, name in enumerate(("q_bias_HxK", "k_bias_NxK", "v_bias_NxK"))
     }
     | {

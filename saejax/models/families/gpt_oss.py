@@ -13,19 +13,17 @@ def _read_gpt_oss(fields: Fields) -> DecoderConfig:
     """Read a config of gpt-oss; its published weights are quantised, and copies in bfloat16 are not."""
     fields.ignore("hidden_act", "router_aux_loss_coef", "experts_per_token", "initial_context_length")
     fields.expect("swiglu_alpha", 1.702)  # of the activation quick_gelu
-    n_experts, chosen = fields.size("num_local_experts"), fields.size("num_experts_per_tok")
-    if chosen > n_experts:
-        raise fields.contradiction(f"'num_experts_per_tok' ({chosen})", f"'num_local_experts' ({n_experts})")
     bias, window = fields.take("attention_bias", bool), fields.size_or_null("sliding_window")
     rope = read_rope(fields, fields.size("head_dim"), fields.size("max_position_embeddings"), default_theta=150_000.0)
     return rms_decoder(
         fields,
         "gpt_oss",
+        norm="rms_float32",
         rope=rope,
         activation="quick_gelu",
         gate_limit=fields.number("swiglu_limit"),
-        n_experts=n_experts,
-        experts_per_token=chosen,
+        n_experts=fields.size("num_local_experts"),
+        experts_per_token=fields.size("num_experts_per_tok"),
         normalize_experts=True,  # their softmax is over the chosen experts' logits alone
         qkv_bias=bias,
         o_bias=bias,

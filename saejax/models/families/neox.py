@@ -71,23 +71,13 @@ def _read_phi(fields: Fields) -> DecoderConfig:
 
 
 def _interleaved(part: int) -> View:
-    """Return a view of query (0), key (1) or value (2) of GPT-NeoX's one Linear, [heads x 3 x width, in]."""
+    """Return a view of query (0), key (1) or value (2) of GPT-NeoX's Linear, [heads x 3 x width, in], or its bias."""
 
     def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        d_model, heads, width = shape
+        *into, heads, width = shape
         # Query, key and value stand head by head, not as three blocks.
-        rows = expect(tensor, (3 * heads * width, d_model)).reshape(heads, 3, width, d_model)
-        return rows[:, part].transpose(2, 0, 1)
-
-    return view
-
-
-def _interleaved_bias(part: int) -> View:
-    """Return a view of query (0), key (1) or value (2) of the one bias [heads x 3 x width]."""
-
-    def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        heads, width = shape
-        return expect(tensor, (3 * heads * width,)).reshape(heads, 3, width)[:, part]
+        rows = expect(tensor, (3 * heads * width, *into)).reshape(heads, 3, width, *into)[:, part]
+        return np.moveaxis(rows, -1, 0) if into else rows
 
     return view
 
@@ -105,7 +95,7 @@ _NEOX_WEIGHTS = (
         for part, name in enumerate(("q_DxHxK", "k_DxNxK", "v_DxNxK"))
     }
     | {
-        f"layers.{name}": Weight(_NEOX + "attention.query_key_value.bias", _interleaved_bias(part))
+        f"layers.{name}": Weight(_NEOX + "attention.query_key_value.bias", _interleaved(part))
         for part, name in enumerate(("q_bias_HxK", "k_bias_NxK", "v_bias_NxK"))
     }
     | linear_weights(_NEOX, o="attention.dense", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h")

@@ -15,7 +15,7 @@ from saejax.models.fields import Fields
 def _read_olmo2(fields: Fields, family: str = "olmo2", **differences: Any) -> DecoderConfig:
     """Read a config of OLMo 2, or of a family that differs from it."""
     bias = fields.take("attention_bias", bool)
-    norms = dict(pre_norms=False, post_norms=True, qk_norm=True, qk_norm_joint=True)
+    norms = dict(norm="rms_float32", pre_norms=False, post_norms=True, qk_norm=True, qk_norm_joint=True)
     return rms_decoder(fields, family, **norms, qkv_bias=bias, o_bias=bias, **differences)
 
 

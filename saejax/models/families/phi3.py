@@ -47,29 +47,18 @@ def _longrope(rope: Fields, theta: float, width: int, context: int, original: in
     return Rope(tuple(frequencies.tolist()), rope.first_number("attention_factor", scaling))
 
 
-def _query(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the query [in, heads, width] of the one matrix [(heads + 2 x key-value heads) x width, in]."""
-    d_model, heads, width = shape
-    _check_rows(tensor, d_model, len(tensor) - heads * width, 2 * width)
-    return tensor[: heads * width].T.reshape(shape)
-
-
-def _key_or_value(part: int) -> View:
-    """Return a view of the key (0) or the value (1) in that matrix."""
+def _part(part: int) -> View:
+    """Return a view of query (0), key (1) or value (2) of the matrix [(heads + 2 x key-value heads) x width, in]."""
 
     def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         d_model, heads, width = shape
-        start = len(tensor) - (2 - part) * heads * width
-        _check_rows(tensor, d_model, start, width)
+        start = len(tensor) - (3 - part) * heads * width if part else 0
+        rest = start or len(tensor) - heads * width  # rows of others
+        if tensor.ndim != 2 or tensor.shape[1] != d_model or rest <= 0 or rest % (width if part else 2 * width):
+            raise ValueError(f"has shape {list(tensor.shape)}, expected query, key and value of width {d_model}")
         return tensor[start : start + heads * width].T.reshape(shape)
 
     return view
-
-
-def _check_rows(tensor: np.ndarray, columns: int, rest: int, unit: int) -> None:
-    """Raise a ``ValueError`` unless a matrix has so many columns, and the rest of its rows is some units."""
-    if tensor.ndim != 2 or tensor.shape[1] != columns or rest <= 0 or rest % unit:
-        raise ValueError(f"has shape {list(tensor.shape)}, expected query, key and value of width {columns}")
 
 
 def _half(part: int) -> View:
@@ -83,9 +72,9 @@ def _half(part: int) -> View:
 
 
 _PHI3_WEIGHTS = WEIGHTS | {
-    "layers.q_DxHxK": Weight("model.layers.{}.self_attn.qkv_proj.weight", _query),
-    "layers.k_DxNxK": Weight("model.layers.{}.self_attn.qkv_proj.weight", _key_or_value(0)),
-    "layers.v_DxNxK": Weight("model.layers.{}.self_attn.qkv_proj.weight", _key_or_value(1)),
+    "layers.q_DxHxK": Weight("model.layers.{}.self_attn.qkv_proj.weight", _part(0)),
+    "layers.k_DxNxK": Weight("model.layers.{}.self_attn.qkv_proj.weight", _part(1)),
+    "layers.v_DxNxK": Weight("model.layers.{}.self_attn.qkv_proj.weight", _part(2)),
     "layers.gate_DxF": Weight("model.layers.{}.mlp.gate_up_proj.weight", _half(0)),
     "layers.up_DxF": Weight("model.layers.{}.mlp.gate_up_proj.weight", _half(1)),
 }

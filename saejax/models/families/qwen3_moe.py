@@ -14,9 +14,6 @@ def _read_qwen3_moe(fields: Fields) -> DecoderConfig:
     bias = fields.take("attention_bias", bool)
     n_experts = fields.size_or_null("num_local_experts") or fields.size("num_experts")
     fields.ignore("num_experts")  # transformers 5 saves the other name
-    chosen = fields.size("num_experts_per_tok")
-    if chosen > n_experts:
-        raise fields.contradiction(f"'num_experts_per_tok' ({chosen})", f"'num_experts' ({n_experts})")
     sliding = read_sliding_everywhere(fields) if fields.take("use_sliding_window", bool) else {}
     fields.ignore("sliding_window")
     return rms_decoder(
@@ -24,7 +21,7 @@ def _read_qwen3_moe(fields: Fields) -> DecoderConfig:
         "qwen3_moe",
         d_mlp=fields.size("moe_intermediate_size"),
         n_experts=n_experts,
-        experts_per_token=chosen,
+        experts_per_token=fields.size("num_experts_per_tok"),
         normalize_experts=fields.take("norm_topk_prob", bool),
         qk_norm=True,
         qkv_bias=bias,
