@@ -18,12 +18,19 @@ from saejax.errors import UserError
 from saejax.models.identity import content_sha256
 from saejax.models.model_cache import cached_model, save_pretrained
 
-_CONVERSION = 3  # raise it when the conversion changes, so that old caches are left behind
+_CONVERSION = 4  # raise it when the conversion changes, so that old caches are left behind
 # Settings of a file, below its architecture, that cannot change the result: sizes that the tensors show, or facts of
 # the training.
 _INERT = {"vocab_size", "feed_forward_length", "tensor_data_layout", "rope.scaling.finetuned"}
 # The largest Gemmas scale attention scores by another width than their heads', which no file says.
 _OTHER_SCALE = {("gemma2", 46), ("gemma3", 62)}
+# Rules by which byte-level vocabularies cut text ("tokenizer.ggml.pre") that transformers takes for GPT-2's without a
+# word: those that are the same, and those that set each digit apart before.
+# SmolLM2's belongs to the second; but runs of spaces and lines before digits alone tell, and published figures are of
+# what transformers makes of it.
+_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "smollm"}
+_DIGITS_APART = {"starcoder", "refact", "command-r", "codeshell"}
+_RULE = "tokenizer.ggml.pre"
 _ONE_AT_A_TIME = threading.Lock()  # conversions, which change the package gguf while they run
 
 
@@ -52,6 +59,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             _check_settings(gguf, settings, model.config)
             _check_tensors(gguf, tensors, model, loaded["missing_keys"])
             tokenizer = AutoTokenizer.from_pretrained(**where)
+            _cut_as_trained(gguf, tokenizer)
     except UserError:
         raise
     except Exception as error:  # a damaged file makes the parser raise anything
@@ -121,6 +129,29 @@ def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, int]]:
 def _plain(architecture: str) -> str:
     """Return a name without what files and transformers write differently: qwen2moe, qwen2_moe."""
     return architecture.replace("_", "").replace("-", "")
+
+
+def _cut_as_trained(gguf: Path, tokenizer: Any) -> None:
+    """Give a tokenizer the rule by which its file says that text is cut.
+
+    Raises:
+      UserError: neither transformers nor saejax knows the rule.
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    fields = GGUFReader(gguf).fields
+    kind, rule = (fields[name].contents() if name in fields else None for name in ("tokenizer.ggml.model", _RULE))
+    if kind != "gpt2" or rule in _AS_GPT2 or rule in GGUF_PRE_TOKENIZER_SPLITS:
+        return
+    if rule not in _DIGITS_APART:
+        raise UserError(
+            f"{gguf} cuts text into tokens by a rule that transformers does not know ({_RULE} is {rule!r}): use the "
+            "model's safetensors"
+        )
+    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
 
 def _check_settings(gguf: Path, settings: dict[str, Any], config: Any) -> None:

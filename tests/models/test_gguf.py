@@ -18,13 +18,14 @@ from saejax.errors import UserError
 from saejax.models import gguf, identity, source
 
 
-def write_gguf(file, tokenizer, architecture="llama", settings=(), drop=(), add=()):
+def write_gguf(file, tokenizer, architecture="llama", settings=(), drop=(), add=(), rule="smollm"):
     """Writes a one-layer Llama, F32 but for a Q8_0 embedding; returns the tensors it stands for.
 
     Args:
       tokenizer: a parsed tokenizer.json.
       settings: more settings below the architecture, and "block_count".
       drop, add: tensors to leave out, and sizes of others.
+      rule: by which text is cut.
     """
     rng = np.random.default_rng(0)
     tokens = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
@@ -37,7 +38,7 @@ def write_gguf(file, tokenizer, architecture="llama", settings=(), drop=(), add=
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(1e4)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(rule)
     writer.add_token_list(tokens)
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["model"]["merges"]])
@@ -207,6 +208,7 @@ SCALED = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0, "some.new_s
         (dict(settings={"attention.key_length": 8}), "attention.key_length = 8"),
         (dict(add={"rope_freqs.weight": (8,)}), "of which transformers reads .* left out: rope_freqs.weight"),
         (dict(add={"blk.0.attn_q.bias": (32,)}), "possibly left out: blk.0.attn_q.bias"),
+        (dict(rule="falcon"), "by a rule that transformers does not know .tokenizer.ggml.pre is 'falcon'.: use the"),
         (dict(drop=["blk.0.ffn_up.weight"]), "lacks the weights model.layers.0.mlp.up_proj.weight"),
         (dict(architecture="gemma2", settings=dict(block_count=46)), "how attention scores are scaled"),
     ],
@@ -218,7 +220,12 @@ def test_what_transformers_would_leave_out_is_refused(tokenizer, cache, tmp_path
     assert names_in(cache) == []
 
 
-def test_settings_that_agree_are_accepted(tokenizer, cache, tmp_path):
+def test_settings_that_agree_are_accepted_and_text_is_cut_by_the_files_rule(tokenizer, cache, tmp_path):
+    """StarCoder's rule sets digits apart first: what stands before one is cut as at a text's end."""
     settings = {"attention.key_length": 16, "attention.value_length": 16, "rope.dimension_count": 16}
-    write_gguf(tmp_path / "model.gguf", tokenizer, settings=settings | {"rope.scaling.type": "none"})
-    assert json.loads((resolve(tmp_path / "model.gguf").folder / "config.json").read_text())["head_dim"] == 16
+    settings |= {"rope.scaling.type": "none"}
+    write_gguf(tmp_path / "model.gguf", tokenizer, settings=settings, rule="starcoder")
+    found = resolve(tmp_path / "model.gguf")
+    assert json.loads((found.folder / "config.json").read_text())["head_dim"] == 16
+    cut = source.load_tokenizer(found).backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    assert [piece for piece, _ in cut("a\n\n12  3")] == ["a", "ĊĊ", "1", "2", "ĠĠ", "3"]
