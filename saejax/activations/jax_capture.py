@@ -45,13 +45,7 @@ class DecoderReader:
     """
 
     def __init__(
-        self,
-        source: ModelSource,
-        config: DecoderConfig,
-        sites: Sequence[Site],
-        mesh: Mesh,
-        dtype: str,
-        hand_over: str,
+        self, source: ModelSource, config: DecoderConfig, sites: Sequence[Site], mesh: Mesh, dtype: str, hand_over: str
     ):
         self.config, self._sites, self.mesh = config, tuple(sites), mesh
         # Each device has whole vectors of its own documents, which go to the host without being put together.

@@ -22,11 +22,7 @@ class ModelConfig(Config):
         "are captured on the same tokens; a hub id may end in @REVISION; empty: none",
         changes_results=False,
     )
-    dtype: str = setting(
-        "float32",
-        "dtype of the JAX decoder's weights and products",
-        choices=("float32", "bfloat16"),
-    )
+    dtype: str = setting("float32", "dtype of the JAX decoder's weights and products", choices=("float32", "bfloat16"))
     backend: str = setting(
         "auto",
         "implementation of the model, in capture and all other stages: the JAX decoder (jax); transformers' PyTorch "

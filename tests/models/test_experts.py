@@ -88,8 +88,7 @@ def test_derivatives(rules):
 
 
 @pytest.mark.parametrize(
-    "axes, shape",
-    [((2, 2, 2), (8, 10)), ((1, 1, 8), (3, 10)), pytest.param((1, 4, 2), (10,), marks=pytest.mark.slow)],
+    "axes, shape", [((2, 2, 2), (8, 10)), ((1, 1, 8), (3, 10)), pytest.param((1, 4, 2), (10,), marks=pytest.mark.slow)]
 )
 def test_on_a_mesh(axes, shape):
     """Where prompts and hidden width are split, and where their sizes do not allow it."""

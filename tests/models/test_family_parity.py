@@ -239,8 +239,7 @@ def check_bfloat16(folder, model, ids_BxT) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in FIRST_CASES or n in RULES else pytest.mark.slow) for n in CASES],
+    "name", [pytest.param(n, marks=() if n in FIRST_CASES or n in RULES else pytest.mark.slow) for n in CASES]
 )
 def test_equals_transformers(name, tmp_path):
     config, params, model = load_tiny(tmp_path, name.partition("-")[0], **CASES[name])

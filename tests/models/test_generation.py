@@ -79,8 +79,7 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize(
-    ("count", "new", "batched"),
-    [pytest.param(20, 64, True, marks=SLOW), pytest.param(20, 64, False, marks=SLOW)],
+    ("count", "new", "batched"), [pytest.param(20, 64, True, marks=SLOW), pytest.param(20, 64, False, marks=SLOW)]
 )
 def test_greedy_on_smollm2_equals_transformers(smollm2, smollm2_torch, count, new, batched):
     prompts = rows(smollm2.tokenize(fifty_prompts()[:count]))

@@ -8,15 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from saejax.activations.chunker import Chunker
 from saejax.errors import UserError
 from saejax.models.generation import StopCondition
-from saejax.models.tokens import (
-    bos_tokens,
-    continuation_ids,
-    encode,
-    text_of,
-    token_text,
-    tokenize,
-    tokenize_in_pieces,
-)
+from saejax.models.tokens import bos_tokens, continuation_ids, encode, text_of, token_text, tokenize, tokenize_in_pieces
 from saejax.tasks.corpora import Document
 from saejax.tasks.settings import CorpusConfig
 

@@ -37,11 +37,7 @@ _OLMO2_WEIGHTS = {name: weight for name, weight in WEIGHTS.items() if not name.e
 }
 
 _DEFAULTS: dict[str, Any] = dict(
-    hidden_act="silu",
-    max_position_embeddings=2048,
-    rms_norm_eps=1e-5,
-    attention_bias=False,
-    tie_word_embeddings=False,
+    hidden_act="silu", max_position_embeddings=2048, rms_norm_eps=1e-5, attention_bias=False, tie_word_embeddings=False
 )
 
 FAMILIES = {

@@ -165,10 +165,4 @@ def _yarn_scaling(rope: Fields, factor: float) -> float:
     return mscale(numerator) / mscale(denominator) if numerator and denominator else mscale(1.0)
 
 
-_KINDS: dict[str, _Kind] = {
-    "default": _plain,
-    "linear": _linear,
-    "dynamic": _dynamic,
-    "llama3": _llama3,
-    "yarn": _yarn,
-}
+_KINDS: dict[str, _Kind] = {"default": _plain, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
