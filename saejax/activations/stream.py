@@ -171,7 +171,8 @@ class ModelStream:
 
     def _make_plan(self, documents: Documents, rows: int) -> Plan:
         """Return the plan of buffers of ``rows`` rows that documents make."""
-        return Plan(documents, rows, self._batch_tokens, self._last, self._seed, devices=self._devices)
+        batches = self._batch_tokens, self._last, self._seed
+        return Plan(documents, rows, *batches, whole=self.documents, devices=self._devices)
 
     def _fill(self, plan: Plan, buffer: int) -> bool:
         """Make a buffer of a plan; return False if the process was asked to stop meanwhile."""

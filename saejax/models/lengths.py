@@ -13,6 +13,8 @@ their places.
 
 import numpy as np
 
+_MOST = 16  # lengths of programs
+
 
 def round_length(length: int, multiple: int = 16) -> int:
     """Round a length up to a multiple of ``multiple``, or beyond 16 times that to an eighth of a power of two.
@@ -23,7 +25,7 @@ def round_length(length: int, multiple: int = 16) -> int:
     return -(-length // step) * step
 
 
-def bucket_lengths(counts: np.ndarray, compile_cost: int, max_buckets: int = 16) -> np.ndarray:
+def bucket_lengths(counts: np.ndarray, compile_cost: int) -> np.ndarray:
     """Return the padded lengths at which padding and compiling together take the least time.
 
     Without the limit, many texts would get a program for each of their lengths. Compiled programs stay in memory, and
@@ -32,14 +34,13 @@ def bucket_lengths(counts: np.ndarray, compile_cost: int, max_buckets: int = 16)
     Args:
       counts: number of texts of each length in tokens, from 0.
       compile_cost: number of tokens that run in the time that compiling one more program takes.
-      max_buckets: largest number of lengths, at least 1.
 
     Returns:
-      Rising lengths; a text is padded to the first that is not shorter. The last is the longest text's.
+      Rising lengths, at most 16; a text is padded to the first that is not shorter. The last is the longest text's.
     """
     lengths = _cheapest_lengths(counts, compile_cost)
     # At a higher price of a program fewer are worth it.
-    while len(lengths) > max_buckets:
+    while len(lengths) > _MOST:
         compile_cost *= 2
         lengths = _cheapest_lengths(counts, compile_cost)
     return lengths

@@ -128,10 +128,10 @@ def _are_ids(row: object) -> bool:
     return ids.ndim == 1 and ids.dtype.kind in "iu"
 
 
-def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> Tokens:
+def pad(sequences: Sequence[Sequence[int]]) -> Tokens:
     """Pad token id sequences of any length above 0 into one batch."""
     lengths_B = np.array([len(sequence) for sequence in sequences], np.int32)
-    ids_BxT = np.full((len(sequences), int(lengths_B.max())), fill, np.int32)
+    ids_BxT = np.zeros((len(sequences), int(lengths_B.max())), np.int32)
     for row, sequence in zip(ids_BxT, sequences, strict=True):
         row[: len(sequence)] = sequence
     return Tokens(ids_BxT, lengths_B)

@@ -167,6 +167,21 @@ def test_held_out_rows_keep_their_own_norms(run):
     np.testing.assert_array_equal(kept, stream._held_out[SITES[0]][norm_N <= stream.max_norm(SITES[0])])
 
 
+def test_the_last_positions_of_held_out_rows_are_those_of_their_texts(run):
+    """Of a text in pieces, the sample may hold the first ones alone."""
+    configs = run.configs | dataclasses.replace(run.configs[CaptureConfig], last=1)
+    configs |= dataclasses.replace(run.configs[CorpusConfig], context=6, held_out=0.5)
+    stream = make_stream(dataclasses.replace(run, configs=configs))
+    whole, sample = stream.documents, stream.documents.sample(20)
+    assert stream.read_held_out(20)
+    ends = {}
+    for text, end in zip(whole.column("source"), whole.column("start") + whole.lengths_N, strict=True):
+        ends[text] = max(end, ends.get(text, 0))
+    own = range(sample.train_count, len(sample))
+    last = [i for i in own if sample.column("start")[i] + sample.lengths_N[i] == ends[sample.column("source")[i]]]
+    assert len(stream._held_out[SITES[0]]) == len(last) < len(own)
+
+
 def test_every_row_comes_once_an_epoch():
     sizes, batch = (20, 20, 7, 3), 5
     order = BufferOrder(sizes, batch, seed=1)

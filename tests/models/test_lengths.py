@@ -29,7 +29,6 @@ def test_bucket_lengths_weigh_padding_against_programs_and_stay_few():
         assert len(lengths) <= 16 and lengths[-1] == 1024
         real_N, padded_N = np.arange(1025), lengths[np.searchsorted(lengths, np.arange(1025))]
         assert counts @ padded_N < 1.08 * counts @ real_N
-        np.testing.assert_array_equal(bucket_lengths(counts, compile_cost=4096, max_buckets=1), [1024])
 
 
 @pytest.mark.parametrize("most", [1, 64, 1000])

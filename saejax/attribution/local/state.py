@@ -123,7 +123,7 @@ class FrozenModel:
         parts = []
         for queries, keys in query_blocks(len(q_TxHxK), len(k_TxNxK)):
             # The decoder's own blocks, so that values are the model's.
-            block = tables.block(queries, keys)
+            block = tables.from_query(queries.start)
             block_inputs = q_TxHxK[queries], k_TxNxK[keys]
             parts.append(_weighted(attention_weights(self.config, RELP, *block_inputs, block), v_TxNxK[keys]))
         return jnp.concatenate(parts).reshape(q_TxHxK.shape)
