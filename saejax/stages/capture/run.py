@@ -125,10 +125,10 @@ def _plan_capture(run: Run, request: CaptureRequest) -> Plan:
     with _alone_of_several(mesh):
         devices = batch_devices(mesh, request)
     plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, seed, whole, devices)
-    if not plan.rows:
+    if not all(plan.tokens.values()):
         raise UserError(
-            f"the documents up to --capture.tokens={config.tokens} hold none of the last {config.last} positions of a "
-            "text: raise --capture.tokens, or capture all positions with --capture.last=0"
+            f"the documents up to --capture.tokens={config.tokens} hold, in one split, none of the last {config.last} "
+            "positions of a text: raise --capture.tokens, or capture all positions with --capture.last=0"
         )
     return plan
 
