@@ -181,12 +181,11 @@ def run_layers(
 
         def at_site(kind: str, value: jax.Array) -> jax.Array:
             """Call the hook at a site and collect its value."""
-            new = value
             if taps.hook and hooked and (taps.inner_sites or kind not in INNER_KINDS):
-                new = taps.hook(kind, layer, value)
+                value = taps.hook(kind, layer, value)
             if kind in collect:
-                collected[kind] = value if taps.before_hook else new
-            return new
+                collected[kind] = value
+            return value
 
         def attend_here(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
             """Attend, and collect keys, values and the attention pattern."""

@@ -28,17 +28,15 @@ class Taps:
       hook_layers: layers to unroll, so that the hook gets their numbers. None: the hook is called in every layer,
         within the loop, where the layer's number is an array.
       inner_sites: whether the hook is called at the sites within attention and the MLP, too, whose width is not D.
-      collect: kinds whose values are returned: kinds of site, ``sites.PATTERN`` where all tokens of prompts are run,
-        ``decoder.KEYS``, ``decoder.VALUES``. A mapping gives the layers of each, ascending and at least one: the values
-        of others are in memory no longer than their layers run.
-      before_hook: whether values are collected before the hook changes them, not after.
+      collect: kinds whose values, as the hook leaves them, are returned: kinds of site, ``sites.PATTERN`` where all
+        tokens of prompts are run, ``decoder.KEYS``, ``decoder.VALUES``. A mapping gives the layers of each, ascending
+        and at least one: the values of others are in memory no longer than their layers run.
     """
 
     hook: Hook | None = None
     hook_layers: Collection[int] | None = ()
     inner_sites: bool = False
     collect: Collection[str] | Mapping[str, Sequence[int]] = ()
-    before_hook: bool = False
 
 
 NO_TAPS = Taps()

@@ -117,7 +117,7 @@ def _run_hooked(config: TorchConfig, layer: int, x: jax.Array, taps: Taps) -> tu
         unseen = site.kind == NEURONS and not taps.inner_sites
         new = values[index] if unseen else hook(site.kind, layer, values[index])
         # The same array means that the hook left the value alone: then the layer need not run again.
-        at_sites[site.kind] = values[index] if taps.before_hook else new
+        at_sites[site.kind] = new
         if new is not values[index]:
             put[site] = new
             values = run()

@@ -40,7 +40,7 @@ def test_a_start_known_when_the_program_runs(model):
 
 
 def test_a_hook_of_all_layers_in_the_loop_or_unrolled(model):
-    """It changes a site of two layers; values are collected before the change or after it."""
+    """It changes a site of two layers; values are collected after the change."""
     config, params, x_BxTxD = model
 
     def hook(kind, layer, value_BxTxD):
@@ -49,15 +49,12 @@ def test_a_hook_of_all_layers_in_the_loop_or_unrolled(model):
 
     taps = functools.partial(Taps, hook, collect=("attn_out", KEYS, VALUES))
     run = functools.partial(compiled, config, params, x_BxTxD, 0, LAYERS)
-    looped, unrolled, before = run(taps(None)), run(taps(range(LAYERS))), run(taps({1, 3}, before_hook=True))
-    for run_in_steps in (unrolled, before):
-        np.testing.assert_allclose(looped.x, run_in_steps.x, atol=1e-5)
-        np.testing.assert_allclose(looped.collected[KEYS], run_in_steps.collected[KEYS], atol=1e-5)
-        np.testing.assert_allclose(looped.collected[VALUES], run_in_steps.collected[VALUES], atol=1e-5)
-    np.testing.assert_allclose(looped.collected["attn_out"], unrolled.collected["attn_out"], atol=1e-5)
-    change_L = (looped.collected["attn_out"] - before.collected["attn_out"]).mean(axis=(1, 2, 3))
-    np.testing.assert_allclose(change_L, [0, 0.5, 0, 0.5], atol=1e-5)
-    assert np.abs(looped.x - compiled(config, params, x_BxTxD, 0, LAYERS).x).max() > 0.1
+    looped, plain = run(taps(None)), run(Taps(collect=("attn_out",)))
+    for layers in (range(LAYERS), {1, 3}):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), run(taps(layers)), looped)
+    change_L = (looped.collected["attn_out"] - plain.collected["attn_out"])[:2].mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(change_L, [0, 0.5], atol=1e-5)
+    assert np.abs(looped.x - plain.x).max() > 0.1
     seen = []  # by a hook of some layers: their sites in order
     keep = lambda *place: seen.append(place[:2]) or place[2]  # noqa: E731
     jax.eval_shape(lambda x_BxTxD: run_layers(config, params, x_BxTxD, 0, LAYERS, Taps(keep, (2, 0, 9))), x_BxTxD)
