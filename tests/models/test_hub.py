@@ -151,6 +151,9 @@ def test_a_model_without_weights_on_the_hub(hub):
     (hub / "model.safetensors").rename(hub / "flax_model.msgpack")
     with pytest.raises(UserError, match=r"https://huggingface.co/org/model has no weights for transformers: expected"):
         resolve("org/model")
+
+
+def test_a_model_with_an_adapter_on_the_hub(hub):
     (hub / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="holds an adapter"):
         resolve("org/model")
