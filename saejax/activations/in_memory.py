@@ -123,7 +123,7 @@ def capture(
     """
     if not sites:
         raise UserError("sites is empty: name some, such as resid_post.15")
-    wanted = [parse_site(str(site)) for site in ([sites] if isinstance(sites, str) else sites)]
+    names = [str(parse_site(str(site))) for site in ([sites] if isinstance(sites, str) else sites)]
     most = lm.config.context
     size = most if context is None else min(context, most)
     tokens, source_B = tokenize_in_pieces(lm.tokenizer, texts, size, lm.bos)
@@ -135,7 +135,7 @@ def capture(
             # Rows are filled up to a number that the devices divide; the copies are not kept.
             filled_B = np.resize(chosen, rows)
             batch = Tokens(tokens.ids_BxT[filled_B, :length], tokens.lengths_B[filled_B])
-            for site, value_BxTxD in lm(batch, capture=wanted, logits=False).sites.items():
+            for site, value_BxTxD in lm(batch, capture=names, logits=False).sites.items():
                 host_BxTxD = np.asarray(value_BxTxD, np.float32)
                 kept_NxD = values.setdefault(site, np.empty((offsets[-1], host_BxTxD.shape[2]), np.float32))
                 for text, value_TxD in zip(chosen, host_BxTxD, strict=False):
