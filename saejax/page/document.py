@@ -24,13 +24,8 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """Its address on the page."""
-        return anchor(self.title)
-
-
-def anchor(title: str) -> str:
-    """Return the address of a section: lower case letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
+        """Its address on the page: lower case letters, digits and hyphens."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-") or "section"
 
 
 def to_html(title: str, lead: Sequence[str], sections: Sequence[Section], footer: str) -> str:

@@ -43,16 +43,6 @@ class Findings:
         """Return the results of the first unit whose results are of a class; at least one unit must have them."""
         return next(iter(self.each(results).values()))
 
-    def with_results(self, results: object) -> "Findings":
-        """Return these findings with ``results`` in place of the results of their class."""
-        units = {
-            unit: dataclasses.replace(summary, results=results)
-            if isinstance(summary.results, type(results))
-            else summary
-            for unit, summary in self.summaries.items()
-        }
-        return dataclasses.replace(self, summaries=units)
-
     def address(self, file: Path) -> str:
         """Return a file's address for the report's links: relative to the report, percent-encoded."""
         return quote(os.path.relpath(file, self.report).replace(os.sep, "/"))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from saejax.page.tables import escape_markdown, number
+from saejax.page.tables import escape_markdown, significant
 from saejax.unicode import visible_token
 
 
@@ -53,11 +53,11 @@ class Strips:
                         text=visible_token(token, in_line=True),
                         share=0.0 if math.isnan(value) or largest <= 0 else min(max(value / largest, 0.0), 1.0),
                         peak=i == example.peak,
-                        label="not scored" if math.isnan(value) else number(value),
+                        label="not scored" if math.isnan(value) else significant(value),
                     )
                     for i, (token, value) in enumerate(zip(example.tokens, example.activations, strict=True))
                 ],
-                f"activation {number(example.activation, 1)}, {example.place}",
+                f"activation {significant(example.activation)}, {example.place}",
             )
             for example in self.examples
         ]

@@ -36,16 +36,12 @@ def behaviour(name: str) -> str:
 
 
 def place(site: str) -> str:
-    """Return a site, or several with commas, in words: "the residual stream after layer 15 (resid_post.15)"."""
-    if ", " in site:
-        return " and ".join(map(place, site.split(", ")))
-    kind, _, layer = site.partition(".")
-    return f"{_SITES[kind].format(layer)} ({site})" if kind in _SITES else site
-
-
-def detail_title(name: str) -> str:
-    """Return the title of the section on a behaviour's features."""
-    return f"Features: {behaviour(name)}"
+    """Return a site, or the parts of several, in words: "the residual stream after layer 15 (resid_post.15)"."""
+    words = []
+    for part in re.split(r", |\+", site):  # SAEs that are tested together, and what a crosscoder reads
+        kind, _, layer = part.partition(".")
+        words.append(f"{_SITES[kind].format(layer)} ({part})" if kind in _SITES else part)
+    return " and ".join(words)
 
 
 def signed(text: str) -> str:

@@ -1,6 +1,5 @@
 """The report over a made-up workspace: complete in itself, says what was found, and says no when it is no."""
 
-import dataclasses
 import re
 
 import pytest
@@ -10,8 +9,6 @@ from report_page import Report
 
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
-from saejax.models.tokens import token_text
-from saejax.results import to_json
 from saejax.runner import registry
 from saejax.runner.flags import define_flags, from_flags
 from saejax.runner.results import load_results
@@ -57,24 +54,20 @@ def test_both_say_the_answers_figures_scores_and_settings(report):
             assert f"{result.fooled} of {result.placebo_sets}" in text
 
 
-def test_without_a_specific_behaviour_this_is_said_first(report, tmp_path):
+def test_a_report_without_a_specific_behaviour_says_so_first_and_names_those_without_top_features(report, tmp_path):
     inputs = copy_inputs(report.root, tmp_path)
     summary = read_json(inputs["ablate/topk"] / SUMMARY)
     for result in summary["results"]["verdict"]["dictionaries"]["tested"].values():
         result["placebo"]["answer"] = "no"
-    write_json(inputs["ablate/topk"] / SUMMARY, summary)
-    text = Report(tmp_path, inputs).markdown
-    place = text.index("For no behaviour are the top features shown to be specific to its answer.")
-    assert place < text.index("The rule in full")
-
-
-def test_a_behaviour_without_top_features_is_named(report, tmp_path):
-    inputs = copy_inputs(report.root, tmp_path)
-    summary = read_json(inputs["ablate/topk"] / SUMMARY)
     summary["results"]["verdict"]["untested"] = {"two_hop": "no feature of the dictionary fires"}
+    summary["results"]["site"] = "resid_post.5+resid_post.15"
     write_json(inputs["ablate/topk"] / SUMMARY, summary)
     for text in Report(tmp_path, inputs).texts:
+        place = text.index("For no behaviour are the top features shown to be specific to its answer.")
+        assert place < text.index("The rule in full")
         assert "Capital of a city's state or country is not testable: no feature of the dictionary fires." in text
+        sites = [f"the residual stream after layer {layer} (resid_post.{layer})" for layer in (5, 15)]
+        assert f"only {' and '.join(sites)} were tested" in text and "Few sites" in text and "One site" not in text
 
 
 def test_the_settings_can_be_used_as_a_flag_file(report, tmp_path):
@@ -123,11 +116,22 @@ def test_features_have_numbers_contexts_and_where_they_are_missing_a_reason(repo
 
 def test_one_dictionary_and_long_lists(tmp_path):
     inputs = make_workspace(tmp_path, kinds=("topk",), top=60, sets=5)
-    report = Report(tmp_path, inputs, title="Is <this> & that so?")
+    report = Report(tmp_path, inputs, title="Is <this>\n& that so?")
     text = report.page.text
-    for words in ("Is <this> & that so?", "not testable (5 of 79 sets)", "of 60 features lower the logit difference"):
+    for words in ("Is <this>\n& that so?", "not testable (5 of 79 sets)", "of 60 features lower the logit difference"):
         assert words in text
+    # What no line of a flag file can hold stands on the command line.
+    assert "--flagfile=run.flags '--report.title=Is <this>\n& that so?'" in text and text.count("--report.title=") == 1
     assert "standard" not in text.replace("standard deviation", "").split("How to reproduce")[0]
+
+
+@pytest.mark.parametrize(
+    ("units", "title"), [(("evaluate", "train"), "The dictionaries of smollm2"), (("capture",), "What this run found")]
+)
+def test_a_report_without_behaviours_asks_nothing_about_them(report, tmp_path, units, title):
+    inputs = {unit: report.root / "inputs" / unit for stage in units for unit in (f"{stage}/topk", stage)}
+    inputs = {unit: folder for unit, folder in inputs.items() if (folder / SUMMARY).exists()}
+    assert Report(tmp_path, inputs).markdown.startswith(f"# {title}\n")
 
 
 @pytest.mark.parametrize(
@@ -151,24 +155,3 @@ def test_a_missing_or_damaged_input_is_named(report, tmp_path, unit, name, conte
     with pytest.raises(UserError, match=re.escape(str(inputs[unit] / name))):
         Report(tmp_path, inputs)
     assert not (tmp_path / "report" / "index.html").exists()
-
-
-def test_token_text_keeps_the_leading_space():
-    class SentencePiece:
-        def convert_ids_to_tokens(self, token):
-            return {1: "▁Paris", 2: "is", 3: "<0x0A>"}[token]
-
-        def decode(self, ids, clean_up_tokenization_spaces):
-            return {1: "Paris", 2: "is", 3: "\n"}[ids[0]]
-
-    text = token_text(SentencePiece())
-    assert [text(1), text(2), text(3)] == [" Paris", "is", "\n"]
-
-
-def test_results_of_every_unit_are_read_as_classes_and_written_as_they_were(report):
-    units = sorted((report.root / "inputs").rglob(SUMMARY))
-    assert len(units) == 7
-    for path in units:
-        results = load_results(path.parent)
-        assert dataclasses.is_dataclass(results)
-        assert to_json(results) == read_json(path)["results"]

@@ -5,9 +5,11 @@ import math
 import pytest
 from report_page import Page
 
+from saejax.page.blocks import Code
 from saejax.page.document import Section, to_html
 from saejax.page.strips import Example, Strips
 from saejax.page.tables import Table, escape_markdown, interval, number, percent, significant
+from saejax.page.words import place
 from saejax.results import Interval
 from saejax.unicode import visible
 
@@ -39,6 +41,12 @@ from saejax.unicode import visible
         (escape_markdown, ("- x",), "\\- x"),
         (escape_markdown, ("a - x\ny",), "a - x↵y"),
         (escape_markdown, ("`*[$~",), "\\`\\*\\[\\$\\~"),
+        (place, ("attn_z.3, other:resid_pre.0",), "attn_z.3 and other:resid_pre.0"),
+        (
+            place,
+            ("mlp_in.5+mlp_out.6",),
+            "the input of the MLP in layer 5 (mlp_in.5) and the output of the MLP in layer 6 (mlp_out.6)",
+        ),
     ],
 )
 def test_values_as_text(show, arguments, text):
@@ -71,10 +79,19 @@ def test_html_says_the_same():
     assert tags.count("th") == 4 and tags.count("td") == 2
 
 
-def test_contexts_without_any_activation_are_shown():
-    """As published files have them of features that never fire."""
+def test_contexts_without_any_activation_and_with_small_ones_are_shown():
+    """As published files have them of features that never fire, and as models of small activations have them."""
     ((pieces, where),) = Strips("7", "", (Example(("a", "b"), (0.0, math.nan), 0, "in a file"),)).rows()
-    assert [piece.share for piece in pieces] == [0, 0] and where == "activation 0.0, in a file"
+    assert [piece.share for piece in pieces] == [0, 0] and where == "activation 0, in a file"
+    ((pieces, where),) = Strips("7", "", (Example(("a", "b"), (0.01234, 0.00456), 0, "in a file"),)).rows()
+    assert [piece.label for piece in pieces] == ["0.0123", "0.00456"] and where == "activation 0.0123, in a file"
+
+
+def test_what_is_copied_keeps_its_spaces_and_titles_in_other_letters_share_no_address():
+    code = Code("Settings", "--report.title=Which 5 % of them?", folded=False)
+    sections = [Section("One", (code,)), *(Section(f"Answers: {name}", (code,), 3) for name in ("首都", "反义词"))]
+    page = Page(to_html("", (), sections, "").partition("<body>")[2].partition("</body>")[0])
+    assert page.texts.count(code.text) == 3 and page.attributes("id") == ["one"]
 
 
 def test_a_row_of_the_wrong_length_is_refused():

@@ -182,7 +182,7 @@ def test_the_stages_from_training_to_export(site, model, corpus, tmp_path, capsy
     assert scores.explained_variance == pytest.approx(expected, abs=1e-4)
     assert np.isfinite(scores.ce.reconstructed) and scores.ce.reconstructed != scores.ce.clean
     ablated = load_results(workdir / "ablate" / "batchtopk")
-    assert ablated.site == f"{site}.0" and ablated.verdict.dictionaries["tested"]["agreement"].dose > 0
+    assert ablated.site == f"{target}.0" and ablated.verdict.dictionaries["tested"]["agreement"].dose > 0
     exported = saejax.load_dictionary(workdir / "export" / "saelens-batchtopk" / f"{site}.0")
     assert exported.config.d_out == WIDTHS[target]
     np.testing.assert_allclose(exported(x[:50]), trained(x[:50]), rtol=1e-3, atol=1e-4)

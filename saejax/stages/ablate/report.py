@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.strips import Strips
 from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, panels, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
-from saejax.page.words import behaviour, detail_title, sentence, signed
+from saejax.page.words import behaviour, sentence, signed
 from saejax.results import Interval
 from saejax.runner.labels import labels_in
 from saejax.tasks.results import BaselineResults
@@ -39,6 +39,7 @@ from saejax.wording import counted
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SHOWN = 4  # top features of a behaviour that have a card: a screen holds them
 _MARKERS = "s^vPX*"
 _STRIPS = dict(random="random lists", placebo="placebo sets", untrained="untrained")
 _COLOURS = dict(random=GREY, placebo=BLUE, untrained=style.VIOLET, bases=style.GREEN)
@@ -132,8 +133,8 @@ def details(findings: Findings) -> list[Section]:
     return sections
 
 
-def features(findings: Findings, shown: int) -> list[Section]:
-    """Describe the top features of each behaviour, with the contexts of the first ``shown``."""
+def features(findings: Findings) -> list[Section]:
+    """Describe the top features of each behaviour, with the contexts of the first ``SHOWN``."""
     ablate = findings.first(AblateResults)
     is_integrated = findings.settings()["ablate"]["attribution"] == "integrated"
     gradient = "the mean gradient of the logit difference on the way to where all are replaced" if is_integrated else ""
@@ -149,9 +150,9 @@ def features(findings: Findings, shown: int) -> list[Section]:
     )
     sections = [Section("The features", (Text(intro),))]
     labels = labels_in(findings.folders, ablate.dictionary)
-    make_strips = _make_strips(findings, labels) if shown and findings.examples else None
+    make_strips = _make_strips(findings, labels) if findings.examples else None
     for name, top in ablate.top.items():
-        strips = [make_strips(name, item) for item in top[:shown] if not item.site] if make_strips else []
+        strips = [make_strips(name, item) for item in top[:SHOWN] if not item.site] if make_strips else []
         blocks: list[Block] = [_feature_table(top, labels), *strips]
         importance = (ablate.importance or {}).get(name)
         if importance:
@@ -159,7 +160,7 @@ def features(findings: Findings, shown: int) -> list[Section]:
             significant = (
                 "none can have a significant effect with so few prompts"
                 if count is None
-                else f"{count:,} have a significant effect (family-wise p at most 0.05)"
+                else f"{count:,} {'has' if count == 1 else 'have'} a significant effect (family-wise p at most 0.05)"
             )
             text = (
                 f"Of all {importance.features:,} live features, each ablated alone, {significant}. The effect "
@@ -167,13 +168,8 @@ def features(findings: Findings, shown: int) -> list[Section]:
                 f"{number(importance.activation_correlation)} with the correlation of activation and logit difference."
             )
             blocks.insert(1, Text(text))
-        sections.append(Section(detail_title(name), tuple(blocks), level=3))
+        sections.append(Section(f"Features: {behaviour(name)}", tuple(blocks), level=3))
     return sections
-
-
-def _main_readouts(result: BehaviourVerdict) -> tuple[str, str]:
-    """Return the objective, and the readout of accuracy."""
-    return next(iter(result.ablation)), "top1" if "top1" in result.ablation else "accuracy"
 
 
 def _bases_phrase(result: BehaviourVerdict) -> str:
@@ -295,30 +291,35 @@ def table_of_answers(caption: str, what: str, verdicts: Mapping[str, BehaviourVe
       verdicts: title of a row -> its verdict.
       note: a line below it.
     """
-    objective, accuracy = _main_readouts(next(iter(verdicts.values())))
+    columns = {what: lambda title, _: title} | _answer_columns(list(verdicts.values()))
+    return Table.of(caption, verdicts.items(), columns, words=set(columns), note=note)
+
+
+def _answer_columns(results: Sequence[BehaviourVerdict]) -> dict[str, Callable[..., str]]:
+    """Return the columns of the answers in these verdicts, made from rows that end in one."""
+    objective, accuracy = next(iter(results[0].ablation)), "top1" if "top1" in results[0].ablation else "accuracy"
     accuracy_name = ABLATION_READOUTS[accuracy][0]
 
-    def fooled(_: str, result: BehaviourVerdict) -> str:
-        return MISSING if result.fooled is None else f"{result.fooled} of {result.placebo_sets}"
+    def fooled(*row: Any) -> str:
+        return MISSING if row[-1].fooled is None else f"{row[-1].fooled} of {row[-1].placebo_sets}"
 
-    columns: dict[str, Callable[[str, BehaviourVerdict], str]] = {
-        what: lambda title, _: title,
-        f"1. Effect, {ABLATION_READOUTS[objective][2]}": lambda _, result: _effect_cell(result.ablation[objective]),
-        f"{accuracy_name[:1].upper()}{accuracy_name[1:]}, points": lambda _, result: _effect_cell(
-            result.ablation[accuracy], 0, 100
+    columns: dict[str, Callable[..., str]] = {
+        f"1. Effect, {ABLATION_READOUTS[objective][2]}": lambda *row: _effect_cell(row[-1].ablation[objective]),
+        f"{accuracy_name[:1].upper()}{accuracy_name[1:]}, points": lambda *row: _effect_cell(
+            row[-1].ablation[accuracy], 0, 100
         ),
-        "2. More than random": lambda _, result: _set_cell(result.random),
+        "2. More than random": lambda *row: _set_cell(row[-1].random),
         "Placebo sets that pass 2": fooled,
-        "3. Specific": lambda _, result: _set_cell(result.placebo),
-        "Shares": lambda _, result: _share_cell(result.placebo),
-        "4. Training mattered": lambda _, result: _set_cell(result.trained),
-        "5. Selective": lambda _, result: result.selective.answer,
+        "3. Specific": lambda *row: _set_cell(row[-1].placebo),
+        "Shares": lambda *row: _share_cell(row[-1].placebo),
+        "4. Training mattered": lambda *row: _set_cell(row[-1].trained),
+        "5. Selective": lambda *row: row[-1].selective.answer,
     }
-    if any(result.bases for result in verdicts.values()):
-        columns["Simpler bases"] = lambda _, result: _bases_phrase(result)
-    if any(result.enough for result in verdicts.values()):
-        columns["6. Left"] = _enough_cell
-    return Table.of(caption, verdicts.items(), columns, words=set(columns), note=note)
+    if any(result.bases for result in results):
+        columns["Simpler bases"] = lambda *row: _bases_phrase(row[-1])
+    if any(result.enough for result in results):
+        columns["6. Left"] = lambda *row: _enough_cell(row[-1])
+    return columns
 
 
 def seed_table(
@@ -339,18 +340,9 @@ def seed_table(
         for dictionary, results in dictionaries.items()
         if name in results
     ]
-    objective, _ = _main_readouts(rows[0][-1])
-    columns: dict[str, Callable[[str, str, BehaviourVerdict], str]] = {
-        what: lambda name, _, result: name,
-        "Dictionary": lambda _, dictionary, result: dictionary,
-        f"1. Effect, {ABLATION_READOUTS[objective][2]}": lambda *row: _effect_cell(row[-1].ablation[objective]),
-        "2. More than random": lambda *row: _set_cell(row[-1].random),
-        "3. Specific": lambda *row: _set_cell(row[-1].placebo),
-        "4. Training mattered": lambda *row: _set_cell(row[-1].trained),
-        "5. Selective": lambda *row: row[-1].selective.answer,
-    }
-    if any(result.enough for *_, result in rows):
-        columns["6. Left"] = lambda *row: _enough_cell("", row[-1])
+    columns: dict[str, Callable[..., str]] = {what: lambda *row: row[0], "Dictionary": lambda *row: row[1]}
+    answers = _answer_columns([row[-1] for row in rows])
+    columns |= {heading: show for heading, show in answers.items() if heading[0].isdigit()}
     note = (
         "Dictionaries that were trained alike but for their seed, each with top features and controls of its own. "
         "Question 4 compares each of them with the same untrained dictionaries, at the dose of the tested one. An "
@@ -382,7 +374,7 @@ def _share_cell(comparison: CausalAnswer) -> str:
     return f"{percent(comparison.parts['share'].mean)}; {percent(comparison.numbers['share_high'])}"
 
 
-def _enough_cell(_: str, result: BehaviourVerdict) -> str:
+def _enough_cell(result: BehaviourVerdict) -> str:
     if not result.enough:
         return MISSING
     first, last = result.enough[0], result.enough[-1]

@@ -129,7 +129,7 @@ def run_ablate(run: Run) -> AblateResults:
     importance = {name: results.importance for name, results in measured.items() if results.importance}
     return AblateResults(
         dictionary=config.dictionary,
-        site=", ".join([dictionary.site, *(each.site for each in joined)]),
+        site=", ".join([dictionary.config.target or dictionary.site, *(each.site for each in joined)]),
         k=config.top,
         replacement=config.replacement,
         positions=config.positions,

@@ -58,6 +58,6 @@ ABLATE = Stage(
     inputs=_inputs,
     names=_names,
     check=_check,
-    revision=8,  # neurons are no basis of a site within attention or the MLP
+    revision=9,  # of a transcoder the results name the site that is edited, not the one that is read
     processes="all",
 )

@@ -9,6 +9,7 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, number, percent
 from saejax.unicode import visible
 
+_LONGEST = 300  # characters of a prompt
 Row = tuple[str, GraphResults]  # of a table: a graph's name in the report, and what the stage says of it
 
 
@@ -97,5 +98,6 @@ def _span(values: Sequence[float], written: Callable[[float], str]) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return a text on one line, spaces at its ends left out."""
-    return visible(text).strip() or "␣"
+    """Return a text on one line, spaces at its ends left out; of a long one the beginning and the end."""
+    line = visible(text).strip() or "␣"
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"

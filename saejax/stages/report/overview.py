@@ -1,5 +1,7 @@
 """The frame of the report: summary of the run, what the scores leave out, limits, and how to reproduce it."""
 
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from saejax.page.document import Section
 from saejax.page.findings import Findings
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.page.words import BEHAVIOURS, behaviour, place
-from saejax.results import Devices, Settings
+from saejax.results import Settings
 from saejax.runner.flags import flag_fields
 from saejax.runner.registry import all_groups, flag_of
 from saejax.stages.ablate.report import held_out
@@ -65,6 +67,7 @@ def limits(findings: Findings) -> Section:
     ablate, behaviours = findings.first(AblateResults), findings.first(BaselineResults).behaviours
     settings = findings.settings()
     fewest = min(scores.test.n for scores in behaviours.values())
+    is_several = re.search(r"[,+]", ablate.site)  # SAEs that were tested together, or the parts of a crosscoder
     items = [
         (
             "Few prompts",
@@ -72,7 +75,10 @@ def limits(findings: Findings) -> Section:
             f"{number(100 / fewest, 1)} percentage points. Intervals are over prompts of the same form; other wordings "
             "were not tried.",
         ),
-        ("One site", f"only {place(ablate.site)} was tested, with {_tested_dictionaries(ablate)}"),
+        (
+            "Few sites" if is_several else "One site",
+            f"only {place(ablate.site)} {'were' if is_several else 'was'} tested, with {_tested_dictionaries(ablate)}",
+        ),
         (
             "Ablation is crude",
             f"when a feature is ablated, {WORDS[ablate.replacement]}. That can leave the model in a state "
@@ -113,7 +119,7 @@ def reproduce(findings: Findings) -> Section:
         (
             unit,
             number(summary.seconds, 1),
-            _devices(summary.devices),
+            f"{summary.devices.count} × {', '.join(summary.devices.kinds)}" if summary.devices else MISSING,
             MISSING if summary.device_hours is None else number(summary.device_hours, 3),
             ", ".join(f"{group} {_flag(seed)}" for group, seed in summary.seeds.items()) or MISSING,
             summary.start.replace("T", " ").replace("+00:00", ""),
@@ -123,23 +129,21 @@ def reproduce(findings: Findings) -> Section:
     columns = ("Stage", "Seconds", "Devices", "Device-hours", "Seeds", "Started, UTC")
     title = "The stages that this report reads; seconds and device-hours are of all attempts"
     stages = Table(title, columns, rows, frozenset({2, 4, 5}))
-    flags = "\n".join(dict.fromkeys(_flags(findings.settings())))  # groups share some
+    flags = list(dict.fromkeys(_flags(findings.settings())))  # groups share some
+    filed = [flag for flag in flags if flag.splitlines() == [flag.rstrip()]]  # a line of a file ends in no space
+    typed = [shlex.quote(flag) for flag in flags if flag not in filed]
     packages: dict[str, str] = {}
     for summary in findings.summaries.values():
         packages |= summary.packages
     versions = "\n".join(f"{package}=={version}" for package, version in packages.items())
     command = "python -m experiments.pipeline --workdir=runs/again --flagfile=run.flags"
     blocks = (
-        Code("With the settings below saved as run.flags", command, folded=False),
-        Code("Settings, as a flag file", flags),
+        Code("With the settings below saved as run.flags", " ".join([command, *typed]), folded=False),
+        Code("Settings, as a flag file", "\n".join(filed)),
         Code("Package versions", versions),
         stages,
     )
     return Section("How to reproduce", blocks)
-
-
-def _devices(devices: Devices | None) -> str:
-    return f"{devices.count} × {', '.join(devices.kinds)}" if devices else MISSING
 
 
 def _flags(settings: Settings) -> Iterator[str]:

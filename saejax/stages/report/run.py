@@ -47,7 +47,7 @@ from saejax.versions import package_versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FEATURES, _EXAMPLES = 4, 5  # top features of a behaviour that have a card, and contexts on it: a screen holds them
+_EXAMPLES = 5  # contexts on a feature's card
 
 
 def run_report(run: Run) -> ReportResults:
@@ -63,9 +63,13 @@ def run_report(run: Run) -> ReportResults:
     ablate = next(iter(findings.each(AblateResults).values()), None)  # None in a run without behaviours
     if ablate and trained:  # the report then names the dictionary as its workdir does, not by its path
         ablate = dataclasses.replace(ablate, dictionary=name)
-        findings = findings.with_results(ablate)
+        renamed = {
+            unit: dataclasses.replace(summary, results=ablate) if summary.stage == "ablate" else summary
+            for unit, summary in findings.summaries.items()
+        }
+        findings = dataclasses.replace(findings, summaries=renamed)
     tops = ablate.top.values() if ablate else ()
-    wanted = [item.feature for top in tops for item in top[:_FEATURES] if not item.site]
+    wanted = [item.feature for top in tops for item in top[: ablation.SHOWN] if not item.site]
     if ablate:
         run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
         findings = dataclasses.replace(findings, examples=contexts(run, findings, wanted, _EXAMPLES))
@@ -75,12 +79,13 @@ def run_report(run: Run) -> ReportResults:
         svg = style.save(figure, run.folder / "figures", name)
         return Picture(name, style.inline(svg, name, alt), caption, alt)
 
-    parts = sections(findings, draw, _FEATURES)
+    parts = sections(findings, draw)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
     lead = (*(overview.lead(findings) if ablate else ()), *(part.lead for part in parts if part.lead))
-    # The default title names an answer, which a run without behaviours does not have.
-    has_default_title = not ablate and config.title == ReportConfig().title and "model" in findings.settings()
-    title = f"The dictionaries of {findings.settings()['model']['path']}" if has_default_title else config.title
+    title = config.title
+    if not ablate and title == ReportConfig().title:  # which asks what such a run does not answer
+        model = findings.each(EvaluateResults) and findings.settings()["model"]
+        title = f"The dictionaries of {model['path']}" if model else "What this run found"
     page = to_html(title, lead, parts, footer)
     write_text(run.folder / "report.md", to_markdown(title, lead, parts, footer))
     write_text(run.folder / "index.html", page)
@@ -115,13 +120,12 @@ def trained_in(folder: str) -> tuple[dict[str, Path], str]:
     return {}, folder
 
 
-def sections(findings: Findings, draw: Draw, shown: int) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return all sections of the report; sections of optional stages stand before the features.
 
     Args:
       findings: the results to write about; without behaviours they have no tested dictionary.
       draw: saves a figure and returns its block.
-      shown: number of features of each behaviour that are shown with contexts.
     """
     tested = next((results.dictionary for results in findings.each(AblateResults).values()), "")
     is_evaluated = bool(findings.each(EvaluateResults))  # False for a dictionary that was trained elsewhere
@@ -132,12 +136,10 @@ def sections(findings: Findings, draw: Draw, shown: int) -> list[Section]:
     written += tasks.benchmark_sections(findings)
     if is_evaluated:
         written.append(training.section(findings, draw, tested))
-    writers = [
-        stage.section for stage in all_stages().values() if stage.section
-    ]  # stages that write their part themselves
-    written += [section for write in writers for section in write(findings, draw)]
+    for stage in all_stages().values():
+        written += stage.section(findings, draw) if stage.section else ()
     if tested:
-        written += ablation.features(findings, shown)
+        written += ablation.features(findings)
         written += [overview.left_out(findings)] if is_evaluated else []
         written.append(overview.limits(findings))
     return [*written, overview.reproduce(findings)]
