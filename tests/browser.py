@@ -212,3 +212,14 @@ def find_cut_off(page: Path, profile: Path, media: str, width: int) -> list[str]
               {width + 1} || e === document.documentElement && e.scrollWidth > {width + 1})).map(
               e => e.outerHTML.slice(0, 90))"""
         )
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG 2 contrast ratio of two colours "#rrggbb"."""
+    luminances = []
+    for colour in (a, b):
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    dark, light = sorted(luminances)
+    return (light + 0.05) / (dark + 0.05)

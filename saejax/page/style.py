@@ -55,6 +55,7 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "svg.fonttype": "path",
     "svg.hashsalt": "saejax",
+    "text.parse_math": False,  # dollar signs in names and tokens begin no formula
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",

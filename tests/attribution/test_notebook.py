@@ -85,7 +85,10 @@ def test_figures_have_the_most_influential_nodes(tmp_path):
 def test_a_figure_has_probabilities_of_tokens_alone():
     graph = make_graph()
     difference = dataclasses.replace(graph, settings=dict(targets=[[11, -1], [12, -1]])).difference(" c", "d")
-    both, one = (figure.draw_graph(each.prune(1.0, 1.0), {}) for each in (graph, difference))
+    feature = int(graph.nodes.layer_N[0]), int(graph.nodes.index_N[0])
+    labels = {feature: "two\nlines"}
+    both, one = (figure.draw_graph(each.prune(1.0, 1.0), labels) for each in (graph, difference))
+    assert "two↵lines" in {text.get_text() for text in both.axes[0].texts}
     assert {"␣c 0.60", "d 0.30"} <= {text.get_text() for text in both.axes[0].texts}
     assert "' c' - 'd'" in {text.get_text() for text in one.axes[0].texts}
 

@@ -113,7 +113,9 @@ def test_labels_of_a_dictionary_that_was_here_before_are_not_used(tmp_path):
         folder = tmp_path / stage / f"topk-{mark}"
         (folder / "features").mkdir(parents=True)
         write_json(folder / "started.json", dict(depends_on=dict(needs=needs)))
-        record = dict(feature=7, tokens=[dict(text=f"token of {mark[:1]}", sum=1.0)], examples=[])
+        record = dict(
+            feature=7, tokens=[dict(text=f"token of {mark[:1]}", sum=1.0)], examples=[], histogram=[0, 3, 0, 9]
+        )
         write_json(folder / "features" / "00000.json", [record])
         write_json(folder / "labels.json", {"5": to_json(Label(f"{stage} {mark[:1]}", "Ada"))})
         write_members(folder, ("", "resid_post.3", "resid_post.3"))
@@ -127,7 +129,9 @@ def test_labels_of_a_dictionary_that_was_here_before_are_not_used(tmp_path):
     assert feature_names(tmp_path, "topk") == names and labels_of(tmp_path, "topk")[5].label == "atlas c"
     folder, feature = tmp_path / "train" / "topk", (3, 7)
     config = GraphConfig(transcoders=str(folder))
-    assert labels_of_folders([folder]) == {(3, 5): "atlas c"} and feature in details_of_features(config, [feature])
+    assert labels_of_folders([folder]) == {(3, 5): "atlas c"}
+    middles = 2**-9.25, 2**-8.75, 2**-8.25  # of bins
+    assert details_of_features(config, [feature])[feature].histogram == tuple(zip(middles, (3, 0, 9), strict=True))
     unit("train", "d" * 16, {})
     assert feature_names(tmp_path, "topk") == labels_of(tmp_path, "topk") == labels_of_folders([folder]) == {}
     assert details_of_features(config, [feature]) == {}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import matplotlib
 import numpy as np
 import pytest
+from browser import contrast
 from every_kind import KINDS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
@@ -94,7 +95,7 @@ def heatmap_figure(layers=30, length=14, is_normalised=True, heads=1):
         prompts=0 * layer_N,
         **dict.fromkeys(("effect", "low", "high", "normalised"), share_N),
     )
-    words = ["The", " near", "\n", " ", " extraordinarily", "7"]
+    words = ["The", " near", "\n", " ", " extraordinarily", "$$"]  # no formula
     columns = [SimpleNamespace(token=words[i % 6], differs=float(i == length // 2)) for i in range(length)]
     return patching.heatmap(grid, SimpleNamespace(is_normalised=is_normalised, columns=columns))
 
@@ -109,6 +110,7 @@ def steering_figure():
 DRAWN = [
     control_figure,
     lambda: control_figure(0, 0),
+    lambda: figures.control_strips("$^$", {1.0: 3.0}, interval(3.0), {}, {"sets/$\\frac$": 1.0}),
     steering_figure,
     lambda: heatmap_figure(length=1, heads=9),
     *(partial(heatmap_figure, *size, is_normalised=False) for size in ((30, 14), (2, 40), (1, 1), (30, 1))),
@@ -256,18 +258,6 @@ def test_inline_svgs_share_a_page(tmp_path):
 @pytest.mark.parametrize("paper", ["#ffffff", "#14181d"])
 def test_colours_stand_out_on_light_and_dark(color, paper):
     assert contrast(color, paper) >= 3  # what WCAG asks of graphics
-
-
-def contrast(a: str, b: str) -> float:
-    """WCAG 2 contrast ratio of two colours "#rrggbb"."""
-    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-def luminance(color: str) -> float:
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_members_whose_curves_have_other_points_and_an_eighth_kind_are_drawn():

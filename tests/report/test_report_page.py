@@ -4,8 +4,7 @@ import itertools
 import re
 from urllib.parse import unquote
 
-from browser import find_cut_off, needs_chromium
-from test_figures import contrast
+from browser import contrast, find_cut_off, needs_chromium
 
 
 def test_the_page_is_complete_in_itself(report):

@@ -14,7 +14,7 @@ from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN, GraphDat
 from saejax.errors import UserError
 from saejax.files import whole_file
 from saejax.page.style import BLUE, GREY, INK, ORANGE, PAPER, styled
-from saejax.unicode import visible_token
+from saejax.unicode import visible, visible_token
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,19 +97,17 @@ def draw_graph(graph: GraphData, labels: Mapping[tuple[int, int], str], nodes: i
                 name = visible_token(label, in_line=not is_token) + (f" {table.value_N[node]:.2f}" if is_token else "")
             elif kind == FEATURE:
                 feature = int(table.layer_N[node]), int(table.index_N[node])
-                name = labels.get(feature) or str(feature[1])
+                name = visible(labels.get(feature, "")) or str(feature[1])
             if len(name) > _NAME:
                 name = f"{name[: _NAME - 1]}…"
             offset = (0, 5 + 9 * ((node - first) % 3 if kind == LOGIT else 0))
             axes.annotate(
                 name, (x_N[node], y_N[node]), offset, textcoords="offset points", ha="center", size=6.5,
-                parse_math=False, zorder=3, path_effects=[withStroke(linewidth=2, foreground=PAPER)],
+                zorder=3, path_effects=[withStroke(linewidth=2, foreground=PAPER)],
             )  # fmt: skip
     names = {-1: "tokens", graph.n_layers: "logits"}
     axes.set_yticks(range(rows), [names.get(layer, str(layer)) for layer in np.unique(table.layer_N[drawn]).tolist()])
     axes.set_xticks(range(positions), [visible_token(token) for token in graph.tokens], rotation=40, ha="right")
-    for text in axes.get_xticklabels():
-        text.set_parse_math(False)
     axes.set(xlim=(-0.6, positions - 0.4), ylim=(-0.5, rows), ylabel="layer")
     axes.tick_params(length=0)
     return figure

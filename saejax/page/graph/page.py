@@ -168,9 +168,9 @@ def _about(metadata: Mapping[str, Any]) -> str:
     settings = metadata.get("pruning_settings") or {}
     kept = settings.get("node_threshold", metadata.get("node_threshold"))
     if _is_number(kept):
-        parts.append(f"pruned to {percent(kept)} of the influence of nodes")
+        parts.append(f"pruned to {100 * kept:.4g}\u00a0% of the influence of nodes")
     if _is_number(settings.get("edge_threshold")):
-        parts.append(f"{percent(settings['edge_threshold'])} of the influence of edges")
+        parts.append(f"{100 * settings['edge_threshold']:.4g}\u00a0% of the influence of edges")
     return ", ".join(parts) + "."
 
 

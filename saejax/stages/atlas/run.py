@@ -6,7 +6,6 @@ let a page read files of its folder, but run scripts from it: ``data/index.js`` 
 """
 
 import itertools
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +21,12 @@ from saejax.interpret.labels import label_files, read_explanations, read_labels,
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.review import write_sheets
 from saejax.links import member_folder
-from saejax.page.scripts import ELEMENTS, elements_script
+from saejax.page.scripts import ELEMENTS, elements_script, embedded
 from saejax.results import to_json
 from saejax.runner.results import load_results
 from saejax.runner.workspace import Run
 from saejax.stages.atlas.settings import AtlasConfig
 from saejax.stages.interpret.settings import InterpretConfig
-from saejax.unicode import replace_surrogates
 
 CHUNK = 32  # features of a file that is loaded at once
 _VIEWER = Path(__file__).parent / "viewer"
@@ -131,17 +129,11 @@ def write_atlas(
                 columns[name].append(value)
             extra = dict(label=to_json(label)) if label else {}
             chunk.append(dict(record) | extra | (dict(effects=dict(effect)) if effect else {}))
-        write_text(folder / "data" / f"{number:05d}.js", f"atlas.chunk({number},{_json(chunk)})\n")
+        write_text(folder / "data" / f"{number:05d}.js", f"atlas.chunk({number},{embedded(chunk)})\n")
     about = dict(dictionary=dictionary, features=len(columns["rate"]), chunk=CHUNK, columns=columns, maps=len(maps))
-    write_text(folder / "data" / "index.js", f"atlas.index({_json(about)})\n")
-    write_text(folder / "data" / "maps.js", f"atlas.maps({_json(maps)})\n")
+    write_text(folder / "data" / "index.js", f"atlas.index({embedded(about)})\n")
+    write_text(folder / "data" / "maps.js", f"atlas.maps({embedded(maps)})\n")
     write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in labels.items()})
     for name in _PAGE:
         write_text(folder / name, (_VIEWER / name).read_text(encoding="utf-8"))
     write_text(folder / ELEMENTS, elements_script())
-
-
-def _json(data: Any) -> str:
-    """Return JSON as a JavaScript expression; incomplete characters of tokens become replacement characters."""
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return replace_surrogates(text)

@@ -139,7 +139,10 @@ def _details_of(record: FeatureRecord) -> FeatureDetails:
         groups.setdefault(name, []).append(cut_context(context["tokens"], context["acts"]))
     contexts = tuple(cut_context(example["tokens"], example["acts"]) for example in record["examples"][:EXAMPLES])
     up, down = (tuple(text for text, _ in some) for some in (record.get("up", ()), record.get("down", ())))
-    bars = [(2 ** (i / PER_OCTAVE + LOWEST), count) for i, count in enumerate(record.get("histogram", ())) if count]
+    counts = record.get("histogram", ())
+    used = [i for i, count in enumerate(counts) if count]
+    within = range(used[0], used[-1] + 1) if used else ()  # the middles of bins, also of empty ones between others
+    bars = [(2 ** ((i + 0.5) / PER_OCTAVE + LOWEST), counts[i]) for i in within]
     return FeatureDetails(contexts, up, down, "", name_quantiles(groups), tuple(bars))
 
 

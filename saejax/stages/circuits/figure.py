@@ -107,7 +107,7 @@ def _draw_panel(
         name, text = (
             "\n".join(textwrap.wrap(words, int(wide * letters))[:2]) for words, letters in ((name, 13.5), (text, 17))
         )
-        common: dict[str, Any] = dict(ha="center", zorder=4, parse_math=False)
+        common: dict[str, Any] = dict(ha="center", zorder=4)
         where = "bottom" if text else "center"
         axes.text(x, y, name, size=_SIZE, color=INK, weight="bold", va=where, **common)
         axes.text(x, y - 0.05, text, size=_SIZE - 1, color=SOFT, va="top", **common)

@@ -183,18 +183,6 @@ def test_tab_reaches_everything_enter_opens_and_escape_closes(opened):
     assert clicked(opened) == node
 
 
-def test_search_finds_ids_and_tokens(opened, document):
-    node = busy_feature(document)
-    opened.click_on("#search")
-    opened.type(node)
-    assert opened.js("[...document.querySelectorAll('#found .row')].map(r => r.dataset.node)") == [node]
-    opened.js("(() => { const s = document.getElementById('search'); s.value = ''; })()")
-    opened.type("E_ capital")
-    assert opened.js("[...document.querySelectorAll('#found .row')].map(r => r.dataset.node)") == ["E_104_4"]
-    opened.click_on("#found .row")
-    assert clicked(opened) == "E_104_4"
-
-
 def test_a_large_graph_is_drawn(show_page):
     """1,500 nodes and 20,000 edges; only a hang fails."""
     large = made_up_document(features=1306, edges=20_000, layers=28, positions=24, errors=160, outputs=10)

@@ -85,6 +85,9 @@ def test_scores_stand_beside_the_share_of_features_that_was_traced(document):
     scored["metadata"] |= dict(generation_settings=dict(active_features=4097, traced_features=4096))
     assert "score 0.50, with 4,096 of 4,097 active features traced (100\u00a0%)" in page_html(scored)
     assert "not stated" not in page_html(document)
+    scored["metadata"]["pruning_settings"] = dict(node_threshold=0.999, edge_threshold=0.8)
+    said = "pruned to 99.9\u00a0% of the influence of nodes, 80\u00a0% of the influence of edges."  # not to 100 %
+    assert said in page_html(scored)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from browser import needs_chromium
+from browser import contrast, needs_chromium
 from graph_pages import FEATURE, busy_feature, click_node, clicked, place_of, show, strongest, text
 from made_up_documents import made_up_document
 
@@ -26,8 +26,11 @@ def test_nothing_in_the_graph_becomes_html_and_white_space_is_visible(opened, do
     opened.type("E_100")
     opened.key("Enter")
     assert text(opened, "#panel h2") == "<bos>"
-    click_node(opened, "E_104_4")
-    assert text(opened, "#panel h2") == "␣capital"
+    opened.js("document.getElementById('search').value = ''")
+    opened.click_on("#search")
+    opened.type("E_ capital")
+    opened.click_on("#found .row")
+    assert text(opened, "#panel h2") == "␣capital" and clicked(opened) == "E_104_4"
 
 
 @pytest.mark.parametrize(
@@ -67,17 +70,6 @@ def test_light_and_dark_follow_the_reader(browser, page, dark):
     browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
     browser.settle()
     assert browser.js("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-
-
-def contrast(a, b):
-    """WCAG 2 contrast ratio of two colours "#rrggbb"."""
-    luminances = []
-    for colour in (a, b):
-        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-    dark, light = sorted(luminances)
-    return (light + 0.05) / (dark + 0.05)
 
 
 def test_a_phone_shows_all_of_it(browser, page, document):

@@ -1,7 +1,6 @@
 """What a reader chooses on the page: groups, the address, downloads, the way back."""
 
 import dataclasses
-import html
 import json
 import re
 import time
@@ -17,7 +16,6 @@ from made_up_documents import made_up_document
 
 from saejax.attribution.forms.document import FEATURE_TYPE
 from saejax.attribution.forms.features import FeatureDetails
-from saejax.page.graph.page import write_page
 
 pytestmark = needs_chromium
 
@@ -228,20 +226,6 @@ def test_going_back_restores_sliders(opened, document):
     assert "clickedId=&" in opened.js("location.hash") and "edges=0.5" in opened.js("location.hash")
 
 
-def test_a_notebook_can_show_it_in_a_frame(browser, document, tmp_path):
-    write_page(tmp_path / "graph.html", document)
-    frame = html.escape((tmp_path / "graph.html").read_text(), quote=True)
-    (tmp_path / "notebook.html").write_text(f'<iframe sandbox="allow-scripts" width=1000 height=700 srcdoc="{frame}">')
-    browser.view(1100, 800)
-    browser.open((tmp_path / "notebook.html").as_uri())
-    browser.wait("document.querySelector('#panel .row')", in_frame=True)
-    box = browser.js_in_frame("JSON.stringify(document.querySelector('#panel .row').getBoundingClientRect())")
-    browser.click(json.loads(box)["x"] + 40, json.loads(box)["y"] + 20)
-    assert browser.js_in_frame("document.querySelector('#pin').innerText") == "Pin"
-    assert browser.js_in_frame("document.querySelectorAll('#panel .inputs .row').length") > 0
-    assert browser.errors == []
-
-
 def up(graph):
     """The graph without edges that lead down or stay in a layer."""
     below_S = graph.nodes.layer_N[: graph.adjacency_RxS.shape[1]]
@@ -255,6 +239,10 @@ def test_a_graph_shows_itself_in_a_notebook_and_saves_its_page(browser, tmp_path
     browser.view(1100, 1000)
     browser.open((tmp_path / "notebook.html").as_uri())
     browser.wait("document.querySelector('#panel .row')", in_frame=True)
+    box = browser.js_in_frame("JSON.stringify(document.querySelector('#panel .row').getBoundingClientRect())")
+    browser.click(json.loads(box)["x"] + 40, json.loads(box)["y"] + 20)
+    assert browser.js_in_frame("document.querySelector('#pin').innerText") == "Pin"
+    assert browser.js_in_frame("document.querySelectorAll('#panel .inputs .row').length") > 0
     (feature, *_) = (node for node in graph.prune().ids if not node.startswith(("E", "4_")))
     layer, index, _ = map(int, feature.split("_"))
     graph.prune().save_page(tmp_path / "page.html", labels={(layer, index): "cities"})
@@ -307,7 +295,8 @@ def test_features_without_a_label_have_the_tokens_of_their_contexts_as_name(show
     nodes = [{**one, "clerp": ""} if one["feature_type"] == FEATURE_TYPE else one for one in document["nodes"]]
     features = {tuple(map(int, one["node_id"].split("_")[:2])) for one in nodes if one["feature_type"] == FEATURE_TYPE}
     context = dict(tokens=["of", " Texas", "."], activations=[0.0, 2.0, 0.5])
-    details = {feature: FeatureDetails((context, context), (" Austin",)) for feature in features}
+    none = ((0.5, 0.0), (1.5, 0.0))  # a histogram of a feature that never fires
+    details = {feature: FeatureDetails((context, context), (" Austin",), histogram=none) for feature in features}
     details[min(features)] = FeatureDetails((), (" Austin", " Dallas"))
     browser = show_page({**document, "nodes": nodes}, details=details)
     ids = [one["node_id"] for one in nodes if one["feature_type"] == FEATURE_TYPE]
@@ -315,6 +304,7 @@ def test_features_without_a_label_have_the_tokens_of_their_contexts_as_name(show
     assert set(names) == {"“Texas”", "→“Austin” →“Dallas”"}
     click_node(browser, busy_feature(document))
     assert "“Texas”" in text(browser, "#panel")
+    assert "NaN" not in browser.js("document.querySelector('.histogram').innerHTML")
 
 
 def test_contexts_logits_and_a_link_to_neuronpedia_are_shown(show_page, document):

@@ -71,7 +71,7 @@ function exampleList(examples, most) {
 
 /** How often a feature is active, by activation: bars, and the activations of the first and the last. */
 function histogramOf(bars) {
-  const most = Math.max(...bars.map(([, height]) => height));
+  const most = Math.max(...bars.map(([, height]) => height)) || 1;
   const wide = 100 / bars.length;
   const said = ([x, height]) => `${magnitude(height)} at activation ${magnitude(x)}`;
   const rects = bars.map(([x, height], k) => {

@@ -95,7 +95,7 @@ function layPills(graph, visible, width, measure) {
   const room = width - GUTTER - EDGE;
   const logits = [];
   for (let i = 0; i < graph.n; i++) if (graph.kind[i] === LOGIT && visible.node[i]) logits.push(i);
-  logits.sort((a, b) => graph.doc.nodes[b].token_prob - graph.doc.nodes[a].token_prob);
+  logits.sort((a, b) => (graph.doc.nodes[b].token_prob ?? 0) - (graph.doc.nodes[a].token_prob ?? 0));
   let lines = [[]];
   let used = 0;
   for (const node of logits) {

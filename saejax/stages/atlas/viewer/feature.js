@@ -13,7 +13,7 @@ const table = (heads, rows) => {
 const bars = (counts, from, to, alt) => {
   const most = Math.max(...counts, 1);
   const made = counts.map((count) => {
-    const bar = make('i', {title: number(count)});
+    const bar = make('i', {title: number(count, 15)});
     bar.style.height = `${100 * count / most}%`;
     return bar;
   });
