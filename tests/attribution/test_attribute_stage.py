@@ -319,13 +319,6 @@ def test_a_large_lens_is_hashed_once(tmp_path, monkeypatch):
     assert identity(config) != before and read == ["lens.npz"] * 2
 
 
-def test_prompts_without_latin_letters_have_names_of_their_own(tmp_path):
-    (tmp_path / "some.jsonl").write_text('{"prompt": "法国的首都是"}\n{"prompt": "德国的首都是"}', "utf-8")
-    first, second = read_requests(GraphConfig(prompts=str(tmp_path / "some.jsonl")))
-    assert first.slug.startswith("graph-") and first.slug != second.slug
-    assert first.slug == unit_name(GraphConfig(prompt="法国的首都是", transcoders="set"))
-
-
 @pytest.mark.parametrize(
     ("written", "targets"),
     [
@@ -357,8 +350,10 @@ def test_prompts_that_differ_have_folders_of_their_own(texts, tmp_path):
     names = [unit_name(GraphConfig(prompt=text, transcoders="set")) for text in texts]
     assert names[0] != names[1] and all(len(name) < 60 for name in names)
     assert unit_name(GraphConfig(prompt="the capital of france is", transcoders="set")) == "the-capital-of-france-is"
-    (tmp_path / "ids.jsonl").write_text('{"token_ids": [5, 17]}\n{"prompt": "5 17"}\n{"prompt": "5-17"}')
-    assert len({request.slug for request in read_requests(GraphConfig(prompts=str(tmp_path / "ids.jsonl")))}) == 3
+    lines = [dict(token_ids=[5, 17]), *(dict(prompt=text) for text in ("5 17", "5-17", texts[0]))]
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    slugs = [request.slug for request in read_requests(GraphConfig(prompts=str(tmp_path / "ids.jsonl")))]
+    assert len(set(slugs)) == 4 and slugs[-1] == names[0]  # a line's name is that of the flag
 
 
 def test_files_of_prompts_that_differ_have_folders_of_their_own():
@@ -367,11 +362,6 @@ def test_files_of_prompts_that_differ_have_folders_of_their_own():
     assert len({*names, *_TAKEN}) == len(files) + len(_TAKEN)
     assert all(name.isascii() and len(name) < 60 for name in names)
     assert (names[0], names[1], names[6]) == ("demo", "demo.v1", "a_b")
-
-
-def test_a_prompt_that_is_called_as_a_file_of_every_folder_has_another_name():
-    """Viewers list the graphs of a folder in ``graph-metadata.json``: to be refused after the trace would be late."""
-    assert unit_name(GraphConfig(prompt="graph metadata", transcoders="set")).startswith("graph-metadata-")
 
 
 def test_of_an_answer_the_first_token_is_explained(lm):

@@ -16,9 +16,10 @@ from made_transcoders import made_set
 from saejax import load_results, save_transcoders
 from saejax.page.findings import read_findings
 from saejax.page.tables import answer, interval, number, percent
-from saejax.runner import command
+from saejax.runner import command, command_line
 from saejax.stages.circuits.claims import compare_claims
 from saejax.stages.circuits.report import sections
+from saejax.stages.circuits.stage import CIRCUITS
 
 pytestmark = pytest.mark.usefixtures("single_device")
 WORDS = ("war", "water", "way", "near", "runs", "side")
@@ -122,6 +123,15 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert f"mine.json names feature {feature} of layer {layer}, where" in line
     assert run(tmp_path / "run", *flags) == 0 and "circuits: done before, unchanged" in capsys.readouterr().out
+
+
+def test_a_lens_that_circuits_do_not_read_finds_none_anew(flags, tmp_path):
+    arguments = ["circuits", *flags, f"--model.lens={tmp_path / 'lens.pt'}"]
+    configs, marks = command_line.read_configs(command_line.stage_flags(), arguments), []
+    for content in ("one", "two"):
+        (tmp_path / "lens.pt").write_text(content)
+        marks.append(CIRCUITS.inputs(configs, "")["graph"](configs))
+    assert marks[0] == marks[1] and not any("lens" in name for name in CIRCUITS.settings_read(configs, ""))
 
 
 def test_bad_input_is_one_line(flags, tmp_path, capsys):

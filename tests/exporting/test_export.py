@@ -68,18 +68,15 @@ def test_every_member_of_a_stack_is_exported(tmp_path):
         assert (config.site, config.k, config.max_norm) == (dictionary.config.site, dictionary.config.k, 123.5)
 
 
-def test_transcoders_of_all_layers_become_a_set(tmp_path):
+def test_transcoders_of_all_layers_become_a_set_and_a_sweep_one_for_each_setting(tmp_path):
     members = {f"mlp_in.{layer}": known.make("jumprelu", "transcoder", layer, seed=layer) for layer in range(12)}
     folder, go = run(tmp_path, unit(tmp_path / "jumprelu", members), "circuit_tracer")
     assert {entry.folder for entry in go().members} == {"."}
     x = known.activations()
     for layer, transcoder in enumerate(load_transcoders(folder)):
         assert (transcoder.encode(x) == members[f"mlp_in.{layer}"].encode(x)).all()
-
-
-def test_a_sweep_becomes_a_set_for_each_setting(tmp_path):
-    members = {f"mlp_in.{layer}-k{k}": known.make("topk", "transcoder", layer, k=k) for layer in (0, 1) for k in (2, 3)}
-    folder, go = run(tmp_path, unit(tmp_path / "topk", members), "circuit_tracer")
+    sweep = {f"mlp_in.{layer}-k{k}": known.make("topk", "transcoder", layer, k=k) for layer in (0, 1) for k in (2, 3)}
+    folder, go = run(tmp_path, unit(tmp_path / "topk", sweep), "circuit_tracer")
     go()
     for k in (2, 3):
         assert [transcoder.config.k for transcoder in load_transcoders(folder / f"k{k}")] == [k, k]

@@ -157,10 +157,16 @@ def test_members_of_a_sweep_are_sources_of_their_own(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [dict(model_id="Model"), dict(model_id="m--1"), dict(source_set="Mine_1")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(dict(model_id="Model"), dict(model_id="m--1"), dict(source_set="Mine_1")),
+        dict(members=("resid_pre.3", "resid_post.3")),
+    ],
+)
 def test_names_that_neuronpedia_does_not_take_are_refused(tmp_path, settings):
     folder, run = make_unit(tmp_path, **settings)
-    with pytest.raises(UserError, match="Neuronpedia takes"):
+    with pytest.raises(UserError, match="Neuronpedia takes|: 3-res-topk, 3-res-topk; export one at a time"):
         run_export(run)
     assert [path.name for path in folder.iterdir()] == [STARTED]
 

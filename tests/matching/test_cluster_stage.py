@@ -1,6 +1,5 @@
 """The stage ``cluster`` as a program: a stack of seeds, with a store and without one."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +9,9 @@ import trained_stack
 from saejax import load_results
 from saejax.activations.documents import Documents
 from saejax.activations.store import Store
-from saejax.dictionaries.labels import Label
-from saejax.matching.clusters.results import FeatureGroup
 from saejax.parallel.settings import MeshConfig
 from saejax.runner import command
-from saejax.stages.cluster import report
+from saejax.stages.cluster.report import sections
 from saejax.stages.cluster.run import GroupedFeatures, open_texts
 from saejax.stages.cluster.settings import ClusterConfig
 from saejax.stages.transfer.inputs import load_compared
@@ -43,16 +40,11 @@ def test_members_are_grouped(workdir):
     assert all(group.stable == (group.overlap > first.bar) for group in first.largest)
 
 
-def test_the_report_has_them_and_nothing_is_done_twice(workdir, capsys, monkeypatch):
+def test_the_report_has_them_and_nothing_is_done_twice(workdir, capsys):
     folder, flags = workdir
-    results = load_results(folder / "cluster")
-    group = FeatureGroup("feature 7", (7, 9), 0.5, 0.9, True)  # before anyone gave its features labels
-    results = dataclasses.replace(results, dictionaries=[dataclasses.replace(one, stable_groups=1, largest=(group,))
-                                                         for one in results.dictionaries])  # fmt: skip
-    monkeypatch.setattr(report, "labels_in", lambda folders, name: {9: Label("cities", "Ada")} if "k8" in name else {})
-    (section,) = report.sections(SimpleNamespace(each=lambda kind: {"": results}, folders={}), None)
-    assert "topk/resid_post.0-k8" in section.blocks[1].markdown()
-    assert [table.rows[0][0] for table in section.blocks[2:]] == ["feature 7", "cities"]
+    found = SimpleNamespace(each=lambda kind: {"": load_results(folder / "cluster")})
+    (section,) = sections(found, None)
+    assert "topk/resid_post.0-k8" in "\n".join(block.markdown() for block in section.blocks)
     assert command.run(["cluster"], "", ["test", *flags]) == 0
     assert "cluster: done before, unchanged" in capsys.readouterr().out
 

@@ -107,17 +107,9 @@ class _Split:
             seed=jax.ShapeDtypeStruct((), jnp.uint32) if config.replacement == "random" else None,
         )
 
-    def stream(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
-        """Return the shape of the stream entering the suffix, of ``count`` prompts."""
-        return place(self.mesh, (count, self.length, self.plan.model.d_model), self.plan.dtype)
-
-    def value(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
-        """Return the shape of the value where the dictionary writes, of ``count`` prompts."""
-        return place(self.mesh, (count, self.length, self.used.d_out), self.plan.dtype)
-
-    def read(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
-        """Return the shape of what the dictionary reads, of ``count`` prompts."""
-        return place(self.mesh, (count, self.length, self.used.d_in), self.plan.dtype)
+    def array(self, count: int, width: int) -> jax.ShapeDtypeStruct:
+        """Return the shape of values at every position of ``count`` prompts."""
+        return whole(self.mesh, (count, self.length, width), self.plan.dtype)
 
     def domain(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
         """Return the shape of the editable positions of ``count`` prompts."""
@@ -174,7 +166,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
     # The engine gathers the columns of the features that a group of edits needs, filled up to a few widths.
     gathered = filled_features(min(split.used.n_features, max(GATHERED, ablate.top)))
-    clean_sides = [split.read(whole, prompts), split.domain(whole, prompts)]
+    clean_sides = [split.array(prompts, split.used.d_in), split.domain(whole, prompts)]
     sides = clean_sides * (2 if ablate.replacement == "counterpart" else 1)
     chosen = split.point, split.dictionary, split.source, sides, whole(mesh, (gathered,), jnp.int32), prompts
     flops, size = len(sides) / 2 * split.encode_flops(prompts), f"{prompts} prompts, {gathered} features"
@@ -204,7 +196,8 @@ def _slope_programs(
     tree = _abstract_tree(mesh, whole_rows(count), length, fill(count * length))
     place: Any = whole(mesh, tree.prompt_SxR.shape, jnp.int32)
     rows = PromptTree(tree, by_row(mesh, tree.prompt_SxR.shape, jnp.int32), place)
-    stream, read, editable = (each(whole, kept) for each in (split.stream, split.read, split.domain))
+    stream, read = (split.array(kept, width) for width in (plan.model.d_model, split.used.d_in))
+    editable = split.domain(whole, kept)
     counterpart = (read, editable) if ablate.replacement == "counterpart" and targets == 1 else None
     counts = None
     if ablate.replacement == "random":  # drawn from each feature's own activations
@@ -230,7 +223,7 @@ def _slope_programs(
 def _edited_rows(split: _Split, prompts: int, gathered: int, batch: int) -> tuple:
     """Return the arguments of the program that runs a batch of edited prompts, each changed from its start on."""
     mesh, dtype = split.mesh, split.plan.configs[TrainConfig].state_dtype
-    stream_PxTxD, value_PxTxO = split.stream(whole, prompts), split.value(whole, prompts)
+    stream_PxTxD, value_PxTxO = (split.array(prompts, width) for width in (split.plan.model.d_model, split.used.d_out))
     f_PxTxK = whole(mesh, (prompts, split.length, gathered), dtype)
     W_dec_KxO = whole(mesh, (gathered, split.used.d_out), dtype)
     past = _abstract_past(split, prompts)
@@ -244,7 +237,7 @@ def _edited_rows(split: _Split, prompts: int, gathered: int, batch: int) -> tupl
 
 def _abstract_past(split: _Split, prompts: int) -> PrefixKV:
     """Return keys and values of the clean run above the site, of so many prompts."""
-    values = split.stream(whole, prompts), split.value(whole, prompts)
+    values = (split.array(prompts, width) for width in (split.plan.model.d_model, split.used.d_out))
     past = jax.eval_shape(split.point.run_suffix_with_kv, split.params, *values)[1]
     return placed(past, past.placements(split.mesh))
 

@@ -23,7 +23,7 @@ _UNREAD = [f"graph.{field.name}" for field in dataclasses.fields(GraphConfig) if
 def _files(configs: Configs) -> str:
     """Return the identity of the transcoders, labels and groups."""
     path = Path(configs[CircuitsConfig].groups)
-    graph = dataclasses.replace(configs[GraphConfig], prompts="", supernodes="")
+    graph = dataclasses.replace(configs[GraphConfig], prompts="", supernodes="", lens="")
     return requests.identity(graph) + (file_sha256(path) if path.is_file() else "")
 
 

@@ -1,14 +1,10 @@
 """The report's section on groups of features: how stable they are, and their names."""
 
-from collections.abc import Callable, Mapping
-
-from saejax.dictionaries.labels import Label
-from saejax.matching.clusters.results import ClusteredDictionary, ClusterResults, FeatureGroup
+from saejax.matching.clusters.results import ClusteredDictionary, ClusterResults
 from saejax.page.blocks import Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, number
-from saejax.runner.labels import labels_in
 
 _GROUPS = 8  # groups of a dictionary that are shown
 _DICTIONARIES = 3  # dictionaries whose groups are shown
@@ -16,10 +12,10 @@ _DICTIONARIES = 3  # dictionaries whose groups are shown
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on groups of features for each unit of the stage."""
-    return [_section(results, findings) for results in findings.each(ClusterResults).values()]
+    return [_section(results) for results in findings.each(ClusterResults).values()]
 
 
-def _section(results: ClusterResults, findings: Findings) -> Section:
+def _section(results: ClusterResults) -> Section:
     intro = (
         f"Features are grouped (HDBSCAN) by firing together on text. {results.rule}. Shuffled data: the firings of "
         "each feature moved along the text."
@@ -37,17 +33,12 @@ def _section(results: ClusterResults, findings: Findings) -> Section:
     note = "Features: those that fire often enough to be compared. Overlap above: of a stable group."
     table = Table.of("Groups of features", [(clustered,) for clustered in results.dictionaries], columns, note=note)
     shown = [clustered for clustered in results.dictionaries if clustered.stable_groups][:_DICTIONARIES]
-    groups = [_groups_table(clustered, labels_in(findings.folders, clustered.name)) for clustered in shown]
-    return Section("Feature clusters", (Text(intro), table, *groups))
+    return Section("Feature clusters", (Text(intro), table, *map(_groups_table, shown)))
 
 
-def _groups_table(dictionary: ClusteredDictionary, labels: Mapping[int, Label]) -> Table:
-    def name(group: FeatureGroup) -> str:
-        # Labels may be newer than the groups, which are not found anew for them.
-        return next((labels[feature].label for feature in group.features if feature in labels), group.name)
-
-    columns: dict[str, Callable[[FeatureGroup], str]] = {
-        "Group": name,
+def _groups_table(dictionary: ClusteredDictionary) -> Table:
+    columns = {
+        "Group": lambda group: group.name,
         "Features": lambda group: f"{len(group.features):,}",
         "Mean similarity": lambda group: number(group.mean_similarity),
         "Overlap": lambda group: number(group.overlap),

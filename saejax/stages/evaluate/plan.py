@@ -29,8 +29,9 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """Return the programs that measure cross-entropy, for the tested dictionary or else the first."""
     if not plan.stacks:
         return []
-    rows, length = _batch(plan, mesh)
-    model, first = plan.model, next(iter(plan.stacks.values())).dictionary
+    model, first, corpus = plan.model, next(iter(plan.stacks.values())).dictionary, plan.configs[CorpusConfig]
+    config, length = plan.configs[EvaluateConfig], -(-min(corpus.context, model.context) // 32) * 32
+    rows = rows_per_batch(config.batch_tokens, length, document_devices(mesh))
     used = plan.dictionary("ablate") if all_stages()["ablate"].units(plan.configs) else first
     if is_joined(used.site) or plan.configs[TrainConfig].form in FORMS:
         return []  # whole passes with edits, or layer by layer: programs of other stages
@@ -47,7 +48,8 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     streams = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=where)
     members = [member for stack in plan.stacks.values() for member in stack.members]
     sites = len({(member.site, member.target) for member in members})
-    batches = _documents(plan) / rows
+    held_out = round(plan.documents * corpus.held_out)
+    batches = min(config.ce_documents or held_out, held_out) / rows
     tails = (variants - 1) * sites + len(members)  # clean model and floors once for each site, and every member
     size, layers = f"{rows} x {length} tokens", functools.partial(pass_flops, model, tokens, length)
     head, compare = (point, params, ids_BxT, limit, limit), (model, params, streams, ids_BxT, lengths_B)
@@ -87,16 +89,3 @@ def abstract_member(plan: PlannedRun, used: DictionaryConfig, mesh: Mesh) -> Mem
     """Return the shapes of a dictionary as placed by stages that measure members one by one."""
     common = dataclasses.replace(used, site="", target="", max_norm=0.0)
     return MemberData.abstract(common, "float32", plan.configs[TrainConfig].state_dtype, mesh)
-
-
-def _documents(plan: PlannedRun) -> int:
-    """Return the number of held-out documents on which cross-entropy is measured."""
-    held_out = round(plan.documents * plan.configs[CorpusConfig].held_out)
-    return min(plan.configs[EvaluateConfig].ce_documents or held_out, held_out)
-
-
-def _batch(plan: PlannedRun, mesh: Mesh) -> tuple[int, int]:
-    """Return rows and length of a batch of documents."""
-    length = min(plan.configs[CorpusConfig].context, plan.model.context)
-    length = -(-length // 32) * 32
-    return rows_per_batch(plan.configs[EvaluateConfig].batch_tokens, length, document_devices(mesh)), length

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
@@ -32,7 +31,7 @@ from saejax.evaluation.parts import (
 )
 from saejax.evaluation.reconstruction import Reconstruction, read_blocks, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores
-from saejax.evaluation.roles import RoleScores, find_roles, score_roles
+from saejax.evaluation.roles import find_roles, score_roles
 from saejax.evaluation.settings import EvaluateConfig
 from saejax.files import read_json, write_array, write_json
 from saejax.links import member_folder
@@ -73,7 +72,8 @@ def run_evaluate(run: Run) -> EvaluateResults:
         mesh, model = make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
         lm = load_configured_model(model, mesh)
         store.check_model(lm.source)
-        return lm, load_other(model, store, mesh)
+        second = other_model(model) if store.manifest.other else None
+        return lm, load_configured_model(second, mesh) if second else None
 
     def file(members: Sequence[TrainedMember]) -> Path:
         """Return the scores file of the first member that is not scored; of the last one if all are."""
@@ -144,27 +144,6 @@ def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[Traine
     return [group[first : first + _AT_A_TIME] for group in alike.values() for first in range(0, len(group), _AT_A_TIME)]
 
 
-def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | None:
-    """Return the second model of a store; None if it has none.
-
-    Raises:
-      UserError: ``--model.other`` names none, or another one.
-    """
-    captured = store.manifest.other
-    if captured is None:
-        return None
-    second = other_model(model)
-    if second is None:
-        raise UserError(f"{store.folder} was captured from a second model too, {captured.name}: give --model.other")
-    lm = load_configured_model(second, mesh)
-    if lm.source.fingerprint != captured.fingerprint:
-        raise UserError(
-            f"{store.folder} was captured from the second model {captured}, not "
-            f"from {lm.source.name} ({lm.source.fingerprint}): give that by --model.other, or capture again"
-        )
-    return lm
-
-
 def _score_site(
     run: Run,
     store: Store,
@@ -178,59 +157,51 @@ def _score_site(
     loaded = (load_dictionary(folder, mesh=mesh) for folder in folders.values())
     dictionaries = [dictionary.with_sink_norms(store.max_norm, True) for dictionary in loaded]
     store = with_joined(store, [site], {site: dictionaries[0].config.scales})
-    scores = reconstruct(
-        dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens
-    )
+    read = functools.partial(read_blocks, store, "held_out", sites, config.batch_tokens)
+    scores = reconstruct(dictionaries, read(), mesh, config.batch_tokens)
     documents = scored_documents(store, config)
     roles = find_roles(models[0], store, sites)
     groups = roles.groups[: len(documents)] if roles else ()
     mean_D = store.mean(target, site)
-    parts: Sequence[dict[str, PartScores] | None] = [None] * len(dictionaries)
-    scalings: Sequence[LatentScaling | None] = [None] * len(dictionaries)
-    shared: Sequence[int | None] = [None] * len(dictionaries)
+    # What is written of each dictionary, and scores that only some have.
+    arrays = [dict(firing_rate=each.firing_rate_F, mean_activation=each.mean_activation_F) for each in scores]
+    more: list[dict[str, Any]] = [{} for _ in dictionaries]
     if is_joined(site):
         of_models = parts_by_model(site, *models)
         all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens, groups)
-        variances = part_variances(dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens))
+        all_variances = part_variances(dictionaries, read())
         losses = [losses_by_part["+".join(of_models[0].sites)] for losses_by_part in all_losses]
-        live = [score.firing_rate_F > 0 for score in scores]
-        relative = [
+        for i, dictionary in enumerate(dictionaries):
+            live_F = scores[i].firing_rate_F > 0
             # Live features only: the row of a feature that never fires says nothing about the parts.
-            relative_norms(decoder_part_norms(dictionary.W_dec_FxD[...], dictionary.config.widths)[:, live_F])
-            for dictionary, live_F in zip(dictionaries, live, strict=True)
-        ]
-        shared = [int(is_shared(relative_PxA).sum()) for relative_PxA in relative]
-        read = functools.partial(read_blocks, store, "held_out", sites, config.batch_tokens)
-        scalings = []
-        for dictionary, live_F, relative_PxA in zip(dictionaries, live, relative, strict=True):
+            relative_PxA = relative_norms(
+                decoder_part_norms(dictionary.W_dec_FxD[...], dictionary.config.widths)[:, live_F]
+            )
             part_F = np.full(len(live_F), -1)
             part_F[live_F] = private_part(relative_PxA)
-            scalings.append(scale_latents(dictionary, part_F, read))
-        parts = [
-            _parts(dictionary, *of_one)
-            for dictionary, *of_one in zip(dictionaries, variances, all_losses, relative, live, scalings, strict=True)
-        ]
+            scaling = scale_latents(dictionary, part_F, read)
+            arrays[i]["latent_scaling"] = np.stack(scaling)
+            parts = _parts(dictionary, all_variances[i], all_losses[i], relative_PxA, live_F, scaling)
+            more[i] |= dict(parts=parts, shared=int(is_shared(relative_PxA).sum()))
     else:
         losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens, groups=groups)
-    by_role: Sequence[dict[str, RoleScores] | None] = [None] * len(dictionaries)
     if roles:
         by_role = score_roles(roles, dictionaries, losses, store, sites, mesh, config.batch_tokens)
+        more = [of_one | dict(roles=of_roles) for of_one, of_roles in zip(more, by_role, strict=True)]
     sinks, target_sinks = (
         LeftOutSinks(**vars(store.sinks(name)), max_norm=store.max_norm(name)) for name in (site, target)
     )
-    for name, dictionary, score, loss, of_parts, scaling, of_shared, of_roles in zip(
-        folders, dictionaries, scores, losses, parts, scalings, shared, by_role, strict=True
+    for name, dictionary, score, loss, of_one, written in zip(
+        folders, dictionaries, scores, losses, more, arrays, strict=True
     ):
         folder = run.member_folder(name)
         folder.mkdir(exist_ok=True)
-        write_array(folder / "firing_rate.npy", score.firing_rate_F.astype(np.float32))
-        write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
-        if scaling:
-            write_array(folder / "latent_scaling.npy", np.stack(scaling).astype(np.float32))
+        for file, array in written.items():
+            write_array(folder / f"{file}.npy", array.astype(np.float32))
         # A member that is a unit can be in several stacks, under several names: its unit has none.
         where = dict(name="" if run.stack else name, site=site, target=target, sinks=sinks)
         where |= dict(target_sinks=target_sinks if target != site else None)
-        described = _describe(dictionary, score, loss, parts=of_parts, shared=of_shared, roles=of_roles, **where)
+        described = _describe(dictionary, score, loss, **of_one, **where)
         write_json(folder / SCORES, to_json(described))
         run.say(_line(dataclasses.replace(described, name=name)))
         if conflict := dictionary.config.bos_conflict(store.manifest.bos):

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.config import Configs
 from saejax.dictionaries import load_dictionary
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label
 from saejax.errors import Interrupted, UserError
@@ -58,7 +57,6 @@ def run_explain(run: Run) -> ExplainResults:
       UserError: a feature does not exist, the model does not answer, or the limit of tokens is reached.
       Interrupted: asked to stop.
     """
-    check(run.configs)
     config, (store, text) = run.configs[ExplainConfig], read_text(run)
     endpoint, results = Endpoint(config.url, config.model), list[ExplainedDictionary]()
     for member in stacks.members(run.inputs[f"train/{run.name}"]):
@@ -200,14 +198,3 @@ def _score(
     replies = iter(answers.all(exam_questions, name))
     read = [exam.read([next(replies) for _ in exam.questions]) if exam else ({}, 0) for exam in exams]
     return [scores for scores, _ in read], sum(unparsed for _, unparsed in read), len(exam_questions)
-
-
-def check(configs: Configs) -> None:
-    """Raise a ``UserError`` unless an endpoint and its model are named."""
-    config = configs[ExplainConfig]
-    if "detection" not in config.scores:
-        raise UserError("--explain.scores lacks detection, which decides what labels are kept: add it")
-    if not config.model:
-        raise UserError("--explain.model is missing: name a model of the endpoint")
-    if not config.url:
-        raise UserError("--explain.url is missing: name an endpoint, such as http://localhost:8000/v1")

@@ -3,10 +3,11 @@
 from typing import Any
 
 from saejax.config import Configs, counted
+from saejax.errors import UserError
 from saejax.interpret.results import ExplainResults
 from saejax.interpret.settings import ExplainConfig
 from saejax.runner.stage import Input, Stage, inputs_of
-from saejax.stages.explain.run import check, run_explain
+from saejax.stages.explain.run import run_explain
 from saejax.stages.interpret.report import explain_sections
 from saejax.stages.train.members import trained_sites
 
@@ -22,6 +23,17 @@ def _settings(configs: Configs, name: str) -> dict[str, Any]:
     return values | {f"explain.{name}": sorted(set(getattr(explain, name))) for name in ("features", "scores")}
 
 
+def _check(configs: Configs) -> None:
+    """Raise a ``UserError`` unless an endpoint and its model are named."""
+    config = configs[ExplainConfig]
+    if "detection" not in config.scores:
+        raise UserError("--explain.scores lacks detection, which decides what labels are kept: add it")
+    if not config.model:
+        raise UserError("--explain.model is missing: name a model of the endpoint")
+    if not config.url:
+        raise UserError("--explain.url is missing: name an endpoint, such as http://localhost:8000/v1")
+
+
 EXPLAIN = Stage(
     name="explain",
     summary="has a language model write labels of features and judge them on held-out text, if --explain.dictionaries "
@@ -34,6 +46,6 @@ EXPLAIN = Stage(
     reads=("capture", "train", "interpret"),
     inputs=_inputs,
     names=lambda configs: configs[ExplainConfig].dictionaries,
-    check=check,
+    check=_check,
     section=explain_sections,
 )

@@ -94,7 +94,10 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
     model = _model_id(config, store)
     sources = [_source(member, kind, model, config) for member in members]
     if len({source.id for source in sources}) < len(sources):
-        raise UserError(f"members of {kind} would be one source of Neuronpedia: {', '.join(s.id for s in sources)}")
+        ids = ", ".join(source.id for source in sources)
+        raise UserError(
+            f"members of {kind} would be one source of Neuronpedia: {ids}; export one at a time, with --train.sites"
+        )
     folders = [f"v1/{model}/{source.id}" for source in sources]
     for member, source, folder in zip(members, sources, folders, strict=True):
         with on_host():
