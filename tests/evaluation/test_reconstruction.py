@@ -87,10 +87,10 @@ def test_a_transcoder_is_scored_against_its_target(skip, one_device):
         dict(kind="topk", k=3, widths=(8, D - 8), scales=(1.0, 2.0)),
     ],
 )
-def test_dictionaries_with_conventions_of_other_tools_are_scored_by_them(changes):
+def test_dictionaries_with_conventions_of_other_tools_are_scored_by_them(changes, one_device):
     """Each token normalised, activations in the site's units, values below 0 kept, parts side by side."""
     dictionary = make(**changes)
-    (scores,) = reconstruct([dictionary], [[activations()]], make_mesh(), batch=32)
+    (scores,) = reconstruct([dictionary], [[activations()]], one_device, batch=32)
     x_NxD = np.asarray(activations(), np.float32)
     f_NxF = np.asarray(dictionary.encode(x_NxD))
     y_NxD = np.asarray(dictionary.decode(f_NxF, x_NxD), np.float64)
@@ -107,10 +107,10 @@ def test_of_one_token_the_features_that_fire_are_counted_and_no_variance_is_expl
 
 
 @pytest.mark.parametrize("noise", [0.0, 3e-7])
-def test_of_targets_that_are_constant_but_for_rounding_no_variance_is_explained(noise):
+def test_of_targets_that_are_constant_but_for_rounding_no_variance_is_explained(noise, one_device):
     rng = np.random.default_rng(3)
     x = (rng.normal(size=D) * (1 + noise * rng.normal(size=(300, D)))).astype(np.float32)
-    (scores,) = reconstruct([make("topk")], [[x]], make_mesh(), batch=64)
+    (scores,) = reconstruct([make("topk")], [[x]], one_device, batch=64)
     assert scores.explained_variance == 0
     config = dict(site="a.0+b.0", widths=(4, D - 4), scales=(1.0, 1.0), max_norms=(1e9, 1e9))
     assert part_variances([make("standard", **config)], [[x]]) == [[0.0, 0.0]]
@@ -131,20 +131,20 @@ def test_members_of_a_stack_share_one_program_and_nothing_else(kind, settings):
     assert not settings or len({scores.l0 for scores in together}) == 3
 
 
-def test_a_large_mean_costs_no_precision():
+def test_a_large_mean_costs_no_precision(one_device):
     x = np.random.default_rng(2).normal(size=(5000, D)).astype(np.float32) + 1000
     dictionary = make("standard")
     dictionary.W_dec_FxD[...] = jnp.zeros((F, D))
     dictionary.b_dec_D[...] = jnp.asarray(x.mean(0, dtype=np.float64), jnp.float32)
-    (scores,) = reconstruct([dictionary], [[x]], make_mesh(), batch=512)
+    (scores,) = reconstruct([dictionary], [[x]], one_device, batch=512)
     assert abs(scores.explained_variance) < 1e-6
 
 
-def test_bfloat16_activations_and_a_token_of_zeros():
+def test_bfloat16_activations_and_a_token_of_zeros(one_device):
     dictionary, x = make("topk"), activations(tokens=3)
     x[1] = 0
     low = np.asarray(jnp.asarray(x, jnp.bfloat16))
-    (scores,) = reconstruct([dictionary], [[low]], make_mesh(), batch=8)
+    (scores,) = reconstruct([dictionary], [[low]], one_device, batch=8)
     y_hat = np.asarray(dictionary(low), np.float64)
     wide = low.astype(np.float64)
     cosine = [(wide[i] @ y_hat[i]) / np.linalg.norm(wide[i]) / np.linalg.norm(y_hat[i]) for i in (0, 2)]

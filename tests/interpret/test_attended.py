@@ -15,9 +15,10 @@ LENGTH = 40
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tiny_llama):
+def made(tmp_path_factory, tiny_llama, one_device):
     store = planted.make_store(tmp_path_factory.mktemp("attended") / "store", documents=60)
-    lm, text = load_model(str(tiny_llama)), CodedText(store.documents, [*planted.TEXTS[:380], ",", "\n", " ok", "."])
+    lm = load_model(str(tiny_llama), mesh=one_device)
+    text = CodedText(store.documents, [*planted.TEXTS[:380], ",", "\n", " ok", "."])
     return store, text, HeadShares(lm, text, 2, 100_000)
 
 

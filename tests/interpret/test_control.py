@@ -124,9 +124,9 @@ def test_a_signed_control_keeps_its_sign(store):
     assert (np.asarray(made.encode(read(store))) < 0).any()
 
 
-def test_its_labels_stand_beside_the_dictionarys(tmp_path, tiny_llama):
+def test_its_labels_stand_beside_the_dictionarys(tmp_path, tiny_llama, one_device):
     """Planted features are told; directions drawn among them are not, and the result is read back."""
-    store, lm = planted.make_store(tmp_path / "store"), load_model(str(tiny_llama))
+    store, lm = planted.make_store(tmp_path / "store"), load_model(str(tiny_llama), mesh=one_device)
     result = planted.interpreter(tmp_path / "unit", store, lm, planted.dictionary(24)).interpret()
     assert len(json.loads((tmp_path / "unit" / "heatmaps.json").read_text())) == 4
     frozen = result.frozen
@@ -145,11 +145,13 @@ def test_its_labels_stand_beside_the_dictionarys(tmp_path, tiny_llama):
     assert [row[0] for row in rows] == ["topk", "topk: frozen-random", "topk: random directions"]
 
 
-def test_a_dictionary_that_never_fires_is_described_too(store, tmp_path, tiny_llama):
+def test_a_dictionary_that_never_fires_is_described_too(store, tmp_path, tiny_llama, one_device):
     """One dead member of a stack must not keep the others from being interpreted."""
     like = planted.dictionary(20)
     dead = Dictionary(like.config, like.matmul_dtype, **like.arrays | dict(b_enc_F=jnp.full(20, -1e3)))
-    result = planted.interpreter(tmp_path / "unit", store, load_model(str(tiny_llama)), dead).interpret()
+    result = planted.interpreter(
+        tmp_path / "unit", store, load_model(str(tiny_llama), mesh=one_device), dead
+    ).interpret()
     assert (result.labels.features, result.labels.labelled, result.labels.f1) == (0, 0, None)
     (records,) = (json.loads(path.read_text()) for path in (tmp_path / "unit" / "features").glob("*.json"))
     assert [record["fires"] for record in records] == [0] * 20
