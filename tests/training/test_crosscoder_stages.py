@@ -17,7 +17,7 @@ from saejax.runner import command, command_line
 from saejax.runner.registry import all_stages
 from saejax.runner.results import load_results
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 LAYERS, MODELS = "resid_post.0+resid_post.1", "resid_post.1+other:resid_post.1"
 CHANGES = dict(
     capture__sites="resid_post.0,resid_post.1,other:resid_post.1",
@@ -56,7 +56,8 @@ def workdir(inputs, corpus, second_model, tmp_path_factory):
 
 def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, second_model, capsys):
     """Preflight knows joined sites, and a crosscoder of one model is ablated at its sites, one of two models is not."""
-    ablated = dict(ablate__dictionary=f"batchtopk/{LAYERS}", ablate__untrained_dictionaries=1, causal__random_sets=4)
+    ablated = dict(ablate__dictionary=f"batchtopk/{LAYERS}", ablate__untrained_dictionaries=0, causal__random_sets=4)
+    ablated |= dict(ablate__text_documents=0)
     both = dict(model__other=second_model)
     assert go(list(all_stages()), inputs, corpus, workdir, **both | ablated) == 0
     (page,) = (workdir / "report").glob("*.md")
