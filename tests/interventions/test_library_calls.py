@@ -15,11 +15,7 @@ from saejax.errors import UserError
 from saejax.interventions import edits
 from saejax.interventions.settings import AblateConfig, PatchConfig, ProbeConfig, SteerConfig, StudyConfig
 from saejax.interventions.table import TESTED
-from saejax.models.settings import ModelConfig
-from saejax.parallel.mesh import make_mesh
 from saejax.results import to_json
-from saejax.stages.patch.run import run_patch
-from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 SITE = "resid_post.1"
 SETS = [[3], [8, 20, 51], []]
@@ -108,19 +104,15 @@ def assert_close(data, wanted, where=""):
         assert data == wanted, where
 
 
-# The other calls run the same engine, and by themselves in the tests of their files.
-@pytest.mark.parametrize("calls", [ablate, pytest.param(call_others, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "where", ["two devices", *(pytest.param(w, marks=pytest.mark.slow) for w in ("eight devices", "torch"))]
-)
+@pytest.mark.slow  # test_split_dictionaries.py measures on eight devices, and test_torch_model.py in PyTorch
+@pytest.mark.parametrize("calls", [ablate, call_others])
+@pytest.mark.parametrize("where", ["eight devices", "torch"])
 def test_library_calls_write_nothing_and_equal_those_on_one_device(
     where, calls, tiny, tiny_llama, dictionary, answered, on_one_device, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     if where == "torch":
         lm = saejax.load_model(str(tiny_llama), backend="torch", mesh=tiny.mesh)
-    elif where == "two devices":
-        lm = saejax.load_model(str(tiny_llama), mesh=make_mesh(devices=jax.devices()[:2]))
     else:
         lm = saejax.load_model(str(tiny_llama))
         assert lm.mesh.size == len(jax.devices()) == 8
@@ -150,7 +142,8 @@ def test_prompts_that_stand_twice_and_documents_without_text_are_refused(tiny, d
             call(tiny, dictionary, answered, documents=["", "a"])
 
 
-def test_texts_begin_as_those_of_the_training(tiny, dictionary, answered, caplog):
+def test_texts_begin_as_those_of_the_training(tiny, dictionary, answered, caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     trained = dictionary.with_config(dataclasses.replace(dictionary.config, bos="always"))
     begun, texts = tiny.with_bos("always"), [f"<end>{text}" for text in DOCUMENTS]
     with caplog.at_level(logging.WARNING, "absl"):
@@ -170,22 +163,8 @@ def test_texts_begin_as_those_of_the_training(tiny, dictionary, answered, caplog
     np.testing.assert_array_equal(
         effects_ExPxR, saejax.effects(tiny, prefixed, edits.mask(dictionary, [[3], [5]]), readouts)
     )
+    assert not list(tmp_path.iterdir()), "calls of the library write nothing"
 
 
 def test_controls_are_drawn_by_the_seed_of_interventions():
     assert {config().seed for config in (AblateConfig, PatchConfig, SteerConfig, ProbeConfig, StudyConfig)} == {456}
-
-
-@pytest.mark.slow  # the library's calls in PyTorch are compared above
-def test_a_stage_in_pytorch_equals_that_in_jax(
-    tiny_llama, dictionary, answered, tmp_path, save_inputs, stage_run, single_device
-):
-    """A model in PyTorch runs on one device: the last test of this file, since the others need eight."""
-    inputs = save_inputs(tmp_path, answered, dictionary)
-    patch = PatchConfig(dictionary="topk", top=3, random_sets=6, placebo_targets=3, bootstrap=200)
-
-    def run(backend):
-        groups = (ModelConfig(path=str(tiny_llama), backend=backend), CorpusConfig(), TaskConfig(), patch)
-        return to_json(run_patch(stage_run("patch", "topk", inputs, backend, *groups)[0]))
-
-    assert_close(run("torch"), run("jax"))
