@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from saejax.page.style import BLUE, GREEN, GREY, INK, ORANGE, height_of, legend, name_rows, panels, point, styled
+from saejax.page.style import BLUE, GREEN, GREY, INK, LINES, ORANGE, height_of, legend, name_rows, panels, point, styled
 from saejax.results import Interval
 from saejax.stages.transfer.report import draw_heatmaps
-from saejax.studies.results import AlignmentFigures, DriverFigures
+from saejax.studies.results import AlignmentFigures, DictionaryFigures, DriverFigures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,3 +75,21 @@ def draw_models(rows: Sequence[str], alignment: Sequence[AlignmentFigures]) -> "
                 share_NxN[first, second] = share_NxN[second, first] = value
         matrices[title] = share_NxN
     return draw_heatmaps(rows, matrices, "share of the first row's features")
+
+
+@styled
+def draw_trends(dictionaries: Sequence[DictionaryFigures], widths: Mapping[str, int]) -> "Figure":
+    """Draw the explained variance of every dictionary against the model's width and its expansion, a colour a row."""
+    figure, below = panels((2.3, 2.3), ("Normalised error by width of the stream", "Normalised error by expansion"))
+    rows = list(dict.fromkeys(dictionary.row for dictionary in dictionaries))
+    for dictionary in dictionaries:
+        if dictionary.row in widths:
+            color, _, marker = LINES[rows.index(dictionary.row) % len(LINES)]
+            width, error = widths[dictionary.row], 1 - dictionary.explained_variance
+            for axes, x in zip(below, (width, dictionary.features / width), strict=True):
+                axes.plot([x], [error], marker, color=color, markersize=5, label=dictionary.row)
+    for axes, label in zip(below, ("width of the stream", "features per dimension"), strict=True):
+        axes.set(xlabel=label, ylim=(0, None))
+        axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+    legend(below[-1], 1)
+    return figure

@@ -20,7 +20,7 @@ from saejax.page.tables import Table
 from saejax.results import to_json
 from saejax.studies.gate import RULES
 from saejax.studies.learned import answers_table, holds, overview
-from saejax.studies.pictures import draw_drivers, draw_drops, draw_models
+from saejax.studies.pictures import draw_drivers, draw_drops, draw_models, draw_trends
 from saejax.studies.results import TABLES, StudyFigures
 from saejax.studies.sheet import as_csv, duration
 from saejax.studies.units import ROWS
@@ -78,7 +78,7 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         "The same problem in every model": _tables(figures, "problems"),
         "Alignment": _alignment(root, figures),
         "From layer to layer": _tables(figures, "transfer", "tracking"),
-        "Before anything is changed": _dictionaries(figures),
+        "Before anything is changed": _dictionaries(root, figures),
         "Answers and rules": (*_tables(figures, "learned"), *rules),
         "Setup": (*_tables(figures, "models"), took, _reports(root, figures)),
         "What is not done": (*_tables(figures, "failures"), *_not_run(figures)),
@@ -192,10 +192,14 @@ def _alignment(root: Path, figures: StudyFigures) -> Iterator[Block]:
     yield from _tables(figures, "alignment", "domains")
 
 
-def _dictionaries(figures: StudyFigures) -> Iterator[Block]:
+def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
     """Yield the models, their activations, and their dictionaries."""
     yield from _tables(figures, "baselines", "activations")
     if figures.dictionaries:
+        widths = {model.row: model.width for model in figures.models if model.width}
+        if any(dictionary.row in widths for dictionary in figures.dictionaries):
+            caption = "Normalised error (1 - explained variance) of every dictionary on held-out text."
+            yield _picture(root, "study_trends", draw_trends(figures.dictionaries, widths), caption)
         yield Text(trend_sentence(figures))
     yield from _tables(figures, "dictionaries")
 

@@ -164,6 +164,7 @@ def _run_side_by_side(
 ) -> None:
     """Run the first stage of rows, or all of them, as many at once as there are shares."""
     waiting, running, free, reported = list(rows), dict[RowUnits, RowProcess](), list(shares), set[RowUnits]()
+    longest = 0.0  # seconds of the longest row that ended
 
     def check_stop() -> None:
         if stopping():
@@ -187,13 +188,15 @@ def _run_side_by_side(
                 if process.ended(_LOOK_EVERY / len(running)):
                     check_stop()  # the signal may have ended the row, too: that is no failure
                     free.append(running.pop(row).share)
+                    longest = max(longest, process.seconds)
                     for unit, why in row.end(process).items():
                         say(f"{row.name}  {unit}: failed: {why}")
                     say(f"{row.name}: {_count_done(row)} after {duration(process.seconds)}")
                     waiting += [row] if row.left(first) else []
                 elif time.monotonic() - process.last_report > _SAY_EVERY:
                     process.last_report = time.monotonic()
-                    say(f"{row.name}  {process.last_line or 'starting'}")
+                    to_go = _time_to_go(longest, [unit.seconds for unit in running.values()], len(waiting), len(shares))
+                    say(f"{row.name}  {process.last_line or 'starting'}{to_go}")
             if not running and waiting:
                 time.sleep(_LOOK_EVERY)
     finally:
@@ -201,6 +204,22 @@ def _run_side_by_side(
             process.ask_to_stop()
         for process in running.values():
             process.ended(within=None)
+
+
+def _time_to_go(longest: float, running: Sequence[float], waiting: int, at_once: int) -> str:
+    """Return in words the time that is left, if every row takes as long as the longest; "" before a row has ended.
+
+    Args:
+      longest: seconds of the longest row that has ended; 0: none has.
+      running: seconds for which the rows at work have run.
+      waiting: rows that wait.
+      at_once: rows that run at once.
+    """
+    if not longest:
+        return ""
+    # A row that takes longer than any before is not known to end soon.
+    left = sum(max(longest - seconds, 0.1 * seconds) for seconds in running) + longest * waiting
+    return f"; about {duration(left / min(at_once, max(len(running), 1)))} to go in all"
 
 
 def _count_done(row: RowUnits) -> str:

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
-from saejax.interventions import benchmark
+from saejax.interventions import benchmark, references
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.edits import mask
 from saejax.interventions.references import Reference, References, answer_pairs, attributions
@@ -385,6 +385,37 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     np.testing.assert_allclose(by_item_PxF, expected_PxF, rtol=1e-4, atol=1e-5)
     assert results.categories == {item.id: item.categories for item in (*train, *test)}
     check_associations(run, items, results, table, monkeypatch)
+
+
+def test_nothing_is_attributed_or_placed_twice(tiny, dictionary, make_dictionary, task, monkeypatch):
+    """Each answer to an item is attributed once for each dictionary, and a dictionary is placed once."""
+    seen, placed = [], []
+
+    def record(compute):
+        def recorded(splits, references, *rest, **options):
+            seen.extend(
+                (id(split), *map(tuple, (each.context, each.answer))) for split in splits for each in references
+            )
+            return compute(splits, references, *rest, **options)
+
+        return recorded
+
+    split = SplitModel.__init__
+
+    def place(self, lm, basis, *rest):
+        placed.append(id(basis))
+        split(self, lm, basis, *rest)
+
+    for module in (benchmark, references):
+        monkeypatch.setattr(module, "attributions", record(attributions))
+    monkeypatch.setattr(SplitModel, "__init__", place)
+    halves = benchmark_measure.split_items(read_items("gsm8k", task), CONFIG, "gsm8k")
+    items = benchmark.BenchmarkItems(tiny, "gsm8k", task, *halves)
+    config = dataclasses.replace(CONFIG, attribution_items=4, baselines=(), placebo_targets=1, repeats=("again",))
+    repeat = make_dictionary(SITE, dead=8, seed=9)
+    benchmark.measure_benchmark(items, dictionary, config, dict(again=repeat)).item_attributions()
+    # Four train items choose, with eight corrupted answers each; the eight others follow.
+    assert len(set(seen)) == len(seen) == 2 * (4 + 4 * 8 + 8) and placed == [id(dictionary), id(repeat)]
 
 
 def test_the_power_in_the_text_is_that_of_simulations():

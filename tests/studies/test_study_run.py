@@ -245,3 +245,10 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     summaries = [json.loads(path.read_text()) for path in (tmp_path / "study/rows").rglob("done.json")]
     assert len(summaries) == 12
     assert len(ran(tmp_path)) <= 12 + 10, "what was done is not done again"
+
+
+def test_the_time_to_go_is_that_of_the_longest_row():
+    assert units._time_to_go(0, [5], 2, 1) == ""  # not known before a row ended
+    assert units._time_to_go(60, [20], 0, 1) == "; about 40 s to go in all"
+    assert units._time_to_go(60, [20, 40], 2, 2) == "; about 2 min to go in all"
+    assert units._time_to_go(60, [200], 0, 1) == "; about 20 s to go in all"  # late
