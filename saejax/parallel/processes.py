@@ -124,7 +124,10 @@ class Processes:
         """
         last_line = start = time.monotonic()
         while late := missing():
-            self.check_others(place)
+            if self.stopping():
+                raise Interrupted(f"stopped while waiting for other processes ({place}); finished work is kept")
+            if failure := self.failure():
+                raise OtherFailed(*failure)
             now = time.monotonic()
             if now - start > most:
                 return False
@@ -134,13 +137,6 @@ class Processes:
                 last_line = now
             time.sleep(_LOOK_EVERY)
         return True
-
-    def check_others(self, place: str) -> None:
-        """Raise what ``wait`` does if this process was asked to stop, or another one has failed."""
-        if self.stopping():
-            raise Interrupted(f"stopped while waiting for other processes ({place}); finished work is kept")
-        if failure := self.failure():
-            raise OtherFailed(*failure)
 
     def _late(self, key: str, ranks: Sequence[int]) -> list[str]:
         arrivals = {name.rpartition("/")[2] for name, _ in self._client.key_value_dir_get(f"{key}/")}

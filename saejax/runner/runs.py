@@ -189,9 +189,10 @@ def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str
             continue
         if "checkpoints" in wanted:
             doomed |= {path: ("checkpoints", unit) for path in unit.folder.rglob(CHECKPOINTS) if path.is_dir()}
-        stage = unit.name.partition("/")[0]
-        if "stores" in wanted and stage in STORES and not unit.is_removed and _has_finished_readers(units, unit):
-            doomed[unit.folder] = ("store", unit)
+        if "stores" in wanted and unit.name.partition("/")[0] in STORES and not unit.is_removed:
+            readers = {other.state for other in units if unit.fingerprint in other.reads}
+            if readers and "unfinished" not in readers:
+                doomed[unit.folder] = ("store", unit)
     for _, unit in doomed.values():
         if workspace.is_claimed(unit.name, unit.fingerprint):
             raise UserError(f"{unit.name} is being made by another process: wait for it")
@@ -225,9 +226,3 @@ def _needed(units: Sequence[KeptUnit]) -> set[str]:
             needed.add(mark)
             waiting += by_mark[mark].reads if mark in by_mark else ()
     return needed
-
-
-def _has_finished_readers(units: Sequence[KeptUnit], store: KeptUnit) -> bool:
-    """Return whether a store was read, and all units that read it are finished."""
-    readers: list[Any] = [unit for unit in units if store.fingerprint in unit.reads]
-    return bool(readers) and all(unit.state != "unfinished" for unit in readers)

@@ -68,8 +68,12 @@ def run_preflight(run: Run) -> PreflightResults:
     for stage in stages:
         stage.check(configs)
     shapes = read_shapes(configs)
-    if config.parity:
-        _check_parity_is_possible(shapes, config.topology)
+    if config.parity and config.topology:
+        raise UserError("--preflight.parity runs on the devices at hand: leave --preflight.topology out")
+    if config.parity and (without := [shape.path for shape in shapes if not shape.has_weights]):
+        raise UserError(
+            f"--preflight.parity runs the model, but {without[0]} is only its shape: give a hub id or a folder"
+        )
     place = find_place(configs)
     mesh = MeshShape.of(place.mesh, process_count())
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.axes.items())
@@ -81,7 +85,14 @@ def run_preflight(run: Run) -> PreflightResults:
         run.say(f"not counted, since they are done: {', '.join(name for name in all_stages() if name in done)}")
     plans = _planned_runs(run, shapes, place, runs_here)
     models = [_check_model(run, plan, place, left) for plan in plans]
-    if unfit := [message for model in models if (message := _misfit(model, place))]:
+    largest = {
+        model.name: max(model.programs, key=lambda program: program.memory) for model in models if not model.fits
+    }
+    if unfit := [
+        f"{model} needs about {program.memory / GIB:.1f} GiB per device for {program.name} ({program.size}), but there "
+        f"are {place.limit / GIB:.1f}"
+        for model, program in largest.items()
+    ]:
         raise UserError(f"{'; '.join(unfit)}: {_ADVICE}")
     for model in models if config.topology else ():
         _say_least_hours(run, model, config.topology)
@@ -195,17 +206,6 @@ def _program_line(program: CompiledProgram, place: Place) -> str:
     )
 
 
-def _misfit(model: ModelNeeds, place: Place) -> str:
-    """Return which program of a model is too large; "" if all fit."""
-    if model.fits:
-        return ""
-    largest = max(model.programs, key=lambda program: program.memory)
-    return (
-        f"{model.name} needs about {largest.memory / GIB:.1f} GiB per device for {largest.name} ({largest.size}), but "
-        f"there are {place.limit / GIB:.1f}"
-    )
-
-
 def _with_resources(
     run: Run, results: PreflightResults, plan: PlannedRun, place: Place, stages: Collection[str]
 ) -> PreflightResults:
@@ -259,16 +259,6 @@ def _with_resources(
         seconds=seconds,
         device_hours=hours,
     )
-
-
-def _check_parity_is_possible(shapes: Sequence[Shape], topology: str) -> None:
-    if topology:
-        raise UserError("--preflight.parity runs on the devices at hand: leave --preflight.topology out")
-    for shape in shapes:
-        if not shape.has_weights:
-            raise UserError(
-                f"--preflight.parity runs the model, but {shape.path} is only its shape: give a hub id or a folder"
-            )
 
 
 def _check_parity(run: Run, path: str) -> dict[str, dict[str, float]]:
