@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from saejax.errors import UserError
+from saejax.parallel import gpus as node_gpus
 from saejax.parallel.cluster import check_devices, gpus_of_process
-from saejax.parallel.gpus import count_visible
+from saejax.parallel.gpus import count_visible, visible_gpus
 
 
 def step(local: int, tasks: str, **more: str) -> dict[str, str]:
@@ -38,12 +39,39 @@ def test_processes_of_a_node_share_all_of_its_gpus(environment, gpus, numbers):
     ("visible", "count"),
     [
         *[(None, 8), ("", 0), ("-1", 0), ("0,-1,1", 1), ("5,2", 2), ("GPU-8932f937,GPU-46f2", 2), ("9", 0)],
-        *[("0,9,1", 1), ("0, 1", 2), ("none", 0), ("NoDevFiles", 0)],
+        *[("0,9,1", 1), ("0, 1", 2), ("none", 0), ("NoDevFiles", 0), ("3,1,3", 0), ("GPU-46f2,GPU-46f2", 0)],
         *[("MIG-1", 1), ("MIG-1,MIG-2", 1), ("GPU-46f2, ,1", 1)],
     ],
 )
-def test_gpus_are_counted_as_cuda_does(visible, count):
+def test_gpus_are_counted_as_cuda_does(monkeypatch, visible, count):
+    monkeypatch.setattr(node_gpus, "find_ids", list)  # without nvidia-smi
     assert count_visible({} if visible is None else dict(CUDA_VISIBLE_DEVICES=visible), 8) == count
+
+
+IDS = ("GPU-46f2aa01", "GPU-46f2bb02", "GPU-8932f937")
+LISTED = "".join(f"GPU {number}: NVIDIA H100 80GB HBM3 (UUID: {name})\n" for number, name in enumerate(IDS))
+LISTED += "  MIG 1g.10gb     Device  0: (UUID: MIG-c6d4f1ef)\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        *[("GPU-46f2aa,GPU-8932f937", [IDS[0], IDS[2]]), ("GPU-00000000", []), ("GPU-8932f937,GPU-0,1", [IDS[2]])],
+        *[("GPU-8932,GPU-8932f937", []), ("2,GPU-8932f937", []), ("GPU-46f2aa,1,0", [])],  # one GPU twice
+        ("1,GPU-8932f937", ["1", IDS[2]]),
+        ("GPU-46f2", []),  # either of two
+        *[("MIG-c6d4f1ef", ["MIG-c6d4f1ef"]), ("MIG-00000000", [])],
+        *[("MIG-GPU-8932f937/7/0", ["MIG-GPU-8932f937/7/0"]), ("MIG-GPU-0/7/0", [])],
+    ],
+)
+def test_ids_name_gpus_of_the_node(monkeypatch, tmp_path, visible, names):
+    """As the CUDA programming guide describes CUDA_VISIBLE_DEVICES."""
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\nprintf '{LISTED}'\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert visible_gpus(dict(CUDA_VISIBLE_DEVICES=visible), 3) == names
+    assert count_visible(dict(CUDA_VISIBLE_DEVICES=visible), 3) == len(names)
 
 
 def test_gpus_that_are_not_as_many_as_processes_are_refused():

@@ -21,6 +21,7 @@ from saejax.runner.pipeline import RunOptions, run_stages
 from saejax.runner.registry import all_groups, all_stages
 from saejax.runner.workplan import Workplan
 from saejax.stages.train.plan import train_programs
+from saejax.training.members import choose_sites
 
 FILES = sorted(CONFIGS.rglob("*.flags"))
 # Files that are not for the whole pipeline.
@@ -30,6 +31,12 @@ STAGES_OF = dict(
     circuits=["baseline", "circuits"],
     ground_truth=["known_circuits", "algorithm", "ground_truth", "report"],
 ) | {"synthsaebench-16k": ["ground_truth"]}
+AT_HAND = ("demo", "addition")  # of models that are at hand, or made by the stage before
+STUDIES = [
+    path
+    for path in CONFIGS.glob("*.flags")
+    if "--model.path=" in path.read_text() and not path.name.startswith(AT_HAND)
+]
 
 
 def plan_of(shape, configs):
@@ -84,6 +91,34 @@ def test_what_a_later_stage_refuses_is_refused_before_any_runs(tmp_path):
     assert not [*tmp_path.rglob("*.json")]
 
 
+def test_the_studies_models_and_layers():
+    studies = {path.stem: read(path) for path in STUDIES}
+    layers = {"gpt2-medium-gsm8k": 12, "pythia-1.4b-gsm8k": 12, "gemma-2b-math": 9, "phi-2-logic": 16}
+    layers |= {"llama-3-8b-gsm8k": 16, "mistral-7b-gsm8k": 16}
+    for name, layer in layers.items():
+        configs = studies[name]
+        study, train, benchmarks = configs.named("study"), configs.named("train"), configs.named("task").benchmarks
+        assert train.sites == (f"resid_post.{layer}",) == configs.named("capture").sites
+        assert benchmarks[0] == name.rpartition("-")[2] and configs.named("task").score == "auto"
+        assert study.benchmarks == benchmarks
+        assert (train.kinds, train.expansion, train.l1, train.decorrelation) == (("linear",), (8,), (1e-4,), 0.01)
+        assert (train.batch, train.epochs, train.learning_rate) == (32, 20, (1e-4,))
+    capture = studies["qwen3-4b-instruct-2507-behaviours"].named("capture")
+    sites = tuple(f"{kind}.{layer}" for kind in ("resid_post", "mlp_in", "mlp_out") for layer in range(10, 25))
+    assert capture.last == 5 and capture.sites == sites
+    assert {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"} <= {x.rpartition("-")[0] for x in studies}
+
+
+def test_every_layer_of_four_models():
+    models = [read(path) for path in FILES if path.stem.endswith("-all-layers")]
+    assert sum(len(configs.named("capture").sites) for configs in models) == 98
+    for configs in models:
+        train, dictionary = configs.named("train"), configs.named("ablate").dictionary
+        assert (train.batch, train.epochs, train.l1_by_depth) == (64, 10, (1.5e-4, 1e-4, 5e-5))
+        assert dictionary == configs.named("study").dictionary
+        assert dictionary in [f"linear/{site}" for site in configs.named("capture").sites]
+
+
 def test_training_from_the_model_needs_no_captured_sites(monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     configs = read(CONFIGS / "demo_graphs.flags")
@@ -94,6 +129,24 @@ def test_training_from_the_model_needs_no_captured_sites(monkeypatch):
     configs |= dataclasses.replace(configs.named("train"), source="store")
     with pytest.raises(UserError, match="--train.sites needs mlp_in.0"):
         plan_of(shape, configs)
+
+
+def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    path = CONFIGS / "qwen3-0.6b-transcoders.flags"
+    configs = read(path)
+    prompt = dict(prompt="The capital of France is", target=" Paris")
+    graph = dataclasses.replace(configs.named("graph"), transcoders="runs/qwen3/train/topk", **prompt)
+    (shape,) = read_shapes(configs)
+    plan = plan_of(shape, configs | graph)
+    (stack,) = plan.stacks.values()
+    assert [(member.site, member.target) for member in stack.members] == [
+        (f"mlp_in.{layer}", f"mlp_out.{layer}") for layer in range(28)
+    ]
+    assert choose_sites(configs.named("train"), None) == [member.site for member in stack.members]
+    steps = configs.named("corpus").max_tokens // configs.named("train").batch
+    assert 48_800 <= steps < 48_900 and "48,800 steps" in path.read_text()
+    assert (stack.dictionary.n_features, stack.dictionary.k) == (16_384, 64)
 
 
 def test_phi_2s_32_layers_fit_one_device_of_80_gb_in_turn(monkeypatch, quick_compiler):
