@@ -18,7 +18,7 @@ from saejax.errors import UserError
 from saejax.models.identity import content_sha256
 from saejax.models.model_cache import cached_model, save_pretrained
 
-_CONVERSION = 4  # raise it when the conversion changes, so that old caches are left behind
+_CONVERSION = 5  # raise it when the conversion changes, so that old caches are left behind
 # Settings of a file, below its architecture, that cannot change the result: sizes that the tensors show, or facts of
 # the training.
 _INERT = {"vocab_size", "feed_forward_length", "tensor_data_layout", "rope.scaling.finetuned"}
@@ -26,10 +26,8 @@ _INERT = {"vocab_size", "feed_forward_length", "tensor_data_layout", "rope.scali
 _OTHER_SCALE = {("gemma2", 46), ("gemma3", 62)}
 # Rules by which byte-level vocabularies cut text ("tokenizer.ggml.pre") that transformers takes for GPT-2's without a
 # word: those that are the same, and those that set each digit apart before.
-# SmolLM2's belongs to the second; but runs of spaces and lines before digits alone tell, and published figures are of
-# what transformers makes of it.
-_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "smollm"}
-_DIGITS_APART = {"starcoder", "refact", "command-r", "codeshell"}
+_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"}
+_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 _RULE = "tokenizer.ggml.pre"
 _ONE_AT_A_TIME = threading.Lock()  # conversions, which change the package gguf while they run
 

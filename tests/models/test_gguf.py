@@ -221,10 +221,10 @@ def test_what_transformers_would_leave_out_is_refused(tokenizer, cache, tmp_path
 
 
 def test_settings_that_agree_are_accepted_and_text_is_cut_by_the_files_rule(tokenizer, cache, tmp_path):
-    """StarCoder's rule sets digits apart first: what stands before one is cut as at a text's end."""
+    """SmolLM2's rule sets digits apart first: what stands before one is cut as at a text's end."""
     settings = {"attention.key_length": 16, "attention.value_length": 16, "rope.dimension_count": 16}
     settings |= {"rope.scaling.type": "none"}
-    write_gguf(tmp_path / "model.gguf", tokenizer, settings=settings, rule="starcoder")
+    write_gguf(tmp_path / "model.gguf", tokenizer, settings=settings)
     found = resolve(tmp_path / "model.gguf")
     assert json.loads((found.folder / "config.json").read_text())["head_dim"] == 16
     cut = source.load_tokenizer(found).backend_tokenizer.pre_tokenizer.pre_tokenize_str
