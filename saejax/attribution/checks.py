@@ -12,6 +12,7 @@ from saejax.attribution.local.edits import Change
 from saejax.attribution.local.state import PromptRun
 from saejax.errors import UserError
 
+_SEED = 456  # of sampled sets
 _TRIES = 20  # for each random set, at the same positions and then at any
 
 
@@ -26,7 +27,7 @@ def set_to(features: Nodes, value: float | np.ndarray) -> list[Change]:
     return [Change(*key, value) for key, value in zip(_keys(features), values, strict=True)]
 
 
-def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> list[Nodes]:
+def matched(run: PromptRun, features: Nodes, draws: int) -> list[Nodes]:
     """Sample sets of other active features, as many in each layer, at the same positions as far as possible.
 
     Where these make too few different sets, more are sampled at any positions.
@@ -35,12 +36,11 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
       run: of the prompt.
       features: for which the sets are controls.
       draws: number of sets, all different; fewer where there are no more.
-      seed: of the sample.
 
     Raises:
       UserError: a layer has too few active features beside these.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(_SEED)
     taken = set(_keys(features))
     active = run.active.nodes
     candidates = active[np.array([key not in taken for key in _keys(active)], bool)]

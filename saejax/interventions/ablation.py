@@ -393,9 +393,16 @@ def _measure_dictionary(
                 edited = {name: value_ExP[1:] for name, value_ExP in values.items()}
                 tables.append(EffectsTable.block(grid[-1:], definitions, edited))
     if text:
-        tables.append(_measure_text(ablation, grid[-1], text))
+        ce = text.effects(ablation.split, ablation.edits(grid[-1:]))
+        ablation.progress.of_call(len(text.documents))(1, 1)
+        documents = [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
+        tables.append(EffectsTable.block([EditDefinition(TEXT, "clean"), grid[-1]], documents, dict(ce=ce)))
     if name == TESTED and config.effects == "all":
-        tables.append(_measure_every(ablation))
+        # The effect of a feature that never fires is known to be 0.
+        live = np.flatnonzero(ablation.statistics.prompts_F > 0)
+        every = [EditDefinition(ablation.behaviour, "every", int(i), (int(i),)) for i in live]
+        values = ablation.run(every, snap_rounding=True)
+        tables.append(EffectsTable.block([ablation.clean, *every], ablation.tests, values))
     return tables, dose
 
 
@@ -522,22 +529,6 @@ def _measure_list(
     members, fraction = list_to_dose(ablation.test.changes, order, dose)
     edit = EditDefinition(ablation.behaviour, group, index, members, fraction, dictionary, site=site)
     return [ablation.table([edit], ablation.norms([edit]))]
-
-
-def _measure_every(ablation: BehaviourAblation) -> EffectsTable:
-    """Measure every feature that fires on the test prompts, one by one."""
-    # The effect of a feature that never fires is known to be 0.
-    live = np.flatnonzero(ablation.statistics.prompts_F > 0)
-    every = [EditDefinition(ablation.behaviour, "every", int(i), (int(i),)) for i in live]
-    return EffectsTable.block([ablation.clean, *every], ablation.tests, ablation.run(every, snap_rounding=True))
-
-
-def _measure_text(ablation: BehaviourAblation, edit: EditDefinition, text: HeldOutText) -> EffectsTable:
-    """Measure an edit, and no edit, on held-out text."""
-    values = dict(ce=text.effects(ablation.split, ablation.edits([edit])))
-    ablation.progress.of_call(len(text.documents))(1, 1)
-    documents = [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
-    return EffectsTable.block([EditDefinition(TEXT, "clean"), edit], documents, values)
 
 
 def root_mean_square(norm_P: np.ndarray) -> float:

@@ -265,7 +265,7 @@ def ablation_sentence(
       is_sure: whether the drop is significant.
       is_large: whether it exceeds the criterion.
       disagreeing: drop by template, if the templates disagree.
-      lacks: why it is not testable, if it is not: from ``too_few_prompts`` or ``too_low_accuracy``.
+      lacks: why it is not testable, if it is not: from such as ``too_few_prompts`` says.
     """
     name, factor, unit = ABLATION_READOUTS[readout.removesuffix(RESAMPLED)]
     verb = "Resampling" if readout.endswith(RESAMPLED) else "Ablating"
@@ -297,11 +297,6 @@ def too_few_prompts(count: int, least: int) -> str:
       least: number that is needed.
     """
     return f"not testable with {count} prompts, {least} are needed" if count < least else ""
-
-
-def too_low_accuracy(least_drop: float) -> str:
-    """Return that an accuracy without an edit is too low to fall by the share that counts as an effect, in words."""
-    return f"not testable, it is not above the {100 * least_drop:g} points by which it would have to fall"
 
 
 def among_sentence(
@@ -409,12 +404,6 @@ def basis_sentence(answer: CausalAnswer, name: str, objective: str, reason: str 
     )
 
 
-def at_chance_words(behaviours: Sequence[str]) -> str:
-    """Return which behaviours the model is not shown to do, in words; "" if there are none."""
-    listed = ", ".join(name.replace("_", " ") for name in behaviours)
-    return f"left out, not shown to be above chance: {listed}" if behaviours else ""
-
-
 def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: str = "") -> str:
     """Return the sentence of question 5.
 
@@ -479,19 +468,8 @@ def replication(
             unknown = unknown or not in_seeds <= {*opposites}
     counts = {name: sum(each[name].answer == "yes" for each in of_seeds) for name in of_seeds[0]}
     answer = "no" if differing else "not testable" if unknown else "yes"
-    sentence = replication_sentence(counts, len(verdicts), differing)
-    numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(verdicts)))
-    return CausalAnswer(answer, sentence, numbers=numbers)
-
-
-def replication_sentence(counts: Mapping[str, int], dictionaries: int, differing: Sequence[str]) -> str:
-    """Return how many dictionaries of other seeds answer yes to each question, and where answers differ.
-
-    Args:
-      counts: dictionaries that answer yes, by question.
-      dictionaries: dictionaries of other seeds.
-      differing: the questions to which some answer no where the tested dictionary answers yes, or the reverse.
-    """
     listed = ", ".join(f"{count} ({question})" for question, count in counts.items())
     ending = f"another answer than the tested one's: {', '.join(differing)}" if differing else "no answer contradicts"
-    return f"Of {counted(dictionaries, 'dictionary')} of other seeds so many answer yes: {listed}; {ending}."
+    sentence = f"Of {counted(len(verdicts), 'dictionary')} of other seeds so many answer yes: {listed}; {ending}."
+    numbers = {name: float(count) for name, count in counts.items()} | dict(dictionaries=float(len(verdicts)))
+    return CausalAnswer(answer, sentence, numbers=numbers)

@@ -28,7 +28,6 @@ from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import placements
-from saejax.interventions.edits import linear_dictionary
 from saejax.models import decoder
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
@@ -87,9 +86,18 @@ class Neurons(Dictionary):
 
 
 def linear(like: Dictionary, directions_FxD: np.ndarray, centre_D: np.ndarray | None = None) -> Dictionary:
-    """Return directions at the site that ``like`` writes to, with its sink rule; see ``linear_dictionary``."""
+    """Return F directions as a linear dictionary of the site that another one writes to.
+
+    Args:
+      like: the dictionary that gives the site and its sink rule.
+      directions_FxD: the directions.
+      centre_D: where a value stands from which all directions were removed; None: at 0.
+    """
     count, width = directions_FxD.shape
-    return linear_dictionary(_like(like, kind="linear", d_in=width, n_features=count), directions_FxD, centre_D)
+    arrays = dict(W_enc_DxF=directions_FxD.T, b_enc_F=np.zeros(count), W_dec_FxD=directions_FxD)
+    arrays["b_dec_D"] = np.zeros(width) if centre_D is None else centre_D
+    config = _like(like, kind="linear", d_in=width, n_features=count)
+    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
 
 
 def principal_directions(like: Dictionary, rows_RxD: np.ndarray, values_NxD: np.ndarray) -> Dictionary | None:

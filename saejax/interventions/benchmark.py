@@ -76,16 +76,13 @@ class BenchmarkItems:
         for item in items:
             start = find_final_answer(item.solution, item.answer)
             before = prompter.prompt(item) + prompter.delimiter + item.solution[:start]
+            draws, is_formula = [seed, *item.id.encode()], self.name == "math"
             # Formulas take long to compare: none where the answer is not found.
-            others = [] if start is None else self._corrupted(item, seed)
+            others = [] if start is None else corrupted_answers(item.answer, item.choices, CORRUPTED, draws, is_formula)
             texts = [item.answer, *others] if others else []
             pairs = [encode_pair(self.lm.tokenizer, before, text, prompter.bos) for text in texts]
             every.append([Reference(*pair) for pair in pairs if pair[1]])
         return every
-
-    def _corrupted(self, item: Item, seed: int) -> list[str]:
-        is_formula = self.name == "math"
-        return corrupted_answers(item.answer, item.choices, CORRUPTED, [seed, *item.id.encode()], is_formula)
 
     def definitions(self) -> list[PromptDefinition]:
         """Return the definitions of all items; items of held-out templates are a stratum of their own."""

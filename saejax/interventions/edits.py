@@ -14,7 +14,6 @@ explain of the site (its error term) stays, as do attention sinks and padding.
     add        0                                                   amount
     swap       fraction     the counterpart prompt's activation    0
     resample   fraction     activation at another firing position  0
-    project    fraction     0, in a basis of orthonormal directions
 
 What replaces an activation (``ActivationReplacement``):
 
@@ -38,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 
 Amount = float | Sequence[float] | np.ndarray
@@ -277,54 +276,6 @@ def swap(dictionary: Dictionary, sets: Sets, fractions: Amount = 1.0) -> Feature
 def resample(dictionary: Dictionary, sets: Sets, fractions: Amount = 1.0, seed: int = 456) -> FeatureEdits:
     """Return edits that replace activations by those at other positions at which the feature fires."""
     return mask(dictionary, sets, fractions, ActivationReplacement("random", seed=np.uint32(seed)))
-
-
-def project(site: str, subspaces: Sequence[np.ndarray], fractions: Amount = 1.0) -> FeatureEdits:
-    """Return edits that project subspaces out of a site: x' = x - a Q Q^T x, with orthonormal Q.
-
-    Args:
-      site: such as ``resid_post.15``.
-      subspaces: for each edit, linearly independent directions ``[n, D]`` that span its subspace.
-      fractions: a; one number, or one per subspace.
-
-    Raises:
-      UserError: there is no subspace, or its directions depend on each other.
-    """
-    rows: list[np.ndarray] = []
-    sets: list[np.ndarray] = []
-    if not len(subspaces) or any(np.ndim(subspace) != 2 for subspace in subspaces):
-        raise UserError("expected at least one subspace, each an array [directions, D]")
-    for subspace in subspaces:
-        if len(subspace) > np.shape(subspace)[1]:
-            raise UserError("a subspace has more directions than the site has dimensions: they depend on each other")
-        # Orthonormal, or what two oblique directions have in common would be removed twice.
-        Q_DxN, R_NxN = np.linalg.qr(np.asarray(subspace, np.float64).T)
-        if np.abs(np.diagonal(R_NxN)).min(initial=np.inf) <= 1e-6 * np.abs(R_NxN).max(initial=0.0):
-            raise UserError("the directions of a subspace depend on each other: give linearly independent ones")
-        sets.append(np.arange(len(rows), len(rows) + Q_DxN.shape[1]))
-        rows += list(Q_DxN.T)
-    config = DictionaryConfig(kind="linear", site=site, d_in=len(rows[0]), n_features=len(rows))
-    return mask(linear_dictionary(config, np.stack(rows)), sets, fractions)
-
-
-def linear_dictionary(
-    config: DictionaryConfig, directions_FxD: np.ndarray, centre_D: np.ndarray | None = None
-) -> Dictionary:
-    """Return F directions as a linear dictionary.
-
-    Args:
-      config: of the dictionary.
-      directions_FxD: the directions.
-      centre_D: where a value stands from which all directions were removed; None: at 0.
-    """
-    count, width = directions_FxD.shape
-    arrays = dict(
-        W_enc_DxF=directions_FxD.T,
-        b_enc_F=np.zeros(count),
-        W_dec_FxD=directions_FxD,
-        b_dec_D=np.zeros(width) if centre_D is None else centre_D,
-    )
-    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
 
 
 def _sets(sets: Sets) -> tuple[np.ndarray, ...]:

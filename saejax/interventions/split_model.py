@@ -227,10 +227,9 @@ class SplitModel:
         longest = int(self.lm.tokenize([prompt.text for prompt in prompts]).lengths_B.max())
         return longest if longest <= SHORT else 0
 
-    def slices(self, run: CleanRun, most: int = PROMPTS) -> Iterator[tuple[slice, SiteRows]]:
-        """Yield at most ``most`` rows of a run at a time: which they are, and their arrays by ``by_row``."""
-        rows, length = run.domain_BxT.shape
-        size = rows_at_once(rows, length, most)
+    def slices(self, run: CleanRun) -> Iterator[tuple[slice, SiteRows]]:
+        """Yield the rows of a run, a program's at a time: which they are, and their arrays by ``by_row``."""
+        size = rows_at_once(*run.domain_BxT.shape)
         for first in range(0, len(run.last_B), size):
             part = slice(first, first + size)
             yield part, SiteRows(*self.by_row(*(getattr(run, name)[part] for name in SiteRows._fields)))
@@ -330,15 +329,9 @@ def row_step(length: int, devices: int = 1) -> int:
     return min(prompts_at_once(length), math.lcm(ROW_STEP, devices))
 
 
-def rows_at_once(rows: int, length: int, most: int = PROMPTS) -> int:
-    """Return how many of the rows of a clean run one program takes: a divisor of them all.
-
-    Args:
-      rows: of the run.
-      length: the padded length of a row.
-      most: maximum number of rows in a program.
-    """
-    return math.gcd(rows, min(most, prompts_at_once(length)))
+def rows_at_once(rows: int, length: int) -> int:
+    """Return how many of the ``rows`` of a clean run, of a padded ``length``, one program takes: a divisor of all."""
+    return math.gcd(rows, prompts_at_once(length))
 
 
 def groups_by_length(
@@ -399,32 +392,7 @@ def run_head(
       last_B: index of each prompt's last token.
       wanted_BxT: positions that were asked for.
     """
-    return read_site(point, error, dictionary, *point.run_prefix(params, ids_BxT), last_B, wanted_BxT)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def read_site(
-    point: SplitPoint,
-    error: str,
-    dictionary: Dictionary,
-    stream_BxTxX: jax.Array,
-    value_BxTxO: jax.Array,
-    read_BxTxD: jax.Array,
-    last_B: jax.Array,
-    wanted_BxT: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Return what ``run_head`` does, for the values of a prefix that was run before.
-
-    Args:
-      point: as for ``run_head`` (static).
-      error: likewise (static).
-      dictionary: likewise.
-      stream_BxTxX: from ``SplitPoint.run_prefix``, as are
-      value_BxTxO: the site's value, and
-      read_BxTxD: what the dictionary reads.
-      last_B: as for ``run_head``.
-      wanted_BxT: likewise.
-    """
+    stream_BxTxX, value_BxTxO, read_BxTxD = point.run_prefix(params, ids_BxT)
     real_BxT = jnp.arange(value_BxTxO.shape[1])[None, :] <= last_B[:, None]
     # Padding has values, too, which no prompt sees: nothing is edited or counted there.
     domain_BxT = real_BxT & dictionary.is_not_sink(read_BxTxD, value_BxTxO)

@@ -265,8 +265,13 @@ def _correct(tests: Mapping[Any, _Test], config: VerdictConfig | None = None) ->
     }
 
 
+def _unanswered(sentence: str, answer: str = "not testable") -> _Test:
+    """Return a question that was not tested, which has no p-value."""
+    return _Test(None, lambda _: CausalAnswer(answer, sentence))
+
+
 def _not_tested(reason: str) -> _Test:
-    return _Test(None, lambda _: CausalAnswer("not tested", f"Not tested: {reason}."))
+    return _unanswered(f"Not tested: {reason}.", "not tested")
 
 
 def _test_ablation(measured: MeasuredBehaviour, readout: str, config: VerdictConfig) -> _Test:
@@ -283,7 +288,8 @@ def _test_ablation(measured: MeasuredBehaviour, readout: str, config: VerdictCon
     if name in ("two_way", "top1", "accuracy"):
         # Where the model is hardly ever right, no ablation could make it wrong as often as counts.
         if clean_P.mean() <= config.min_accuracy_drop:
-            lacks = lacks or wording.too_low_accuracy(config.min_accuracy_drop)
+            least = f"{100 * config.min_accuracy_drop:g}"
+            lacks = lacks or f"not testable, it is not above the {least} points by which it would have to fall"
         is_large = effect.mean > config.min_accuracy_drop
         # At 0 or 100 % the accuracy of a template may stay where it is: only a rise contradicts.
         templates_agree = min(means.values()) >= 0
@@ -316,16 +322,15 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
         # A list of all directions may change the site less than T does: then it is no control of the same dose.
         controls = measured.reaching(controls) if measured.reaching(measured.edits("trained")) else []
     if not measured.dose:
-        return _Test(None, lambda _: CausalAnswer("not testable", wording.NO_CHANGE))
+        return _unanswered(wording.NO_CHANGE)
     if not controls:
         return _without_controls(measured, group)
     too_few = wording.too_few_prompts(len(measured.prompts), config.least_prompts)
     # Ranks among sets need no prompts, but shares of other answers are compared by a bootstrap over prompts.
     if too_few and group == "placebo" and measured.objective != "readout":
-        sentence = f"{too_few[:1].upper()}{too_few[1:]}."
         if measured.objective == "answer_margin":
-            sentence = f"Whether the effect is on the final answer is {too_few} whose answer can be corrupted."
-        return _Test(None, lambda _: CausalAnswer("not testable", sentence))
+            return _unanswered(f"Whether the effect is on the final answer is {too_few} whose answer can be corrupted.")
+        return _unanswered(f"{too_few[:1].upper()}{too_few[1:]}.")
     # Question 4 compares dictionaries: of the tested one, too, the list to the dose, by the same function.
     tested_P = measured.drops(measured.edits("trained"))[0] if group == "untrained" else measured.drop_P
     control_N = measured.drops(controls).mean(axis=1)
@@ -333,10 +338,8 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
     p_value, needed = rank_p(float(tested_P.mean()), control_N), min_controls(behaviours, config.level)
     median, high = np.quantile(control_N, [0.5, 0.95])
     numbers = dict(sets=len(controls), needed=needed, mean=control_N.mean(), median=median, high=high)
-    numbers |= dict(
-        max=control_N.max(), top=tested_P.mean(), features=np.median([len(each.features) for each in controls])
-    )
-    numbers |= dict(p_controls=p_value)
+    numbers |= dict(max=control_N.max(), top=tested_P.mean())
+    numbers |= dict(features=np.median([len(each.features) for each in controls]), p_controls=p_value)
     pool = measured.edits("pool")
     if group == "random" and pool:
         numbers["pool"] = len(pool[0].features)
@@ -372,18 +375,17 @@ def _without_controls(measured: MeasuredBehaviour, group: str) -> _Test:
     """Return the answer where there are no controls of a group."""
     pool = measured.edits("pool")
     if group == "untrained" and measured.edits(group) and measured.edits("trained"):
-        return _Test(None, lambda _: CausalAnswer("not testable", wording.NO_DOSE))
+        return _unanswered(wording.NO_DOSE)
     if group == "placebo" and measured.objective == "readout":
-        return _Test(None, lambda _: CausalAnswer("not tested", wording.NO_PLACEBO_READOUTS))
+        return _unanswered(wording.NO_PLACEBO_READOUTS, "not tested")
     if group == "placebo" and measured.objective == "answer_margin":
-        return _Test(None, lambda _: CausalAnswer("not tested", wording.NO_PLACEBO_ANSWERS))
+        return _unanswered(wording.NO_PLACEBO_ANSWERS, "not tested")
     if group != "random" or not pool:
         return _not_tested(f"no {wording.CONTROLS[group]} were measured")
-    sentence = (
+    return _unanswered(
         f"Not testable: all {len(pool[0].features)} other features that fire change the site less than the "
         f"{counted(measured.k, 'top feature')}; use a smaller k or a wider dictionary."
     )
-    return _Test(None, lambda _: CausalAnswer("not testable", sentence))
 
 
 class _Shares(NamedTuple):
@@ -426,12 +428,10 @@ def _compare_shares(measured: MeasuredBehaviour) -> _Shares | None:
     # Where a resample's logit difference is not above zero, its share says nothing for T.
     fails_R = (real_R <= high_R) | (weight_RxP @ clean_P <= 0)
     share = Interval(float(measured.drop_P.mean() / clean_P.mean()), *bootstrap.percentile_interval(real_R))
-    numbers = dict(pairs=float(len(share_N)), share_median=float(np.median(share_N)))
-    numbers |= dict(
-        share_high=float(np.quantile(share_N, 0.95)), lost_high=float(np.quantile(lost_NxP.mean(axis=1), 0.95))
-    )
+    share_high, lost_high = (float(np.quantile(some_N, 0.95)) for some_N in (share_N, lost_NxP.mean(axis=1)))
     p_value = float((1 + fails_R.sum()) / (1 + len(real_R)))
-    return _Shares(share, p_value, numbers | dict(p_shares=p_value))
+    numbers = dict(pairs=float(len(share_N)), share_median=float(np.median(share_N)), share_high=share_high)
+    return _Shares(share, p_value, numbers | dict(lost_high=lost_high, p_shares=p_value))
 
 
 def _count_fooled(measured: MeasuredBehaviour, config: VerdictConfig) -> int | None:
@@ -519,7 +519,8 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
     if documents:
         change_P = np.abs(table.values(top, documents, "ce")[0] - table.clean_values(documents, "ce"))
         changes[TEXT] = (change_P, [""] * len(documents), config.max_ce_change)
-    left_out = wording.at_chance_words(at_chance)
+    left_out = ", ".join(name.replace("_", " ") for name in at_chance)
+    left_out = f"left out, not shown to be above chance: {left_out}" if at_chance else ""
     if not changes.keys() - {TEXT}:
         return _not_tested(f"the run has no other behaviour{left_out and f' above chance ({left_out})'}")
     if TEXT not in changes:

@@ -43,6 +43,7 @@ _LONGEST_LABEL = 1000  # characters
 _FEATURE = re.compile("[0-9]{1,9}(_[0-9]{1,9}){2}")  # layer, index, position
 _MOST_TOKENS = 200  # of a generated text
 _GRACE = 5  # seconds for answers that are under way when the server is to end
+_FEATURE = re.compile("_".join(["[0-9]{1,9}"] * 3))  # its layer, index and position
 _OUTPUTS = ("first", "second")  # in the address of a page: two logits, whose difference it explains
 
 

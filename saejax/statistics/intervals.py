@@ -51,16 +51,15 @@ def bootstrap_mean(values_N: np.ndarray, seed: int, resamples: int = RESAMPLES) 
     return bootstrap(values_N, lambda values_RxN: values_RxN.mean(axis=1), resamples, seed)
 
 
-def wilson(right_N: np.ndarray, size: float | None = None) -> Interval:
+def wilson(right_N: np.ndarray) -> Interval:
     """Return a share, and its 95 % score interval (Wilson, 1927), which has a width even where the share is 0 or 1.
 
     With z = 1.96 the ends are the shares p for which |share - p| = z sqrt(p (1 - p) / size).
 
     Args:
       right_N: True or 1 for what the share counts, at least one value.
-      size: how many independent ones the N are worth; None: N.
     """
-    return wilson_of(float(np.mean(right_N)), len(right_N) if size is None else size)
+    return wilson_of(float(np.mean(right_N)), len(right_N))
 
 
 def wilson_of(share: float, n: float) -> Interval:

@@ -4,7 +4,7 @@ import logging
 
 import jax
 import numpy as np
-from graph_checks import double, faithfulness_curve
+from graph_checks import double
 from made_transcoders import made_set
 
 from saejax.attribution.heads.query_key import split_scores
@@ -18,7 +18,6 @@ def graph_and_checks(lm, transcoders, tokens: int, seed: int, logits: int):
     graph, local, readouts = trace_prompt(lm, transcoders, prompt, max_features=100, max_logits=logits, logit_mass=1.0)
     split_scores(local, 1, 1, -1)
     double(local, graph, readouts, 16)
-    faithfulness_curve(local, graph, readouts, (0.3, 0.8))
     return graph
 
 

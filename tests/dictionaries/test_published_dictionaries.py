@@ -436,10 +436,14 @@ def llama_scope_2(folder, w):
 # --- others
 
 
+def write_sparsify(folder, w, **more):
+    state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
+    write_tensors(folder / "sae.safetensors", **state, **more)
+
+
 @layout()
 def sparsify_sae(folder, w):
-    state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
-    write_tensors(folder / "layers.10" / "sae.safetensors", **state)
+    write_sparsify(folder / "layers.10", w)
     write_json(folder / "layers.10" / "cfg.json", dict(num_latents=F, k=K, signed=False, d_in=D))
     write_json(folder / "config.json", dict(model="EleutherAI/pythia-70m"))
     expected = dict(site="resid_post.10", signed=False, model="EleutherAI/pythia-70m")
@@ -449,8 +453,7 @@ def sparsify_sae(folder, w):
 @layout()
 def sparsify_transcoder_of_the_first_version(folder, w):
     """That it is one is said of its run alone, and so the decoder's bias is subtracted."""
-    state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
-    write_tensors(folder / "h.3.mlp" / "sae.safetensors", **state)
+    write_sparsify(folder / "h.3.mlp", w)
     write_json(folder / "h.3.mlp" / "cfg.json", dict(num_latents=F, k=K, d_in=D))
     write_json(folder / "config.json", dict(model="gpt2", transcode=True))
     expected = dict(site="mlp_in.3", target="mlp_out.3", centred=True)
@@ -460,8 +463,7 @@ def sparsify_transcoder_of_the_first_version(folder, w):
 @layout()
 def sparsify_skip_transcoder(folder, w):
     w["W_skip"] = arrays(1)["W_enc"][:, :D]
-    state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
-    write_tensors(folder / "layers.3.mlp" / "sae.safetensors", **state, W_skip=w["W_skip"].T)
+    write_sparsify(folder / "layers.3.mlp", w, W_skip=w["W_skip"].T)
     cfg = dict(activation="topk", num_latents=F, k=K, d_in=D, transcode=True, skip_connection=True)
     write_json(folder / "layers.3.mlp" / "cfg.json", cfg)
     compute = function(w, lambda pre: topk(relu(pre)), False)

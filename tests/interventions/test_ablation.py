@@ -202,16 +202,3 @@ def test_in_bfloat16_the_effects_are_nearly_the_same(tiny_llama, one_device, pro
     drop_P = ablate_sets(half, half.run(prompts), sets).drop_SxP[0]
     assert np.corrcoef(drop_P, wanted_P)[0, 1] > 0.9
     assert jax.tree.leaves(half.params)[0].dtype == jnp.bfloat16
-
-
-def test_few_programs(split, runs, dictionary, monkeypatch):
-    """One for each set of shapes."""
-    shapes, run_rows, n = set(), ablation.run_rows, dictionary.config.n_features
-
-    def count_shapes(*arguments):
-        shapes.add(tuple(map(np.shape, jax.tree.leaves(arguments))))
-        return run_rows(*arguments)
-
-    monkeypatch.setattr(ablation, "run_rows", count_shapes)
-    ablate_sets(split, runs, [[i] for i in range(n)] + [list(range(n))], batch_rows=48)
-    assert 0 < len(shapes) <= 6

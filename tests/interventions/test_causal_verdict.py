@@ -72,6 +72,12 @@ class Rows:
             target = (f" t{index}", " u")
             self.add_set(EditDefinition(name, "placebo", index, (3, 4), target=target), varied(0.1 * index), 2.0)
 
+    def add_seed(self, name: str, drop: float = 3.0, dose: float = 2.0) -> None:
+        """Add the top features of a dictionary of another seed."""
+        for fraction in (0.25, 0.5, 1.0):
+            edit = EditDefinition("b", "top", 0, (1, 2), fraction, name)
+            self.add_set(edit, varied(drop * fraction), dose * fraction)
+
     def add_untrained(self, drops: Sequence[float], dose: float = 2.0, site: str = "") -> None:
         """Add the list of the tested dictionary, which loses 3 logits, and those of untrained ones."""
         self.add_set(EditDefinition("b", "trained", 0, (1, 2)), varied(3.0), dose)
@@ -394,8 +400,7 @@ def test_replication_counts_dictionaries_of_other_seeds():
 
 def test_what_cannot_be_told_of_another_seed_does_not_replicate():
     rows = make_rows()
-    for edit in [edit for edit in rows.edits if edit.group == "top"]:
-        rows.add_set(dataclasses.replace(edit, dictionary="seed43"), varied(3.0 * edit.fraction), 2 * edit.fraction)
+    rows.add_seed("seed43")
     tested = rows.judge()[TESTED]["b"]
     assert tested.random.answer == "yes"
     assert tested.replication.answer == "not testable", "the other seed was compared with no sets"
@@ -404,10 +409,8 @@ def test_what_cannot_be_told_of_another_seed_does_not_replicate():
 
 def test_dictionaries_of_other_seeds_are_compared_with_the_same_untrained_ones():
     rows = make_rows()
-    top = [edit for edit in rows.edits if edit.group == "top"]
     for name, drop in dict(seed43=3.0, seed44=0.5).items():
-        for edit in top:
-            rows.add_set(dataclasses.replace(edit, dictionary=name), varied(drop * edit.fraction), 2.2 * edit.fraction)
+        rows.add_seed(name, drop, dose=2.2)
         # At the dose of the tested dictionary's top features, not at its own.
         rows.add_set(EditDefinition("b", "trained", 0, (1,), 1.0, name), varied(drop), 2.0)
     rows.add_set(EditDefinition("b", "trained", 0, (1,)), varied(3.0), 2.0)
@@ -422,9 +425,7 @@ def test_dictionaries_of_other_seeds_are_compared_with_the_same_untrained_ones()
 def test_replication_needs_dictionaries_with_answers():
     rows = make_rows()
     rows.add_behaviour("c", first=100)
-    tested = [edit for edit in rows.edits if edit.behaviour == "b" and edit.group == "top"]
-    for edit in tested:
-        rows.add_set(dataclasses.replace(edit, dictionary="seed43"), varied(3.0 * edit.fraction), 2 * edit.fraction)
+    rows.add_seed("seed43")
     judged = rows.judge()[TESTED]
     assert judged["b"].random.answer == "not testable" and judged["b"].replication.answer == "yes", "effects agree"
     assert judged["c"].replication.answer == "not tested", "the other seed was tested on b alone"
@@ -558,16 +559,6 @@ def without_prompts(table: EffectsTable, ids: Sequence[str]) -> EffectsTable:
     prompts = tuple(prompt for prompt in table.prompts if prompt.id not in ids)
     rows = (column_N[kept_N] for column_N in (table.edit_N, place_N, table.readout_N, table.value_N))
     return EffectsTable(table.edits, prompts, *rows)
-
-
-def test_a_removed_prompt_changes_what_it_should():
-    table = world()
-    prompts = table.select_prompts("b")
-    before, after = (
-        verdict(each, CONFIG).dictionaries[TESTED]["b"] for each in (table, without_prompts(table, [prompts[3].id]))
-    )
-    assert before.ablation["logit_diff"].effect != after.ablation["logit_diff"].effect
-    assert before.features == after.features and before.dose != after.dose
 
 
 def test_one_prompt_is_refused():

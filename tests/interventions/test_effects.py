@@ -189,21 +189,13 @@ def test_effects_of_matrices_in_bfloat16_are_not_rounded(tiny, pairs, make_dicti
     np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-5)
 
 
-def test_projections_and_vectors_equal_torch_hooks(tiny, plain, pairs, make_dictionary):
-    subspaces = np.random.default_rng(0).normal(size=(2, 3, 64))
-    batch = edits.project("resid_post.1", subspaces)
-    value_ExP = engine.effects(tiny, pairs[:4], batch)[:, :, 0]
-    vector_D, sae = subspaces[0, 0], make_dictionary("resid_post.1")
+def test_vectors_equal_torch_hooks(tiny, plain, pairs, make_dictionary):
+    vector_D, sae = np.random.default_rng(0).normal(size=64), make_dictionary("resid_post.1")
     added_P = engine.effects(tiny, pairs[:4], vector_edits(sae, [vector_D]))[0, :, 0]
     for p, prompt in enumerate(pairs[:4]):
         run = plain(sae, prompt)
         wanted = run.diff(lambda x_TxD, run=run: x_TxD + run.is_usable(x_TxD)[:, None] * vector_D)
         np.testing.assert_allclose(added_P[p], wanted, atol=2e-5)
-        usable_Tx1 = np.linalg.norm(run.value(), axis=1, keepdims=True) <= tiny.sink_norm("resid_post.1")
-        for e, subspace_NxD in enumerate(subspaces):
-            Q_DxN = np.linalg.qr(subspace_NxD.T)[0]
-            wanted = run.diff(lambda x_TxD, Q_DxN=Q_DxN, usable=usable_Tx1: x_TxD - usable * (x_TxD @ Q_DxN @ Q_DxN.T))
-            np.testing.assert_allclose(value_ExP[e, p], wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", pytest.param("token_norm", marks=pytest.mark.slow)])
@@ -243,19 +235,6 @@ def test_edits_where_no_position_is_editable_are_told(tiny, few, dictionary, cap
         assert (np.ptp(values_ExP, axis=0).max() == 0) == is_told
 
 
-def test_simpler_bases_of_a_dictionary_in_units_of_the_site(dictionary):
-    """They read the site as it is; an untrained dictionary normalises tokens as the tested one does."""
-    config = dataclasses.replace(dictionary.config, input_norm="layer_norm", output_units=True)
-    published = Dictionary(config, **dictionary.arrays)
-    x_NxD = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32) * 5
-    directions = np.eye(4, 64, dtype=np.float32)
-    np.testing.assert_allclose(bases.linear(published, directions).encode(x_NxD), x_NxD[:, :4], atol=1e-5)
-    untrained = bases.untrained(published, 8, seed=0)
-    f_NxF = np.asarray(untrained.encode(x_NxD))
-    assert ((f_NxF > 0).sum(axis=1) == 8).all()
-    np.testing.assert_allclose(untrained.encode(2 * x_NxD), 2 * f_NxF, rtol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -284,14 +263,6 @@ def test_requests_that_mean_nothing_are_refused(tiny, few, dictionary, changes, 
 def test_edits_of_forward_passes_are_no_batch_of_edits(tiny, few, dictionary):
     with pytest.raises(UserError, match="edits is a list: expected edits of one dictionary's features"):
         engine.effects(tiny, few, [dictionary.ablate([3])])
-
-
-def test_subspaces_of_no_directions_are_refused():
-    for subspaces in ([], [np.eye(1, 8)[0]]):
-        with pytest.raises(UserError, match="expected at least one subspace"):
-            edits.project("resid_post.1", subspaces)
-    with pytest.raises(UserError, match="depend on each other"):
-        edits.project("resid_post.1", [np.random.default_rng(0).normal(size=(9, 8))])
 
 
 @pytest.fixture(scope="module")

@@ -119,18 +119,12 @@ def read_details(
         if read := opened or _open_set_features(source):
             with ThreadPoolExecutor(_CONNECTIONS) as pool:
                 may_fetch = [fetched is None or feature in fetched for feature in missing]
-                for feature, data in zip(missing, pool.map(read, missing, may_fetch), strict=True):
-                    if data is not None:
-                        details[feature] = _parse_named(data, feature, source)
+                for (layer, index), data in zip(missing, pool.map(read, missing, may_fetch), strict=True):
+                    try:
+                        details |= {} if data is None else {(layer, index): parse_feature(data)}
+                    except UserError as error:
+                        raise UserError(f"{source}: feature {index} of layer {layer}: {error}") from None
     return details
-
-
-def _parse_named(data: Mapping[str, Any], feature: Feature, source: str | Path) -> FeatureDetails:
-    """Return the details of a feature; a message names it, and where its JSON comes from."""
-    try:
-        return parse_feature(data)
-    except UserError as error:
-        raise UserError(f"{source}: feature {feature[1]} of layer {feature[0]}: {error}") from None
 
 
 def write_details(folder: Path, details: Mapping[Feature, FeatureDetails]) -> None:

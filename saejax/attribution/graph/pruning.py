@@ -209,7 +209,8 @@ def share_threshold(values: np.ndarray, share: float) -> float:
 
 def _influential_edges(graph: GraphData, share: float) -> np.ndarray:
     """Step 2 of ``prune_each``: True where an edge stays, [R, S]."""
-    adjacency_RxS, factor_R = graph.adjacency_RxS, _target_influence(graph, source_influence(graph))
+    adjacency_RxS, influence_S = graph.adjacency_RxS, source_influence(graph)
+    factor_R = np.concatenate([influence_S[graph.slice_of(FEATURE)], logit_weights(graph.probability_K)])
 
     def blocks() -> Iterator[np.ndarray]:
         for rows in _blocks(np.arange(len(factor_R)), adjacency_RxS.shape[1]):
@@ -255,11 +256,6 @@ def _cut(graph: AnyGraph, keep_N: np.ndarray) -> AnyGraph:
     return dataclasses.replace(graph, adjacency_RxS=adjacency_RxS, nodes=graph.nodes[keep_N], **of_targets)
 
 
-def _scored(graph: GraphData) -> np.ndarray:
-    """Return the matrix with the columns that take part in influences: features, errors and tokens."""
-    return graph.adjacency_RxS[:, : graph.slice_of(TOKEN).stop]
-
-
 def source_influence(graph: GraphData, weight_K: np.ndarray | None = None) -> np.ndarray:
     """Return the influence of the graph's features, errors and tokens, in this order, float64.
 
@@ -270,12 +266,8 @@ def source_influence(graph: GraphData, weight_K: np.ndarray | None = None) -> np
     features, weight_K = graph.count(FEATURE), logit_weights(graph.probability_K) if weight_K is None else weight_K
     column_R = np.concatenate([np.arange(features), np.full(graph.count(LOGIT), -1)])
     weight_R = np.concatenate([np.zeros(features), weight_K.astype(np.float64)])
-    return influence(_scored(graph), graph.nodes.layer_N[graph.target_R], column_R, weight_R)
-
-
-def _target_influence(graph: GraphData, influence_S: np.ndarray) -> np.ndarray:
-    """Influence of the features and weights of the logits, float64 [R]."""
-    return np.concatenate([influence_S[graph.slice_of(FEATURE)], logit_weights(graph.probability_K)])
+    adjacency_RxS = graph.adjacency_RxS[:, : graph.slice_of(TOKEN).stop]
+    return influence(adjacency_RxS, graph.nodes.layer_N[graph.target_R], column_R, weight_R)
 
 
 def _blocks(rows: np.ndarray, width: int) -> list[np.ndarray]:

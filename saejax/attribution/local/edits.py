@@ -1,13 +1,8 @@
-"""Edits of a run: features set to other activations, or all features but a circuit's left out; and what is read in it.
+"""Edits of a run, which set features to other activations; and what is read in it.
 
-Both change what a layer's MLP adds to the stream, so an edit is a difference that is added to the stream leaving the
-layer:
-
-    set      sum over edited features of (value - f) W_dec
-    circuit  sum over kept features of f W_dec + b_dec + skip(read) + error if it is kept - mlp_out
-
-with f the activation in the edited run (with MLPs frozen: in the prompt) and error what the transcoder leaves of the
-run's own MLP output. Features of cross-layer transcoders write to later layers, too.
+They change what a layer's MLP adds to the stream, so an edit is a difference that is added to the stream leaving the
+layer, the sum over edited features of (value - f) W_dec, with f the activation in the edited run (with MLPs frozen: in
+the prompt). Features of cross-layer transcoders write to later layers, too.
 
 ``Readings`` reads features and targets in edited runs as differences from the prompt.
 """
@@ -32,7 +27,6 @@ from saejax.attribution.local.state import (
     PromptRun,
     activations,
     as_index,
-    encode_used,
     padded,
 )
 from saejax.dictionaries import Dictionary
@@ -56,36 +50,21 @@ class Change(NamedTuple):
     value: float
 
 
-class Circuit(NamedTuple):
-    """Masks of the features [A] of ``LocalState.active``, and of the errors [L, P], that are kept."""
-
-    features_A: np.ndarray
-    errors_LxP: np.ndarray
-
-    def complement(self) -> "Circuit":
-        """Return all that is not in it."""
-        return Circuit(~self.features_A, ~self.errors_LxP)
-
-
-def as_rows(edits: Any) -> list[Any]:
-    """Return edits as a list of rows, each a list of changes or a ``Circuit``; a change alone is a row of its own.
+def as_rows(edits: Any) -> list[list[Change]]:
+    """Return edits as a list of rows, each a list of changes; a change alone is a row of its own.
 
     Raises:
-      UserError: they are something else, or changes beside circuits.
+      UserError: they are something else.
     """
     if isinstance(edits, Change):
         return [[edits]]
     rows: list[Any]
     try:
-        rows = [row if isinstance(row, Circuit | Change) else list(row) for row in edits]
+        rows = [row if isinstance(row, Change) else list(row) for row in edits]
     except TypeError:  # no rows, or one that holds nothing
         rows = [None]
-    is_circuit = [isinstance(row, Circuit) for row in rows]
-    are_changes = (isinstance(row, list) and all(isinstance(each, Change) for each in row) for row in rows)
-    if not (all(is_circuit) or all(are_changes)):
-        raise UserError(
-            "edits are rows of changes that are made together, expected such as [[Change(...)], []]; or circuits alone"
-        )
+    if not all(isinstance(row, list) and all(isinstance(each, Change) for each in row) for row in rows):
+        raise UserError("edits are rows of changes that are made together: expected such as [[Change(...)], []]")
     return rows
 
 
@@ -178,34 +157,19 @@ def _positions(change: Change, tokens: int) -> Sequence[int]:
     return positions
 
 
-def plan_edits(
-    state: LocalState, edits: Sequence[Any], freeze: str
-) -> "list[tuple[slice, ChangeEdits | CircuitEdits]]":
-    """Split the rows of edits into chunks that go through the layers together.
-
-    Args:
-      state: of the prompt.
-      edits: of each row, its changes, or a ``Circuit``.
-      freeze: as for ``LocalModel.run``.
+def plan_edits(state: LocalState, edits: Sequence[Sequence[Change]]) -> "list[tuple[slice, ChangeEdits]]":
+    """Split rows of changes to the prompt of a ``state`` into chunks that go through the layers together.
 
     Raises:
-      UserError: circuits are frozen, or a change does not fit the prompt.
+      UserError: a change does not fit the prompt.
     """
     _, length, width = state.stream_LxTxD.shape
-    is_circuits = any(isinstance(row, Circuit) for row in edits)
-    if is_circuits and freeze != "none":
-        raise UserError(f"freeze is {freeze!r}: circuits run freely, expected none")
     size = max(CHUNK // (length * width) // _ROWS, 1) * _ROWS
-    if is_circuits:  # of which all activations are in memory
-        size = max(AT_ONCE // (length * state.dictionaries.configs[0].n_features), 1)
     chunks = [slice(start, min(start + size, len(edits))) for start in range(0, len(edits), size)]
-    if is_circuits:
-        # One size for all chunks, whose rows then share programs.
-        return [(rows, CircuitEdits(state, edits[rows], min(size, len(edits)))) for rows in chunks]
-    changes = [(rows, ChangeEdits(state, edits[rows], len(state.ids_P))) for rows in chunks]
-    for _, plan in changes:
+    plans = [(rows, ChangeEdits(state, edits[rows], len(state.ids_P))) for rows in chunks]
+    for _, plan in plans:
         plan.warn_of_sinks()
-    return list(changes)
+    return plans
 
 
 class ChangeEdits:
@@ -249,14 +213,13 @@ class ChangeEdits:
         """The layers in which features are changed."""
         return set(self._layer_N.tolist())
 
-    def difference(self, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array) -> np.ndarray | None:
+    def difference(self, layer: int, freeze: str, read_RxTxD: jax.Array) -> np.ndarray | None:
         """Return what the edits add to the stream leaving a layer, [R, T, D]; None: nothing.
 
         Args:
           layer: its number; layers come in order.
           freeze: what the layer keeps of the prompt, one of ``state.FREEZE_MODES``.
           read_RxTxD: what the transcoder reads in the runs.
-          out_RxTxD: what the MLP adds in the runs.
         """
         rows, length = read_RxTxD.shape[:2]
         # Kept from layer to layer: features of cross-layer transcoders write to layers that come later.
@@ -297,62 +260,6 @@ class ChangeEdits:
             picked = np.resize(index_M[here] - start, count), np.resize(column_M[here], count)
             acts_M[here] = to_host(_encode_places(encoder, read_RxTxD, *places, *picked))[: len(here)]
         return acts_M
-
-
-class CircuitEdits:
-    """Circuits run side by side; see ``ChangeEdits`` for its interface. All layers are edited.
-
-    Args:
-      state: of the prompt.
-      circuits: what is kept; a feature that is not active in the prompt is in none.
-      rows: number of rows that run, padding included.
-    """
-
-    def __init__(self, state: LocalState, circuits: Sequence[Circuit], rows: int):
-        self._state, self._circuits, self.rows = state, circuits, rows
-        self.layers: Collection[int] = range(state.model.config.n_layers)
-        self._outputs = FeatureOutputs(state.dictionaries, 2, rows, state.stream_LxTxD.shape[1])
-
-    def difference(self, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array) -> jax.Array:
-        """Return what leaving out all but the circuits adds to the stream leaving a layer, [R, T, D]."""
-        state, (rows, length) = self._state, read_RxTxD.shape[:2]
-        used_T = (np.arange(length) >= state.first) & (np.arange(length) < len(state.ids_P))
-        used_RxT = np.broadcast_to(used_T, read_RxTxD.shape[:2])
-        acts_RxTxF = to_host(encode_used(state.encoder(layer), read_RxTxD, used_RxT))
-        # Which features of the prompt are kept in each row; one that is not active in the prompt is in no circuit.
-        kept_RxTxF, error_RxT = np.zeros(acts_RxTxF.shape, bool), np.zeros((rows, length), bool)
-        here = state.active.of_layer(layer)
-        position_A, feature_A = state.active.position_A[here], state.active.feature_A[here]
-        for row, circuit in enumerate(self._circuits):
-            kept_RxTxF[row, position_A, feature_A] = circuit.features_A[here]
-            error_RxT[row, : len(state.ids_P)] = circuit.errors_LxP[layer]
-        row_E, position_E, feature_E = np.nonzero(acts_RxTxF)
-        value_E, kept_E = acts_RxTxF[row_E, position_E, feature_E], kept_RxTxF[row_E, position_E, feature_E]
-
-        # One sum has all features, the other the kept ones.
-        place_E = row_E * length + position_E
-        places = np.concatenate([place_E, place_E[kept_E] + rows * length])
-        features, values = (np.concatenate([part, part[kept_E]]) for part in (feature_E, value_E))
-        self._outputs.add(layer, places, features, values)
-        inputs = read_RxTxD, out_RxTxD, self._outputs.pop(layer), error_RxT, used_T
-        return _circuit_difference(state.frozen, np.int32(layer), state.b_dec_LxD[layer], *inputs)
-
-
-@jax.jit
-def _circuit_difference(
-    frozen: FrozenModel,
-    layer: jax.Array,
-    b_dec_D: jax.Array,
-    read_RxTxD: jax.Array,
-    out_RxTxD: jax.Array,
-    sums_2xRxTxD: jax.Array,
-    error_RxT: jax.Array,
-    used_T: jax.Array,
-) -> jax.Array:
-    all_RxTxD, kept_RxTxD = sums_2xRxTxD
-    fixed_RxTxD = jnp.broadcast_to(b_dec_D, out_RxTxD.shape) + frozen.skip(layer, read_RxTxD)
-    error_RxTxD = jnp.where(error_RxT[..., None], out_RxTxD - all_RxTxD - fixed_RxTxD, 0)
-    return jnp.where(used_T[None, :, None], kept_RxTxD + fixed_RxTxD + error_RxTxD - out_RxTxD, 0)
 
 
 @jax.jit

@@ -26,8 +26,6 @@ from saejax.attribution.local.edits import (
     TOGETHER,
     Change,
     ChangeEdits,
-    Circuit,
-    CircuitEdits,
     Readings,
     as_rows,
     has_begun,
@@ -113,7 +111,7 @@ class LocalModel(LocalState):
 
     def run(
         self,
-        edits: Change | Sequence[Sequence[Change]] | Sequence[Circuit],
+        edits: Change | Sequence[Sequence[Change]],
         freeze: str = "none",
         *,
         readouts: Readouts | None = None,
@@ -125,8 +123,8 @@ class LocalModel(LocalState):
         """Run the prompt with each row of edits.
 
         Args:
-          edits: rows of changes that are made together (an empty row is the prompt itself), or circuits that are run
-            alone; a change alone is a row of its own.
+          edits: rows of changes that are made together (an empty row is the prompt itself); a change alone is a row of
+            its own.
           freeze: what stays as in the prompt: "none"; "attention", the attention patterns; "all", norm scales and MLP
             outputs too, so that all is linear and a change has the effect that the graph's edges say; "constrained",
             circuit-tracer's mode, which freezes attention patterns and MLP outputs up to ``freeze_until``.
@@ -143,7 +141,7 @@ class LocalModel(LocalState):
         """
         n_layers, length, last = self.model.config.n_layers, self.stream_LxTxD.shape[1], len(self.ids_P) - 1
         edits = as_rows(edits)
-        modes, plans = _freeze_by_layer(freeze, freeze_until, n_layers), plan_edits(self, edits, freeze)
+        modes, plans = _freeze_by_layer(freeze, freeze_until, n_layers), plan_edits(self, edits)
         changed = {layer for _, plan in plans for layer in plan.layers}
         if freeze == "constrained" and any(modes[layer] not in FIXED for layer in changed):
             raise UserError(
@@ -179,15 +177,15 @@ class LocalModel(LocalState):
         return readings.checked()
 
     def _run_layer(
-        self, layer: int, mode: str, x_BxTxD: jax.Array, plan: ChangeEdits | CircuitEdits, frozen_until: int
+        self, layer: int, mode: str, x_BxTxD: jax.Array, plan: ChangeEdits, frozen_until: int
     ) -> tuple[jax.Array, jax.Array]:
         """Run a layer on the prompt, from which what is frozen is taken, and on edited rows after it.
 
         Returns:
           The streams leaving the layer, and what its transcoder reads, each [B, T, D].
         """
-        leaving, read, out = run_layer(self.frozen, mode, np.int32(layer), x_BxTxD, frozen_until)
-        difference = plan.difference(layer, mode, read[1:], out[1:])
+        leaving, read, _ = run_layer(self.frozen, mode, np.int32(layer), x_BxTxD, frozen_until)
+        difference = plan.difference(layer, mode, read[1:])
         return leaving if difference is None else leaving.at[1:].add(difference), read
 
     def generate(

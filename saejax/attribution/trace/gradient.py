@@ -126,8 +126,6 @@ class SaeRun(PromptRun):
         edits = as_rows(edits)
         if freeze != "none":
             raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
-        if not all(isinstance(row, list) for row in edits):
-            raise UserError("circuits are run with transcoders: expected changes, as this graph is of SAEs")
         model, n_layers, last = self.model, self.model.config.n_layers, len(self.ids_P) - 1
         pairs = zip(self.dictionaries.sites, self.dictionaries.configs, strict=True)
         change_Nx5 = placed_changes(edits, last + 1, {site.layer: config.n_features for site, config in pairs})

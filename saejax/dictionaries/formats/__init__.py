@@ -163,13 +163,13 @@ def folders_of(path: str | os.PathLike) -> list[Path]:
     return paths
 
 
-def load_all(path: str | os.PathLike, matmul_dtype: str = "float32") -> dict[str, Dictionary]:
+def load_all(path: str | os.PathLike) -> dict[str, Dictionary]:
     """Load the dictionary of a folder, or all members of a stack such as ``runs/demo/train/topk``, by their folders.
 
     Raises:
       UserError: no dictionary is there, or one is damaged.
     """
-    return {str(folder): load_dictionary(folder, matmul_dtype) for folder in folders_of(path)}
+    return {str(folder): load_dictionary(folder) for folder in folders_of(path)}
 
 
 def load_transcoders(

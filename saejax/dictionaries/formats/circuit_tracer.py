@@ -38,7 +38,7 @@ from saejax.dictionaries import rescale
 from saejax.dictionaries.description import BOS
 from saejax.dictionaries.formats import gemma_scope, hooks, place, tensors
 from saejax.dictionaries.kinds import by_name
-from saejax.dictionaries.modules import Dictionary, DictionaryConfig
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.models.sites import Site
@@ -89,7 +89,7 @@ class TranscoderSet:
 
     def load_encoder(self, layer: int) -> dict[str, Any] | None:
         """Read the arrays of a layer but its decoder rows, in their file's dtype; see ``Published.load_encoder``."""
-        return self.layers[layer].load_encoder("auto")
+        return self.layers[layer].load_encoder()
 
     def rows(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:
         """Return the directions, [U, D], of features of a layer, by their indices ``feature``.
@@ -558,9 +558,8 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
 def _file_arrays(transcoder: Dictionary) -> dict[str, jax.Array]:
     """Return a transcoder's arrays by the names and in the order of axes of a layer's file."""
     arrays = transcoder.arrays
-    turned = {ours: array.T if ours in ("W_enc_DxF", "W_skip_DxD") else array for ours, array in arrays.items()}
-    names = tensors.plain_names(transcoder.config)
-    return {name: turned[ours] for name, ours in names.items() if ours in turned}
+    named = {ours.rpartition("_")[0]: arrays[ours] for ours in parameter_table(transcoder.config) if ours in arrays}
+    return named | {name: named[name].T for name in ("W_enc", "W_skip") if name in named}
 
 
 def _stamp(config: DictionaryConfig, first: Mapping[str, jax.Array]) -> str:

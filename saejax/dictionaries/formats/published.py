@@ -168,8 +168,16 @@ def parse_dictionary_learning(path: Path) -> tensors.Published:
         # It multiplies activations by the lengths of decoder rows, and divides by them again when it decodes.
         if name == "GatedAutoEncoder":
             return rescale.scale_features(by_name(kind), arrays, rescale.decoder_lengths(arrays["W_dec_FxD"]))
-        if name == "JumpReluAutoEncoder":
-            _require_unit_rows(weights, rescale.decoder_lengths(arrays["W_dec_FxD"]))
+        if name != "JumpReluAutoEncoder":
+            return arrays
+        # Older versions of this class multiply activations by the lengths, newer ones do not, and files do not tell.
+        length_F = rescale.decoder_lengths(arrays["W_dec_FxD"])
+        if np.abs(length_F - 1).max() > _UNIT_ROWS:
+            raise UserError(
+                f"{weights}: its decoder rows have lengths from {length_F.min():.3g} to {length_F.max():.3g}, by which "
+                "only some versions of JumpReluAutoEncoder multiply activations, and nothing says which version this "
+                "is: bring them to length 1 with the version that trained it"
+            )
         return arrays
 
     return tensors.describe(
@@ -185,19 +193,6 @@ def parse_dictionary_learning(path: Path) -> tensors.Published:
         centred=centred,
         model=model,
     )
-
-
-def _require_unit_rows(file: Path, length_F: np.ndarray) -> None:
-    """Raise a ``UserError`` unless decoder rows have length 1.
-
-    Older versions of the class multiply activations by the lengths, newer ones do not, and files do not tell.
-    """
-    if np.abs(length_F - 1).max() > _UNIT_ROWS:
-        raise UserError(
-            f"{file}: its decoder rows have lengths from {length_F.min():.3g} to {length_F.max():.3g}, by which only "
-            "some versions of JumpReluAutoEncoder multiply activations, and nothing says which version this is: bring "
-            "them to length 1 with the version that trained it"
-        )
 
 
 def _class_of(file: Path, state: Mapping[str, Any]) -> str:

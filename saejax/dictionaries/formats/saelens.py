@@ -143,8 +143,7 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
             raise UserError(f"{file}: {key} is {settings[key]!r}, but the arrays of {WEIGHTS} have {size}")
     _check(file, settings, transcoder)
     model = str(settings.get("model_name") or "")
-    site = site or _named_site(settings, "hook_name", model)
-    target = _named_site(settings, "hook_name_out", model)
+    site, target = site or named_site(settings), named_site(settings, "hook_name_out")
     try:
         facts = _training_facts(settings, features) if kind == "jumprelu" else dict(kind=kind)
         ours = settings.get("saejax") or {}
@@ -223,13 +222,9 @@ def architecture(config: DictionaryConfig) -> str:
     )
 
 
-def named_site(settings: Mapping[str, Any]) -> str:
-    """Return the site that settings say is read."""
-    return _named_site(settings, "hook_name", str(settings.get("model_name") or ""))
-
-
-def _named_site(settings: Mapping[str, Any], key: str, model: str) -> str:
-    """Return the site that a setting names, or else the site of the module of transformers named beside it."""
+def named_site(settings: Mapping[str, Any], key: str = "hook_name") -> str:
+    """Return the site that a setting ``key`` names, or else the site of the module of transformers named beside it."""
+    model = str(settings.get("model_name") or "")
     named = [hooks.to_site(settings[name], model) for name in (key, f"hf_{key}") if settings.get(name)]
     sites = [site for site in named if not site.startswith((hooks.NO_SITE, hooks.MODULE))]
     return next(iter([*sites, *named]), hooks.UNKNOWN)

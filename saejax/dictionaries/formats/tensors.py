@@ -73,11 +73,10 @@ class Published:
             arrays = self.fold({name: self._read(name) for name in self.tensors})
         return Dictionary(self.config, matmul_dtype, **self._place(arrays, names, dtype, mesh))
 
-    def load_encoder(self, dtype: str = "float32") -> dict[str, jax.Array] | None:
-        """Read all arrays but the decoder's rows; None where folding needs these. See ``load``."""
-        if self.fold:
-            return None
-        return self._place({}, tuple(name for name in parameter_table(self.config) if name != "W_dec_FxD"), dtype, None)
+    def load_encoder(self) -> dict[str, jax.Array] | None:
+        """Read all arrays but the decoder's rows, in the files' dtype; None where folding needs these. See ``load``."""
+        names = tuple(name for name in parameter_table(self.config) if name != "W_dec_FxD")
+        return None if self.fold else self._place({}, names, "auto", None)
 
     def _place(
         self, arrays: Mapping[str, np.ndarray], names: tuple[str, ...], dtype: str, mesh: Mesh | None
@@ -307,11 +306,6 @@ def positive_int(file: Path, name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{file}: {name} is {value!r}: expected a whole number above 0")
     return value
-
-
-def plain_names(config: DictionaryConfig) -> dict[str, str]:
-    """Return a dictionary's array names by the names that other tools give them: "W_enc" for "W_enc_DxF"."""
-    return {name.rpartition("_")[0]: name for name in parameter_table(config)}
 
 
 def write(file: Path | None, arrays: Mapping[str, np.ndarray | jax.Array], stamp: str = "") -> None:

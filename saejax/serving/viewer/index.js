@@ -1,8 +1,7 @@
 // The list of graphs, and the form that traces a prompt. What is typed stands in the address, so that reloading the
 // page keeps it.
 
-const given = JSON.parse(document.getElementById("page-data").textContent);
-const at = (id) => document.getElementById(id);
+const given = JSON.parse(at("page-data").textContent);
 const job = makeJob();
 const FIELDS = ["prompt", "target", "minus", "max-features", "node-threshold", "edge-threshold"];
 

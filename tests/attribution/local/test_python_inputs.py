@@ -6,7 +6,7 @@ import pytest
 from made_transcoders import IDS, made_sae, made_set
 
 import saejax
-from saejax.attribution.local.edits import Change, Circuit
+from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.trace.gradient import SaeRun
 from saejax.errors import UserError
@@ -50,8 +50,7 @@ def test_edits_that_mean_one_change(local, change):
 
 
 def test_edits_that_are_none(local, change):
-    everything = Circuit(np.ones(len(local.active), bool), np.ones(local.error_LxTxD.shape[:2], bool))
-    for edits in (None, 3, "abc", [change], [None], [[change], everything], {"a": 1}, [[tuple(change)]]):
+    for edits in (None, 3, "abc", [change], [None], {"a": 1}, [[tuple(change)]]):
         with pytest.raises(UserError, match="edits are rows of changes that are made together"):
             local.run(edits)
     for wrong, said in {
@@ -163,8 +162,6 @@ def test_a_run_with_saes_takes_the_same_edits(lm):
     np.testing.assert_array_equal(run.run(feature).logits_RxV, run.run([[feature]]).logits_RxV)
     with pytest.raises(UserError, match="edits are rows of changes"):
         run.run([feature])
-    with pytest.raises(UserError, match="circuits are run with transcoders"):
-        run.run([Circuit(np.ones(3, bool), np.ones((1, 1), bool))])
 
 
 def test_calls_of_a_model(lm):

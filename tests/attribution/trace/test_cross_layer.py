@@ -5,14 +5,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from dense_reference import EditedModel, added, encode
+from dense_reference import EditedModel
 from made_graphs import FEATURES, IDS, altered, make_cross_layer
 from safetensors.numpy import save_file
 
 from saejax.attribution.local.dictionaries import FeatureOutputs, open_transcoders
-from saejax.attribution.local.edits import Change, Circuit
+from saejax.attribution.local.edits import Change
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.formats import circuit_tracer
@@ -46,32 +45,6 @@ def test_with_nothing_held_writes_are_added_to_what_mlps_compute_anew(edited, tr
     np.testing.assert_allclose(ours_V, wanted_V, atol=2e-5)
     assert np.abs(ours_V - traced.local.logits_V).max() > 1e-2
     np.testing.assert_allclose(traced.local.generate(row, 1).logits_NxV[0], wanted_V, atol=2e-5)
-
-
-def test_parts_run_alone_and_everything_kept_is_the_model(edited, traced):
-    local, readouts, acts = traced.local, traced.readouts, []
-    active, layers = local.active, len(edited.w)
-    every = Circuit(np.ones(len(active), bool), np.ones((layers, len(IDS)), bool))
-    some = Circuit(np.random.default_rng(2).random(len(active)) < 0.5, np.zeros((layers, len(IDS)), bool))
-    kept, part = local.run([every, some], readouts=readouts).readout_RxK[:, 0]
-    np.testing.assert_allclose(kept, readouts.value_K[0], atol=1e-5)
-    is_kept_LxTxF, kept_A = np.zeros((layers, len(IDS), FEATURES)), some.features_A
-    is_kept_LxTxF[active.layer_A[kept_A], active.position_A[kept_A], active.feature_A[kept_A]] = 1
-
-    def write(module, inputs, output):
-        layer, read_TxD = len(acts), inputs[0][0]
-        w = edited.w[layer]
-        acts.append(encode(edited.configs[layer], w, read_TxD) * torch.from_numpy(is_kept_LxTxF[layer]))
-        written_TxD = added(edited.writes, acts, layer) + w["b_dec_D"] + read_TxD @ w["W_skip_DxD"]
-        return torch.cat([output[:, :1], written_TxD[None, 1:]], dim=1)
-
-    handles = [block.mlp.register_forward_hook(write) for block in edited.model.model.layers]
-    with torch.no_grad():
-        logits_V = edited.model(torch.tensor([IDS])).logits[0, -1]
-    for handle in handles:
-        handle.remove()
-    assert abs(part - kept) > 1e-3
-    np.testing.assert_allclose(part, float(logits_V[7] - logits_V.mean()), atol=2e-5)
 
 
 def test_sums_that_wait_for_later_layers_have_the_positions_that_are_written_at(made):

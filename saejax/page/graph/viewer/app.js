@@ -1,6 +1,5 @@
 // One state, one way to change it, and one frame in which what changed is shown.
 
-const at = (id) => document.getElementById(id);
 const given = JSON.parse(at("graph-data").textContent);
 const graph = readGraph(given.document, namesOf(given), given.edges);
 const [stage, view, world] = ["stage", "view", "world"].map(at);
@@ -50,13 +49,13 @@ const app = {
   },
 
   togglePin(i) {
-    const off = app.state.pinned.includes(i);
-    const pinned = off ? app.state.pinned.filter((node) => node !== i) : [...app.state.pinned, i];
-    app.change({ pinned, groups: without(app.state.groups, new Set([i])) }, true);
+    const { pinned: old, groups } = app.state;
+    const off = old.includes(i);
+    app.change({ pinned: off ? old.filter((node) => node !== i) : [...old, i], groups: without(groups, [i]) }, true);
     say(`${graph.labels[i]} is ${off ? "no longer " : ""}pinned.`);
   },
   group(name, members) {
-    app.change({ groups: [...without(app.state.groups, new Set(members)), [name, members]] }, true);
+    app.change({ groups: [...without(app.state.groups, members), [name, members]] }, true);
     say(`${members.length} nodes are now the group ${name}.`);
   },
   ungroup(k) {
@@ -72,7 +71,7 @@ const app = {
 /** The groups without some nodes; a group that has none left is gone. */
 function without(groups, nodes) {
   return groups
-    .map(([name, members]) => [name, members.filter((i) => !nodes.has(i))])
+    .map(([name, members]) => [name, members.filter((i) => !nodes.includes(i))])
     .filter(([, members]) => members.length);
 }
 
@@ -146,9 +145,8 @@ function draw() {
 }
 
 /** What the upper canvas shows. */
-function lookOf({ state, hovered, found, marked, edgesDrawn: edges }) {
-  const look = { focus: state.clicked, hovered, pinned: new Set(state.pinned), found, marked, edgesDrawn: edges };
-  return { ...look, linkType: state.linkType };
+function lookOf({ state: { clicked, linkType, pinned }, hovered, found, marked, edgesDrawn }) {
+  return { focus: clicked, linkType, pinned: new Set(pinned), hovered, found, marked, edgesDrawn };
 }
 
 /** Gives nodes their places. The world may be wider than the stage, which then scrolls. */

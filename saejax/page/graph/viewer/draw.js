@@ -22,16 +22,9 @@ class Picture {
     this.layout = layOut(this.graph, visible, width, height, zoom, this.measure);
     const scale = window.devicePixelRatio || 1;
     for (const canvas of [this.lower, this.upper]) {
-      canvas.width = Math.round(width * scale);
-      canvas.height = Math.round(height * scale);
-      canvas.style.width = `${width}px`;
-      canvas.style.height = `${height}px`;
+      Object.assign(canvas, { width: Math.round(width * scale), height: Math.round(height * scale) });
+      Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
     }
-  }
-
-  /** The node at a point, or the nearest one within reach. */
-  find(x, y, reach) {
-    return this.layout ? nodeAtPoint(this.graph, this.visible, this.layout, x, y, reach) : -1;
   }
 
   /** A clean canvas whose origin is the world's, clipped to what is right of the names of layers. */
@@ -119,9 +112,8 @@ class Picture {
     for (const into of [true, false]) {
       if (linkType === (into ? "output" : "input")) continue;
       const edges = edgesDrawn(node, into);
-      const most = edges.length ? shareOf(graph, edges[0], into) || 1 : 1;
-      for (const e of edges.reverse()) {
-        // the strongest on top
+      const most = (edges.length && shareOf(graph, edges[0], into)) || 1;
+      for (const e of edges.reverse()) { // the strongest on top
         const strength = shareOf(graph, e, into) / most;
         context.globalAlpha = alpha * (0.25 + 0.75 * strength);
         this.strokeEdge(context, e, 0.6 + 3.4 * strength);
@@ -152,9 +144,7 @@ class Picture {
   /** Labelled features, where few enough nodes are shown for their names to be read. */
   namedNodes() {
     const { graph, visible } = this;
-    const shown = [];
-    for (let i = 0; i < graph.n && shown.length <= NAMED_AT_MOST; i++)
-      if (visible.node[i] && graph.kind[i] !== TOKEN && graph.kind[i] !== LOGIT) shown.push(i);
+    const shown = nodesWhere(graph, (i) => visible.node[i] && !isEnd(graph, i));
     if (shown.length > NAMED_AT_MOST) return [];
     return shown.filter((i) => graph.named[i]).sort((a, b) => graph.share[a] - graph.share[b]); // most influential first
   }
@@ -162,7 +152,7 @@ class Picture {
   /** Names a node where no other name is. Tokens and outputs have their names already. */
   drawName(context, i, names) {
     const { graph, layout } = this;
-    if (i < 0 || !this.visible.node[i] || graph.kind[i] === LOGIT || graph.kind[i] === TOKEN) return;
+    if (i < 0 || !this.visible.node[i] || isEnd(graph, i)) return;
     const name = clip(graph.labels[i], 26);
     const away = layout.radius[i] + 7;
     const width = this.measure(name, 11, true);
@@ -189,9 +179,7 @@ class Picture {
 
   /** Both canvases as one picture, on the page's paper. */
   toCanvas() {
-    const canvas = document.createElement("canvas");
-    canvas.width = this.upper.width;
-    canvas.height = this.upper.height;
+    const canvas = Object.assign(document.createElement("canvas"), { width: this.upper.width, height: this.upper.height });
     const context = canvas.getContext("2d");
     context.fillStyle = this.ink.paper;
     context.fillRect(0, 0, canvas.width, canvas.height);

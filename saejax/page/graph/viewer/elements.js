@@ -1,5 +1,7 @@
 // Small pieces of the page. All text goes in as text, never as HTML.
 
+const at = (id) => document.getElementById(id);
+
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -16,6 +18,26 @@ function drawn(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   made.append(...children);
   return made;
+}
+
+/** A button that looks like a link. */
+const plainButton = (words, onclick, more = {}) =>
+  element("button", { type: "button", class: "plain", onclick, ...more }, words);
+
+/** Tells when the pointer or the keys come to a piece, and when they leave it. */
+function watch(made, come, leave) {
+  made.onpointerenter = made.onfocus = come;
+  made.onpointerleave = made.onblur = leave;
+  return made;
+}
+
+/** Does something instead of sending a form. */
+function whenSent(form, act) {
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    act();
+  };
+  return form;
 }
 
 /** The shape of a node's kind, as on the canvas. */
@@ -62,11 +84,8 @@ function strip(example) {
 }
 
 function exampleList(examples, most) {
-  return element(
-    "ol",
-    { class: "contexts" },
-    examples.slice(0, most).map((example) => element("li", {}, strip(example))),
-  );
+  const items = examples.slice(0, most).map((example) => element("li", {}, strip(example)));
+  return element("ol", { class: "contexts" }, items);
 }
 
 /** How often a feature is active, by activation: bars, and the activations of the first and the last. */
@@ -85,13 +104,8 @@ function histogramOf(bars) {
 }
 
 function factList(pairs) {
-  return element(
-    "dl",
-    { class: "facts" },
-    pairs
-      .filter(([, text]) => text !== null)
-      .map(([term, text]) => element("div", {}, element("dt", {}, term), element("dd", {}, text))),
-  );
+  const fact = ([term, text]) => element("div", {}, element("dt", {}, term), element("dd", {}, text));
+  return element("dl", { class: "facts" }, pairs.map(fact));
 }
 
 function download(name, blob) {

@@ -10,13 +10,12 @@ const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
 
 function layOut(graph, visible, width, height, zoom, measure) {
   const cells = new Map(); // row and column -> nodes
-  for (let i = 0; i < graph.n; i++) {
-    if (!visible.node[i] || graph.kind[i] === LOGIT) continue;
+  for (const i of nodesWhere(graph, (i) => visible.node[i] && graph.kind[i] !== LOGIT)) {
     const key = graph.row[i] * graph.columns + graph.pos[i];
     if (cells.has(key)) cells.get(key).push(i);
     else cells.set(key, [i]);
   }
-  const pills = layPills(graph, visible, width, measure);
+  const pills = layPills(graph, width, measure);
   const columns = layColumns(graph, cells, (width - GUTTER - EDGE) * zoom, height - pills.height, measure);
   const left = Float64Array.from({ length: graph.columns + 1 }, () => GUTTER);
   for (let c = 0; c < graph.columns; c++) left[c + 1] = left[c] + columns.widths[c];
@@ -73,10 +72,7 @@ function columnWidths(graph, cells, plot, rowHeight, textWidths) {
       const c = key % graph.columns;
       widths[c] = Math.max(widths[c], Math.ceil(members.length / lines) * pitch + 6);
     }
-    if (textWidths)
-      textWidths.forEach((text, c) => {
-        widths[c] = Math.max(widths[c], text + 8);
-      });
+    textWidths?.forEach((text, c) => (widths[c] = Math.max(widths[c], text + 8)));
     const total = widths.reduce((a, b) => a + b, 0);
     if (total <= plot || pitch <= SMALLEST) {
       const stretch = Math.max(0, plot - total) / graph.columns;
@@ -88,15 +84,14 @@ function columnWidths(graph, cells, plot, rowHeight, textWidths) {
 }
 
 /** Outputs as labelled boxes at the top right, most probable first, in as many lines as they need. */
-function layPills(graph, visible, width, measure) {
+function layPills(graph, width, measure) {
   const boxes = [];
   const gap = 6;
   const boxHeight = 22;
   const room = width - GUTTER - EDGE;
-  const logits = [];
-  for (let i = 0; i < graph.n; i++) if (graph.kind[i] === LOGIT && visible.node[i]) logits.push(i);
+  const logits = nodesWhere(graph, (i) => graph.kind[i] === LOGIT);
   logits.sort((a, b) => (graph.doc.nodes[b].token_prob ?? 0) - (graph.doc.nodes[a].token_prob ?? 0));
-  let lines = [[]];
+  const lines = [[]];
   let used = 0;
   for (const node of logits) {
     const probability = chanceOf(graph.doc.nodes[node]);
@@ -109,7 +104,6 @@ function layPills(graph, visible, width, measure) {
     lines.at(-1).push({ node, text, probability, width: wide, height: boxHeight });
     used += wide + gap;
   }
-  lines = lines.filter((line) => line.length);
   lines.forEach((line, k) => {
     let right = 0; // from the world's right edge
     for (const box of [...line].reverse()) {
@@ -117,7 +111,7 @@ function layPills(graph, visible, width, measure) {
       right -= box.width + gap;
     }
   });
-  return { boxes, height: 14 + Math.max(1, lines.length) * (boxHeight + gap) };
+  return { boxes, height: 14 + lines.length * (boxHeight + gap) };
 }
 
 /** More influential nodes (smaller cumulative share) are larger; a token's square is always large. */

@@ -2,17 +2,11 @@
 // saved.
 
 function makeLive(graph, { live, labels, details }, app) {
-  const here = (id) => document.getElementById(id);
   const job = makeJob();
-  const [what, how, amount, list] = ["change-what", "change-how", "change-amount", "changes"].map(here);
-  const groupsNow = () => JSON.stringify(qParamsOf(graph, app.state).supernodes);
-  let saved = JSON.stringify(checkedGroups());
+  const [what, how, amount, list] = ["change-what", "change-how", "change-amount", "changes"].map(at);
+  const written = ({ groups }) => JSON.stringify(plainGroups(graph, groups));
+  let saved = written(checkedPins(graph, [], graph.doc.qParams?.supernodes));
   let choices = [];
-
-  function checkedGroups() {
-    const { supernodes } = graph.doc.qParams || {};
-    return checkedPins(graph, [], supernodes).groups.map(([name, members]) => [name, ...members.map((i) => graph.ids[i])]);
-  }
   const features = (members) => members.filter((i) => graph.kind[i] === FEATURE);
   const nameOf = (members) => {
     const group = app.state.groups.find((one) => features(one[1]).join() === members.join());
@@ -28,7 +22,7 @@ function makeLive(graph, { live, labels, details }, app) {
   const showChoices = () => {
     const { clicked, groups, pinned } = app.state;
     const named = [
-      clicked >= 0 ? ["Selected: ", features([clicked])] : ["", []],
+      ["Selected: ", features([clicked])],
       ...groups.map(([, members]) => ["Group: ", features(members)]),
       ...features(pinned).map((i) => ["Pinned: ", [i]]),
       ["All pinned: ", features(pinned)],
@@ -37,28 +31,25 @@ function makeLive(graph, { live, labels, details }, app) {
     const options = choices.map(([before, members], k) => element("option", { value: k }, clip(before + nameOf(members), 60)));
     const none = element("option", { value: "" }, "Select or pin features first");
     what.replaceChildren(...(options.length ? options : [none]));
-    here("change-form").querySelector("button").disabled = !choices.length;
+    at("change-form").querySelector("button").disabled = !choices.length;
   };
   const showChanges = () => {
     const { changes } = app.state;
-    const remove = (k) => app.change({ changes: changes.filter((_, index) => index !== k) }, true);
-    list.replaceChildren(
-      ...changes.map((change, k) => {
-        const label = `Remove ${words(change)}`;
-        const button = element("button", { type: "button", "aria-label": label, onclick: () => remove(k) }, "Remove");
-        return element("li", {}, element("span", {}, words(change)), button);
-      }),
-    );
-    here("run-changes").disabled = !changes.length || Boolean(live.why);
-    const texts = here("generate-form").querySelector("button");
-    texts.disabled = here("run-changes").disabled || app.state.freeze === "all";
+    const item = (change) => {
+      const onclick = () => app.change({ changes: changes.filter((one) => one !== change) }, true);
+      const button = element("button", { type: "button", "aria-label": `Remove ${words(change)}`, onclick }, "Remove");
+      return element("li", {}, element("span", {}, words(change)), button);
+    };
+    list.replaceChildren(...changes.map(item));
+    at("run-changes").disabled = !changes.length || Boolean(live.why);
+    const texts = at("generate-form").querySelector("button");
+    texts.disabled = at("run-changes").disabled || app.state.freeze === "all";
     texts.title = app.state.freeze === "all" ? "With all frozen there is no text: freeze nothing, or attention" : "";
-    here("freeze").value = app.state.freeze;
+    at("freeze").value = app.state.freeze;
   };
-  const clearEffects = () => here("effects").replaceChildren();
+  const clearEffects = () => at("effects").replaceChildren();
 
-  here("change-form").onsubmit = (event) => {
-    event.preventDefault();
+  whenSent(at("change-form"), () => {
     const members = choices[what.value]?.[1];
     if (!members) return;
     const kept = app.state.changes
@@ -66,9 +57,9 @@ function makeLive(graph, { live, labels, details }, app) {
       .filter((change) => change.members.length);
     clearEffects();
     app.change({ changes: [...kept, { how: how.value, amount: Number(amount.value), members }] }, true);
-  };
-  for (const option of here("freeze").options) option.hidden = option.disabled = !live.freeze_modes.includes(option.value);
-  here("freeze").onchange = (event) => {
+  });
+  for (const option of at("freeze").options) option.hidden = option.disabled = !live.freeze_modes.includes(option.value);
+  at("freeze").onchange = (event) => {
     clearEffects();
     app.change({ freeze: event.target.value }, true);
   };
@@ -78,62 +69,56 @@ function makeLive(graph, { live, labels, details }, app) {
     const names = changes.map(words).join("; ");
     const found = await job.run(path, { graph: live.graph, changes: plainChanges(graph, changes), freeze, ...settings });
     if (!found) return null;
-    here("effects").replaceChildren(...tableOfResult({ ...found, freeze }, names));
-    here("effects").focus({ preventScroll: true });
+    at("effects").replaceChildren(...tableOfResult({ ...found, freeze }, names));
+    at("effects").focus({ preventScroll: true });
     return found;
   };
-  here("run-changes").onclick = async () => {
+  at("run-changes").onclick = async () => {
     const found = await runChanges("api/change", {}, effectsTable);
     if (found) say(`The next token is now ${found.tokens[0].text}.`);
   };
-  here("generate-form").hidden = live.freeze_modes.length < 2; // of SAEs
-  here("generate-form").onsubmit = (event) => {
-    event.preventDefault();
-    const [tokens, temperature, seed] = ["tokens", "temperature", "seed"].map((id) => Number(here(`generate-${id}`).value));
-    runChanges("api/generate", { tokens, temperature, seed, onward: here("generate-onward").checked }, textsTable);
-  };
+  at("generate-form").hidden = live.freeze_modes.length < 2; // of SAEs
+  whenSent(at("generate-form"), () => {
+    const [tokens, temperature, seed] = ["tokens", "temperature", "seed"].map((id) => Number(at(`generate-${id}`).value));
+    runChanges("api/generate", { tokens, temperature, seed, onward: at("generate-onward").checked }, textsTable);
+  });
   /** Opens the page of this graph with other settings. */
   const openWith = (query) => location.assign(`graph?${new URLSearchParams({ id: live.graph, ...query })}${location.hash}`);
-  here("prune-form").onsubmit = (event) => {
-    event.preventDefault();
-    const [nodes, edges] = ["prune-nodes", "prune-edges"].map((id) => here(id).value);
-    openWith({ nodes, edges });
-  };
-  const outputs = [...graph.kind.keys()].filter((i) => graph.kind[i] === LOGIT && chanceOf(graph.doc.nodes[i]));
-  const ends = ["difference-first", "difference-second"].map(here);
+  whenSent(at("prune-form"), () => openWith({ nodes: at("prune-nodes").value, edges: at("prune-edges").value }));
+  const outputs = nodesWhere(graph, (i) => graph.kind[i] === LOGIT && chanceOf(graph.doc.nodes[i]));
+  const ends = ["difference-first", "difference-second"].map(at);
   ends.forEach((end, k) => {
     end.replaceChildren(...outputs.map((i) => element("option", { value: graph.ids[i] }, graph.labels[i])));
     end.selectedIndex = k;
   });
-  here("difference-form").hidden = !live.whole || outputs.length < 2;
-  here("difference-form").onsubmit = (event) => {
-    event.preventDefault();
+  at("difference-form").hidden = !live.whole || outputs.length < 2;
+  whenSent(at("difference-form"), () => {
     const [first, second] = ends.map((end) => end.value);
     openWith({ nodes: live.nodes, edges: live.edges, first, second });
-  };
-  here("all-outputs").hidden = !live.difference;
-  here("all-outputs").querySelector("a").href = `graph?${new URLSearchParams({ id: live.graph })}`;
+  });
+  at("all-outputs").hidden = !live.difference;
+  at("all-outputs").querySelector("a").href = `graph?${new URLSearchParams({ id: live.graph })}`;
   const saving = async (path, body, done) => {
-    here("saved").textContent = "";
+    at("saved").textContent = "";
     try {
       const answer = await ask(path, { graph: live.graph, ...body });
-      here("saved").textContent = `Saved in ${answer.file}.`;
+      at("saved").textContent = `Saved in ${answer.file}.`;
       say("Saved.");
       done();
     } catch (error) {
       job.fail(error.message);
     }
   };
-  here("save-groups").onclick = () => {
-    const groups = groupsNow();
+  at("save-groups").onclick = () => {
+    const groups = written(app.state);
     saving("api/groups", { groups: JSON.parse(groups) }, () => {
       saved = groups;
       show("live");
     });
   };
-  [here("prune-nodes").value, here("prune-edges").value] = [live.nodes, live.edges];
-  here("prune-form").querySelector("button").disabled = !live.whole;
-  here("live-note").textContent = live.note;
+  [at("prune-nodes").value, at("prune-edges").value] = [live.nodes, live.edges];
+  at("prune-form").querySelector("button").disabled = !live.whole;
+  at("live-note").textContent = live.note;
 
   const renamed = () => {
     nameNodes(graph, namesOf(given));
@@ -152,7 +137,7 @@ function makeLive(graph, { live, labels, details }, app) {
         details[key] = await ask("api/feature", { graph: live.graph, feature: key });
       } catch (error) {
         described.delete(key);
-        if (app.state.clicked === i) here("missing").textContent = "What is known of this feature could not be read.";
+        if (app.state.clicked === i) at("missing").textContent = "What is known of this feature could not be read.";
         return job.fail(error.message);
       }
       const field = document.querySelector(".label-form input");
@@ -169,20 +154,18 @@ function makeLive(graph, { live, labels, details }, app) {
       // The panel may be drawn again while a label is being typed.
       if (before?.dataset.feature === key && before.value !== before.defaultValue) field.value = before.value;
       const form = element("form", { class: "label-form" }, field, element("button", { type: "submit" }, "Save label"));
-      form.onsubmit = (event) => {
-        event.preventDefault();
+      return whenSent(form, () => {
         const label = field.value.trim();
         saving("api/label", { node: graph.ids[i], label }, () => {
           labels[key] = label;
           renamed();
         });
-      };
-      return form;
+      });
     },
     show() {
       showChoices();
       showChanges();
-      here("save-groups").disabled = groupsNow() === saved;
+      at("save-groups").disabled = written(app.state) === saved;
     },
   };
 }

@@ -2,8 +2,8 @@
 
 function nodeAt(event) {
   const box = view.getBoundingClientRect();
-  const reach = event.pointerType === "touch" ? 18 : 10;
-  return picture.find(event.clientX - box.left + picture.scroll, event.clientY - box.top, reach);
+  const [x, y] = [event.clientX - box.left + picture.scroll, event.clientY - box.top];
+  return nodeAtPoint(graph, picture.visible, picture.layout, x, y, event.pointerType === "touch" ? 18 : 10);
 }
 view.onpointermove = (event) => {
   if (event.pointerType === "touch") return;
@@ -39,7 +39,7 @@ function neighbour(i, into) {
 /** The next node of the same row, to the right or to the left. */
 function beside(i, step) {
   const { x, y } = picture.layout;
-  const row = [...Array(graph.n).keys()].filter((j) => graph.row[j] === graph.row[i] && app.visible.node[j]);
+  const row = nodesWhere(graph, (j) => graph.row[j] === graph.row[i] && app.visible.node[j]);
   row.sort((a, b) => x[a] - x[b] || y[a] - y[b]);
   return row[row.indexOf(i) + step] ?? -1;
 }
@@ -84,8 +84,8 @@ stage.addEventListener("wheel", onWheel, { passive: false });
 
 at("zoom-in").onclick = () => app.zoomTo(app.zoom * 1.5);
 at("zoom-out").onclick = () => app.zoomTo(app.zoom / 1.5);
-at("nodes").oninput = (event) => app.change({ nodes: Number(event.target.value) });
-at("edges").oninput = (event) => app.change({ edges: Number(event.target.value) });
+for (const name of ["nodes", "edges"])
+  at(name).oninput = (event) => app.change({ [name]: Number(event.target.value) });
 at("link-type").onchange = (event) => app.change({ linkType: event.target.value });
 at("to-panel").onclick = () => at("panel").scrollIntoView();
 

@@ -6,16 +6,10 @@ const ERROR = 1;
 const TOKEN = 2;
 const LOGIT = 3;
 const OTHER = 4;
-const KIND_OF = {
-  "cross layer transcoder": FEATURE,
-  "mlp reconstruction error": ERROR,
-  embedding: TOKEN,
-  logit: LOGIT,
-};
+const KIND_OF = { "cross layer transcoder": FEATURE, "mlp reconstruction error": ERROR, embedding: TOKEN, logit: LOGIT };
 
 /** The kind of a node of another program: "lorsa error" is an error, "lorsa" a feature. */
-const kindNamed = (type) =>
-  /error/i.test(type) ? ERROR : /transcoder|feature|lorsa|sae/i.test(type) ? FEATURE : OTHER;
+const kindNamed = (type) => (/error/i.test(type) ? ERROR : /transcoder|feature|lorsa|sae/i.test(type) ? FEATURE : OTHER);
 
 /** The layer of a node that is no token; "E" stands below layer 0. */
 const layerOf = (node) => (Number.isFinite(Number(node.layer)) ? Number(node.layer) : -1);
@@ -40,52 +34,34 @@ function namesOf({ document: doc, labels, details }) {
   return names;
 }
 
+/** Tokens and outputs, the ends of all paths: whatever the thresholds, they are shown. */
+const isEnd = (graph, i) => graph.kind[i] === TOKEN || graph.kind[i] === LOGIT;
+
+/** The nodes of which something is true. */
+const nodesWhere = (graph, holds) => [...graph.kind.keys()].filter(holds);
+
 function readGraph(doc, labels, edges) {
-  const n = doc.nodes.length;
+  const { nodes } = doc;
   const tokens = doc.metadata.prompt_tokens;
-  const kind = new Uint8Array(n);
-  const row = new Int16Array(n);
-  const pos = new Int32Array(n);
-  const share = new Float32Array(n);
-  const activation = new Float32Array(n);
-  const index = new Map(doc.nodes.map((node, i) => [node.node_id, i]));
-  let layers = 0;
-  doc.nodes.forEach((node, i) => {
-    kind[i] = KIND_OF[node.feature_type] ?? kindNamed(node.feature_type);
-    pos[i] = node.ctx_idx;
-    share[i] = node.influence ?? -1; // below every threshold: always shown
-    activation[i] = node.activation ?? NaN;
-    if (kind[i] !== TOKEN && kind[i] !== LOGIT) layers = Math.max(layers, layerOf(node) + 1);
-  });
-  doc.nodes.forEach((node, i) => {
-    row[i] = kind[i] === TOKEN ? 0 : kind[i] === LOGIT ? layers + 1 : layerOf(node) + 1;
-  });
-  const chance = Float64Array.from(doc.nodes, (node, i) => (kind[i] === LOGIT ? (node.token_prob ?? 0) : 0));
+  const kind = Uint8Array.from(nodes, (node) => KIND_OF[node.feature_type] ?? kindNamed(node.feature_type));
+  const inner = nodesWhere({ kind }, (i) => !isEnd({ kind }, i));
+  const layers = inner.reduce((most, i) => Math.max(most, layerOf(nodes[i]) + 1), 0);
+  const rowOf = { [TOKEN]: 0, [LOGIT]: layers + 1 };
+  const row = Int16Array.from(nodes, (node, i) => rowOf[kind[i]] ?? layerOf(node) + 1);
+  const share = Float32Array.from(nodes, (node) => node.influence ?? -1); // below every threshold: always shown
+  const chance = Float64Array.from(nodes, (node, i) => (kind[i] === LOGIT ? (node.token_prob ?? 0) : 0));
   // So improbable that all are 0: they count alike, as in Python.
   if (!chance.some((p) => p > 0)) kind.forEach((of, i) => (chance[i] = of === LOGIT ? 1 : 0));
-  const graph = {
-    n,
-    chance,
-    tokens,
-    layers,
-    rows: layers + 2,
-    columns: tokens.length,
-    kind,
-    row,
-    pos,
-    share,
-    activation,
-    index,
-    doc,
-    ids: doc.nodes.map((node) => node.node_id),
+  const graph = { doc, n: nodes.length, tokens, rows: layers + 2, columns: tokens.length, kind, row, share, chance };
+  Object.assign(graph, {
+    pos: Int32Array.from(nodes, (node) => node.ctx_idx),
+    activation: Float32Array.from(nodes, (node) => node.activation ?? NaN),
+    ids: nodes.map((node) => node.node_id),
+    index: new Map(nodes.map((node, i) => [node.node_id, i])),
+    mostShare: inner.reduce((most, i) => Math.max(most, share[i]), 0), // where the slider ends
     ...readEdges(edges, row, chance),
-  };
+  });
   nameNodes(graph, labels);
-  // Tokens and outputs are always shown, so they do not stretch the slider.
-  graph.mostShare = share.reduce(
-    (most, value, i) => (kind[i] === TOKEN || kind[i] === LOGIT ? most : Math.max(most, value)),
-    0,
-  );
   return graph;
 }
 

@@ -50,27 +50,18 @@ function paintPill(context, box, edgeColour, edgeWidth, ink) {
   context.fill();
   paintLine(context, edgeColour, edgeWidth);
   const middle = box.y + box.height / 2 + 0.5;
-  context.textBaseline = "middle";
-  context.textAlign = "left";
-  context.fillStyle = ink.ink;
-  context.font = `600 12px ${FONT}`;
+  Object.assign(context, { font: `600 12px ${FONT}`, fillStyle: ink.ink, textAlign: "left", textBaseline: "middle" });
   context.fillText(box.text, box.x + 8, middle, box.width - 16);
-  context.textAlign = "right";
-  context.fillStyle = ink.soft;
-  context.font = `11px ${FONT}`;
+  Object.assign(context, { font: `11px ${FONT}`, fillStyle: ink.soft, textAlign: "right" });
   context.fillText(box.probability, box.x + box.width - 7, middle);
 }
 
 /** A name beside a node, on a halo of paper; ``toLeft`` where there is no room at its right. */
 function paintName(context, name, x, y, toLeft, ink) {
-  context.font = `600 11px ${FONT}`;
-  context.textBaseline = "middle";
-  context.lineJoin = "round";
-  context.textAlign = toLeft ? "right" : "left";
-  context.lineWidth = 4;
-  context.strokeStyle = ink.paper;
+  const textAlign = toLeft ? "right" : "left";
+  Object.assign(context, { font: `600 11px ${FONT}`, fillStyle: ink.ink, textAlign, textBaseline: "middle" });
+  Object.assign(context, { strokeStyle: ink.paper, lineWidth: 4, lineJoin: "round" });
   context.strokeText(name, x, y);
-  context.fillStyle = ink.ink;
   context.fillText(name, x, y);
 }
 
@@ -94,19 +85,14 @@ function paintGrid(context, graph, layout, ink) {
 
 /** Names of layers at the left edge of the view, tokens below; both stay in sight when the world scrolls. */
 function paintGutters(context, graph, layout, scroll, ink) {
-  context.font = `11px ${FONT}`;
-  context.fillStyle = ink.soft;
-  context.textBaseline = "middle";
-  context.textAlign = "right";
+  Object.assign(context, { font: `11px ${FONT}`, fillStyle: ink.soft, textAlign: "right", textBaseline: "middle" });
   const every = Math.ceil(13 / layout.rowHeight);
   for (let r = 0; r <= graph.rows - 2; r++) {
     const clear = r === 0 || ((r - 1) % every === 0 && r * layout.rowHeight >= 12); // of each other's names
     if (clear) context.fillText(rowName(graph, r), GUTTER - 12, layout.rowY(r));
   }
   context.fillText("out", GUTTER - 12, 19);
-  context.fillStyle = ink.ink;
-  context.textBaseline = "top";
-  context.textAlign = layout.tilted ? "right" : "center";
+  Object.assign(context, { fillStyle: ink.ink, textAlign: layout.tilted ? "right" : "center", textBaseline: "top" });
   for (let c = 0; c < graph.columns; c++) {
     const x = layout.left[c] + layout.widths[c] / 2 - scroll;
     if (x < 4 || x > layout.width + 40) continue;

@@ -10,7 +10,7 @@ function describe(graph, i) {
   const facts = [["Node", node.node_id]];
   if (kind === FEATURE) facts.push(["Feature", node.node_id.split("_")[1]]);
   if (kind === OTHER) facts.push(["Kind", node.feature_type]);
-  if (kind !== TOKEN && kind !== LOGIT) facts.push(["Layer", String(node.layer)]);
+  if (!isEnd(graph, i)) facts.push(["Layer", String(node.layer)]);
   facts.push(["Token", `${visibleToken(graph.tokens[graph.pos[i]])} (position ${graph.pos[i]})`]);
   if (kind === LOGIT) facts.push(chanceOf(node) ? ["Probability", chanceOf(node)] : ["Value", valueOf(node)]);
   if (!Number.isNaN(graph.activation[i])) facts.push(["Activation", magnitude(graph.activation[i])]);
@@ -19,10 +19,11 @@ function describe(graph, i) {
 }
 
 function makePanel(graph, { details: known, source }, app) {
-  const panel = document.getElementById("panel");
+  const panel = at("panel");
   const keys = panel.querySelector(".keys");
 
-  const row = (i, more = "") => withHover(nodeRow(graph, i, app.select, more), i);
+  const row = (i, more = "") =>
+    watch(nodeRow(graph, i, app.select, more), () => app.hover(i), () => app.hover(-1));
   const edgeRow = (e, into) => {
     const i = into ? graph.source[e] : graph.target[e];
     const share = shareOf(graph, e, into);
@@ -41,11 +42,6 @@ function makePanel(graph, { details: known, source }, app) {
     });
     return made;
   };
-  const withHover = (made, i) => {
-    made.onpointerenter = made.onfocus = () => app.hover(i);
-    made.onpointerleave = made.onblur = () => app.hover(-1);
-    return made;
-  };
 
   /** The edges of a node in one direction, whatever the thresholds: the strongest, and on demand the others. */
   const edgeList = (i, into) => {
@@ -57,8 +53,8 @@ function makePanel(graph, { details: known, source }, app) {
       const left = all.length - edges.length;
       more.replaceChildren();
       if (left === 0) return;
-      const showAll = element("button", { type: "button", class: "plain", onclick: () => fill(all) }, "Show all");
-      more.append(`${count(left)} weaker ${left === 1 ? "edge is" : "edges are"} not shown. `, showAll);
+      const words = `${count(left)} weaker ${left === 1 ? "edge is" : "edges are"} not shown. `;
+      more.append(words, plainButton("Show all", () => fill(all)));
     };
     fill(all.slice(0, AT_LEAST));
     const title = element("h3", {}, into ? "Inputs " : "Outputs ", element("small", {}, count(all.length)));
@@ -96,15 +92,14 @@ function makePanel(graph, { details: known, source }, app) {
   };
 
   const overview = () => {
-    const all = [...Array(graph.n).keys()];
-    const ranked = all.filter((i) => graph.kind[i] === FEATURE).sort((a, b) => graph.share[a] - graph.share[b]);
+    const ofKind = (kind) => nodesWhere(graph, (i) => graph.kind[i] === kind);
+    const ranked = ofKind(FEATURE).sort((a, b) => graph.share[a] - graph.share[b]);
     const listed = new Map(); // at most two features of a layer and position, so that one token does not fill the list
     const best = ranked.filter((i) => {
       const place = graph.row[i] * graph.columns + graph.pos[i];
       listed.set(place, (listed.get(place) || 0) + 1);
       return listed.get(place) <= 2;
     });
-    const outputs = all.filter((i) => graph.kind[i] === LOGIT);
     const nameless = ranked.filter((i) => !graph.named[i]);
     const words = `${count(nameless.length)} of ${count(ranked.length)} nodes of features have no name: the feature has no ` +
       "label, and no text in which it fires is known.";
@@ -112,7 +107,7 @@ function makePanel(graph, { details: known, source }, app) {
       element("h2", {}, "Where to start"),
       element("p", {}, START),
       element("h3", {}, "Outputs"),
-      element("div", { class: "rows" }, outputs.map((i) => row(i))),
+      element("div", { class: "rows" }, ofKind(LOGIT).map((i) => row(i))),
       element("h3", {}, "Most influential features"),
       element("div", { class: "rows" }, best.slice(0, 12).map((i) => row(i))),
       nameless.length ? element("details", { id: "nameless" }, element("summary", {}, words), rowsWhenOpen(nameless)) : "",

@@ -1,17 +1,16 @@
 // The list of pins and groups, and the tools that group, merge, rename and ungroup them.
 
 function makePins(graph, app) {
-  const list = document.getElementById("pins");
-  const tools = document.getElementById("pin-tools");
+  const list = at("pins");
+  const tools = at("pin-tools");
   const [field, button] = [tools.querySelector("input"), tools.querySelector("button")];
   const ticked = new Set(); // keys of units
   const keyOf = (unit) => unitKey(graph, unit);
 
-  const plainButton = (words, name, onclick) =>
-    element("button", { type: "button", class: "plain", "aria-label": `${words} ${name}`, onclick }, words);
+  const toolOf = (unit, words, act) => plainButton(words, act, { "aria-label": `${words} ${unit.name}` });
   const pinRow = (unit) => {
     const [i] = unit.members;
-    return [nodeRow(graph, i, app.select), plainButton("Unpin", unit.name, () => app.togglePin(i))];
+    return [nodeRow(graph, i, app.select), toolOf(unit, "Unpin", () => app.togglePin(i))];
   };
   const groupRow = (unit) => {
     const [value] = app.state.groups[unit.group];
@@ -19,7 +18,7 @@ function makePins(graph, app) {
     name.onchange = () => app.rename(unit.group, name.value);
     const members = unit.members.map((i) => nodeRow(graph, i, app.select));
     const folded = element("details", {}, element("summary", {}, `${unit.members.length} nodes`), members);
-    const ungroup = plainButton("Ungroup", unit.name, () => app.ungroup(unit.group));
+    const ungroup = toolOf(unit, "Ungroup", () => app.ungroup(unit.group));
     return [element("div", { class: "group-row" }, name, folded), ungroup];
   };
   const unitRow = (unit, units) => {
@@ -37,13 +36,12 @@ function makePins(graph, app) {
     const old = chosen.find((unit) => unit.group >= 0);
     button.disabled = members.length < 2;
     button.textContent = old ? "Merge ticked" : "Group ticked";
-    tools.onsubmit = (event) => {
-      event.preventDefault();
+    whenSent(tools, () => {
       const name = field.value.trim() || (old ? app.state.groups[old.group][0] : chosen[0].name);
       field.value = "";
       ticked.clear();
       app.group(name, members);
-    };
+    });
   };
   return {
     show(units) {

@@ -3,16 +3,15 @@
 const FOUND_AT_MOST = 50; // rows
 
 function makeSearch(graph, app) {
-  const box = document.getElementById("search");
-  const list = document.getElementById("found");
-  const stage = document.getElementById("stage");
+  const box = at("search");
+  const list = at("found");
 
   /** Nodes in whose texts all words are, the most influential first. */
   const matches = (query) => {
     const words = query.toLowerCase().split(/\s+/).filter(Boolean);
     if (!words.length) return [];
-    const all = [...Array(graph.n).keys()].filter((i) => words.every((word) => graph.searchable[i].includes(word)));
-    return all.sort((a, b) => graph.share[a] - graph.share[b]);
+    const found = nodesWhere(graph, (i) => words.every((word) => graph.searchable[i].includes(word)));
+    return found.sort((a, b) => graph.share[a] - graph.share[b]);
   };
   const open = (shown) => {
     list.hidden = !shown;
@@ -28,10 +27,8 @@ function makeSearch(graph, app) {
     const asked = app.state.query.trim() !== "";
     const limit = found.length > FOUND_AT_MOST ? `; the first ${FOUND_AT_MOST}:` : "";
     const words = asked ? `${count(found.length)} ${found.length === 1 ? "node" : "nodes"} found${limit}` : "";
-    const rows = found.slice(0, FOUND_AT_MOST).map((i) => {
-      const hidden = app.visible.node[i] ? "" : " · below the threshold";
-      return nodeRow(graph, i, go, hidden);
-    });
+    const where = (i) => (app.visible.node[i] ? "" : " · below the threshold");
+    const rows = found.slice(0, FOUND_AT_MOST).map((i) => nodeRow(graph, i, go, where(i)));
     app.found = new Set(found);
     list.replaceChildren(element("p", { class: "note", role: "status" }, words), ...rows);
     open(shown && asked);

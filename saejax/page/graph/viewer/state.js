@@ -26,14 +26,14 @@ function firstState(graph) {
 /** Places of boxes in a document or address, which may be wrong. */
 function placesIn(text) {
   const entries = Object.entries(listIn(typeof text === "string" ? text : ""));
-  return Object.fromEntries(entries.filter(([, at]) => Array.isArray(at) && at.length === 2 && at.every(Number.isFinite)));
+  const isPlace = ([, place]) => Array.isArray(place) && place.length === 2 && place.every(Number.isFinite);
+  return Object.fromEntries(entries.filter(isPlace));
 }
 
 /** The share of nodes of the first view: none but those of groups if there are any, else the most influential ones. */
 function firstNodes(graph, { supernodes }) {
   if (Array.isArray(supernodes) && supernodes.length) return 0;
-  const shares = [];
-  for (let i = 0; i < graph.n; i++) if (graph.kind[i] !== TOKEN && graph.kind[i] !== LOGIT && graph.share[i] >= 0) shares.push(graph.share[i]);
+  const shares = nodesWhere(graph, (i) => !isEnd(graph, i) && graph.share[i] >= 0).map((i) => graph.share[i]);
   if (shares.length <= NODES_AT_FIRST || graph.mostShare <= 0) return 1;
   shares.sort((a, b) => a - b);
   return Math.min(1, Math.ceil((1000 * shares[NODES_AT_FIRST - 1]) / graph.mostShare) / 1000);
@@ -76,6 +76,9 @@ function checkedChanges(graph, list) {
 const plainChanges = (graph, changes) =>
   changes.map(({ how, amount, members }) => [how, amount, ...members.map((i) => graph.ids[i])]);
 
+/** Groups as documents have them. */
+const plainGroups = (graph, groups) => groups.map(([name, members]) => [name, ...members.map((i) => graph.ids[i])]);
+
 /** A list in an address; a damaged one is empty. */
 function listIn(text) {
   try {
@@ -89,7 +92,7 @@ function qParamsOf(graph, state) {
   return {
     ...graph.doc.qParams,
     pinnedIds: state.pinned.map((i) => graph.ids[i]),
-    supernodes: state.groups.map(([name, members]) => [name, ...members.map((i) => graph.ids[i])]),
+    supernodes: plainGroups(graph, state.groups),
     linkType: state.linkType,
     clickedId: state.clicked < 0 ? "" : graph.ids[state.clicked],
     sg_pos: Object.keys(state.places).length ? JSON.stringify(state.places) : "",
@@ -98,13 +101,14 @@ function qParamsOf(graph, state) {
 
 function toHash(graph, state) {
   const q = qParamsOf(graph, state);
-  const params = new URLSearchParams();
-  params.set("clickedId", q.clickedId);
-  params.set("pinnedIds", q.pinnedIds.join(","));
-  params.set("supernodes", JSON.stringify(q.supernodes));
-  params.set("linkType", q.linkType);
-  params.set("nodes", state.nodes);
-  params.set("edges", state.edges);
+  const params = new URLSearchParams({
+    clickedId: q.clickedId,
+    pinnedIds: q.pinnedIds.join(","),
+    supernodes: JSON.stringify(q.supernodes),
+    linkType: q.linkType,
+    nodes: state.nodes,
+    edges: state.edges,
+  });
   if (q.sg_pos) params.set("sg_pos", q.sg_pos);
   if (state.query) params.set("q", state.query);
   if (state.changes.length) params.set("changes", JSON.stringify(plainChanges(graph, state.changes)));
@@ -166,25 +170,14 @@ function fromHash(graph, hash) {
 
 /** Which nodes and edges the thresholds leave. The selected node and pins are always shown. */
 function visibility(graph, state) {
-  const node = new Uint8Array(graph.n);
-  const edge = new Uint8Array(graph.m);
   const limit = state.nodes * graph.mostShare + 1e-7;
-  let nodes = 0;
-  let edges = 0;
-  let last = 0;
-  for (let i = 0; i < graph.n; i++)
-    node[i] = graph.share[i] <= limit || graph.kind[i] === TOKEN || graph.kind[i] === LOGIT ? 1 : 0;
-  if (state.clicked >= 0) node[state.clicked] = 1;
-  for (const i of state.pinned) node[i] = 1;
-  for (let i = 0; i < graph.n; i++) nodes += node[i];
-  for (let e = 0; e < graph.m && (graph.before[e] < state.edges || state.edges >= 1); e++) {
-    if (node[graph.source[e]] && node[graph.target[e]]) {
-      edge[e] = 1;
-      edges++;
-    }
-    last = e + 1;
-  }
-  return { node, edge, nodes, edges, last };
+  const node = Uint8Array.from(graph.share, (share, i) => share <= limit || isEnd(graph, i));
+  for (const i of [state.clicked, ...state.pinned]) if (i >= 0) node[i] = 1;
+  const edge = new Uint8Array(graph.m);
+  let [edges, last] = [0, 0];
+  for (; last < graph.m && (graph.before[last] < state.edges || state.edges >= 1); last++)
+    if (node[graph.source[last]] && node[graph.target[last]]) edges += edge[last] = 1;
+  return { node, edge, nodes: node.reduce((sum, one) => sum + one, 0), edges, last };
 }
 
 /** The edges of one node in the picture, strongest first: at least its AT_LEAST strongest, and further ones until they

@@ -36,9 +36,7 @@ async function* linesOf(answer) {
 
 /** Work with a bar, words and a Cancel button; one piece at a time. */
 function makeJob() {
-  const [box, bar, said, cancel, failed] = ["job", "job-bar", "job-said", "job-cancel", "failed"].map((id) =>
-    document.getElementById(id),
-  );
+  const [box, bar, said, cancel, failed] = ["job", "job-bar", "job-said", "job-cancel", "failed"].map(at);
   let stop = null;
   cancel.onclick = () => stop && stop.abort();
   const fail = (words) => {

@@ -4,7 +4,7 @@
 const NUMBERED = 60; // edges; among more of them, numbers would cover everything
 
 function makeSubgraph(graph, app) {
-  const figure = document.getElementById("subgraph-figure");
+  const figure = at("subgraph-figure");
   const pins = makePins(graph, app);
 
   const drawFigure = (units) => {
@@ -15,7 +15,7 @@ function makeSubgraph(graph, app) {
     // Where there are many, sums that one could hardly see would only hide the others.
     const sums = all.length > FEW ? all.filter((sum) => sum.plus - sum.minus >= 0.03) : all;
     const left = all.length - sums.length;
-    document.getElementById("weak-sums").textContent =
+    at("weak-sums").textContent =
       left > 0 ? ` ${count(left)} sums below 3 % of their target's input are not drawn.` : "";
     const name = "Pinned nodes and the sums of the edges between them";
     const size = { viewBox: `0 0 ${width} ${height}`, width, height };
@@ -29,11 +29,11 @@ function makeSubgraph(graph, app) {
     const { replacement, completeness } = scoresWith(graph, features);
     return `replacement ${replacement.toFixed(3)} and completeness ${completeness.toFixed(3)}`;
   };
-  const all = [...graph.kind.keys()].filter((i) => graph.kind[i] !== ERROR);
+  const all = nodesWhere(graph, (i) => graph.kind[i] !== ERROR);
   let whole = ""; // once: of a large graph it takes a while
   const showScores = () => {
     whole ||= written(all);
-    document.getElementById("pin-scores").textContent =
+    at("pin-scores").textContent =
       `With the pinned features alone, this graph has ${written(app.state.pinned)}; with all of its features, ${whole}. ` +
       "What the others write counts as error.";
   };
@@ -53,8 +53,8 @@ function makeSubgraph(graph, app) {
   };
   const drawNumber = (sum, units) => {
     const [[x1, y1], [x2, y2]] = endsOf(sum, units);
-    const at = { x: (x1 + x2) / 2, y: (y1 + y2) / 2 + 4 };
-    return drawn("text", { ...at, class: "sum", "text-anchor": "middle" }, signedShare(sum.net));
+    const middle = { x: (x1 + x2) / 2, y: (y1 + y2) / 2 + 4 };
+    return drawn("text", { ...middle, class: "sum", "text-anchor": "middle" }, signedShare(sum.net));
   };
   /** Moves a box with the pointer; a press that does not move it selects its node. */
   const drag = (box, unit, room) => {
@@ -93,21 +93,18 @@ function makeSubgraph(graph, app) {
       event.preventDefault();
     };
     drag(box, unit, room);
-    box.onpointerenter = box.onfocus = () => app.mark(members);
-    box.onpointerleave = box.onblur = () => app.mark([]);
-    return box;
+    return watch(box, () => app.mark(members), () => app.mark([]));
   };
   return {
     show() {
       const units = unitsOf(graph, app.state);
       const none = units.length === 0;
-      document.getElementById("no-pins").hidden = !none;
       const { missing } = app.state;
-      document.getElementById("missing-pins").hidden = !missing;
-      document.getElementById("missing-pins").textContent =
+      at("missing-pins").hidden = !missing;
+      at("missing-pins").textContent =
         `${count(missing)} pinned or grouped ${missing === 1 ? "node is" : "nodes are"} not in this graph: pruned away, or of another prompt.`;
-      document.getElementById("some-pins").hidden = none;
-      document.getElementById("save-subgraph").disabled = none;
+      at("no-pins").hidden = !none;
+      at("some-pins").hidden = at("save-subgraph").disabled = none;
       pins.show(units);
       if (none) return;
       drawFigure(units);
@@ -118,7 +115,7 @@ function makeSubgraph(graph, app) {
 
 /** The subgraph as a file of its own: its colours are written into it. */
 function subgraphFile() {
-  const svg = document.getElementById("subgraph");
+  const svg = at("subgraph");
   const copy = svg.cloneNode(true);
   const [originals, copies] = [svg, copy].map((root) => [root, ...root.querySelectorAll("*")]);
   const text = ["font-family", "font-size", "font-weight"];

@@ -4,24 +4,17 @@ function showTables(graph, tables, app) {
   const cell = (value) => {
     const i = graph.index.get(value);
     if (i !== undefined) {
-      const button = element(
-        "button",
-        { type: "button", class: "plain", "data-node": value, title: whereOf(graph, i), onclick: () => app.select(i) },
-        graph.labels[i],
-      );
+      const named = { "data-node": value, title: whereOf(graph, i) };
+      const button = plainButton(graph.labels[i], () => app.select(i), named);
       return element("td", {}, button, " ", element("small", {}, whereOf(graph, i)));
     }
-    return typeof value === "number"
-      ? element("td", { class: "number" }, Number.isInteger(value) ? String(value) : signed(value))
-      : element("td", {}, visibleText(value ?? ""));
+    if (typeof value !== "number") return element("td", {}, visibleText(value ?? ""));
+    return element("td", { class: "number" }, Number.isInteger(value) ? String(value) : signed(value));
   };
-  const made = (table) =>
-    element(
-      "details",
-      {},
-      element("summary", {}, table.title),
-      table.note && element("p", { class: "note" }, table.note),
-      tableOf(table.title, table.columns, table.rows.map((row) => row.map(cell))),
-    );
-  document.getElementById("tables").append(...tables.map(made));
+  const made = ({ title, note, columns, rows }) => {
+    const told = note && element("p", { class: "note" }, note);
+    const table = tableOf(title, columns, rows.map((row) => row.map(cell)));
+    return element("details", {}, element("summary", {}, title), told, table);
+  };
+  at("tables").append(...tables.map(made));
 }

@@ -1,18 +1,15 @@
 // What the pointer is on, said beside the pointer.
 
 function makeTip(graph, details, app) {
-  const tip = document.getElementById("tip");
+  const tip = at("tip");
   const margin = 14;
 
-  /** Its edges with the selected node. */
-  const edgesWith = (i, focus) => {
+  /** A node's edge to or from the selected one. */
+  const edgeWith = (i, focus, into) => {
     if (focus < 0 || focus === i) return [];
-    const find = (into) => edgesOf(graph, focus, into).find((e) => (into ? graph.source : graph.target)[e] === i);
-    const [to, from] = [find(true), find(false)];
-    const lines = [];
-    if (to !== undefined) lines.push(`${signed(graph.weight[to])} to the selected node`);
-    if (from !== undefined) lines.push(`${signed(graph.weight[from])} from the selected node`);
-    return lines.map((line) => element("p", { class: "edge" }, line));
+    const found = edgesOf(graph, focus, into).filter((e) => (into ? graph.source : graph.target)[e] === i);
+    const words = `${into ? "to" : "from"} the selected node`;
+    return found.slice(0, 1).map((e) => element("p", { class: "edge" }, `${signed(graph.weight[e])} ${words}`));
   };
   return {
     hide() {
@@ -23,7 +20,7 @@ function makeTip(graph, details, app) {
       tip.replaceChildren(
         element("strong", {}, graph.labels[i]),
         factList(describe(graph, i)),
-        ...edgesWith(i, app.state.clicked),
+        ...[true, false].flatMap((into) => edgeWith(i, app.state.clicked, into)),
         ...(known.length ? [exampleList(known, 2)] : []),
       );
       tip.hidden = false;
