@@ -141,14 +141,6 @@ def drop_programs():
         jax.clear_caches()
 
 
-@pytest.fixture
-def cold_programs():
-    """Forget all compiled programs, for tests that count programs, or change what is read while one is traced."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 @pytest.fixture(scope="session", autouse=True)
 def small_products():
     """Preflight measures how fast this machine multiplies matrices: small ones, once, not for seconds in each test."""

@@ -248,6 +248,20 @@ def test_a_signal_to_one_of_two_processes_that_train_together_stops_both(inputs,
     assert list((workdir / "train").glob("topk-*/checkpoints/*")), "they have saved together"
 
 
+@pytest.mark.slow  # what waits for shards is told of a signal above, and two processes that train are asked to stop
+def test_a_signal_to_one_of_two_processes_that_capture_stops_both(inputs, tmp_path):
+    """Each makes shards of its own, one document at a time; the other one hears of it in its loop or as it waits."""
+    slow = dict(capture__batch_tokens=1, capture__shard_rows=500)
+    pair = runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run", **slow))
+    list(itertools.takewhile(lambda line: "shards are done" not in line, pair[0].stdout))
+    os.kill(pair[1].pid, signal.SIGTERM)
+    for output in [runs.finish(process, 143) for process in pair]:
+        assert "Traceback" not in output
+    # And together they go on.
+    for process in runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run")):
+        runs.finish(process)
+
+
 #: stages that two processes share, and a line that comes before the last of several parts of their work
 SHARED = {
     "evaluate": "started",

@@ -10,12 +10,14 @@ from jax.sharding import PartitionSpec
 from preflight_setup import CONFIGS, needs_libtpu, on_mesh, plan_run, shape
 
 from saejax.costs.programs import Program
+from saejax.dictionaries.kinds.jumprelu import JumpReLUConfig
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.preflight import topology
 from saejax.preflight.plan import stage_programs
 from saejax.runner import command
+from saejax.stages.train.plan import train_programs
 
 GIB = 2**30
 STUDIES = sorted(path for path in CONFIGS.glob("*.flags") if not path.name.startswith(("accelerator", "demo")))
@@ -89,6 +91,37 @@ def test_stages_compile_for_a_slice(v5e, quick_compiler):
     assert step.counted_flops == pytest.approx(programs["train: standard step"].flops / 8, rel=0.2)
     edited = topology.compile_for(programs["ablate: features"], v5e.limit)
     assert edited.fits and 16e9 / 4 < edited.memory < 7 * GIB, "the weights stay beside it"
+
+
+CROSS_LAYER = dict(train__form="cross_layer_transcoder", train__decoder_norm="free")
+CROSS_LAYER |= dict(train__by_kind=dict(jumprelu=JumpReLUConfig(l0_penalty="tanh")))
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2"])
+@pytest.mark.parametrize(
+    ("kind", "model", "site", "layers", "expansion", "axes", "changes"),
+    [
+        *((kind, "gpt2-medium", "resid_post", 24, 8, dict(member=8), {}) for kind in ("standard", "topk")),
+        *((kind, "llama-3-8b", "resid_post", 1, 32, dict(model=8), {}) for kind in ("standard", "topk")),
+        ("jumprelu", "smollm2-135m", "mlp_in", 6, 14, dict(model=8), CROSS_LAYER),
+    ],
+)
+def test_steps_of_many_layers_and_of_a_large_dictionary_fit(
+    name, kind, model, site, layers, expansion, axes, changes, quick_compiler
+):
+    """Each device has an eighth of the parameters and of their two moments."""
+    tpus, sites = topology.find_slice(name), tuple(f"{site}.{layer}" for layer in range(layers))
+    mesh = make_mesh(MeshConfig(**axes), tpus.devices)
+    captured = tuple({each.replace("mlp_in", read): 0 for read in ("mlp_in", "mlp_out") for each in sites})
+    changes = changes | dict(capture__sites=captured, train__sites=sites, train__kinds=(kind,), train__batch=4096)
+    plan = plan_run(shape(model), train__expansion=(expansion,), train__matmul="bfloat16", **changes)
+    (program,) = train_programs(on_mesh(plan, mesh), mesh)
+    step = topology.compile_for(program, tpus.limit)
+    matrices = layers + layers * (layers + 1) // 2 if site == "mlp_in" else 2 * layers
+    state = 3 * matrices * expansion * plan.model.d_model**2 * 4 / 8
+    assert step.fits and state < step.memory < 8 * state
 
 
 @pytest.mark.slow
