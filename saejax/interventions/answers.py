@@ -265,7 +265,7 @@ def ablation_sentence(
       is_sure: whether the drop is significant.
       is_large: whether it exceeds the criterion.
       disagreeing: drop by template, if the templates disagree.
-      lacks: why it is not testable, if it is not: from such as ``too_few_prompts`` says.
+      lacks: why it is not testable, such as ``too_few_prompts`` says; empty: it is.
     """
     name, factor, unit = ABLATION_READOUTS[readout.removesuffix(RESAMPLED)]
     verb = "Resampling" if readout.endswith(RESAMPLED) else "Ablating"
