@@ -179,6 +179,8 @@ def ablate(
     if features is not None:
         if len(by_behaviour) > 1:
             raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
+        if "top" in settings:
+            raise UserError(f"features were named, and top is {settings['top']}: leave top out")
         # Features of several dictionaries are numbered on from one to the next.
         features_K = dictionary.feature_indices(features) if isinstance(dictionary, Dictionary) else np.ravel(features)
         features = features_K.tolist()

@@ -371,6 +371,8 @@ def test_effects_of_top_features_have_intervals_within_templates(ablation):
 def test_named_features_are_those_that_are_ablated(tiny, dictionary, make_prompt):
     prompts = make_prompts(make_prompt, "only")
     options = dict(random_sets=3, placebo_targets=0, baselines=(), untrained_dictionaries=0, bootstrap=200)
+    with pytest.raises(UserError, match="features were named, and top is 3: leave top out"):
+        saejax.ablate(tiny, dictionary, prompts, features=[5, 60], top=3, **options)
     ablation = saejax.ablate(tiny, dictionary, prompts, features=[5, 60], **options)
     answers = ablation.verdict.dictionaries[TESTED]["only"]
     assert answers.features == (5, 60) and answers.selective.answer == "not tested"  # there is no other behaviour

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from saejax.errors import UserError
 from saejax.interventions.settings import StudyConfig
 from saejax.stages.study.measure import split_items
 from saejax.tasks import benchmarks
@@ -109,3 +110,13 @@ def test_held_out_templates_choose_no_features(items):
     assert {*train, *test} == set(items[:100]) and len(train) + len(test) == 100
     ids = [item.id for item in train]
     assert len(ids) == 50 and len(set(ids)) == 50
+
+
+def test_copies_of_a_question_judge_and_choose_nothing(items):
+    """A file of one's own may hold a question twice; features that it chose would be judged by it."""
+    copied = [*items[:40], *(dataclasses.replace(item, id=f"{item.id} again") for item in items[:20])]
+    train, test = split_items(copied, StudyConfig(items=60), "word_problems")
+    assert not {item.question for item in train} & {item.question for item in test}
+    assert train and sorted(item.id for item in (*train, *test)) == sorted(item.id for item in copied)
+    with pytest.raises(UserError, match="the others ask the same"):
+        split_items([dataclasses.replace(items[0], id=str(i), held_out=False) for i in range(6)], StudyConfig(), "mine")

@@ -59,7 +59,7 @@ def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[
     """Return the items that choose features and the items that judge them, by seed; the second half is not smaller.
 
     The split is drawn among all items given; ``--study.items`` is the number of items that are read. Items of held-out
-    templates choose nothing.
+    templates choose nothing, nor does an item whose question is among the judging ones, too.
 
     Args:
       items: items of the benchmark.
@@ -67,7 +67,7 @@ def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[
       name: the benchmark.
 
     Raises:
-      UserError: there are fewer than 4.
+      UserError: there are fewer than 4, or all ask the same.
     """
     items = items[: config.items]
     if len(items) < 4:
@@ -75,6 +75,10 @@ def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[
     order = np.random.default_rng([config.seed, *name.encode()]).permutation(len(items))
     half = len(items) // 2
     train = [i for i in order if not items[i].held_out][:half]
+    judging = {items[i].question for i in order if i not in train}
+    train = [i for i in train if items[i].question not in judging]
+    if not train:
+        raise UserError(f"no item of {name} can choose features for --study: the others ask the same questions")
     return [items[i] for i in train], [items[i] for i in order if i not in train]
 
 
