@@ -5,6 +5,7 @@ product of [m, k] and [k, n] is 2 m k n operations; norms, softmax and other ele
 matrix products' by the vendors' data sheets (dense, without sparsity).
 """
 
+import re
 from math import prod
 
 import jax
@@ -64,7 +65,7 @@ def parameters(model: DecoderConfig) -> int:
     return sum(prod(shape) for shape, _ in parameter_table(model).values())
 
 
-# Part of ``device_kind`` -> TFLOP/s with bfloat16 operands, and with float32 operands in full precision where the
+# Words of ``device_kind`` -> TFLOP/s with bfloat16 operands, and with float32 operands in full precision where the
 # hardware has such products (TPUs emulate them).
 _PEAKS: dict[str, tuple[float, float | None]] = {
     "V100": (125.0, 15.7),  # float16
@@ -74,7 +75,10 @@ _PEAKS: dict[str, tuple[float, float | None]] = {
     "L40": (181.0, 90.5),
     "L4": (121.0, 30.3),
     "H100 PCIe": (756.0, 51.0),
+    "H100 NVL": (835.0, 60.0),
     "H100": (989.0, 67.0),
+    "GH200": (989.0, 67.0),
+    "H200 NVL": (835.0, 60.0),
     "H200": (989.0, 67.0),
     "B200": (2250.0, 75.0),
     "TPU v3": (123.0, None),
@@ -94,7 +98,8 @@ def peak_flops(device: jax.Device | str, dtype: str) -> float | None:
       dtype: "float32" or "bfloat16".
     """
     kind = device if isinstance(device, str) else device.device_kind
-    matches = [name for name in _PEAKS if name.lower() in kind.lower()]
+    # Whole words: an "A10G" is no A10, and an "RTX A1000" no A100.
+    matches = [name for name in _PEAKS if re.search(rf"\b{name}\b", kind, re.IGNORECASE)]
     if not matches:
         return None
     bfloat16, float32 = _PEAKS[max(matches, key=len)]

@@ -12,7 +12,7 @@ from saejax.activations.documents import Documents
 from saejax.activations.plan import Plan
 from saejax.evaluation import loss_recovered
 from saejax.evaluation import programs as evaluation
-from saejax.flops import head_flops, pass_flops, step_flops
+from saejax.flops import head_flops, pass_flops, peak_flops, step_flops
 from saejax.interventions import engine as ablation
 from saejax.interventions import slopes as screening
 from saejax.interventions import split_model as split
@@ -148,6 +148,20 @@ def test_flops_against_xla(plan, mesh):
     assert program.flops == by_hand
     assert 0.9 * by_hand < counted * 4 < 1.6 * by_hand  # norms and softmax are in XLA's
     assert step_flops(10, 3, 5) == 10 * 12 * 3 * 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "tera"),
+    [
+        *[("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("h100", 989)],
+        *[("NVIDIA A100-SXM4-80GB", 312), ("a100-80", 312), ("NVIDIA GH200 480GB", 989), ("NVIDIA A10", 125)],
+        *[("TPU v5 lite", 197), ("TPU v5", 459), ("TPU v4", 275)],
+        *[("NVIDIA A10G", None), ("NVIDIA RTX A1000", None), ("NVIDIA GB200", None), ("cpu", None)],
+    ],
+)
+def test_peaks_are_those_of_whole_names(kind, tera):
+    """An unknown device has no peak: a wrong one would give a wrong share of it."""
+    assert peak_flops(kind, "bfloat16") == (tera and tera * 1e12)
 
 
 def test_decoding_compiles_and_its_flops_are_those_of_the_new_tokens(programs, plan):

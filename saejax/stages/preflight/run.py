@@ -27,7 +27,7 @@ from saejax.preflight.plan import (
 )
 from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResults
 from saejax.preflight.shapes import Shape, named, read_shapes
-from saejax.preflight.topology import Place, compile_for, find_place
+from saejax.preflight.topology import GPUS, Place, compile_for, find_place
 from saejax.results import MeshShape
 from saejax.runner.plan import REUSED, plan_units
 from saejax.runner.registry import all_stages
@@ -95,7 +95,7 @@ def run_preflight(run: Run) -> PreflightResults:
     ]:
         raise UserError(f"{'; '.join(unfit)}: {_ADVICE}")
     for model in models if config.topology else ():
-        _say_least_hours(run, model, config.topology)
+        _say_least_hours(run, model, config.topology, place)
     results = PreflightResults(mesh, config.topology, place.limit, tuple(models))
     if runs_here and plans:
         results = _with_resources(run, results, plans[0], place, left)
@@ -185,10 +185,12 @@ def _check_model(run: Run, plan: PlannedRun, place: Place, stages: Collection[st
     )
 
 
-def _say_least_hours(run: Run, model: ModelNeeds, topology: str) -> None:
+def _say_least_hours(run: Run, model: ModelNeeds, topology: str, place: Place) -> None:
     """Say how long the programs take at a device's peak, where the number of their calls is known without the text."""
     flops = sum(program.flops * program.runs for program in model.programs)
-    peaks = {dtype: peak_flops(topology.partition(":")[0], dtype) for dtype in ("float32", "bfloat16")}
+    name = topology.partition(":")[0]
+    device = name if name in GPUS else place.mesh.devices.flat[0]  # programs for GPUs are compiled for CPUs
+    peaks = {dtype: peak_flops(device, dtype) for dtype in ("float32", "bfloat16")}
     hours = [f"{flops / peak / 3600:.3f} device-hours in {dtype}" for dtype, peak in peaks.items() if peak]
     if flops and hours:
         run.say(
