@@ -2,11 +2,13 @@
 
 from saejax.config import Configs
 from saejax.dictionaries.names import is_folder
+from saejax.files import file_sha256, fingerprint
 from saejax.interventions.settings import AblateConfig
 from saejax.runner.registry import all_stages
 from saejax.runner.stage import Input, Stage, inputs_of
+from saejax.runner.workspace import SUMMARY
 from saejax.stages.report.results import ReportResults
-from saejax.stages.report.run import run_report
+from saejax.stages.report.run import run_report, trained_in
 from saejax.stages.report.settings import ReportConfig
 from saejax.tasks.settings import TaskConfig
 
@@ -24,7 +26,14 @@ def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     of_model = configs[TaskConfig].has_behaviours or not made_here  # not of what is made here alone
     always = set(_READ if of_model else ()) - {*elsewhere}
     read = [stage for stage in all_stages().values() if stage.name in always or stage.section]
-    return inputs_of(configs, *(unit for stage in read for unit in stage.units(configs)))
+    described = dict(described=_identify_description) if elsewhere else {}
+    return inputs_of(configs, *(unit for stage in read for unit in stage.units(configs)), **described)
+
+
+def _identify_description(configs: Configs) -> str:
+    """Fingerprint what the workdir that trained a dictionary tells of it; it may be evaluated there later."""
+    units, _ = trained_in(configs[AblateConfig].dictionary)
+    return fingerprint([file_sha256(unit / SUMMARY) for unit in units.values()])
 
 
 REPORT = Stage(
