@@ -157,7 +157,7 @@ def test_killed_while_any_kind_trains_it_ends_with_the_same_bits(inputs, whole, 
 
     lines = runs.finish(*start(tmp_path / "whole")).count("\n")
     expected = runs.dictionary_checksums(tmp_path / "whole")
-    assert len(expected) == len(KINDS) - 3 + 3 * 2  # the kinds without k have one member
+    assert len(expected) == len(KINDS) + 4  # four kinds have a k, and so two members each
 
     def check(folder):
         assert runs.dictionary_checksums(folder) == expected
@@ -202,7 +202,9 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, single_device, kind
                 assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
         files = [folder / "train" / kind / member / "metrics.jsonl" for folder in folders]
         scores = [json.loads(file.read_text().splitlines()[-1])["held_out_explained_variance"] for file in files]
-        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+        # The smallest activation that training keeps stands at the threshold: rounding says whether it fires elsewhere.
+        near = 2e-3 if kind in ("batchtopk", "matryoshka") else 1e-5
+        assert scores[0] == pytest.approx(scores[1], abs=near)
     finally:
         jax.config.update("jax_enable_x64", False)
 
