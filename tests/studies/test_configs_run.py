@@ -67,10 +67,10 @@ def write_benchmarks(folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    for name in LOGIC_TASKS:
-        rows = [dict(input=f"Pick {letter}\n(A) x\n(B) y\n(C) z", target=f"({letter})") for letter in "BAC"]
+    for number, name in enumerate(LOGIC_TASKS):  # no question is asked twice
+        rows = [dict(input=f"{number}: pick {a}\n(A) x\n(B) y\n(C) z", target=f"({a})") for a in "BAC"]
         if name in ("boolean_expressions", "web_of_lies"):
-            rows = [dict(input=f"Is {n}", target="True" if name[0] == "b" else "No") for n in range(3)]
+            rows = [dict(input=f"{number}: is {n}", target="True" if name[0] == "b" else "No") for n in range(3)]
         write(folder / "logic" / f"{name}.jsonl", rows)
     write(folder / "gsm8k.jsonl", [dict(question=f"{n} + 3?", answer=f"{n + 3}\n#### {n + 3}") for n in range(12)])
     write(folder / "math.jsonl", [dict(problem=f"{n} + 3?", solution=f"\\boxed{{{n + 3}}}") for n in range(12)])
