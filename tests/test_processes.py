@@ -201,10 +201,13 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, single_device, kind
                 a, b = (np.asarray(dictionary.arrays[name], np.float64) for dictionary in (first, second))
                 assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a), name
         files = [folder / "train" / kind / member / "metrics.jsonl" for folder in folders]
-        scores = [json.loads(file.read_text().splitlines()[-1])["held_out_explained_variance"] for file in files]
-        # The smallest activation that training keeps stands at the threshold: rounding says whether it fires elsewhere.
-        near = 2e-3 if kind in ("batchtopk", "matryoshka") else 1e-5
-        assert scores[0] == pytest.approx(scores[1], abs=near)
+        first, second = (json.loads(file.read_text().splitlines()[-1]) for file in files)
+        # The smallest activation that training keeps stands at the threshold: rounding says whether it fires in
+        # held-out text, once in the 192 tokens of a batch.
+        firings = 192 * abs(first["held_out_l0"] - second["held_out_l0"])
+        assert firings == pytest.approx(0, abs=1e-3) or (kind in ("batchtopk", "matryoshka") and firings < 1.001)
+        near = 1e-5 if firings < 0.5 else 2e-3
+        assert first["held_out_explained_variance"] == pytest.approx(second["held_out_explained_variance"], abs=near)
     finally:
         jax.config.update("jax_enable_x64", False)
 

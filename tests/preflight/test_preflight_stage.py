@@ -2,7 +2,9 @@
 
 import json
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import runs
 from preflight_setup import CONFIGS
@@ -118,3 +120,12 @@ def test_bad_input(tmp_path, capsys, host, flags, message):
     assert preflight(*listed(tmp_path, "qwen3-0.6b"), *flags.split()) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_least_hours_are_those_of_the_devices_that_a_slice_has():
+    program = SimpleNamespace(flops=197e12, runs=3600)  # an hour of a v5e
+    model, said = SimpleNamespace(name="model", programs=[program]), []
+    for topology_name, kind, hours in (("v5e:2x4", "TPU v5 lite", 1.0), ("h100:1x8", "cpu", 197 / 989)):
+        place = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)])))
+        checks._say_least_hours(SimpleNamespace(say=said.append), model, topology_name, place)
+        assert f"{hours:.3f} device-hours in bfloat16" in said[-1] and f"at the peak of {topology_name}" in said[-1]
