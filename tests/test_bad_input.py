@@ -163,7 +163,8 @@ def test_a_line_of_a_flag_file_is_named(refuse, tmp_path):
         assert len(error) < len(str(file)) + 250
     around = tmp_path / "around.flags"
     around.write_text(f"--flagfile={file}\n")
-    for written, message in (("utf-16", "is not UTF-8 text"), ("utf-8-sig", "begins with a byte order mark")):
+    not_utf8, marked = "is not UTF-8 text", "begins with a byte order mark"
+    for written, message in (("utf-16", not_utf8), ("utf-16-le", not_utf8), ("utf-8-sig", marked)):
         file.write_bytes("--train.k=8".encode(written))
         for named in (f"--flagfile={file}", f"--flagfile {file}", f"--flagfile={around}"):
             assert f"{file} {message}" in refuse(["train"], named)

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 from test_pipeline import go
 
-from saejax.errors import Interrupted
+from saejax.errors import Interrupted, UserError
 from saejax.runner import runs
 from saejax.runner.pipeline import RunOptions
 from saejax.runner.workspace import Workspace
@@ -95,6 +95,17 @@ def test_checkpoints_of_finished_units_go(workdir):
     (folder / "checkpoints" / "52" / "state").write_bytes(bytes(5000))
     (line,) = runs.remove(Workspace(workdir), runs.list_units(workdir), ["checkpoints"])
     assert line.endswith(", 5 kB") and not (folder / "checkpoints").exists() and go(workdir, **CHANGED) == []
+
+
+def test_nothing_goes_while_a_run_goes_on(workdir):
+    """It may come to units later that read what is obsolete, or a store whose readers so far are finished."""
+    workspace, mark = Workspace(workdir), "0" * 16
+    with workspace.claim("ablate/new", mark):
+        workspace.begin("ablate/new", mark)
+        for wanted in ("obsolete", "stores"):
+            with pytest.raises(UserError, match="ablate/new is being made by another process"):
+                runs.remove(workspace, runs.list_units(workdir), [wanted])
+    assert runs.remove(workspace, runs.list_units(workdir), ["obsolete", "stores"])
 
 
 def test_a_file_that_goes_while_units_are_listed_has_no_size(tmp_path):

@@ -53,7 +53,9 @@ def _read_lines(name: str, around: tuple[str, ...]) -> Iterator[FileLine]:
     except OSError as error:
         raise UserError(f"the flag file {name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"the flag file {name} is not UTF-8 text: save it as UTF-8") from None
+        text = "\0"
+    if "\0" in text:  # UTF-16, perhaps
+        raise UserError(f"the flag file {name} is not UTF-8 text: save it as UTF-8")
     if text.startswith("\ufeff"):
         raise UserError(f"the flag file {name} begins with a byte order mark: save it as UTF-8 without one")
     # Not by ``splitlines``, which also splits inside texts, at U+2028 and others.

@@ -16,7 +16,7 @@ from saejax.files import read_object
 from saejax.links import linked_folder
 from saejax.runner import command, command_line
 from saejax.runner.flag_files import read_flag_files
-from saejax.runner.workspace import CHECKPOINTS, STACK, STARTED, SUMMARY, Workspace, hold_claim
+from saejax.runner.workspace import CHECKPOINTS, CLAIM, STACK, STARTED, SUMMARY, Workspace, hold_claim
 
 ABOUT = """\
 runs: lists the units of a workdir: size, date, whether DIR/<unit> stands for it (current) or for another (obsolete),
@@ -178,7 +178,7 @@ def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str
       dry_run: remove nothing.
 
     Raises:
-      UserError: a process works on a unit that is to go.
+      UserError: a process works on a unit, and may need others later.
     """
     doomed: dict[Path, tuple[str, KeptUnit]] = {}
     if "obsolete" in wanted:
@@ -193,9 +193,12 @@ def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str
             readers = {other.state for other in units if unit.fingerprint in other.reads}
             if readers and "unfinished" not in readers:
                 doomed[unit.folder] = ("store", unit)
-    for _, unit in doomed.values():
+    for unit in units if doomed else ():
         if workspace.is_claimed(unit.name, unit.fingerprint):
-            raise UserError(f"{unit.name} is being made by another process: wait for it")
+            raise UserError(
+                f"{unit.name} is being made by another process, whose run may read later what is to go: wait for it, "
+                f"or, if you know that it is gone, delete {unit.folder / CLAIM}"
+            )
     lines = []
     for path, (what, unit) in doomed.items():
         size = unit.size if what == "obsolete" else _size(path)
