@@ -67,8 +67,15 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, max_k: int | None 
     """
     # At least float32: the search is on the bits of the floats.
     acts_xF = acts_xF.astype(jnp.promote_types(acts_xF.dtype, jnp.float32))
-    keep, features = jnp.asarray(k, jnp.int32), acts_xF.shape[-1]
-    max_k = min(int(k) if max_k is None else max_k, features)
+    max_k = min(int(k) if max_k is None else max_k, acts_xF.shape[-1])
+    return _search_kth_largest(acts_xF, jnp.asarray(k, jnp.int32), max_k)
+
+
+# Compiled once for all calls outside of a program, which would compile its loop anew in each.
+@functools.partial(jax.jit, static_argnames="max_k", inline=True)
+def _search_kth_largest(acts_xF: jax.Array, keep: jax.Array, max_k: int) -> jax.Array:
+    """Return the threshold of ``kth_largest_below``."""
+    features = acts_xF.shape[-1]
     if features % _BLOCK or max_k >= features // _BLOCK:
         highest_x1 = acts_xF.max(-1, keepdims=True)
         return _search(acts_xF, keep, jnp.zeros_like(highest_x1), highest_x1, _count_each)

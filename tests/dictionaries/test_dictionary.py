@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,18 @@ def test_some_features_are_encoded_as_all_are(kind):
     few = dictionary.encode_features(x, features)
     np.testing.assert_allclose(few, dictionary.encode(x)[:, features], rtol=1e-5, atol=1e-5)
     assert dictionary.encode_features(x, features[:0]).shape == (30, 0)
+
+
+@pytest.mark.parametrize("kind", ["topk", "matching_pursuit"])
+def test_a_second_call_compiles_nothing(kind, caplog):
+    """Outside of a program, too, where a loop made of new functions would be compiled in every call."""
+    counts = []
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        for seed in (5, 6):
+            caplog.clear()
+            make(kind, n_features=656)(activations(31, 12, seed=seed))
+            counts.append(sum(record.getMessage().startswith("Compiling") for record in caplog.records))
+    assert counts[0] > 3 and counts[1] == 0
 
 
 class DropsNaN(kinds.Kind):

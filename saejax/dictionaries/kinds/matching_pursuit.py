@@ -12,6 +12,8 @@ need not be kept for the backward pass: with the rows S [k, D] in the order of c
     (I + tril(S S^T, -1)) v = S (x - b_dec)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -58,6 +60,8 @@ class MatchingPursuit(Kind):
         return params | dict(W_enc_DxF=params["W_dec_FxD"].T)
 
 
+# Compiled once for all calls outside of a program, which would compile its loop anew in each.
+@functools.partial(jax.jit, static_argnames=("max_k", "matmul_dtype"), inline=True)
 def _choose(
     x_NxD: jax.Array, W_dec_FxD: jax.Array, k: int | jax.Array, max_k: int, matmul_dtype: str
 ) -> tuple[jax.Array, jax.Array]:
