@@ -61,11 +61,6 @@ def l1_norm_weighted(f_BxF: jax.Array, norms_F: jax.Array) -> jax.Array:
     return jnp.sum(jnp.mean(jnp.abs(f_BxF), axis=0) * norms_F)
 
 
-def tanh_norm_weighted(f_BxF: jax.Array, norms_F: jax.Array) -> jax.Array:
-    """Return the mean over tokens of sum_i tanh(4 f_i |W_dec_i|), a smooth L0 (Conerly et al., 2025), norms |W_dec|."""
-    return jnp.mean(jnp.sum(jnp.tanh(4.0 * f_BxF * norms_F[None]), axis=-1))
-
-
 def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
     """Return the mean over pairs i != j of the squared covariance of the activations f_i and f_j.
 

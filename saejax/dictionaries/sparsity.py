@@ -61,10 +61,19 @@ def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
     return jnp.where(left_out_BxF, jnp.zeros_like(acts_BxF), acts_BxF)
 
 
-def smallest(acts_BxF: jax.Array) -> jax.Array:
-    """Return the smallest activation above 0; 0 if none is."""
-    least = jnp.min(jnp.where(acts_BxF > 0, acts_BxF, jnp.inf))
-    return jnp.where(jnp.isfinite(least), least, 0.0)
+def lowest_level(acts_xF: jax.Array, pre_xF: jax.Array) -> jax.Array:
+    """Return a threshold that exactly the activations exceed: halfway from the smallest to what is left out.
+
+    The smallest itself as the threshold would leave it out, with those that tie with it, or rounding would decide.
+
+    Args:
+      acts_xF: activations, 0 where they are left out; where none is above 0 the threshold is 0.
+      pre_xF: the pre-activations, of which these are the largest.
+    """
+    least = jnp.min(jnp.where(acts_xF > 0, acts_xF, jnp.inf))
+    below = jnp.max(jnp.where(pre_xF < least, pre_xF, 0.0), initial=0.0)
+    middle = below + (least - below) / 2
+    return jnp.where(jnp.isfinite(least), jnp.where(middle < least, middle, below), 0.0)
 
 
 def row(vector_N: jax.Array, ndim: int) -> jax.Array:

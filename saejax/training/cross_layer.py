@@ -28,7 +28,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, losses, rescale, s
 from saejax.dictionaries.cross_layer import joined_lengths, sum_writes
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, EncoderInputs
 from saejax.dictionaries.matmul import matmul
-from saejax.dictionaries.sparsity import row, smallest
+from saejax.dictionaries.sparsity import lowest_level, row
 from saejax.training.optimizer import penalty_schedule
 from saejax.training.stack import Hyperparams, TrainStack
 from saejax.training.state import PER_MEMBER, TrainState, apply_update
@@ -194,20 +194,19 @@ def _predict(
     return predicted_LxBxD + jnp.stack(skips)
 
 
-def smallest_kept(stack: TrainStack, layers: Sequence[Arrays], hyper: Hyperparams, x_LxBxD: jax.Array) -> jax.Array:
-    """Return the smallest activation above 0 [L] that each layer keeps of a batch of scaled inputs; 0: none."""
+def find_levels(stack: TrainStack, layers: Sequence[Arrays], hyper: Hyperparams, x_LxBxD: jax.Array) -> jax.Array:
+    """Return the level [L] above which each layer keeps activations of a batch of scaled inputs; 0: it keeps none."""
 
     def of_layer(layer: Any) -> jax.Array:
         arrays, norms_F, x_BxD, values = layer
         # In float32, as finished dictionaries are read.
-        _, _, f_BxF = _encode_layer(stack, arrays, norms_F, x_BxD, values, "float32")
-        return f_BxF if _is_across_layers(stack) else smallest(f_BxF)
+        _, encoder_inputs, f_BxF = _encode_layer(stack, arrays, norms_F, x_BxD, values, "float32")
+        return f_BxF if _is_across_layers(stack) else lowest_level(f_BxF, encoder_inputs.pre_xF)
 
     norms_LxF = joined_lengths([arrays["W_dec_FxD"] for arrays in layers])
     of_layers = lax.map(of_layer, (_encoders(stack, layers), norms_LxF, x_LxBxD, hyper.kind_params))
     if _is_across_layers(stack):
-        kept_LxBxF = _keep_largest(stack, of_layers, hyper)
-        return jnp.full(len(layers), smallest(kept_LxBxF.reshape(-1, kept_LxBxF.shape[-1])))
+        return jnp.full(len(layers), lowest_level(_keep_largest(stack, of_layers, hyper), of_layers))
     return of_layers
 
 

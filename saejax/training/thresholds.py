@@ -1,7 +1,7 @@
 """Thresholds of BatchTopK at inference, calibrated on training rows after the last step, and before a score or a save.
 
 A running mean of each batch's smallest kept activation would lag behind the parameters: after 78 steps a dictionary
-trained with k = 32 would fire 20 features a token. So the threshold is set to the smallest of the
+trained with k = 32 would fire 20 features a token. So the threshold is set below the smallest of the
 N k largest activations of the final parameters on N training tokens: L0 is k on these.
 """
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.kinds.base import Arrays, Kind
-from saejax.dictionaries.sparsity import smallest
+from saejax.dictionaries.sparsity import lowest_level
 from saejax.errors import Interrupted
 from saejax.parallel.mesh import sharding
 from saejax.training import cross_layer
@@ -27,7 +27,7 @@ _VALUES = 2**26  # maximum number of pre-activations: 256 MB in float32
 
 
 class Calibration:
-    """Measures the smallest activation [M] that each member keeps; None for kinds that make nothing of it.
+    """Finds the level [M] above which each member keeps activations; None for kinds that make nothing of it.
 
     Args:
       stack: what is trained.
@@ -62,16 +62,17 @@ class Calibration:
 
 
 def _calibrate(stack: TrainStack, params: Arrays, hyper: Hyperparams, inputs: list[jax.Array]) -> jax.Array:
-    """Return the smallest activation [M] that each member keeps of all tokens of these batches together."""
+    """Return the level [M] above which each member keeps activations of all tokens of these batches together."""
     settings = stack.config.of_kind(stack.kind.name)
     x_SxNxD = jnp.concatenate(inputs, axis=1)
     if stack.is_cross_layer:
         (x_LxNxD,) = cross_layer.scale_values(stack, hyper, [x_SxNxD])
-        return cross_layer.smallest_kept(stack, params, hyper, x_LxNxD)  # type: ignore[arg-type]
+        return cross_layer.find_levels(stack, params, hyper, x_LxNxD)  # type: ignore[arg-type]
 
     def of_member(arrays: Arrays, hyper: Hyperparams, x_NxD: jax.Array, _: jax.Array) -> jax.Array:
         member = Dictionary(stack.dictionary, "float32", **arrays)  # as finished dictionaries are read
         inputs = member.encoder_inputs(x_NxD)
-        return smallest(stack.kind.encode_in_training(member, inputs, hyper.kind_params, settings))
+        f_NxF = stack.kind.encode_in_training(member, inputs, hyper.kind_params, settings)
+        return lowest_level(f_NxF, inputs.pre_xF)
 
     return measure_members(stack, of_member, params, hyper, (x_SxNxD,))

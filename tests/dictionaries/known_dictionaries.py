@@ -81,7 +81,7 @@ def saelens_by_formula(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndar
             value = np.maximum((centred * w["W_dec"][chosen]).sum(axis=1), 0)
             f[tokens, chosen] += value
             centred = centred - value[:, None] * w["W_dec"][chosen]
-        return f, f @ w["W_dec"] + w["b_dec"]
+        return f, f @ w["W_dec"] + (w["b_dec"] if cfg["apply_b_dec_to_input"] else 0)
     projected = centred @ w["W_enc"]
     lengths = np.linalg.norm(w["W_dec"], axis=1) if cfg.get("rescale_acts_by_decoder_norm") else 1.0
     if name == "gated":

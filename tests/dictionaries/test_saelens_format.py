@@ -120,6 +120,13 @@ def test_matching_pursuit_of_scaled_inputs_searches_with_rows_of_the_trained_len
     assert known.relative(load_dictionary(tmp_path)(x), dictionary(2.5 * x) / 2.5) < 1e-5
 
 
+def test_matching_pursuit_whose_input_keeps_the_bias_adds_none_to_its_output(tmp_path):
+    save_dictionary(tmp_path, known.make("matching_pursuit"), "saelens")
+    (tmp_path / CFG).write_text(json.dumps(cfg_of(tmp_path) | dict(apply_b_dec_to_input=False)))
+    x = known.activations()
+    known.assert_computes(load_dictionary(tmp_path), x, known.saelens_by_formula(tmp_path, x))
+
+
 @pytest.mark.parametrize("architecture", sorted({*saelens.ARCHITECTURES} - {"matching_pursuit"}))
 def test_unit_norm_brings_rows_to_length_one_and_keeps_the_output(architecture, tmp_path):
     """It is refused where it would change a TopK."""

@@ -81,7 +81,8 @@ def test_batch_topk_keeps_the_largest_of_all_tokens(tokens, features, k, kind):
     positive = np.maximum(pre, 0)
     kth = np.sort(positive.ravel())[-tokens * k]
     np.testing.assert_array_equal(acts, np.where(positive >= kth, positive, 0))
-    assert sparsity.smallest(acts) == positive[(positive >= kth) & (positive > 0)].min()
+    level_F = jnp.full(features, sparsity.lowest_level(acts, pre))
+    np.testing.assert_array_equal(sparsity.threshold(pre, level_F), acts)
 
 
 def test_what_lies_at_the_threshold():

@@ -132,14 +132,18 @@ def test_the_target_is_of_all_features_also_where_groups_of_them_are_nested():
     np.testing.assert_allclose(metrics["sparsity"], weight * (metrics["l0"] / 8 - 1) ** 2, rtol=1e-6)
 
 
-def test_the_tanh_penalty_is_its_formula_times_its_coefficient():
+@pytest.mark.parametrize("nested", [(), (0.25, 0.5, 1.0)])
+def test_the_tanh_penalty_is_its_formula_times_its_coefficient(nested):
+    """A feature counts once for every nested group that it is in, as the step penalty counts it."""
     values = []
     for coefficient in (0.0, 0.03):
-        stack, params, x, y, hyper = setting("jumprelu", l0_penalty="tanh", l0_coefficient=(coefficient,))
+        changes = dict(l0_penalty="tanh", l0_coefficient=(coefficient,), nested=nested)
+        stack, params, x, y, hyper = setting("jumprelu", **changes)
         values.append(float(loss_of(stack, x, y, hyper)(params)))
     f_BxF = np.asarray(_member(stack, params).encode(x))
     norm_F = np.linalg.norm(params["W_dec_FxD"], axis=1)
-    wanted = 0.03 * np.tanh(4 * f_BxF * norm_F).sum(axis=1).mean()
+    weight_F = np.repeat([3, 2, 1], [F // 4, F // 4, F // 2]) if nested else np.ones(F)
+    wanted = 0.03 * (np.tanh(4 * f_BxF * norm_F) * weight_F).sum(axis=1).mean()
     assert wanted > 0.01 and values[1] - values[0] == pytest.approx(wanted, rel=1e-6)
 
 

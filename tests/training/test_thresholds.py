@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from small_runs import Rows, streamed
 from small_runs import make_stack as make_run
-from small_stacks import D, make_stack, train
+from small_stacks import B, D, make_stack, train
+from small_stacks import batches as some_batches
 
 import saejax
 from saejax.activations.in_memory import Activations
@@ -60,6 +61,18 @@ def test_each_member_keeps_its_own_k_at_its_own_site(kind, mesh, changes):
         finished = finish(stack, state, index, kept_M)
         f = np.asarray(finished.encode(rows.read(member.site, rows.rows("train"))))
         assert (f > 0).sum(1).mean() == pytest.approx(member.settings["k"], rel=0.05), member.name
+
+
+def test_the_smallest_activation_is_kept_with_all_that_tie_with_it(one_device):
+    class Repeated:
+        def batch(self, step):
+            return (np.tile(some_batches(1)[:, :1], (1, B, 1)),)
+
+    stack = make_stack("batchtopk", one_device)
+    state = init_state(stack)
+    finished = finish_dictionary(stack, state, 0, Calibration(stack)(state, Repeated(), 1))
+    f = np.asarray(finished.encode(Repeated().batch(0)[0][0]))
+    assert ((f > 0).sum(1) == 4).all()
 
 
 def test_kinds_without_a_threshold_are_not_calibrated():

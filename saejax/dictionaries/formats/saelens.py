@@ -329,6 +329,8 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
         arrays["W_dec_FxD"] = arrays["W_dec_FxD"] * np.reshape(scale, (-1, 1))
     kind = by_name(ARCHITECTURES[_architecture(file, settings)][0])
     arrays.setdefault("b_enc_F", np.zeros_like(arrays["W_dec_FxD"][:, 0]))
+    if kind.name == "matching_pursuit" and not tensors.flag(file, settings, "apply_b_dec_to_input", True):
+        arrays["b_dec_D"] = np.zeros_like(arrays["b_dec_D"])  # SAELens adds what it has subtracted, or nothing
     if "threshold_F" in arrays:
         threshold_F = np.exp(arrays["threshold_F"]) if log_threshold else arrays["threshold_F"]
         arrays["threshold_F"] = np.maximum(threshold_F, 0)  # SAELens multiplies max(pre, 0) by the gate

@@ -159,9 +159,10 @@ class Kind:
         return Facts(k=values["k"]) if "k" in values else Facts()
 
     def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
-        """Return the finished arrays; ``kept`` is the smallest activation above 0 that training keeps of many tokens.
+        """Return the finished arrays; ``kept`` is the level above which training keeps activations of many tokens.
 
-        It is measured, see ``training.thresholds``, only for kinds that override this method.
+        It lies halfway between the smallest that is kept and the largest that is left out, and is measured (see
+        ``training.thresholds``) only for kinds that override this method.
         """
         return arrays
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.config import Config, setting
-from saejax.dictionaries import losses, sparsity
+from saejax.dictionaries import sparsity
 from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncodedBatch, EncoderInputs, Facts, Kind, Numbers
 from saejax.dictionaries.kinds.groups import group_counts, group_reconstructions, group_sizes
 
@@ -77,10 +77,11 @@ class JumpReLU(Kind):
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
         """Return the penalty that ``l0_penalty`` names."""
         settings, coefficient = batch.settings, batch.values["l0_coefficient"]
-        if settings.l0_penalty == "tanh":
-            return coefficient * losses.tanh_norm_weighted(batch.f_BxF, batch.dictionary.decoder_norms_F)
-        threshold_F = batch.dictionary.arrays["threshold_F"]
-        active_BxF = sparsity.step(batch.pre_BxF, threshold_F, settings.bandwidth)
+        if settings.l0_penalty == "tanh":  # a smooth L0 (Conerly et al., 2025)
+            active_BxF = jnp.tanh(4.0 * batch.f_BxF * batch.dictionary.decoder_norms_F[None])
+        else:
+            threshold_F = batch.dictionary.arrays["threshold_F"]
+            active_BxF = sparsity.step(batch.pre_BxF, threshold_F, settings.bandwidth)
         if settings.l0_penalty == "target":  # which is of all features, each once
             l0 = jnp.mean(jnp.sum(active_BxF, axis=-1))
             return coefficient * jnp.square(l0 / batch.values["target_l0"] - 1)
