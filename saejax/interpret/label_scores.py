@@ -102,8 +102,9 @@ def intruder(held: HeldOut, label: str, seed: int) -> Exam:
         # Neighbours by activation, weak ones as well as strong ones.
         start = number * (len(held.active) - others) // max(_INTRUDERS - 1, 1)
         shown = [(context, active_tokens(context)) for context in held.active[start : start + others]]
-        count = round(np.mean([sum(is_active) for _, is_active in shown]))
-        is_marked = _mark_silent(stranger, count, rng)
+        # Marked where another context is: marks at random places would tell it from those around a firing.
+        rest = [*held.active[:start], *held.active[start + others :]] or held.active
+        is_marked = _mark_as(rest[int(rng.integers(len(rest)))], stranger)
         truth.append(int(rng.integers(GROUP)))
         shown.insert(truth[-1], (stranger, is_marked))
         intruder_questions.append(questions.intrude(*zip(*shown, strict=True)))
@@ -195,6 +196,18 @@ def _mark_silent(context: FeatureContext, count: int, rng: np.random.Generator) 
     """Return marks on ``count`` of a context's tokens on which the feature is silent, or on all of these."""
     silent = [place for place, act in enumerate(context["acts"]) if not act]
     return np.isin(np.arange(len(context["tokens"])), rng.permutation(silent)[:count]).tolist()
+
+
+def _mark_as(context: FeatureContext, other: FeatureContext) -> list[bool]:
+    """Return marks on another context as far from its peak as a context's active tokens are from its own; one at least.
+
+    The peak is marked if there are no such places, as near the beginning of a document.
+    """
+    shift = other["peak"] - context["peak"]
+    marked = [place + shift for place, is_active in enumerate(active_tokens(context)) if is_active]
+    places = np.arange(len(other["tokens"]))
+    is_marked = np.isin(places, marked)
+    return (is_marked if is_marked.any() else places == other["peak"]).tolist()
 
 
 def _pooled_correlation(pairs: Sequence[np.ndarray], seed: int) -> Interval | None:

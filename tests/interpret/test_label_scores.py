@@ -101,6 +101,10 @@ def test_the_intruder_is_the_context_without_the_feature(held):
     read, unparsed = scores("intruder", held, find)
     assert read["intruder"].mean == 1 and not unparsed
     assert scores("intruder", held, lambda question: "none")[1] == 5
+    # Its marks stand as those of another context do, around the middle: where they stand tells nothing.
+    for question in EXAMS["intruder"](held, "a label", 1).questions:
+        (text,) = [text for text in texts_of(question) if not is_active(text)]
+        assert re.findall(r"<< s\d-(\d+)>>", text) == ["0", "2"]
     assert [read_choice(reply, 5) for reply in ("3", "[RESPONSE]: 5.", "**Text 2**", "6", "Text 1 or 2")] == [
         2, 4, 1, None, None,
     ]  # fmt: skip

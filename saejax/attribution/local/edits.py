@@ -197,16 +197,19 @@ class ChangeEdits:
 
     def warn_of_sinks(self) -> None:
         """Count the rows that change nothing, since no feature is used at attention sinks: there each one is 0."""
-        position_N, sink_LxP = self._position_N, self._state.sink_LxP
-        in_prompt_N = np.minimum(position_N, sink_LxP.shape[1] - 1)
-        is_sink_N = (position_N == in_prompt_N) & sink_LxP[self._layer_N, in_prompt_N]
-        is_idle_N = ((position_N < self._state.first) | is_sink_N) & (self._value_N == 0)
+        is_idle_N = self._is_unused(self._layer_N, self._position_N) & (self._value_N == 0)
         if idle := {*self._row_N.tolist()} - {*self._row_N[~is_idle_N].tolist()}:
             logging.warning(
                 "%d of %d rows of changes change nothing: they set features to 0 at attention sinks alone (the first "
                 "tokens, %d here, and others of such a norm), where no feature is used",
                 len(idle), len({*self._row_N.tolist()}), self._state.first,
             )  # fmt: skip
+
+    def _is_unused(self, layer: int | np.ndarray, position_N: np.ndarray) -> np.ndarray:
+        """Return which positions are first ones, or sinks of the prompt, where no feature is used, bool [N]."""
+        sink_LxP = self._state.sink_LxP
+        in_prompt_N = np.minimum(position_N, sink_LxP.shape[1] - 1)
+        return (position_N < self._state.first) | ((position_N == in_prompt_N) & sink_LxP[layer, in_prompt_N])
 
     @property
     def layers(self) -> Collection[int]:
@@ -234,7 +237,8 @@ class ChangeEdits:
                 old_M = np.append(active.value_A, np.float32(0))[index_M]
             else:
                 acts_M = self._activations(layer, row_M, position_M, feature_M, read_RxTxD)
-                old_M = np.where(position_M >= self._state.first, acts_M, 0)
+                # Sinks are the prompt's: a change below may have made a position longer.
+                old_M = np.where(self._is_unused(layer, position_M), 0, acts_M)
             outputs.add(layer, row_M * length + position_M, feature_M, self._value_N[here] - old_M)
         return outputs.pop(layer) if layer in outputs else None
 
@@ -258,7 +262,8 @@ class ChangeEdits:
             count = padded(len(here), _CHANGES)
             places = np.divmod(np.resize(place_N[start : start + size], size), read_RxTxD.shape[1])
             picked = np.resize(index_M[here] - start, count), np.resize(column_M[here], count)
-            acts_M[here] = to_host(_encode_places(encoder, read_RxTxD, *places, *picked))[: len(here)]
+            inputs = encoder, read_RxTxD, *places, *picked, np.int32(len(self._state.ids_P))
+            acts_M[here] = to_host(_encode_places(*inputs))[: len(here)]
         return acts_M
 
 
@@ -270,9 +275,15 @@ def _encode_places(
     position_N: jax.Array,
     index_M: jax.Array,
     column_M: jax.Array,
+    prompt: jax.Array,
 ) -> jax.Array:
-    """Return single activations at N positions of rows, [M]; of each the index of its position, and its feature."""
-    return activations(encoder, read_RxTxD[row_N, position_N])[index_M, column_M]
+    """Return single activations at N positions of rows, [M]; of each the index of its position, and its feature.
+
+    Those that new tokens make sinks are 0; of the first ``prompt`` positions, the prompt says which are.
+    """
+    read_NxD = read_RxTxD[row_N, position_N]
+    in_prompt_Nx1 = position_N[:, None] < prompt
+    return jnp.where(in_prompt_Nx1, encoder.encode(read_NxD), activations(encoder, read_NxD))[index_M, column_M]
 
 
 class Readings:

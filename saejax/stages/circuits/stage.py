@@ -40,7 +40,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=11,  # effects that could not be tested say so
+    revision=12,  # attention sinks of runs with changes are those of the prompt
     run=run_circuits,
     results=CircuitsResults,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),

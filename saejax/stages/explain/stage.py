@@ -38,7 +38,7 @@ EXPLAIN = Stage(
     name="explain",
     summary="has a language model write labels of features and judge them on held-out text, if --explain.dictionaries "
     "names any",
-    revision=4,  # tokens that spell a character together are read as one
+    revision=5,  # an intruder is marked as the contexts with the feature are
     run=run_explain,
     results=ExplainResults,
     groups=(ExplainConfig,),

@@ -452,6 +452,26 @@ def test_sources_add_up_to_the_model_with_sinks_too(lm):
     assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
 
 
+def test_a_position_that_a_change_makes_as_long_as_a_sink_keeps_its_features(lm):
+    """Sinks are the prompt's: where it has none, changes do what they do without any rule for sinks."""
+    made, tokens = made_set(lm), Tokens(np.array([IDS], np.int32), np.array([len(IDS)], np.int32))
+    sites = [f"resid_mid.{layer}" for layer in range(4)]
+    read = lm(tokens, capture=sites).sites
+    rows = [[Change(0, 3, 6, 50.0), *(Change(2, 3, other, 0.0) for other in range(48))], [Change(0, 3, 6, 50.0)]]
+    found = []
+    for factor in (1e6, 1.01):
+        norms = [factor * float(np.linalg.norm(np.asarray(read[site])[0], axis=-1).max()) for site in sites]
+        configs = [
+            dataclasses.replace(one.config, site=site, max_norm=norm)
+            for one, site, norm in zip(made, sites, norms, strict=True)
+        ]
+        local = LocalModel(lm, [one.with_config(config) for one, config in zip(made, configs, strict=True)], IDS)
+        assert not local.sink_LxP.any()
+        found.append(local.run(rows).logits_RxV)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+    assert np.abs(found[0][0] - found[0][1]).max() > 1e-3  # the second change does something
+
+
 @pytest.mark.parametrize("traced", ["skip"], indirect=True)
 def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_same(traced, monkeypatch):
     local, _, readouts, graph = traced
