@@ -7,7 +7,8 @@ from typing import NamedTuple
 from saejax.dictionaries.labels import LABELS, Label, load_labels
 from saejax.dictionaries.names import full_name, kind_and_member
 from saejax.interpret.feature_record import iterate_records, top_tokens
-from saejax.runner.stacks import is_of_trained, members, results_folder
+from saejax.links import member_folder
+from saejax.runner.stacks import find_results, members
 from saejax.runner.workspace import SUMMARY
 
 
@@ -63,35 +64,37 @@ def names_of_layers(folders: Iterable[str | Path], layers: Collection[int]) -> d
 
 def labels_in(folders: Mapping[str, Path], dictionary: str) -> Mapping[int, Label]:
     """Return the labels of features, as ``labels_of``, if a run with these units' folders interpreted them."""
-    kind, _ = kind_and_member(dictionary)
-    unit = folders.get(f"interpret/{kind}")
-    return labels_of(unit.parent.parent, dictionary) if unit else {}
+    kind, member = kind_and_member(dictionary)
+    unit, trained = folders.get(f"interpret/{kind}"), folders.get(f"train/{kind}")
+    return labels_of(unit.parent.parent, dictionary, trained and member_folder(trained, member)) if unit else {}
 
 
-def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
+def labels_of(workdir: Path | str, dictionary: str, trained: Path | None = None) -> Mapping[int, Label]:
     """Return the labels of a dictionary's features: labels given by hand if there are any, else the labels found.
 
-    The ``dictionary`` is such as "topk" or "topk/k32". There are none if it was not interpreted since it was trained.
+    The ``dictionary`` is such as "topk" or "topk/k32", and ``trained`` its folder, as ``find_results`` takes it. There
+    are none if it was not interpreted since it was trained.
     """
     for stage in ("atlas", "interpret"):
-        path = results_folder(workdir, stage, dictionary) / LABELS
-        if path.exists() and is_of_trained(workdir, stage, dictionary):
-            return load_labels(path)
+        folder = find_results(workdir, stage, dictionary, trained)
+        if folder and (folder / LABELS).exists():
+            return load_labels(folder / LABELS)
     return {}
 
 
-def feature_names(workdir: Path | str, dictionary: str) -> dict[int, str]:
+def feature_names(workdir: Path | str, dictionary: str, trained: Path | None = None) -> dict[int, str]:
     """Return the names of the features of an interpreted dictionary: the label, or else the top tokens in quotes.
 
     Args:
       workdir: workdir of the run.
       dictionary: such as "topk" or "topk/k32".
+      trained: its folder, as ``find_results`` takes it.
 
     Returns:
       Names by feature; empty if the dictionary was not interpreted since it was trained.
     """
-    if not is_of_trained(workdir, "interpret", dictionary):
+    if not (folder := find_results(workdir, "interpret", dictionary, trained)):
         return {}
-    records = iterate_records(results_folder(workdir, "interpret", dictionary))
+    records = iterate_records(folder)
     names = {record["feature"]: top_tokens(record) for record in records if record.get("tokens")}
-    return names | {feature: label.label for feature, label in labels_of(workdir, dictionary).items()}
+    return names | {feature: label.label for feature, label in labels_of(workdir, dictionary, trained).items()}

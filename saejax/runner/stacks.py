@@ -22,6 +22,8 @@ from saejax.links import member_folder
 from saejax.results import from_json
 from saejax.runner.workspace import STARTED, SUMMARY
 
+_UNIT = re.compile("(.+)-([0-9a-f]{16})")
+
 
 def results_folder(workdir: Path | str, stage: str, name: str) -> Path:
     """Return the folder of what a stage made of the dictionary ``name``, such as "topk/k16", in a workdir.
@@ -32,29 +34,39 @@ def results_folder(workdir: Path | str, stage: str, name: str) -> Path:
     return member_folder(member_folder(Path(workdir) / stage, kind), member)
 
 
-def is_of_trained(workdir: Path | str, stage: str, name: str) -> bool:
-    """Return whether a stage's results are of the dictionary that DIR/train/NAME stands for now.
+def find_results(workdir: Path | str, stage: str, name: str, trained: Path | None = None) -> Path | None:
+    """Return the folder of what a stage made of a dictionary; None if there is none of this one.
 
     A dictionary that is trained anew has other features by the same numbers, and other stages may not have run since.
-    Results that do not name their dictionary pass.
+    DIR/<stage>/NAME may also stand for what a run with other flags has made. Results that do not name their dictionary
+    pass, and their folder may not exist.
 
     Args:
       workdir: DIR.
       stage: such as "evaluate".
       name: of the dictionary, such as "topk/k16".
+      trained: its folder; None: the one that DIR/train/NAME stands for now.
     """
-    kind, member = kind_and_member(name)
-    trained = results_folder(workdir, "train", name).resolve().name.removeprefix(f"{kind}-")
-    unit = member_folder(Path(workdir) / stage, kind)
-    while re.fullmatch("[0-9a-f]{16}", trained):
+    (kind, member), root = kind_and_member(name), Path(workdir)
+    place, unit = results_folder(root, stage, name), member_folder(root / stage, kind)
+    match = _UNIT.fullmatch((trained or results_folder(root, "train", name)).resolve().name)
+    if not match or _trained_mark(root, unit, match[1], member) in ("", match[2]):
+        return place
+    units = [path.parent for path in (root / stage).glob(f"{match[1]}-*/{SUMMARY}")]
+    for unit in sorted(units, key=lambda unit: (unit / SUMMARY).stat().st_mtime_ns, reverse=True):
+        if _trained_mark(root, unit, match[1], member) == match[2]:
+            return place if (place := member_folder(unit, member)).is_dir() else unit  # of a member by itself
+    return None
+
+
+def _trained_mark(root: Path, unit: Path, kind: str, member: str) -> str:
+    """Return the fingerprint of the dictionary that a unit of the workdir ``root`` is of; "" if it names none."""
+    while True:
         paths = [path / STARTED for path in (member_folder(unit, member), unit) if (path / STARTED).is_file()]
         needs = read_json(paths[0]).get("depends_on", {}).get("needs", {}) if paths else {}
-        if mark := needs.get(f"train/{kind}"):
-            return mark == trained
-        if not (mark := needs.get(f"interpret/{kind}")):
-            break
-        unit = Path(workdir) / "interpret" / f"{kind}-{mark}"  # an atlas has labels of the unit that it shows
-    return True
+        if (mark := needs.get(f"train/{kind}", "")) or not (shown := needs.get(f"interpret/{kind}")):
+            return mark
+        unit = root / "interpret" / f"{kind}-{shown}"  # an atlas has labels of the unit that it shows
 
 
 def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:

@@ -137,6 +137,9 @@ def test_labels_of_a_dictionary_that_was_here_before_are_not_used(tmp_path):
     assert details_of_features(config, [feature]) == {}
     unit("interpret", "e" * 16, {"train/topk": "d" * 16})  # the atlas still shows what was interpreted before
     assert feature_names(tmp_path, "topk") == {5: "interpret e", 7: "“token of e”"}
+    # A run of the earlier dictionary, which another run has replaced meanwhile, has its own labels.
+    assert feature_names(tmp_path, "topk", tmp_path / "train" / f"topk-{16 * 'a'}") == names
+    assert feature_names(tmp_path, "topk", tmp_path / "train" / f"topk-{16 * 'f'}") == {}
 
 
 def test_labels_are_found_by_the_folder_of_a_unit_or_a_member(tmp_path):

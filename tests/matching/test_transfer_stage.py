@@ -15,6 +15,7 @@ from saejax import load_results
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary
 from saejax.files import write_json
+from saejax.links import write_link
 from saejax.matching.match import STEP
 from saejax.matching.track.settings import TrackConfig
 from saejax.matching.transfer.chains import FeaturePairs
@@ -91,12 +92,14 @@ def test_dead_features_are_left_out_before_evaluate_has_run_and_by_its_figures_o
     np.save(rates / "firing_rate.npy", np.r_[np.zeros(28), np.ones(100)])
     mark = (folder / "train" / first).resolve().name.rpartition("-")[2]
     flags = [*flags, f"--workdir={work}", f"--transfer.dictionaries={first},{second}", "--transfer.measures=decoder"]
-    for evaluated, count in (("0" * 16, left_out[first]), (mark, 28)):
+    (work / "train" / f"topk-{16 * '0'}").mkdir()  # of another run, whose rates would be read as this one's
+    for evaluated, count in (("0" * 16, left_out[first]), (mark, 28), ("0" * 16, left_out[first])):
         write_json(rates / "started.json", dict(depends_on=dict(needs={"train/topk": evaluated})))
         shutil.rmtree((work / "transfer").resolve())
         (work / "transfer").unlink()
         assert command.run(["transfer"], "", ["test", *flags]) == 0
         assert load_results(work / "transfer").pairs[0].measures["decoder"].left_out == (count, left_out[second])
+        write_link(work / "train" / "topk", f"topk-{16 * '0'}")
 
 
 def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, capsys):

@@ -35,7 +35,7 @@ from saejax.page.tables import percent
 from saejax.parallel.collectives import is_first_process
 from saejax.runner.labels import trained_layers
 from saejax.runner.parts import part_file
-from saejax.runner.stacks import is_of_trained, results_folder
+from saejax.runner.stacks import find_results
 from saejax.runner.workspace import Run
 from saejax.stages.attribute.traces import FEATURES
 from saejax.unicode import visible_token
@@ -122,11 +122,10 @@ def interpreted_details(
     """Return what the stage ``interpret`` tells of features, where the workdir that trained a dictionary has it."""
     details, trained = dict[Feature, FeatureDetails](), trained_layers(dictionaries)
     for layer in {layer for layer, _ in features} & set(trained):
-        workdir, name = trained[layer].workdir, trained[layer].name
-        if not is_of_trained(workdir, "interpret", name):
+        if not (folder := find_results(trained[layer].workdir, "interpret", trained[layer].name)):
             continue
         wanted = {index for member_layer, index in features if member_layer == layer}
-        for index, record in read_records(results_folder(workdir, "interpret", name), wanted).items():
+        for index, record in read_records(folder, wanted).items():
             if "examples" in record:
                 details[layer, index] = _details_of(record)
     return details

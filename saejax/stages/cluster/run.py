@@ -113,7 +113,7 @@ def _measure(run: Run, compared: Compared, activity_of: ActivityOf, part: str, o
         firings, _SMALLEST, _RESAMPLES, [config.seed, 0], lambda: on_progress(next(steps), 1 + 3 * _RESAMPLES)
     )
     GroupedFeatures(groups.group_F, firings.feature_F).save(part_file(run, part, "-groups.parquet"))
-    names = feature_names(*trained_in(compared, run.folder.parent))
+    names = feature_names(*trained_in(compared, run.folder.parent), compared.folder)
     described = _describe(firings.feature_F, groups, similarity_FxF, names)
     results = ClusteredDictionary(
         name=compared.name,

@@ -37,7 +37,7 @@ CLUSTER = Stage(
     reads=("capture", "train", "interpret", "atlas"),
     inputs=_inputs,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
-    revision=6,  # whole texts are resampled, not their pieces
+    revision=7,  # labels are of the grouped dictionary
     processes="items",
     section=sections,
 )

@@ -22,7 +22,7 @@ from saejax.interpret.feature_record import FEATURES, FeatureContext, read_recor
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.settings import AblateConfig
 from saejax.interventions.table import TESTED
-from saejax.links import member_folder
+from saejax.links import member_folder, resolve_links
 from saejax.models.settings import ModelConfig
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_piece
@@ -113,9 +113,11 @@ def trained_in(folder: str) -> tuple[dict[str, Path], str]:
     # The innermost folder "train" first: a workdir may itself lie below a folder named so.
     for at in (index for index in range(len(names) - 2, 0, -1) if names[index] == "train"):
         workdir, kind = Path(*names[:at]), names[at + 1]
-        units = {unit: workdir / unit for unit in ("capture", f"train/{kind}", f"evaluate/{kind}")}
+        read = "capture", f"train/{kind}", f"evaluate/{kind}"
+        units = {unit: resolve_links(workdir / unit) for unit in read}
         name, finished = "/".join(names[at + 1 :]), all((unit / SUMMARY).exists() for unit in units.values())
-        if finished and stacks.is_of_trained(workdir, "evaluate", name):
+        current = stacks.results_folder(workdir, "evaluate", name)
+        if finished and stacks.find_results(workdir, "evaluate", name) == current:
             return units, name
     return {}, folder
 

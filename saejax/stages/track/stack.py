@@ -9,7 +9,7 @@ from saejax.errors import UserError
 from saejax.matching.track.stack import LayerDictionary, Stack
 from saejax.models.language_model import LanguageModel
 from saejax.runner.labels import labels_of
-from saejax.runner.stacks import is_of_trained
+from saejax.runner.stacks import find_results
 from saejax.stages.transfer.inputs import load_compared, trained_in
 
 _FLAG = "--track.dictionaries"
@@ -31,9 +31,9 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], workdir: Path, m
     by_layer: dict[int, LayerDictionary] = {}
     for entry in load_compared(names, units, _FLAG):
         root, name = trained_in(entry, workdir)
-        page, load = root / "atlas" / name / "index.html", functools.partial(entry.load, model.mesh)
-        shown = page if page.exists() and is_of_trained(root, "atlas", name) else None
-        dictionary = LayerDictionary(name, entry.config, load, shown, labels_of(root, name))
+        atlas, load = find_results(root, "atlas", name, entry.folder), functools.partial(entry.load, model.mesh)
+        shown = page if atlas and (page := atlas / "index.html").exists() else None
+        dictionary = LayerDictionary(name, entry.config, load, shown, labels_of(root, name, entry.folder))
         layer = dictionary.reads.check(model.config).layer
         check_dictionary(entry.config, model, f"{_FLAG}: {name}")
         if layer in by_layer:

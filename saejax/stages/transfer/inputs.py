@@ -11,6 +11,7 @@ from saejax.dictionaries.formats import folders_of, read_config
 from saejax.dictionaries.names import is_folder
 from saejax.errors import UserError
 from saejax.evaluation.reconstruction import read_blocks, reconstruct
+from saejax.links import resolve_links
 from saejax.matching.transfer.activity import first_texts
 from saejax.matching.transfer.compared import Compared
 from saejax.matching.transfer.reading import SharedText, read_shared_text
@@ -122,15 +123,15 @@ def live_features(compared: Compared, workdir: Path, mesh: Mesh, batch: int) -> 
 def _evaluated(compared: Compared, workdir: Path) -> Path | None:
     """Return the firing rates that ``evaluate`` wrote; None if there are none of this dictionary."""
     root, name = trained_in(compared, workdir)
-    path = stacks.results_folder(root, "evaluate", name) / "firing_rate.npy"
-    return path if path.is_file() and stacks.is_of_trained(root, "evaluate", name) else None
+    folder = stacks.find_results(root, "evaluate", name, compared.folder)
+    return path if folder and (path := folder / "firing_rate.npy").is_file() else None
 
 
 def _store(compared: Compared, workdir: Path) -> Store | None:
     """Return the store of the workdir that trained a dictionary; None if it has no held-out text at its sites."""
     sites = {compared.config.site, compared.target}
     try:
-        store = Store.open(trained_in(compared, workdir)[0] / "capture")
+        store = Store.open(resolve_links(trained_in(compared, workdir)[0] / "capture"))
     except UserError:  # there is none, or its values were deleted when training was done
         return None
     fits = store.model.fingerprint == compared.fingerprint and sites <= {*store.sites}

@@ -36,7 +36,9 @@ def summarize(
       parts: names of the parts, one for each dictionary but the last.
       pairs: results of the compared pairs.
     """
-    names = functools.cache(lambda index: feature_names(*trained_in(compared[index], run.folder.parent)))
+    names = functools.cache(
+        lambda index: feature_names(*trained_in(compared[index], run.folder.parent), compared[index].folder)
+    )
 
     def link(measure: str, first: int, second: int, null: bool) -> Link:
         low, high = min(first, second), max(first, second)
