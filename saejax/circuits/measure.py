@@ -23,7 +23,6 @@ import numpy as np
 from saejax.attribution.local.dictionaries import LayerDictionaries
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.rows import Readouts
 from saejax.circuits.groups import Group, Key
 from saejax.interventions.controls import influential_orders, random_orders, shortest_beginning
 from saejax.parallel.collectives import to_host
@@ -63,7 +62,7 @@ def measure_prompt(
     local: LocalModel,
     roles: np.ndarray,
     groups: Sequence[Group],
-    answer: Readouts,
+    answers: tuple[int, int],
     *,
     counterpart: LocalModel | None = None,
     placebo: Mapping[Key, float] = {},
@@ -75,7 +74,7 @@ def measure_prompt(
       local: of the prompt.
       roles: of its positions.
       groups: disjoint.
-      answer: the logit difference of the answers, one readout.
+      answers: tokens of the correct and the wrong answer.
       counterpart: of its counterpart, of the same length; None: nothing is swapped.
       placebo: influence of features on a placebo target.
       seed: of the control sets.
@@ -117,10 +116,14 @@ def measure_prompt(
             for name, sets_G in zip(edits_of, sets_ExG, strict=True)
             for changes, _ in sets_G[g]
         ]
-        run = local.run(rows, readouts=answer, features=member_J, logits=False)
-        lost_RxG = 1 - activations(local, member_J, run.feature_RxJ) @ weight_JxG / clean_G
+        # Last the prompt itself, in the same program: another one would round its logits otherwise.
+        run = local.run([*rows, []], features=member_J)
+        assert run.logits_RxV is not None
+        # Logits as the model gives them: a final soft cap bends differences.
+        difference_R = -np.diff(run.logits_RxV[:, answers].astype(np.float64))[:, 0]
+        lost_RxG = 1 - activations(local, member_J, run.feature_RxJ[:-1]) @ weight_JxG / clean_G
         lost_RxG[:, g] = np.nan
-        lost_RxH = np.concatenate([lost_RxG, answer.value_K - run.readout_RxK], axis=1)
+        lost_RxH = np.column_stack([lost_RxG, difference_R[-1] - difference_R[:-1]])
         effect_ExGxSxH[: len(edits_of), g] = lost_RxH.reshape(-1, SETS, count + 1)
         dose_ExGxS[: len(edits_of), g] = [[dose for _, dose in sets_G[g]] for sets_G in sets_ExG]
     return PromptEffects(effect_ExGxSxH, dose_ExGxS)

@@ -15,7 +15,6 @@ import numpy as np
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.local.dictionaries import LayerTranscoders
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.rows import read_targets
 from saejax.attribution.local.state import prompt_ids
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.circuits.edges import judge_edges
@@ -99,13 +98,13 @@ def find_circuit(
         # Activations are exchanged position by position, so both prompts need one length.
         swaps = prompt.counterpart and len(prompt_ids(model, prompt.counterpart)) == len(local.ids_P)
         counterpart = LocalModel(model, transcoders, prompt.counterpart) if swaps else None
-        readout = read_targets(local, [_answer_ids(model, prompt)], 1, 1.0)
-        diffs.append(float(readout.value_K[0]))
+        correct, wrong = _answer_ids(model, prompt)
+        diffs.append(float(local.logits_V[correct]) - float(local.logits_V[wrong]))
         if swaps:
             swapped_diffs.append(diffs[-1])
         effects.append(
             measure_prompt(
-                local, _roles(model, prompt), chosen, readout, counterpart=counterpart, placebo=placebo,
+                local, _roles(model, prompt), chosen, (correct, wrong), counterpart=counterpart, placebo=placebo,
                 seed=seed + number,  # other draws of the control sets on each prompt
             )
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """Roles, features that return, proposed groups and their file; edges as a function of the measured arrays."""
 
+import dataclasses
 import sys
 import types
 from pathlib import Path
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "attribution"))
 from made_transcoders import made_set
 
 from saejax.attribution.forms.features import FeatureDetails
+from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.circuits.edges import ANSWER, judge_edges
 from saejax.circuits.groups import (
@@ -23,9 +25,10 @@ from saejax.circuits.groups import (
     propose_groups,
     read_groups,
 )  # fmt: skip
-from saejax.circuits.measure import PromptEffects, activations
+from saejax.circuits.measure import PromptEffects, activations, measure_prompt
 from saejax.circuits.study import _draw_placebo_pairs
 from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
 from saejax.tasks.behaviours import Prompt
 
 
@@ -258,3 +261,20 @@ def test_activations_in_edited_runs_are_those_of_the_encoder(lm, kind):
     expected_RxJ = np.asarray(transcoders[1].encode(read_RxD))[:, feature_J]
     assert kind == "standard" or ((expected_RxJ == 0) & (pre_RxF[:, feature_J] > 0)).any()
     np.testing.assert_allclose(activations(local, member_J, pre_RxF[:, feature_J]), expected_RxJ, rtol=1e-4, atol=1e-5)
+
+
+def test_effects_on_the_answer_are_of_capped_logits(lm):
+    """A defect: of Gemma 2 the logit difference was that before the last soft cap."""
+    transcoders, cap, answers = made_set(lm), 0.7, (30, 40)
+    config = dataclasses.replace(lm.config, final_logit_softcap=cap)
+    capped = LanguageModel(config, lm.params, lm.tokenizer, lm.source, lm.mesh)
+    local, plain = (LocalModel(model, transcoders, np.arange(5, 13)) for model in (capped, lm))
+    active, last = local.active, len(local.ids_P) - 1
+    features = active.feature_A[(active.layer_A == 1) & (active.position_A == last)].tolist()
+    group = Group("group", tuple(Key(1, feature, "last") for feature in features))
+    roles = position_roles(local.ids_P, None)
+    total = measure_prompt(local, roles, [group], answers).effect_ExGxSxH[0, 0, 0, 1]
+    logits_2xV = plain.run([[], [Change(1, last, feature, 0.0) for feature in features]]).logits_RxV
+    clean, edited = (cap * np.tanh(logits_2xV[:, answers] / cap) @ (1, -1)).tolist()
+    assert total == pytest.approx(clean - edited, abs=1e-5)
+    assert abs(total - logits_2xV[:, answers] @ (1, -1) @ (1, -1)) > 1e-2

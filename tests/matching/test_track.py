@@ -362,6 +362,23 @@ def test_chains_without_any_control_are_counted(lm):
     assert left_out == 0 and [chain.holds for chain in measured] == [None, None]
 
 
+def test_a_change_that_makes_a_position_long_loses_no_feature_there(identity_llama):
+    """A defect: a position that became an attention sink by the change had lost all of its features."""
+    ids_T = np.arange(5, 17)
+    norm = np.linalg.norm(identity_llama(pad([ids_T.tolist()]), capture=["resid_post.0"]).sites["resid_post.0"], axis=2)
+    table = unit(np.random.default_rng(0).standard_normal((128, D)))
+    upper = sae(identity_llama, 1, table)
+    upper = upper.with_config(dataclasses.replace(upper.config, max_norm=1.001 * float(norm.max())))
+    lower = sae(identity_llama, 0, table)  # what is taken away points the other way, so the value grows
+    lower = Dictionary(lower.config, **lower.arrays | dict(W_dec_FxD=-lower.arrays["W_dec_FxD"]))
+    stack = stack_of(lower, upper)
+    firings, position = follow(identity_llama, stack, ids_T), int(norm[0].argmax())
+    feature = int(firings[0].at(position).feature_A[0])
+    link = ((0, position, feature), (1, position, feature), 1.0)
+    ((chain,), _) = measure_chains(identity_llama, stack, ids_T, 3, [link], firings, str, 0)
+    assert -1.1 < chain.links[0].lost < -0.9  # it is twice as active
+
+
 def test_a_chain_whose_effects_are_those_of_its_controls_rarely_holds():
     """1,000 chains of one link whose effects are drawn like those of the controls, and 1,000 with larger ones."""
     rates = {}

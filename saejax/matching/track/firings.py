@@ -62,10 +62,19 @@ def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFiri
     return firings_by_layer
 
 
-def activations(lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array) -> np.ndarray:
-    """Return the activations of a text where features fire, else 0, [T, F]."""
+def activations(
+    lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array, used_1xT: jax.Array | None = None
+) -> np.ndarray:
+    """Return the activations of a text where features fire, else 0, [T, F].
+
+    Args:
+      lm: the language model.
+      dictionary: of the features.
+      x_1xTxD: what it reads.
+      used_1xT: where features are used; None: everywhere but at attention sinks.
+    """
     dictionary = dictionary.on_mesh(lm.mesh)
-    f_1xTxF = active_features(dictionary, x_1xTxD, dictionary.is_not_sink(x_1xTxD))
+    f_1xTxF = active_features(dictionary, x_1xTxD, dictionary.is_not_sink(x_1xTxD) if used_1xT is None else used_1xT)
     return np.asarray(jax.numpy.where(dictionary.fires(f_1xTxF), f_1xTxF, 0.0))[0].astype(np.float32)
 
 

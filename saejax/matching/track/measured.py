@@ -148,7 +148,10 @@ class _Ablation:
             return [], drops
         # The rows in place of tokens: of each, only the target's position is encoded.
         value_1xRxD = values[self.site(target)][None, :count, target[1]]
-        clean, *edited = activations(self._lm, self._dictionary(target[0]), value_1xRxD)[:, target[2]].tolist()
+        # Attention sinks are those of the text: a long change would make one, where no feature would be left.
+        used_1xR = jnp.ones(value_1xRxD.shape[:2], bool)
+        f_RxF = activations(self._lm, self._dictionary(target[0]), value_1xRxD, used_1xR)
+        clean, *edited = f_RxF[:, target[2]].tolist()
         return [1 - act / clean if clean else 0.0 for act in edited], drops
 
     def _edit(self, node: Node) -> tuple[SiteEdit, int]:

@@ -40,7 +40,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=12,  # attention sinks of runs with changes are those of the prompt
+    revision=13,  # logit differences are those behind a final soft cap
     run=run_circuits,
     results=CircuitsResults,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),
