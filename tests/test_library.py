@@ -461,6 +461,11 @@ def test_pieces_of_a_text_stay_together(lm, sae, tmp_path):
     same = np.diff(sources) == 0
     np.testing.assert_array_equal(np.diff(starts)[same], lengths[:-1][same])
     assert (starts[np.append(True, ~same)] == 0).all()
+    # The first text begins with a special token of its own; later pieces begin with a BOS, 1.
+    pieces = [np.array(ids) for ids in ([5, 7, 8], [1, 9, 4], [1, 3], [1, 2, 6], [1, 4])]
+    values, text_N = {SITE: np.ones((13, lm.config.d_model))}, np.array([0, 0, 0, 1, 1])
+    own = dataclasses.replace(acts, values=values, texts=pieces, bos=True, sources=text_N)
+    assert own.save(tmp_path / "own").documents.column("start").tolist() == [0, 3, 5, 0, 2]
     for held_out in (3, -1):
         with pytest.raises(UserError, match=f"held_out is {held_out}: expected less than the number of texts"):
             acts.save(tmp_path / "other", held_out=held_out)

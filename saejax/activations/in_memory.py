@@ -89,8 +89,12 @@ class Activations:
         source_N = self.sources_of_pieces()
         table_Nx4[:, COLUMNS.index("source")] = source_N
         lengths_N = np.array([len(text) for text in self.texts])
-        before_N = np.cumsum(lengths_N - self.bos) - (lengths_N - self.bos)
-        table_Nx4[:, COLUMNS.index("start")] = before_N - before_N[np.searchsorted(source_N, source_N)]
+        # The first piece of a text that begins with a special token of its own has no BOS, as the last one shows.
+        first_N, last_N = (np.searchsorted(source_N, source_N, side=side) for side in ("left", "right"))
+        begin_N = np.array([text[0] for text in self.texts])
+        own_N = lengths_N - (self.bos & (begin_N == begin_N[last_N - 1]))
+        before_N = np.cumsum(own_N) - own_N
+        table_Nx4[:, COLUMNS.index("start")] = before_N - before_N[first_N]
         is_held_out_N = np.isin(source_N, np.unique(source_N)[::-1][:held_out])
         table_Nx4[is_held_out_N, COLUMNS.index("split")] = SPLITS.index("held_out")
         documents = Documents.contiguous(np.concatenate(self.texts), lengths_N, table_Nx4, ("text",))
