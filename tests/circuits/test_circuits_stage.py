@@ -77,7 +77,7 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     assert "does not fire" not in page  # at the latest in the prompts that were traced
     assert all(f"Group: {group.name}" in page for group in circuit.groups)
     index = (unit / "index.html").read_text()
-    assert 'href="sides.html"' in index and all(row.claim.id in index for row in compare_claims(results))
+    assert 'href="sides.html"' in index and all(claim.id in index for claim in compare_claims(results))
     circuits, claims = sections(read_findings({"circuits": unit}, tmp_path / "run" / "report", {}), None)
     # On four prompts nothing is denied that is not drawn.
     assert circuits.blocks[0].rows[0][4:] == ("not testable",) * 3 and "others could not be tested" in circuits.lead

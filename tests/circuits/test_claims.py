@@ -8,7 +8,7 @@ from saejax.circuits.edges import ANSWER, Edge
 from saejax.circuits.groups import Group, Key
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.results import Interval
-from saejax.stages.circuits.claims import CONFIRMED, NOT_SEEN, NOT_TESTABLE, TESTS, compare_claims, read_claims
+from saejax.stages.circuits.claims import CONFIRMED, NOT_SEEN, NOT_TESTABLE, TESTS, compare_claims
 from saejax.tasks.settings import BEHAVIOURS
 
 GROUPS = (
@@ -35,17 +35,17 @@ def circuit(edges=EVERY, returning=GROUPS[0].members, layers=9):
 
 
 def outcomes(results) -> dict[str, str]:
-    return {row.claim.id: row.outcome for row in compare_claims(results)}
+    return {claim.id: claim.outcome for claim in compare_claims(results)}
 
 
 def test_every_claim_has_a_row():
-    claims = read_claims()
+    claims = compare_claims(CircuitsResults({}, {}))
     assert len({claim.id for claim in claims}) == len(claims) == 16
     assert {claim.behaviour for claim in claims} <= {*BEHAVIOURS, ""}
     assert {claim.test for claim in claims} <= {*TESTS, ""}
     for claim in claims:
         assert claim.source and claim.claim and (claim.test or claim.note)  # what is not tested says why
-    assert set(outcomes(CircuitsResults({}, {})).values()) == {NOT_TESTABLE}
+    assert {claim.outcome for claim in claims} == {NOT_TESTABLE}
     rows = compare_claims(CircuitsResults({}, {"two_hop": "the model does not have it"}))
     assert rows[0].evidence == "Capital of a city's state or country: the model does not have it."
 
@@ -70,7 +70,7 @@ def test_inhibition_confirms_no_claim_and_nothing_measured_is_not_testable():
     outcome_of = outcomes(CircuitsResults(dict(two_hop=circuit(inhibits)), {}))
     assert {outcome_of[f"hop-{n}"] for n in (1, 2, 3, 4)} == {NOT_SEEN}
     empty = dataclasses.replace(circuit((), ()), groups=())
-    rows = {row.claim.id: row for row in compare_claims(CircuitsResults(dict(two_hop=empty, antonym=empty), {}))}
+    rows = {claim.id: claim for claim in compare_claims(CircuitsResults(dict(two_hop=empty, antonym=empty), {}))}
     assert {rows[name].outcome for name in ("hop-1", "hop-2", "hop-3", "hop-4", "ant-1")} == {NOT_TESTABLE}
     assert "no feature returned over the traced prompts" in rows["hop-1"].evidence
 
@@ -87,7 +87,7 @@ def test_a_claim_is_not_unseen_where_its_effects_could_not_be_tested():
     """Controls of half the dose, or effects on two prompts alone, deny nothing."""
     for change in (dict(dose=0.5), dict(prompts=2)):
         untested = [dataclasses.replace(each, drawn=False, **change) for each in EVERY]
-        rows = {row.claim.id: row for row in compare_claims(CircuitsResults(dict(two_hop=circuit(untested)), {}))}
+        rows = {claim.id: claim for claim in compare_claims(CircuitsResults(dict(two_hop=circuit(untested)), {}))}
         assert {rows[f"hop-{n}"].outcome for n in (1, 2, 3, 4)} == {NOT_TESTABLE}
         assert "Of 7 effects 7 could not be tested" in rows["hop-1"].evidence
     # One effect that was tested and is not drawn is enough where all ways lead through it.

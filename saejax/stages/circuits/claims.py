@@ -8,7 +8,7 @@ is no test, or the claim would hold if the effects that could not be tested were
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -22,12 +22,11 @@ from saejax.page.words import behaviour as title
 DATA = Path(__file__).parent / "data"
 CONFIRMED, NOT_SEEN, NOT_TESTABLE = "confirmed", "not seen", "not testable"
 _LANGUAGES = ("antonym", "antonym_french", "antonym_spanish")
-_NO_PAIRS = NOT_TESTABLE, "It takes two languages and an unrelated behaviour that the model has."
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A published claim, as ``data/claims.json`` has it."""
+    """A published claim, as ``data/claims.json`` has it, and what came of it here."""
 
     id: str  #: its name
     behaviour: str  #: that it is about; "": none of ours
@@ -35,62 +34,46 @@ class Claim:
     source: str  #: where it was published
     claim: str  #: in our words
     note: str = ""  #: what is not tested, or why nothing is
+    acting: Sequence[str] = ()  #: of ``path``: roles of the groups that act on the step to the answer
+    carries: bool = False  #: of ``path``: whether the step says which answer it is, before those that say the answer
+    lacks: str = ""  #: what is said where no edges confirm it
+    outcome: str = NOT_TESTABLE  #: confirmed, not seen or not testable
+    evidence: str = ""  #: for the outcome, in a sentence
 
 
-@dataclasses.dataclass(frozen=True)
-class ComparedClaim:
-    """A published claim, and what came of it here."""
-
-    claim: Claim
-    outcome: str  #: confirmed, not seen or not testable
-    evidence: str  #: for the outcome, in a sentence
-
-
-def read_claims() -> list[Claim]:
-    """Return the claims of ``data/claims.json``."""
-    return [Claim(**fields) for fields in read_json(DATA / "claims.json")]
-
-
-def compare_claims(results: CircuitsResults) -> list[ComparedClaim]:
+def compare_claims(results: CircuitsResults) -> list[Claim]:
     """Return every claim with what was measured."""
-    compared = []
-    for claim in read_claims():
-        circuit, outcome = results.behaviours.get(claim.behaviour), NOT_TESTABLE
-        if not claim.test:
-            evidence = claim.note
-        elif not circuit:
-            why = results.left_out.get(claim.behaviour, "the behaviour was not studied in this run")
-            evidence = f"{title(claim.behaviour)}: {why}."
-        elif not circuit.groups:
-            evidence = f"{title(claim.behaviour)}: no feature returned over the traced prompts: nothing was measured."
-        else:
-            outcome, evidence = TESTS[claim.test](results, circuit)
-            untested = [edge for edge in circuit.edges if not edge.is_testable]
-            if outcome == NOT_SEEN and TESTS[claim.test](results, _draw(circuit, untested))[0] == CONFIRMED:
-                outcome = NOT_TESTABLE
-                evidence += (
-                    f" Of {len(circuit.edges)} effects {len(untested)} could not be tested, for want of prompts or of "
-                    "controls of equal dose; with them it might be confirmed."
-                )
-            evidence = f"{evidence} {claim.note}".strip()
-        compared.append(ComparedClaim(claim, outcome, evidence))
-    return compared
+    claims = [Claim(**fields) for fields in read_json(DATA / "claims.json")]
+    outcomes = [_compare(claim, results) for claim in claims]
+    return [dataclasses.replace(c, outcome=o, evidence=e) for c, (o, e) in zip(claims, outcomes, strict=True)]
 
 
-def _draw(circuit: CircuitResults, edges: Sequence[Edge]) -> CircuitResults:
-    """Return the circuit with some more edges drawn."""
-    drawn = [dataclasses.replace(edge, drawn=True) if edge in edges else edge for edge in circuit.edges]
-    return dataclasses.replace(circuit, edges=tuple(drawn))
+def _compare(claim: Claim, results: CircuitsResults) -> tuple[str, str]:
+    """Return the outcome of a claim and the evidence."""
+    circuit, name = results.behaviours.get(claim.behaviour), title(claim.behaviour)
+    if not claim.test:
+        return NOT_TESTABLE, claim.note
+    if not circuit:
+        why = results.left_out.get(claim.behaviour, "the behaviour was not studied in this run")
+        return NOT_TESTABLE, f"{name}: {why}."
+    if not circuit.groups:
+        return NOT_TESTABLE, f"{name}: no feature returned over the traced prompts: nothing was measured."
+    outcome, evidence = TESTS[claim.test](claim, results, circuit)
+    untested = sum(not edge.is_testable for edge in circuit.edges)
+    drawn = [dataclasses.replace(edge, drawn=edge.drawn or not edge.is_testable) for edge in circuit.edges]
+    at_best = dataclasses.replace(circuit, edges=tuple(drawn))
+    if outcome == NOT_SEEN and TESTS[claim.test](claim, results, at_best)[0] == CONFIRMED:
+        outcome = NOT_TESTABLE
+        evidence += (
+            f" Of {len(circuit.edges)} effects {untested} could not be tested, for want of prompts or of controls of "
+            "equal dose; with them it might be confirmed."
+        )
+    return outcome, f"{evidence} {claim.note}".strip()
 
 
 def _supporting(circuit: CircuitResults, edit: str = "direct") -> list[Edge]:
     """Return the drawn edges of an edit that support what they act on: none of the claims is about inhibition."""
     return [edge for edge in circuit.drawn(edit) if edge.effect.mean > 0]
-
-
-def _judge_edges(edges: Sequence[Edge], lacks: str) -> tuple[str, str]:
-    """Return that the claim is confirmed by some edges, or else what is lacking."""
-    return (CONFIRMED, _list_edges(edges)) if edges else (NOT_SEEN, lacks)
 
 
 def _list_edges(edges: Sequence[Edge]) -> str:
@@ -104,11 +87,8 @@ def _list_edges(edges: Sequence[Edge]) -> str:
     return f"{'; '.join(words)}."
 
 
-def _step(circuit: CircuitResults, roles: set[str], carries: bool = False) -> list[Edge]:
-    """Return a drawn path to the answer through a group on which groups of all these roles act; [] if there is none.
-
-    With ``carries`` the group must also carry which answer it is, and be none of those that say it.
-    """
+def _judge_path(claim: Claim, results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
+    """Look for a drawn path to the answer through a group on which groups of all the claim's roles act."""
     drawn, role_of = _supporting(circuit), {group.name: group.role for group in circuit.groups}
     onward = {edge.source: edge for edge in drawn if edge.target == ANSWER}
     # What reaches the answer through others, too: as often as there are groups, since no path is longer.
@@ -117,22 +97,22 @@ def _step(circuit: CircuitResults, roles: set[str], carries: bool = False) -> li
     exchanged = {edge.source: edge for edge in _supporting(circuit, "swap")}
     for group in circuit.groups:
         acting = {role_of[edge.source]: edge for edge in drawn if edge.target == group.name}
-        if group.name in onward and acting.keys() >= roles:
-            path = [*(acting[role] for role in sorted(roles)), onward[group.name]]
-            if not carries:
-                return path
+        if group.name in onward and acting.keys() >= {*claim.acting}:
+            path = [*(acting[role] for role in claim.acting), onward[group.name]]
+            if not claim.carries:
+                return CONFIRMED, _list_edges(path)
             if group.name in exchanged and not is_output(group, circuit.layers):
-                return [*path, exchanged[group.name]]
-    return []
+                return CONFIRMED, _list_edges([*path, exchanged[group.name]])
+    return NOT_SEEN, claim.lacks
 
 
-def _judge_direct(circuit: CircuitResults) -> tuple[str, str]:
+def _judge_direct(claim: Claim, results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     content = [group.name for group in circuit.groups if group.role == "content"]
     edges = [edge for edge in _supporting(circuit) if edge.target == ANSWER and edge.source in content]
-    return _judge_edges(edges, "No group at the content acts on the answer while the other groups are held.")
+    return (CONFIRMED, _list_edges(edges)) if edges else (NOT_SEEN, claim.lacks)
 
 
-def _judge_swap(circuit: CircuitResults) -> tuple[str, str]:
+def _judge_swap(claim: Claim, results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     if not circuit.swapped or circuit.swapped_logit_diff is None:
         return NOT_TESTABLE, "Nothing was exchanged: prompts and counterparts differ in length."
     best = sorted(_supporting(circuit, "swap"), key=lambda edge: -edge.effect.mean)[:1]
@@ -166,10 +146,10 @@ def _overlaps(results: CircuitsResults, *thirds: str) -> tuple[list[float], list
     return related, unrelated
 
 
-def _judge_shared(results: CircuitsResults) -> tuple[str, str]:
+def _judge_shared(claim: Claim, results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     related, unrelated = _overlaps(results, *THIRDS)
     if not related or not unrelated:
-        return _NO_PAIRS
+        return NOT_TESTABLE, claim.lacks
     shares = [f"{percent(min(some))} to {percent(max(some))}" for some in (related, unrelated)]
     evidence = (
         f"Languages share {shares[0]} of the features that return, a language and an unrelated behaviour {shares[1]}."
@@ -178,10 +158,10 @@ def _judge_shared(results: CircuitsResults) -> tuple[str, str]:
     return (CONFIRMED if min(related) > max(unrelated) else NOT_SEEN), evidence
 
 
-def _judge_shared_middle(results: CircuitsResults) -> tuple[str, str]:
+def _judge_shared_middle(claim: Claim, results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     overlaps = {third: _overlaps(results, third) for third in THIRDS}
     if not all(map(all, overlaps.values())):
-        return _NO_PAIRS
+        return NOT_TESTABLE, claim.lacks
     # Less what unrelated behaviours share there: late layers share features of any text.
     beyond = {third: fmean(related) - fmean(unrelated) for third, (related, unrelated) in overlaps.items()}
     shares = ", ".join(f"{third} {percent(value)}" for third, value in beyond.items())
@@ -189,22 +169,11 @@ def _judge_shared_middle(results: CircuitsResults) -> tuple[str, str]:
     return (CONFIRMED if beyond["middle"] > max(beyond["early"], beyond["late"], 0.0) else NOT_SEEN), evidence
 
 
-#: The tests of claims: a run's circuits, and that of the claim's behaviour, to the outcome and its evidence.
-TESTS: Mapping[str, Callable[[CircuitsResults, CircuitResults], tuple[str, str]]] = dict(
-    through=lambda _, circuit: _judge_edges(
-        _step(circuit, {"content"}),
-        "No drawn path leads from what differs between prompts through another group to the answer.",
-    ),
-    through_entity=lambda _, circuit: _judge_edges(
-        _step(circuit, {"content"}, carries=True),
-        "No group before those that say the answer is on a drawn path to it and carries which one it is.",
-    ),
-    meeting=lambda _, circuit: _judge_edges(
-        _step(circuit, {"content", "context"}),
-        "On no group on a drawn path to the answer act both the content and the words around it.",
-    ),
-    direct=lambda _, circuit: _judge_direct(circuit),
-    swap=lambda _, circuit: _judge_swap(circuit),
-    shared=lambda results, _: _judge_shared(results),
-    shared_middle=lambda results, _: _judge_shared_middle(results),
+#: The tests: a claim, a run's circuits, and that of the claim's behaviour, to the outcome and its evidence.
+TESTS = dict(
+    path=_judge_path,
+    direct=_judge_direct,
+    swap=_judge_swap,
+    shared=_judge_shared,
+    shared_middle=_judge_shared_middle,
 )
