@@ -49,8 +49,8 @@ RULE = (
     f"The {TOKENS} tokens that excite a feature most, or {TOKENS} contexts of {CONTEXT} tokens, whichever excites it "
     "more, are inserted into ordinary text. The feature is driven by tokens if this brings its largest activation more "
     f"than {100 * HALFWAY:g} % of the way from text with random tokens to real text, by context if less, and undecided "
-    "if the 95 % bootstrap interval over texts includes both, if it is not more active on real text, or with fewer "
-    f"than {LEAST_TEXTS} texts."
+    "if the 95 % bootstrap interval over texts includes both, if no token of the training texts excites it, if it is "
+    f"not more active on real text, or with fewer than {LEAST_TEXTS} texts."
 )
 _RESAMPLES = 2000  # bootstrap samples of texts
 _BATCH_TOKENS = 2048  # tokens that are run and encoded at once, unless one text has more
@@ -62,7 +62,11 @@ class InjectionTest:
     """The effect of injected tokens on one feature."""
 
     driver: Driver  #: by the rule
-    reach: Interval | None  #: share of the way from random tokens to real text; None: not more active on real text
+    #: share of the way from random tokens to real text; None: not more active there, or nothing was inserted
+    reach: Interval | None
+
+
+_UNDECIDED = InjectionTest("undecided", None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +193,7 @@ def judge_injection(random_N: np.ndarray, injected_N: np.ndarray, real_M: np.nda
     rise_R, way_R = weight_RxN @ (injected_N - random_N), weight_RxM @ real_M - weight_RxN @ random_N
     # Without a level on real text above random tokens there is no way to measure a share of.
     if min(len(random_N), len(real_M)) < LEAST_TEXTS or percentile_interval(way_R)[0] <= 0:
-        return InjectionTest("undecided", None)
+        return _UNDECIDED
     # A difference, where a ratio would have no mean.
     low, high = percentile_interval(rise_R - HALFWAY * way_R)
     driver: Driver = "tokens" if low > 0 else "context" if high < 0 else "undecided"
@@ -249,7 +253,8 @@ def _test_group(
             random=mean_interval(random_N, weight_RxN),
             activation=mean_interval(injected_N, weight_RxN),
             real=mean_interval(real_MxK[:, k], weight_RxM),
-            test=judge_injection(random_N, injected_N, real_MxK[:, k], seed),
+            # Of a feature that is silent on the training texts there is nothing to insert.
+            test=judge_injection(random_N, injected_N, real_MxK[:, k], seed) if snippets[k][0] else _UNDECIDED,
         )
 
 

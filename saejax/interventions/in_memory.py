@@ -181,10 +181,7 @@ def ablate(
             raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
         if "top" in settings:
             raise UserError(f"features were named, and top is {settings['top']}: leave top out")
-        # Features of several dictionaries are numbered on from one to the next.
-        features_K = dictionary.feature_indices(features) if isinstance(dictionary, Dictionary) else np.ravel(features)
-        features = features_K.tolist()
-        settings["top"] = len(features)
+        settings["top"] = int(np.size(features))
     config = make_config(AblateConfig, **settings)
     parse_positions(config.positions)
     if readout and config.effects == "all":
@@ -195,6 +192,8 @@ def ablate(
             raise UserError("features of several sites go with neither repeats nor error='drop'")
         texts = [prompt.text for prompt in prompts if prompt.split == "train"]
         tested = join_saes(lm, dictionaries, texts) if len(dictionaries) > 1 else open_crosscoder(lm, tested, texts)
+    if features is not None:
+        features = tested.feature_indices(features).tolist()
     for name in config.baselines:
         if "/" not in name:
             one_of(name, BASES, "basis, and no folder of a dictionary:")

@@ -410,7 +410,7 @@ class FeaturePatchResults:
     """Features of a dictionary patched between prompts and counterparts."""
 
     dictionary: str  #: name of the dictionary
-    site: str  #: site that it reads
+    site: str  #: site that is changed: where the dictionary writes to, or reads
     k: int  #: number of top features
     behaviours: Mapping[str, PatchedFeatures]  #: results by behaviour
     unpatched: Mapping[str, str]  #: behaviours that cannot be patched, and why

@@ -365,7 +365,8 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
         if len(controls) < needed or numbers.get("pool", np.inf) < config.least_lists * numbers["features"]:
             answer = "not testable"
         answered = CausalAnswer(answer, "", effect, p_value, p_holm, numbers, parts or None)
-        sentence = wording.among_sentence(answered, group, measured.k, behaviours, measured.objective, controls[0].site)
+        k = len(measured.edits("trained")[0].features) if group == "untrained" else measured.k
+        sentence = wording.among_sentence(answered, group, k, behaviours, measured.objective, controls[0].site)
         return dataclasses.replace(answered, sentence=sentence)
 
     return _Test(p_value, conclude)

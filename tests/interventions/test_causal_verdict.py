@@ -80,7 +80,7 @@ class Rows:
 
     def add_untrained(self, drops: Sequence[float], dose: float = 2.0, site: str = "") -> None:
         """Add the list of the tested dictionary, which loses 3 logits, and those of untrained ones."""
-        self.add_set(EditDefinition("b", "trained", 0, (1, 2)), varied(3.0), dose)
+        self.add_set(EditDefinition("b", "trained", 0, (1, 2, 3)), varied(3.0), dose)
         for index, drop in enumerate(drops):
             self.add_set(EditDefinition("b", "untrained", index, (5, 6, 7), site=site), varied(drop), dose)
 
@@ -184,6 +184,8 @@ def test_training_mattered_if_no_untrained_dictionary_does_as_much(high, answer)
     rows.add_untrained([*np.linspace(0, 1, 18), high])
     trained = judge(rows).trained
     assert (trained.answer, trained.p_value) == (answer, pytest.approx(0.05 if answer == "yes" else 0.1))
+    # The list to the dose, not the features that were named or are first.
+    assert trained.sentence.startswith("The 3 top features cost 3.00 logits; 19 untrained dictionaries of the same")
     assert trained.sentence.endswith("training mattered." if answer == "yes" else "training is not shown to matter.")
     rows = make_rows()
     rows.add_untrained(np.linspace(0, 1, 18))

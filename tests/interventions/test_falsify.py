@@ -133,6 +133,15 @@ def test_prompts_are_read_whole_in_batches_of_bounded_size():
     assert world.largest <= module._BATCH_TOKENS
 
 
+def test_a_feature_that_is_silent_on_training_texts_is_undecided():
+    """A defect: nothing was inserted, and "driven by context" was said."""
+    world, rng = World(0), np.random.default_rng(0)
+    plain = [" ".join(map(str, rng.integers(0, WORDS, LENGTH))) for _ in range(16)]
+    reasoning = [f"{text} {' '.join(map(str, WORDS + np.arange(LOGIC)))}" for text in plain]
+    (row,) = falsify(world, world.dictionary(1, 0), [0], plain, plain, test_texts=reasoning).features
+    assert row.real.low > 0 and not row.tokens and (row.test.driver, row.test.reach) == ("undecided", None)
+
+
 def test_controls_are_tested_too(worlds):
     result = worlds[2]
     # All features are tested ones: none is left to be drawn at random.

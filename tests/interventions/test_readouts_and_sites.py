@@ -381,6 +381,9 @@ def test_features_of_several_sites_are_ablated_and_judged_together(tiny, make_di
             saejax.ablate(tiny, bad, prompts, **SETTINGS)
     with pytest.raises(UserError, match="neither repeats nor error='drop'"):
         saejax.ablate(tiny, saes, prompts, error="drop", **SETTINGS)
+    for features, message in (([1.5], "expected whole numbers"), ([2 * count], f"there are 0 to {2 * count - 1}")):
+        with pytest.raises(UserError, match=message):
+            saejax.ablate(tiny, saes, prompts, features=features)
 
 
 @pytest.fixture(scope="module")

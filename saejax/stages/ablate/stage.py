@@ -58,6 +58,6 @@ ABLATE = Stage(
     inputs=_inputs,
     names=_names,
     check=_check,
-    revision=9,  # of a transcoder the results name the site that is edited, not the one that is read
+    revision=10,  # question 4 says how many features the tested dictionary's list holds
     processes="all",
 )

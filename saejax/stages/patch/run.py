@@ -121,7 +121,8 @@ def run_patch(run: Run) -> PatchResults:
     tested = read_tested(run.inputs["baseline"])
     for name in behaviours:
         run.say(f"{name}{tested.mark(name)}: {summarise(answers, name)}")
-    return FeaturePatchResults(config.dictionary, dictionary.site, config.top, behaviours, unpatched, answers)
+    site = dictionary.config.target or dictionary.site
+    return FeaturePatchResults(config.dictionary, site, config.top, behaviours, unpatched, answers)
 
 
 def positions_of(kind: str, config: PatchConfig) -> str:

@@ -47,7 +47,7 @@ PATCH = Stage(
     settings=_settings,
     inputs=_inputs,
     names=_names,
-    revision=8,  # the whole site of a dictionary of heads is all heads
+    revision=9,  # of a transcoder the site that is changed, not the one that is read
     processes="items",
     section=sections,
 )

@@ -117,7 +117,7 @@ def run_study(run: Run) -> StudyResults:
     clean_P = table.clean_values(table.select_prompts(run.name), "answer_log_prob")
     results = StudyResults(
         dictionary=config.dictionary,
-        site=dictionary.site,
+        site=dictionary.config.target or dictionary.site,
         k=len(chosen.top),
         rule=judged.rule,
         score=score,

@@ -65,7 +65,7 @@ STUDY = Stage(
     inputs=_inputs,
     names=lambda configs: configs[StudyConfig].benchmarks,
     check=_check,
-    revision=14,  # tokens that reach over the border of text and answer
+    revision=15,  # of a transcoder the site that is edited, not the one that is read
     processes="items",
     section=sections,
 )
