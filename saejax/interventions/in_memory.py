@@ -192,8 +192,7 @@ def ablate(
             raise UserError("features of several sites go with neither repeats nor error='drop'")
         texts = [prompt.text for prompt in prompts if prompt.split == "train"]
         tested = join_saes(lm, dictionaries, texts) if len(dictionaries) > 1 else open_crosscoder(lm, tested, texts)
-    if features is not None:
-        features = tested.feature_indices(features).tolist()
+    named = tested.feature_indices(features).tolist() if features is not None else None
     for name in config.baselines:
         if "/" not in name:
             one_of(name, BASES, "basis, and no folder of a dictionary:")
@@ -203,7 +202,7 @@ def ablate(
         with show_progress(f"ablate {name}") as on_progress:
             count = len(documents)
             ablations = begin_ablation(
-                lm, tested_and_repeats, name, by_behaviour, config, on_progress, count, features=features, **readouts
+                lm, tested_and_repeats, name, by_behaviour, config, on_progress, count, features=named, **readouts
             )
             table = measure_behaviour(ablations, by_behaviour, text)
         tables.append(table)
