@@ -70,6 +70,7 @@ def _widen(
 ) -> Dictionary:
     """Return a member's dictionary with features that it lacked on a sample of the rows."""
     _check(stack, index, dictionary)
+    dictionary = rescale.scale_parts(dictionary, stack.scales[index].scales)  # as the rows have them
     site, seed = stack.members[index].site, int(stack.members[index].settings["seed"])
     acts_NxD = rows.read(site, sample_rows(rows.rows("train", site), stack.config.seed[0]))
     wider = widen(dictionary, stack.dictionary.n_features, acts_NxD, seed, stack.config.widen == "replace", say)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import tracemalloc
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from every_kind import KINDS
 from safetensors.numpy import save_file
 from small_stacks import D, F, make_stack
 
-from saejax.dictionaries import Dictionary, rescale, save_dictionary
+from saejax.dictionaries import Dictionary, DictionaryConfig, rescale, save_dictionary
 from saejax.dictionaries.formats import save_transcoders
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.errors import UserError
@@ -165,6 +166,27 @@ def test_a_crosscoder_starts_with_the_scales_of_its_parts_in_place_of_those_that
     np.testing.assert_allclose(np.asarray(found(raw * factor_D)) / factor_D, published(raw), rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match=r"parts is \(6, 10\), expected none$"):
         state_from_folder(stack, stack.config.init_from)
+
+
+def test_what_a_crosscoder_lacks_is_looked_for_in_parts_as_it_scaled_them(tmp_path):
+    """One that explains all at its own scales lacks nothing at those of the rows, too."""
+    half = D // 2
+    parts = dict(widths=(half, half), scales=(1.0, 1.0), max_norms=(9.0, 9.0))
+    config = DictionaryConfig("standard", "resid_post.0+resid_post.1", d_in=D, n_features=half, **parts)
+    rows_FxD = np.tile(np.eye(half, dtype=np.float32), 2) / 2
+    arrays = dict(W_enc_DxF=2 * rows_FxD.T, W_dec_FxD=rows_FxD, b_enc_F=np.zeros(half), b_dec_D=np.zeros(D))
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+    save_dictionary(tmp_path / "cross", Dictionary(config, **arrays))
+    stack = make_stack("standard", init_from=str(tmp_path / "cross"), widen="errors")
+    dictionary = dataclasses.replace(config, n_features=stack.dictionary.n_features)
+    scales = [dataclasses.replace(each, scales=(0.5, 4.0), max_norms=(9.0, 9.0)) for each in stack.scales]
+    raw = np.random.default_rng(0).exponential(size=(2000, half)).astype(np.float32) @ rows_FxD
+    rows = SimpleNamespace(
+        rows=lambda *sites: np.arange(len(raw)), read=lambda site, rows: raw[rows] * np.repeat([0.5, 4.0], half)
+    )
+    joined, lines = dataclasses.replace(stack, dictionary=dictionary, scales=scales), []
+    state_from_folder(joined, stack.config.init_from, rows, lines.append)
+    assert lines[1] == f"found 0 of {dictionary.n_features - half} features in errors"
 
 
 def test_training_says_that_it_does_not_keep_negative_activations(tmp_path):
