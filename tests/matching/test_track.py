@@ -54,8 +54,20 @@ def test_only_what_counts_as_firing_is_followed(identity_llama):
     x_1xTxD = unit(np.random.default_rng(1).standard_normal((1, 5, D))).astype(np.float32)
     dense = x_1xTxD[0] @ arrays["W_enc_DxF"]
     assert 0 < (np.abs(dense) > 0.3).mean() < 0.1
-    found = activations(identity_llama, linear.with_sink_norms(lambda site: 1e9), x_1xTxD)
+    found = activations(identity_llama, linear, x_1xTxD, np.ones((1, 5), bool))
     np.testing.assert_allclose(found, np.where(np.abs(dense) > 0.3, dense, 0), atol=1e-5)
+
+
+def test_nothing_is_followed_where_a_transcoders_target_is_a_sink(lm):
+    """What it reads behind a norm is as long there as anywhere."""
+    ids_T, sites = np.arange(5, 17), dict(site="mlp_in.0", target="mlp_out.0")
+    made = sae(lm, 0, unit(np.random.default_rng(0).standard_normal((F, D))), threshold=0)
+    norm_T = np.linalg.norm(lm(pad([ids_T.tolist()]), capture=["mlp_out.0"]).sites["mlp_out.0"][0], axis=1)
+    limit = float(np.median(norm_T))
+    (firings,) = follow(
+        lm, stack_of(made.with_config(dataclasses.replace(made.config, target_max_norm=limit, **sites))), ids_T
+    )
+    assert set(firings.position_A) == set(np.flatnonzero(norm_T <= limit)) and (norm_T > limit).any()
 
 
 def test_planted_chains_are_followed_and_nothing_else(identity_llama):

@@ -550,7 +550,8 @@ def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what:
     for verb, width in (("reads", config.d_in), ("writes", config.d_out)):
         if width != model.d_model:
             raise UserError(
-                f"{what} {verb} {width} dimensions, but {name} has {model.d_model}: use the model it was trained on"
+                f"{what} {verb} {width} dimensions, but the stream of {name} has {model.d_model}: use the model it was "
+                "trained on, and none for sites of other widths"
             )
 
 

@@ -46,35 +46,35 @@ class LayerFirings:
 
 
 def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFirings]:
-    """Return what fires on a text in each layer of a stack; attention sinks, which dictionaries leave out, have none.
+    """Return what fires on a text in each layer of a stack; nothing at attention sinks, nor where its target has one.
 
     Raises:
       UserError: an activation is not finite.
     """
-    sites = [layer.reads for layer in stack]
-    values = lm(pad([ids_T.tolist()]), capture=sites, logits=False).sites
+    sites = [site for layer in stack for site in (layer.config.site, layer.config.target) if site]
+    values = lm(pad([ids_T.tolist()]), capture=[*dict.fromkeys(sites)], logits=False).sites
     firings_by_layer = []
     for layer in stack:
-        f_TxF = activations(lm, layer.load().with_sink_norms(lm.sink_norm), values[str(layer.reads)])
+        dictionary, reads = layer.load().with_sink_norms(lm.sink_norm), layer.config.site
+        used_1xT = dictionary.is_not_sink(values[reads], values[layer.config.target or reads])
+        f_TxF = activations(lm, dictionary, values[reads], used_1xT)
         if not np.isfinite(f_TxF).all():
             raise UserError(f"features of {layer.name} are not finite on this text: try --model.dtype=float32")
         firings_by_layer.append(LayerFirings.of(f_TxF))
     return firings_by_layer
 
 
-def activations(
-    lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array, used_1xT: jax.Array | None = None
-) -> np.ndarray:
+def activations(lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array, used_1xT: jax.Array) -> np.ndarray:
     """Return the activations of a text where features fire, else 0, [T, F].
 
     Args:
       lm: the language model.
       dictionary: of the features.
       x_1xTxD: what it reads.
-      used_1xT: where features are used; None: everywhere but at attention sinks.
+      used_1xT: where features are used.
     """
     dictionary = dictionary.on_mesh(lm.mesh)
-    f_1xTxF = active_features(dictionary, x_1xTxD, dictionary.is_not_sink(x_1xTxD) if used_1xT is None else used_1xT)
+    f_1xTxF = active_features(dictionary, x_1xTxD, used_1xT)
     return np.asarray(jax.numpy.where(dictionary.fires(f_1xTxF), f_1xTxF, 0.0))[0].astype(np.float32)
 
 
