@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.runner import command
 from saejax.runner.results import load_results
+from saejax.stages.study.measure import _save_activity
 from saejax.training.state import finish_dictionary, init_state
 from saejax.training.step import MemberBatch, member_loss
 
@@ -238,6 +240,15 @@ def test_an_edit_reads_the_site_and_changes_the_target(site, backend, lm, model,
     if (site, backend) == ("mlp_in", "jax"):
         tuned = saejax.finetune(lm, trained, TEXTS * 4, steps=2, learning_rate=1e-3, batch=64)
         assert np.isfinite(tuned.kl_S).all() and tuned.dictionary.config.d_out == WIDTHS[PAIRS[site]]
+
+
+def test_a_study_keeps_no_activity_of_features_that_write_beside_the_stream(tmp_path):
+    config = DictionaryConfig("topk", "mlp_in.0", "mlp_act.0", 32, 32, 56, k=4, centred=False)
+    tested = SimpleNamespace(basis=Dictionary.initial(config, jax.random.key(0)), with_basis=lambda basis: basis)
+    lm = SimpleNamespace(tokenizer=SimpleNamespace(is_fast=True), config=SimpleNamespace(d_model=32))
+    items = SimpleNamespace(lm=lm, train=(), test=())
+    _save_activity(tmp_path, SimpleNamespace(items=items, tested=tested), 1)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_cannot_be_is_refused_in_one_line(lm, acts, tmp_path):

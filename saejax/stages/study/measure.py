@@ -189,8 +189,8 @@ def _save_activity(folder: Path, measured: MeasuredBenchmark, seed: int) -> None
     """Write what ``saejax.matching.importance`` compares: features on all items, and those of a rotated dictionary."""
     items, ablation = measured.items, measured.tested
     is_fast = getattr(items.lm.tokenizer, "is_fast", False)
-    if not is_fast or ablation.basis.config.d_in != items.lm.config.d_model:
-        return  # no character offsets, or no site of the stream: not compared with features of other models
+    if not is_fast or {ablation.basis.config.d_in, ablation.basis.config.d_out} != {items.lm.config.d_model}:
+        return  # no character offsets, or a site that is none of the stream: not compared with features of other models
     texts, none_0xF = _item_texts([*items.train, *items.test]), np.zeros((0, ablation.basis.config.n_features))
     rotated, placebo_RxF = ablation.with_basis(rotate(ablation.basis, [seed])), measured.placebo_RxF
     for name, some, targets_RxF in ((FEATURES_ON_ITEMS, ablation, placebo_RxF), (ROTATED_ON_ITEMS, rotated, none_0xF)):
