@@ -1,6 +1,7 @@
 """Rows that are computed in batches of chunks, against one target at a time."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,21 @@ def pulls(local):
         return pull_back(cotangents)[0]
 
     return [jax.jit(functools.partial(pull, layer)) for layer in range(local.model.config.n_layers)]
+
+
+def test_no_weight_is_copied_for_a_chunk_of_targets(local):
+    """Copies of the projections for each chunk would take a tenth to a fifth of the time of rows."""
+    frozen, x_TxD, config = local.frozen, local.stream_LxTxD[1], local.model.config
+    tables = whole_prompt_tables(config, len(x_TxD))
+
+    def pull_chunks(frozen, x_TxD, cotangent_NxRxTxD):
+        _, pull = jax.vjp(lambda x_TxD: frozen.layer(1, tables, x_TxD), x_TxD)
+        return jax.lax.map(jax.vmap(lambda cotangent_TxD: pull((cotangent_TxD, cotangent_TxD))[0]), cotangent_NxRxTxD)
+
+    program = jax.jit(pull_chunks).lower(frozen, x_TxD, jnp.zeros((4, 5, *x_TxD.shape))).compile().as_text()
+    heads = {(count, config.d_head, config.d_model) for count in (config.n_heads, config.n_kv_heads)}
+    moved = [tuple(map(int, shape)) for shape in re.findall(r"\[(\d+),(\d+),(\d+)\]\S* (?:transpose|copy)\(", program)]
+    assert not {tuple(sorted(shape)) for shape in moved} & {tuple(sorted(shape)) for shape in heads}
 
 
 def plain_row(local, pulls, layer, position, vector_D, in_stream):
