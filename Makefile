@@ -143,7 +143,7 @@ docs: $(INSTALLED)
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs build/docs_source build/docs
 	@echo "Open build/docs/index.html"
 
-# The wheel, alone in an empty environment, and the tiny demo from it: eight minutes on two cores.
+# The wheel, alone in an empty environment, and a part of the tiny demo from it: a few minutes.
 check-wheel: $(INSTALLED)
 	$(BIN)/python scripts/check_wheel.py
 

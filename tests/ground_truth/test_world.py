@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl import flags
 from scipy.stats import norm
 
@@ -130,6 +131,7 @@ def test_orthogonalising_is_the_loss_written_out():
     np.testing.assert_allclose(result_JxD, expected_JxD, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_statistics_of_synthsaebench_16k():
     """As published, or worked out from its definition: L0 34.5, 25 of the first 4,096; the directions are left raw."""
     values = flags.FlagValues()

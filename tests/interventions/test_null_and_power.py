@@ -235,11 +235,10 @@ def test_where_nothing_is_true_few_worlds_say_yes(tiny, make_dictionary, selecte
         assert rate("attribution" if selected else "drawn", verdicts, question) <= 0.08
 
 
-# The fast suite finds the effect in one world, where it is spread; linear worlds above are of both kinds.
-@pytest.mark.parametrize("planted", [TOP, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("worlds", [1, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, make_dictionary, worlds, planted):
-    answers = []
+@pytest.mark.slow  # the fast suite finds effects in linear worlds, above
+@pytest.mark.parametrize("planted", [TOP, 1])
+def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, make_dictionary, planted):
+    answers, worlds = [], 100
     for seed in range(worlds):
         prompts = random_prompts(tiny, seed, fixed=True)
         dictionary = with_planted(tiny, make_dictionary(SITE, seed=seed), prompts, planted, seed)

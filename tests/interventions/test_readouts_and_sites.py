@@ -172,6 +172,7 @@ def test_a_readout_of_attention_equals_whole_runs(tiny, dictionary, plain, promp
     assert np.abs(np.diff(values_ExP, axis=0)).max() > 1e-3 and np.abs(slope_F).max() > 3e-4
 
 
+@pytest.mark.slow  # its readout is compared above, and the features of another one are judged
 def test_features_that_move_attention_are_chosen_and_judged(tiny, dictionary, plain, asked):
     prompts = [dataclasses.replace(prompt, correct="", wrong="") for prompt in asked if prompt.behaviour == "first"]
     found = saejax.ablate(
@@ -306,8 +307,11 @@ def whole_run(runs, falls):
 
 
 def drop_slopes(found, falls_of, plains_of):
-    """Return the attribution of each top feature, and the slope of small shares of it in whole runs."""
-    for effect, feature in zip(found.top["first"], found.verdict.dictionaries[TESTED]["first"].features, strict=True):
+    """Return the attribution of the first, middle and last top feature, and the slope of small shares in whole runs."""
+    top, features = found.top["first"], found.verdict.dictionaries[TESTED]["first"].features
+    assert [effect.feature for effect in top] == list(features)
+    for place in (0, len(top) // 2, -1):
+        effect, feature = top[place], features[place]
         slopes_P = []
         for plains, falls in zip(plains_of, falls_of, strict=True):
             less, more = ([share * fall for fall in falls([feature])] for share in (0.01, -0.01))

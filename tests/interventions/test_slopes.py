@@ -145,19 +145,24 @@ def test_a_gradient_that_is_not_finite(tiny, prompts, dictionary):
     arrays["W_dec_FxD"] = arrays["W_dec_FxD"].at[3].set(jnp.nan)
     split = SplitModel(tiny, Dictionary(dictionary.config, **arrays))
     with pytest.raises(UserError, match="gradient, is not finite at resid_post.1"):
-        slopes.attribution(split, split.run(prompts))
+        slopes.attribution(split, split.run(prompts[:2]))
 
 
-def test_attribution_of_long_prompts(tiny, prompts, dictionary, monkeypatch):
+@pytest.mark.parametrize("of", ["targets", pytest.param("answers", marks=pytest.mark.slow)])
+def test_attribution_of_long_prompts(tiny, prompts, dictionary, monkeypatch, of):
     """Programs of a few prompts give what programs of 16 do."""
     split, targets = SplitModel(tiny, dictionary), np.array([[3, 5], [7, 11]])
-    runs = split.run(prompts[::4])
-    wanted_F, (wanted_RxF,) = slopes.attribution(split, runs), slopes.target_attributions([split], [runs], targets)
+
+    def measure(runs):
+        if of == "answers":
+            return slopes.attribution(split, runs)
+        return slopes.target_attributions([split], [runs], targets)[0]
+
+    wanted = measure(split.run(prompts[::4]))
     monkeypatch.setattr(split_model, "PROGRAM_TOKENS", 64)
     runs = split.run(prompts[::4])
     assert {len(run.last_B) % 16 for run in runs} != {0}
-    assert_attributed(slopes.attribution(split, runs), wanted_F)
-    assert_attributed(slopes.target_attributions([split], [runs], targets)[0], wanted_RxF)
+    assert_attributed(measure(runs), wanted)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +170,7 @@ def test_attribution_of_long_prompts(tiny, prompts, dictionary, monkeypatch):
 )
 def test_prompts_that_begin_alike_share_tokens_and_change_no_mean(tiny, prompts, dictionary, positions):
     split, targets = SplitModel(tiny, dictionary, positions), np.array([[3, 5], [7, 11]])
+    prompts = [*prompts[:4], *prompts[11:15]]  # of which two each begin alike
     runs = split.run(prompts)
     trees = [rows.tree for run in runs for rows in prompt_trees(split, EditedRun(run, ZERO), 4096)]
     real = sum(int(np.sum(run.last_B[: len(run.index_P)] + 1)) for run in runs)

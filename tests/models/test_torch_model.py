@@ -157,9 +157,10 @@ def test_generated_tokens(both, edits, options):
 @pytest.mark.parametrize(
     ("both", "kind"),
     [
-        *(("gpt_neox", "inside"), ("gemma2", "inside")),
+        ("gemma2", "inside"),
         *(pytest.param(family, "mlp_act", marks=pytest.mark.slow) for family in ("gpt2", "gemma2")),
         *(pytest.param("llama", kind, marks=pytest.mark.slow) for kind in ("inside", "resid_post")),
+        pytest.param("gpt_neox", "inside", marks=pytest.mark.slow),
     ],
     indirect=["both"],
 )

@@ -103,6 +103,7 @@ def test_scores_by_part(workdir, inputs, second_model):
         assert parts[name].explained_variance == pytest.approx(1 - left, abs=1e-4)
 
 
+@pytest.mark.slow  # test_model_input.py has one model
 def test_straight_from_the_models_it_is_the_same_rows(inputs, corpus, second_model, tmp_path):
     changes = dict(model__other=second_model, train__source="model", train__buffer_rows=300, train__sites=MODELS)
     assert go(["train"], inputs, corpus, tmp_path / "run", **changes) == 0

@@ -59,7 +59,8 @@ def test_meshes_agree_with_one_device(kind, shape, zero, dtype, one_device):
 
 @pytest.mark.parametrize(
     ("sites", "at_once", "shape"),
-    [(1, 4, (1, 1, 1)), (2, 2, (2, 2, 2))],  # of one site the matrix is found otherwise than of several
+    # Of one site the matrix is found otherwise than of several.
+    [pytest.param(1, 4, (1, 1, 1), marks=pytest.mark.slow), (2, 2, (2, 2, 2))],
     ids=str,
 )
 def test_members_of_a_site_share_its_values_and_its_whitening_matrix(sites, at_once, shape, one_device):

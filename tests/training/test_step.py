@@ -29,7 +29,7 @@ def host(state) -> dict[str, np.ndarray]:
 
 
 # What all kinds share of it is in their first steps and gradients, and in test_initial.py.
-OWN_WAYS = ("jumprelu", "gated", "matching_pursuit")
+OWN_WAYS = ("jumprelu", "matching_pursuit")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k in OWN_WAYS else pytest.mark.slow) for k in KINDS])
