@@ -194,7 +194,8 @@ def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str
             if readers and "unfinished" not in readers:
                 doomed[unit.folder] = ("store", unit)
     for unit in units if doomed else ():
-        if workspace.is_claimed(unit.name, unit.fingerprint):
+        # A kill may leave the claim of a finished unit.
+        if unit.state == "unfinished" and workspace.is_claimed(unit.name, unit.fingerprint):
             raise UserError(
                 f"{unit.name} is being made by another process, whose run may read later what is to go: wait for it, "
                 f"or, if you know that it is gone, delete {unit.folder / CLAIM}"
