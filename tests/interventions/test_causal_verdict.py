@@ -10,6 +10,7 @@ from effect_worlds import attribution, planted_world, top_features, world_table
 from saejax.errors import UserError
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig, enough_sentence
 from saejax.interventions.table import (
+    BASIS,
     RANKS,
     READOUTS,
     TESTED,
@@ -22,6 +23,7 @@ from saejax.interventions.table import (
     save_effects,
 )
 from saejax.interventions.verdict import verdict
+from saejax.stages.ablate.report import control_picture
 
 CONFIG = VerdictConfig(resamples=500)
 PROMPTS = 12
@@ -196,6 +198,18 @@ def test_training_mattered_if_no_untrained_dictionary_does_as_much(high, answer)
     assert (
         "19 untrained SAEs of the transcoder's output mlp_out.3, of random directions, of the same" in trained.sentence
     )
+
+
+def test_the_picture_has_controls_of_the_dose_alone():
+    """Of a narrow dictionary all directions together may change the site less than the top features do."""
+    rows = make_rows()
+    rows.add_untrained(np.linspace(0, 1, 19))
+    for group in ("untrained", f"{BASIS}pca"):
+        rows.add_set(EditDefinition("b", group, 19, (5,)), varied(2.0), dose=1.0)
+    table, result = merge_tables(rows.blocks), judge(rows)
+    figure = control_picture("b", "b", table, "b", result, lambda name, figure, *texts: figure)
+    labels = [label.get_text().replace("\n", " ") for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["top features", "19 random lists", "19 placebo sets", "19 untrained"]
 
 
 @pytest.mark.parametrize(("share", "answer"), [(0.2, "yes"), (0.55, "no"), (0.9, "no")])

@@ -207,16 +207,19 @@ def control_picture(
     def means(edits: Sequence[EditDefinition]) -> np.ndarray:
         return table.drops(edits, prompts, objective).mean(axis=1)
 
+    def of_dose(group: str) -> list[EditDefinition]:
+        """Return a group's edits but those in which all directions together change the site less than T does."""
+        edits = table.select_edits(tested, group)
+        return [e for e, dose in zip(edits, table.doses(edits, prompts), strict=True) if dose >= 0.99 * result.dose]
+
     top = table.select_edits(tested, "top")
     groups = dict.fromkeys(edit.group for edit in table.edits if edit.behaviour == tested)
     bases = {
-        BASIS_NAMES.get(group.removeprefix(BASIS), group.removeprefix(BASIS)): float(
-            means(table.select_edits(tested, group)[-1:])[0]
-        )
+        BASIS_NAMES.get(group.removeprefix(BASIS), group.removeprefix(BASIS)): float(means(edits[-1:])[0])
         for group in groups
-        if group.startswith(BASIS)
+        if group.startswith(BASIS) and (edits := of_dose(group))
     }
-    controls = {group: means(table.select_edits(tested, group)) for group in CONTROLS}
+    controls = {group: means(of_dose(group)) for group in CONTROLS}
     unit = f"{ABLATION_READOUTS[objective][0].removeprefix('the ')} lost"
     caption = (
         "Every point is a set of features, or of directions, that changes the site as much as the top features do. "
