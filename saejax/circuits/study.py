@@ -120,7 +120,7 @@ def find_circuit(
 
 
 def _answer_ids(model: LanguageModel, prompt: Prompt) -> tuple[int, int]:
-    correct, wrong = first_answer_ids(model.tokenizer, [prompt])[0].tolist()
+    correct, wrong = first_answer_ids(model, [prompt])[0].tolist()
     return correct, wrong
 
 

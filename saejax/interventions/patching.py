@@ -150,7 +150,7 @@ def patch_sites(
             f"{prompts[index].text!r} has another number of tokens than its counterpart "
             f"{prompts[index].counterpart!r}: give pairs of one length (see fitting_pairs)"
         )
-    answers_Px2 = different_answer_ids(lm.tokenizer, prompts)
+    answers_Px2 = different_answer_ids(lm, prompts)
     columns = int(lengths_P.max()) if positions == EACH else 1
     heads = count_heads(lm.config, kind) if by_head else 1
     base_2xP = np.full((2, len(prompts)), np.nan)

@@ -80,7 +80,7 @@ def slopes(
     point = SplitPoint(lm.config, where, where, lm.mesh)
     tokens = lm.tokenize([prompt.text for prompt in prompts])
     read_ids = different_answer_ids if readout == "logit_diff" else first_answer_ids
-    answers_Px2 = read_ids(lm.tokenizer, prompts)
+    answers_Px2 = read_ids(lm, prompts)
     parts, size = [], prompts_at_once(tokens.ids_BxT.shape[1])
     with show_progress("slopes") as bar:
         for first in range(0, len(prompts), size):

@@ -183,7 +183,7 @@ class SplitModel:
         answers_Nx2 = np.zeros((len(prompts), 2), np.int32)
         # Of a readout of the user's, prompts may be without answers.
         if not self.point.readout or any(prompt.correct or prompt.wrong for prompt in prompts):
-            answers_Nx2 = first_answer_ids(self.lm.tokenizer, prompts)
+            answers_Nx2 = first_answer_ids(self.lm, prompts)
         runs = []
         lengths_N = np.maximum(tokens.lengths_B, least)
         step_of = functools.partial(row_step, devices=document_devices(self.point.mesh))

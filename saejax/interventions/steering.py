@@ -202,7 +202,7 @@ def choose_strength(diff_SxP: np.ndarray, is_allowed_S: np.ndarray) -> int:
 def group_by_swap(lm: LanguageModel, prompts: Sequence[Prompt]) -> dict[AnswerSwap, list[int]]:
     """Return the indices of the prompts of each pair of answers, the most frequent pair first."""
     groups: dict[AnswerSwap, list[int]] = {}
-    for place, answers in enumerate(first_answer_ids(lm.tokenizer, prompts).tolist() if prompts else ()):
+    for place, answers in enumerate(first_answer_ids(lm, prompts).tolist() if prompts else ()):
         groups.setdefault(AnswerSwap(*answers), []).append(place)
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import continuation_ids
 from saejax.tasks.behaviours import Prompt
 
@@ -34,15 +35,34 @@ def answer_ids(tokenizer: Any, text: str, answer: str) -> list[int]:
     return ids
 
 
-def first_answer_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
-    """Return the first tokens of each prompt's correct and wrong answer, int32 [N, 2]; raises as ``answer_ids``."""
+def first_answer_ids(lm: LanguageModel, prompts: Sequence[Prompt]) -> np.ndarray:
+    """Return the first tokens of each prompt's correct and wrong answer, int32 [N, 2].
+
+    Raises:
+      UserError: see ``answer_ids`` and ``check_ids``.
+    """
     answers = [[(prompt.text, prompt.correct), (prompt.text, prompt.wrong)] for prompt in prompts]
-    return np.array([[answer_ids(tokenizer, *pair)[0] for pair in pairs] for pairs in answers], np.int32)
+    ids_Nx2 = np.array([[answer_ids(lm.tokenizer, *pair)[0] for pair in pairs] for pairs in answers], np.int32)
+    return check_ids(lm, prompts, ids_Nx2)
 
 
-def different_answer_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
+def check_ids(lm: LanguageModel, prompts: Sequence[Prompt], ids_Nx2: np.ndarray) -> np.ndarray:
+    """Return the first tokens of prompts' answers.
+
+    Raises:
+      UserError: the model lacks one of them, as it may lack special tokens of its tokenizer.
+    """
+    for place in np.flatnonzero((ids_Nx2 >= lm.config.vocab).any(axis=1))[:1]:
+        raise UserError(
+            f"an answer to {prompts[place].text!r:.60} begins with the token id {ids_Nx2[place].max()}, which the "
+            f"model lacks: expected 0 to {lm.config.vocab - 1}"
+        )
+    return ids_Nx2
+
+
+def different_answer_ids(lm: LanguageModel, prompts: Sequence[Prompt]) -> np.ndarray:
     """Return ``first_answer_ids`` where both answers of each prompt differ; a ``UserError`` otherwise, too."""
-    ids_Nx2 = first_answer_ids(tokenizer, prompts)
+    ids_Nx2 = first_answer_ids(lm, prompts)
     for place in np.flatnonzero(ids_Nx2[:, 0] == ids_Nx2[:, 1])[:1]:
         raise UserError(
             f"{ALIKE} in prompt {place}, counted from 0, {prompts[place].text!r:.60}: their logit difference is always "

@@ -29,7 +29,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens
 from saejax.statistics.intervals import RESAMPLES, bootstrap, bootstrap_mean, wilson
-from saejax.tasks.answer_tokens import answer_ids
+from saejax.tasks.answer_tokens import answer_ids, check_ids
 from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore
 from saejax.tasks.draw import Drawn
 from saejax.tasks.gate import gate
@@ -52,7 +52,7 @@ def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Promp
       UserError: a prompt is longer than the model's context, or its logits are not finite.
     """
     answers = [[answer_ids(model.tokenizer, p.text, answer) for answer in (p.correct, p.wrong)] for p in prompts]
-    ids_Nx2 = np.array([[ids[0] for ids in pair] for pair in answers], np.int32)
+    ids_Nx2 = check_ids(model, prompts, np.array([[ids[0] for ids in pair] for pair in answers], np.int32))
     paired = [row for row, prompt in enumerate(prompts) if prompt.counterpart]
     texts = [p.text for p in prompts] + [prompts[row].counterpart for row in paired]
     tokens = model.tokenize(texts)

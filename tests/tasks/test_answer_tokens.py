@@ -1,6 +1,7 @@
 """The answers' tokens, in small tokenizers of every family's format."""
 
 import functools
+import types
 
 import pytest
 from tokenizer_kinds import KINDS, tokenizer
@@ -17,6 +18,11 @@ ACCENTED = ("antonym_french", "antonym_spanish")
 
 def ask(text, correct, wrong, counterpart=""):
     return Prompt("own", "train", text, correct, wrong, counterpart)
+
+
+def model(reads, vocab=10**6):
+    """What has a tokenizer, and embeddings for so many tokens."""
+    return types.SimpleNamespace(tokenizer=reads, config=types.SimpleNamespace(vocab=vocab))
 
 
 # Merges of bytes, pieces of SentencePiece with a first space, and digits that stand alone.
@@ -36,7 +42,7 @@ def test_every_family_has_the_behaviours_by_default(kind, monkeypatch):
         assert len(prompts) == 180 and sum(replaced.values()) <= (5 if behaviour in ACCENTED else 0)
         # A fifth of the prompts: the step shares no factor with the numbers of templates and variants, so all occur.
         checked = prompts[::5]
-        for p, (first, second) in zip(checked, first_answer_ids(reads, checked), strict=True):
+        for p, (first, second) in zip(checked, first_answer_ids(model(reads), checked), strict=True):
             ids = reads(p.text)["input_ids"]
             for answer, token in ((p.correct, first), (p.wrong, second)):
                 whole = reads(p.text + answer)["input_ids"]
@@ -50,6 +56,14 @@ def test_an_answer_alone_may_have_another_token():
     alone, after = reads("66", add_special_tokens=False)["input_ids"][0], answer_ids(reads, "21+45=", "66")[0]
     assert alone != after and reads.convert_ids_to_tokens([after]) == ["6"]
     assert answer_ids(reads, "21+45=", "66") == [after, after]
+
+
+def test_an_answer_that_the_model_has_no_token_for_is_named():
+    """A defect: the logit difference was called not finite, and the gradient of the log-probability was 0."""
+    reads = tokenizer("mistral")
+    prompts, ids = [ask("It is", " one", " two")], answer_ids(reads, "It is", " two")
+    with pytest.raises(UserError, match=f"'It is' begins with the token id .*: expected 0 to {ids[0] - 1}"):
+        first_answer_ids(model(reads, ids[0]), prompts)
 
 
 @pytest.mark.parametrize(
