@@ -27,7 +27,6 @@ import saejax
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import FEATURE
 from saejax.attribution.local.dictionaries import LayerTranscoders
-from saejax.attribution.local.rows import row_flops
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
@@ -53,6 +52,20 @@ def random_transcoders(config: DecoderConfig, seed: int = 0) -> LayerTranscoders
     key = jax.random.key(seed)
     dictionaries = [Dictionary.initial(kind, jax.random.fold_in(key, layer)) for layer, kind in enumerate(kinds)]
     return LayerTranscoders.of(dictionaries, "random transcoders")
+
+
+def row_flops(model: DecoderConfig, layers: np.ndarray | float, positions: np.ndarray | float) -> float:
+    """Return the least number of operations of rows of a graph; a product of [m, k] and [k, n] has 2 m k n.
+
+    That is the transposed projections of values and outputs of attention.
+
+    Args:
+      model: of the decoder.
+      layers: how many layers each target goes down through, [R] or one number.
+      positions: the positions up to its own.
+    """
+    per_token = 2.0 * model.d_model * model.d_head * (model.n_heads + model.n_kv_heads)
+    return float(np.sum(np.asarray(layers, np.float64) * positions)) * per_token
 
 
 def graph_flops(graph: Graph, model: DecoderConfig) -> float:

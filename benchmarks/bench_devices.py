@@ -26,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.bench_attribute import row_flops
 from benchmarks.collectives import product_flops
 from saejax.activations.documents import COLUMNS, Documents, make_documents
 from saejax.activations.plan import Plan
 from saejax.activations.settings import CaptureConfig
-from saejax.attribution.local.rows import CHUNKS, WIDTH, SourceBank, TargetBatch, chunk_size, contributions, row_flops
+from saejax.attribution.local.rows import CHUNKS, WIDTH, SourceBank, TargetBatch, chunk_size, contributions
 from saejax.attribution.local.state import FrozenModel
 from saejax.config import Configs
 from saejax.costs.plan import PlannedRun

@@ -40,7 +40,6 @@ from saejax.wording import counted
 _OWN = Path(__file__).parent / "viewer"
 _LARGEST = 1e30  # factor or activation
 _LONGEST_LABEL = 1000  # characters
-_FEATURE = re.compile("[0-9]{1,9}(_[0-9]{1,9}){2}")  # layer, index, position
 _MOST_TOKENS = 200  # of a generated text
 _GRACE = 5  # seconds for answers that are under way when the server is to end
 _FEATURE = re.compile("_".join(["[0-9]{1,9}"] * 3))  # its layer, index and position

@@ -503,20 +503,6 @@ def chunk_size(platform: str, length: int, mesh: Mesh) -> int:
     return max(TOKENS[platform] // length, 1) * document_devices(mesh)
 
 
-def row_flops(model: DecoderConfig, layers: np.ndarray | float, positions: np.ndarray | float) -> float:
-    """Return the least number of operations of rows of a graph; a product of [m, k] and [k, n] has 2 m k n.
-
-    That is the transposed projections of values and outputs of attention.
-
-    Args:
-      model: of the decoder.
-      layers: how many layers each target goes down through, [R] or one number.
-      positions: the positions up to its own.
-    """
-    per_token = 2.0 * model.d_model * model.d_head * (model.n_heads + model.n_kv_heads)
-    return float(np.sum(np.asarray(layers, np.float64) * positions)) * per_token
-
-
 class RowTracer:
     """Attributes targets in batches.
 
