@@ -59,7 +59,7 @@ def dictionary(make_dictionary):
 def ablation(tiny, dictionary, make_prompt):
     prompts = make_prompts(make_prompt, "first", "second")
     documents = ["The river follows the old road to the sea."] * 3
-    settings = dict(top=TOP, random_sets=24, placebo_targets=24, untrained_dictionaries=3, bootstrap=500, effects="all")
+    settings = dict(top=TOP, random_sets=12, placebo_targets=12, untrained_dictionaries=3, bootstrap=500, effects="all")
     return saejax.ablate(tiny, dictionary, prompts, documents=documents, **settings)
 
 
@@ -125,7 +125,7 @@ def doses(table, edits):
 def test_every_control_was_measured_once_at_the_dose_of_the_top_features(ablation):
     table = ablation.table
     (dose,) = doses(table, table.select_edits("first", "top")[-1:])
-    counts = dict(random=24, placebo=24, untrained=3, trained=1)
+    counts = dict(random=12, placebo=12, untrained=3, trained=1)
     for group in (*counts, *(f"basis:{basis}" for basis in BASES)):
         edits = table.select_edits("first", group)
         assert len({edit.index for edit in edits}) == len(edits)
@@ -136,7 +136,7 @@ def test_every_control_was_measured_once_at_the_dose_of_the_top_features(ablatio
             assert doses(table, edits)[0] <= dose * (1 + 1e-5), "all directions together may change less"
         if group != "placebo":
             assert all(0 < edit.fraction <= 1 for edit in edits)
-    assert len(table.select_edits("first", "placebo")) > 12
+    assert len(table.select_edits("first", "placebo")) > 6
     assert all(0.5 <= edit.fraction <= 2 for edit in table.select_edits("first", "placebo"))
 
 

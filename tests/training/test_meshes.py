@@ -131,6 +131,7 @@ def test_members_that_are_left_are_trained_on_a_mesh_that_divides_them(tmp_path,
 EIGHT = dict(seed=tuple(range(8)), auxk=0.03, resample_every=4, resample_from="errors", dead_tokens=60)
 
 
+@pytest.mark.slow  # some at once are compared with each alone above, and resampling on a mesh in test_resampling.py
 def test_however_many_go_at_once_they_end_alike_in_fp64(one_device):
     with jax.enable_x64(True):
         halves, ends = make_mesh(MeshConfig(member=2, data=4)), []
