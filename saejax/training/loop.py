@@ -248,8 +248,11 @@ class Midway:
         return measured
 
     def is_missing(self, step: int) -> bool:
-        """Return whether dictionaries of this step are due and are not all there."""
-        return self._saves(step) and not all(map(_is_saved, self.folders.at(self.stack, step)))
+        """Return whether dictionaries of this step, or a cross-layer transcoder, are due and are not all there."""
+        return self._saves(step) and not all(
+            (folder / "dictionary" / own.DESCRIPTION).exists() or circuit_tracer.is_cross_layer(folder)
+            for folder in self.folders.at(self.stack, step)
+        )
 
     def _scores(self, step: int) -> bool:
         return self.scorer is not None and step % self.stack.config.score_every == 0
@@ -344,11 +347,6 @@ def save_members(
             # Without its description the folder counts as no dictionary, whatever stops the writing.
             (folder / "dictionary" / own.DESCRIPTION).unlink(missing_ok=True)
         save_dictionary(folder / "dictionary", finish_dictionary(stack, state, index, kept_M))
-
-
-def _is_saved(folder: Path) -> bool:
-    """Return whether a dictionary, or a cross-layer transcoder, is in a folder."""
-    return (folder / "dictionary" / own.DESCRIPTION).exists() or circuit_tracer.is_cross_layer(folder)
 
 
 def _member_results(

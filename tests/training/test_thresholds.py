@@ -4,39 +4,15 @@ import numpy as np
 import pytest
 from small_runs import Rows, streamed
 from small_runs import make_stack as make_run
-from small_stacks import B, D, make_stack, train
+from small_stacks import B, make_stack, train
 from small_stacks import batches as some_batches
 
-import saejax
-from saejax.activations.in_memory import Activations
-from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries.cross_layer import FORM
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.training.cross_layer import finish_layer
 from saejax.training.state import finish_dictionary, init_state
 from saejax.training.thresholds import Calibration
-
-
-def activations(rows=4096) -> Activations:
-    """Sparse sums of 60 directions at one site."""
-    rng = np.random.default_rng(0)
-    codes = rng.exponential(size=(rows, 60)) * (rng.random((rows, 60)) < 0.1)
-    values = (codes @ rng.normal(size=(60, D)) + 0.7).astype(np.float32)
-    texts = [np.zeros(32, np.int32)] * (rows // 32)
-    index = np.stack([np.arange(rows) // 32, np.arange(rows) % 32, np.zeros(rows)], axis=1).astype(np.int32)
-    return Activations({"resid_post.0": values}, index, texts, 100.0, CapturedModel("made", "", "1"), bos=False)
-
-
-@pytest.mark.slow  # members of few steps are calibrated below
-@pytest.mark.parametrize("steps", [20, 600])
-def test_short_and_long_runs(steps):
-    acts = activations()
-    settings = dict(k=4, features=64, batch=64, max_steps=steps, epochs=20)
-    sae = saejax.train(acts, kind="batchtopk", on_progress=lambda line: None, **settings)
-    l0 = (np.asarray(sae.encode(acts.values["resid_post.0"])) > 0).sum(1).mean()
-    assert l0 == pytest.approx(4, rel=0.05)
-
 
 SWEEP = dict(k=(2, 6), sites=("resid_post.0", "resid_post.1"))
 

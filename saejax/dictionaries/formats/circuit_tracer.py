@@ -220,9 +220,9 @@ def _parse_layer(
     """Describe the transcoder of a layer of a set that is not cross-layer; see ``_sites``."""
     model = str(settings.get("model_name") or "")
     site, target = _sites(settings, layer, site, target)
-    if gemma_scope.is_file_of_set(file):
-        return gemma_scope.parse_file(file, site, target, model)
     state = tensors.open_tensors(file)
+    if file.suffix == ".npz" or "w_enc" in state:
+        return gemma_scope.parse_file(file, site, target, model)
     layout = _LAYOUT | ({"threshold_F": _THRESHOLD} if _THRESHOLD in state else {})
     layout |= {"W_skip_DxD": "W_skip.T"} if "W_skip" in state else {}
     if "k" in state:  # circuit-tracer saves it of a TopK, also where no description is

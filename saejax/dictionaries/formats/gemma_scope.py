@@ -61,11 +61,6 @@ def find_file(folder: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def is_file_of_set(file: Path) -> bool:
-    """Return whether a file that a transcoder set lists is of this format, by its name or its tensors' names."""
-    return file.suffix == ".npz" or "w_enc" in tensors.open_tensors(file)
-
-
 def parse(folder: Path) -> tensors.Published:
     """Describe the dictionary in a folder that ``find_file`` finds one in."""
     file = find_file(folder)
