@@ -329,6 +329,7 @@ def test_other_widths_are_refused(lm, sae):
             saejax.evaluate(lm, dictionary, TEXTS[:1], mean_D=mean_D)
 
 
+@pytest.mark.slow  # test_crosscoder_stages.py compares the same scores
 def test_a_crosscoder_is_trained_on_the_models_mesh_and_scored_at_all_its_parts(lm, acts, clean_nats):
     settings = dict(k=8, expansion=1, batch=64, max_steps=3, on_progress=lambda line: None)
     parts = (SITE, "mlp_out.1")
@@ -346,11 +347,14 @@ def test_a_crosscoder_is_trained_on_the_models_mesh_and_scored_at_all_its_parts(
     ce = scores.losses.ce
     assert ce["clean"] == pytest.approx(np.mean(clean_nats), rel=1e-5)
     assert ce["reconstructed"] != pytest.approx(ce["clean"], rel=1e-4)
+
+
+def test_other_axes_and_no_eps_are_refused(acts):
     other = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
     with pytest.raises(UserError, match="expected one with the axes member, data, model"):
-        saejax.train(acts, SITE, mesh=other, **settings)
+        saejax.train(acts, SITE, mesh=other)
     with pytest.raises(UserError, match="eps is 0.0: expected at least"):
-        saejax.train(acts, SITE, eps=0.0, **settings)
+        saejax.train(acts, SITE, eps=0.0)
 
 
 def test_a_folder_of_other_inputs_is_refused(acts, tmp_path):

@@ -234,6 +234,7 @@ def test_the_example_of_the_page_about_edits_runs(tiny, dictionary, capsys):
     assert list(names["found"].verdict.dictionaries[TESTED]["capital"].ablation) == ["readout"]
 
 
+@pytest.mark.slow
 def test_many_placebo_readouts_take_the_memory_of_a_few(tiny, dictionary, prompts):
     """Slopes of one function at a time: each takes the logits of the whole vocabulary for all targets of a program."""
 

@@ -172,6 +172,7 @@ def divergences(lm, dictionaries, texts) -> list[float]:
     return [(np.exp(clean) * (clean - each)).sum(-1)[tokens.mask_BxT].mean() for each in changed]
 
 
+@pytest.mark.slow  # that it falls at all is seen below, of a transcoder
 def test_the_divergence_falls_and_further_training_lowers_it_less(lm, trained, tmp_path):
     sae, acts, settings, texts = trained
     held_out, steps = make_texts(20, seed=1), 30

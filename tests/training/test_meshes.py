@@ -143,6 +143,7 @@ def test_however_many_go_at_once_they_end_alike_in_fp64(one_device):
             np.testing.assert_allclose(leaf, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_those_that_wait_take_no_memory_but_their_own(one_device):
     def temporaries(at_once: int, tokens: int, features: int) -> int:
         shape = dict(seed=tuple(range(8)), batch=tokens, features=features)

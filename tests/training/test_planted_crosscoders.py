@@ -88,6 +88,7 @@ def f1(chosen_F: np.ndarray, correlation_FxJ: np.ndarray, label: int) -> float:
     return 2 * precision * recall / max(precision + recall, 1e-9)
 
 
+@pytest.mark.slow
 def test_batchtopk_separates_shared_and_private_features_and_l1_makes_private_ones_of_weak_shared_ones(store):
     """Complete shrinkage: what the first model has at 0.3 costs the penalty more than it is worth."""
     private_of_shared = {}
