@@ -90,8 +90,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.15)
 
 LONGEST = (
-    "processes steering report readouts_and_sites slopes torch_model finetune library step meshes crosscoder_stages "
-    "ablation_measurements null_and_power stack_members configs_run finetune_stage objective "
+    "processes readouts_and_sites report slopes ablation_measurements finetune torch_model steering library "
+    "crosscoder_stages stack_members step null_and_power meshes configs_run finetune_stage objective "
     "split_dictionaries algorithms widths kinds model_input cross_layer_training benchmark interpret_stages "
     "attention_patterns known_circuits generation transfer_stage library_calls study_run circuits_stage "
     "planted_circuit track track_stage initial sinks loop expansions stages preflight_stage attribute_stage "

@@ -19,7 +19,7 @@ from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
 from saejax.models.tokens import encode
 from saejax.results import Interval, from_json, to_json
-from saejax.stages.steer.run import run_steer
+from saejax.stages.steer import run as steer_stage
 from saejax.statistics.ranks import rank_p
 from saejax.tasks.corpora import held_out_documents
 from saejax.tasks.settings import CorpusConfig, TaskConfig
@@ -229,8 +229,9 @@ def make_run(tmp_path, save_inputs, stage_run, make_answered, answered, single_d
     return make
 
 
-def test_the_stage(make_run):
-    results = run_steer(make_run("whole"))
+def test_the_stage(make_run, monkeypatch):
+    monkeypatch.setattr(steer_stage, "TEXT_DOCUMENTS", 4)
+    results = steer_stage.run_steer(make_run("whole"))
     assert from_json(steering.SteerResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     for result in results.behaviours.values():
         assert result.reason is None and result.prompts + sum(result.left_out.values()) == 16
