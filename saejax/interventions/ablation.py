@@ -9,13 +9,15 @@ For each dictionary (the tested one and dictionaries of other seeds):
    the top 40 of some train prompt, or further down where these are fewer than 80) and are no answers, scaled to T's
    dose.
 4. T on other answers: the logits of each prompt's 20 likeliest tokens that are no answers.
-5. T on the prompts of the other behaviours and on held-out text.
+5. T on the prompts of the other behaviours and on held-out text; beside it three random lists and three placebo sets,
+   of the text on every eighth document.
 
 6. What is left where the top features alone are kept (``saejax.interventions.sufficiency``).
 7. The list by the same attribution to the dose of the tested dictionary's T, for comparison with untrained ones.
 
 For the tested dictionary alone: each feature of T, on request every live feature alone; of each untrained dictionary
-and of each simpler basis the list by the same attribution to T's dose; what is left where features of three placebo
+and of each simpler basis the list by the same attribution to T's dose, of three untrained ones also with their centre
+at zero; what is left where features of three placebo
 sets and of three untrained dictionaries are kept.
 """
 
@@ -51,6 +53,7 @@ from saejax.interventions.table import (
     BASIS,
     KEPT,
     NO_ERROR,
+    SPARING,
     TESTED,
     TEXT,
     EditDefinition,
@@ -58,7 +61,7 @@ from saejax.interventions.table import (
     PromptDefinition,
     merge_tables,
 )
-from saejax.interventions.text import HeldOutText
+from saejax.interventions.text import STEP, HeldOutText
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import INNER_KINDS, Site
@@ -284,7 +287,7 @@ def expected_rows(
     keeps_error = config.error == "keep"  # otherwise there are neither untrained dictionaries nor simpler bases
     untrained, baselines = config.untrained_dictionaries * keeps_error, len(config.baselines) * keeps_error
     edits = trainings * (len(FRACTIONS) + config.random_sets + config.placebo_targets + bool(untrained))
-    edits += config.top + baselines + untrained
+    edits += config.top + baselines + untrained + min(sufficiency.CONTROLS, untrained)  # these around zero, too
     edits += features // 4 * (config.effects == "all")  # about a quarter of the features fire
     kept = trainings + sufficiency.CONTROLS * bool(config.placebo_targets) + min(sufficiency.CONTROLS, untrained)
     edits += 2 * len(sufficiency.SIZES) * kept
@@ -296,7 +299,10 @@ def expected_rows(
         chosen *= STEPS
     if config.attribution == "integrated" or config.replacement == "mean":  # which are each dictionary's own
         chosen *= trainings
-    return test * edits + chosen + (others + documents) * trainings
+    # T, and controls beside it.
+    beside = min(sufficiency.CONTROLS, config.random_sets) + min(sufficiency.CONTROLS, config.placebo_targets)
+    elsewhere = others * (1 + beside) + documents + -(-documents // STEP) * beside
+    return test * edits + chosen + elsewhere * trainings
 
 
 def begin_ablation(
@@ -375,10 +381,12 @@ def _measure_dictionary(
     dose = root_mean_square(norm_ExP[0])
     # The change is linear in the fraction, and so is its norm.
     norms = np.concatenate([np.outer(FRACTIONS, norm_ExP[0]), norm_ExP[1:]])
-    tables = [ablation.table([*grid, *singles], norms, full=True)]
+    tables, controls = [ablation.table([*grid, *singles], norms, full=True)], list[EditDefinition]()
     if dose > 0:
         counts = config.random_sets, config.placebo_targets
-        tables += measure_controls(ablation, top, ablation.placebos, dose, counts, name)
+        of_controls = measure_controls(ablation, top, ablation.placebos, dose, counts, name)
+        tables += of_controls
+        controls = first_controls(of_controls)
     if isinstance(test, BehaviourPrompts):  # answers of several tokens have no ranks beside them
         if ranks := test.ranks(ablation.edits(grid[-1:])):
             tables.append(EffectsTable.block([ablation.clean, grid[-1]], ablation.tests, ranks))
@@ -387,16 +395,21 @@ def _measure_dictionary(
         for group in [[item] for item in behaviours] if config.replacement == "random" else [behaviours]:
             tests = [prompt for _, each in group for prompt in each if prompt.split == "test"]
             if tests:
-                on_progress = ablation.progress.of_call(len(tests))
-                values = dataclasses.replace(test, prompts=tests).measure(ablation.edits(grid[-1:]), on_progress)
                 definitions = [prompt for item in group for prompt in define_prompts(*item) if prompt.split == "test"]
-                edited = {name: value_ExP[1:] for name, value_ExP in values.items()}
-                tables.append(EffectsTable.block(grid[-1:], definitions, edited))
+                others = dataclasses.replace(test, prompts=tests)
+                for edits in filter(None, (grid[-1:], controls)):
+                    on_progress = ablation.progress.of_call(len(edits) * len(tests))
+                    values = others.measure(ablation.edits(edits), on_progress)
+                    edited = {name: value_ExP[1:] for name, value_ExP in values.items()}
+                    tables.append(EffectsTable.block(edits, definitions, edited))
     if text:
-        ce = text.effects(ablation.split, ablation.edits(grid[-1:]))
-        ablation.progress.of_call(len(text.documents))(1, 1)
         documents = [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
-        tables.append(EffectsTable.block([EditDefinition(TEXT, "clean"), grid[-1]], documents, dict(ce=ce)))
+        for edits, some, step in ((grid[-1:], text, 1), (controls, text.few, STEP)):
+            if edits:
+                ce = some.effects(ablation.split, ablation.edits(edits))
+                ablation.progress.of_call(len(edits) * len(some.documents))(1, 1)
+                clean = EditDefinition(TEXT, "clean")
+                tables.append(EffectsTable.block([clean, *edits], documents[::step], dict(ce=ce)))
     if name == TESTED and config.effects == "all":
         # The effect of a feature that never fires is known to be 0.
         live = np.flatnonzero(ablation.statistics.prompts_F > 0)
@@ -404,6 +417,13 @@ def _measure_dictionary(
         values = ablation.run(every, snap_rounding=True)
         tables.append(EffectsTable.block([ablation.clean, *every], ablation.tests, values))
     return tables, dose
+
+
+def first_controls(tables: Sequence[EffectsTable]) -> list[EditDefinition]:
+    """Return the first random lists and placebo sets of some tables, which other behaviours and text are run with."""
+    edits = [edit for table in tables for edit in table.edits]
+    of_groups = ([edit for edit in edits if edit.group == group] for group in SPARING)
+    return [edit for some in of_groups for edit in some[: sufficiency.CONTROLS]]
 
 
 def measure_controls(
@@ -459,6 +479,9 @@ def _measure_untrained(tested: BehaviourAblation, dose: float) -> list[EffectsTa
         tables += _measure_list(untrained, "untrained", index, dose, site)
         if index < sufficiency.CONTROLS and (order := _by_attribution(untrained)):
             tables += _measure_kept(untrained, "untrained", [order], index)
+        if index < sufficiency.CONTROLS and not isinstance(basis, SeveralSites):
+            around_zero = untrained.with_basis(bases.around_zero(basis))
+            tables += _measure_list(around_zero, "uncentred", index, dose, site)
     return tables
 
 

@@ -332,6 +332,8 @@ def among_sentence(
         f"{numbers['median']:z.2f} in the median and {numbers['high']:z.2f} at the 95th percentile, and {reaching} of "
         "them at least as much"
     )
+    if "uncentred" in numbers:
+        text += f"; around zero in place of its centre they cost {numbers['uncentred']:z.2f} in the median"
     if group == "placebo" and answer.parts:
         share = answer.parts["share"]
         text += (
@@ -409,7 +411,7 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: s
 
     Args:
       answer: the answer without its sentence. Its parts are the mean sizes of the changes on held-out text (nats) and
-        on other behaviours (logits), its numbers their margins.
+        on other behaviours (logits), its numbers their margins, and what controls change there.
       failing: parts whose interval reaches the margin.
       left_out: behaviours that are not looked at, in words.
     """
@@ -418,7 +420,7 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: s
     # "z": a rounded -0.001 is written 0.00, so runs that differ by rounding errors get the same sentence.
     listed = "; ".join(
         f"{name.replace('_', ' ')} {parts[name].mean:z.2f} [{parts[name].low:z.2f}, {parts[name].high:z.2f}], margin "
-        f"{answer.numbers[name]:z.2f}"
+        f"{answer.numbers[name]:z.2f}{_beside(name, answer.numbers)}"
         for name in names
     )
     listed += f"; {left_out}" if left_out else ""
@@ -427,6 +429,13 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: s
     if not failing:
         return f"Not shown to spare held-out text and the other behaviours after correction ({listed})."
     return f"Not shown to spare: {listed}."
+
+
+def _beside(name: str, numbers: Mapping[str, float]) -> str:
+    """Return what sets of the same dose change in a part of question 5, in words; "" if none was run there."""
+    words = dict(random="random lists", placebo="placebo sets")
+    medians = [f"{words[g]} {numbers[key]:z.2f}" for g in words if (key := f"{name}:{g}") in numbers]
+    return f" (of the same dose {', '.join(medians)})" if medians else ""
 
 
 def answers_by_question(result: BehaviourVerdict) -> dict[str, CausalAnswer]:

@@ -136,6 +136,12 @@ def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
     return Dictionary(changed, **arrays)
 
 
+def around_zero(dictionary: Dictionary) -> Dictionary:
+    """Return a dictionary with its centre, the bias of its decoder, at zero."""
+    arrays = dictionary.arrays
+    return Dictionary(dictionary.config, **arrays | dict(b_dec_D=jnp.zeros_like(arrays["b_dec_D"])))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _initial_arrays(config: DictionaryConfig, mesh: Mesh | None, key: jax.Array) -> dict[str, jax.Array]:
     """Return the arrays of a random dictionary, of which each device of a mesh makes its part."""

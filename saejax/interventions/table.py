@@ -10,7 +10,8 @@ the verdict says is computed from these (``saejax.interventions.verdict``), so i
 Vocabulary:
 
 - An **edit** belongs to the behaviour whose answers chose its features (``behaviour``). It is run on test prompts of
-  that behaviour; the edit of the top features is also run on the prompts of the other behaviours and on held-out text.
+  that behaviour; the edit of the top features is also run on the prompts of the other behaviours and on held-out text,
+  and so are a few random lists and placebo sets (``SPARING``), on every eighth document.
 - The **group** of an edit says what it is compared as: see ``GROUPS`` and ``BASIS``.
 - The **fraction** a of an edit is how much of it was applied: each activation f becomes f + a (r - f), where r is the
   replacement (0 for zero ablation). An edit with several fractions has one definition per fraction. Placebo sets may
@@ -36,10 +37,14 @@ from saejax.short_reprs import has_short_repr
 #: ``clean``: no edit. ``top``: the tested features together (index 0). ``single``: one feature alone (index is its
 #: rank). ``random``: random lists to the dose of the top features. ``placebo``: the top features of a placebo target,
 #: scaled to that dose. ``trained`` and ``untrained``: the list to that dose of the tested dictionary, and of each
-#: untrained one (index). ``pool``: the features of which random lists are made; it is not run. ``every``: any live
-#: feature alone (index is the feature). ``resample``: the top features, each at every position where it fires with an
-#: activation from another such position.
-GROUPS = ("clean", "top", "single", "random", "placebo", "trained", "untrained", "pool", "every", "resample")
+#: untrained one (index). ``uncentred``: the same of the first untrained ones, with their centre at zero. ``pool``: the
+#: features of which random lists are made; it is not run. ``every``: any live feature alone (index is the feature).
+#: ``resample``: the top features, each at every position where it fires with an activation from another such position.
+GROUPS = (
+    *("clean", "top", "single", "random", "placebo", "trained", "untrained", "uncentred", "pool", "every", "resample"),
+)
+#: The groups whose first sets are also run on the prompts of other behaviours and on some held-out text.
+SPARING = ("random", "placebo")
 #: Groups named ``kept:<group>`` hold the features that alone are kept, all others at their means: of ``top``,
 #: ``placebo`` or ``untrained``; groups that end in ``NO_ERROR`` are without the error term. The index counts sets and
 #: sizes.

@@ -5,6 +5,7 @@ attention sinks. Where a counterpart's activations replace others, text has none
 below the site and the text without an edit are run once for all behaviours, and for all dictionaries of a site.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from saejax.tasks import corpora
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 LENGTH = 64  # tokens of a document
+STEP = 8  # every so many-th document is run with controls, too: they are looked at, and decide nothing
 _BATCH_TOKENS = 2048  # of a program, padding included
 
 
@@ -58,6 +60,11 @@ class HeldOutText:
         ids = [model.encode(document.text[: 16 * length])[:length] for document in chosen]
         read = [document for document in ids if len(document) > 1]
         return cls(read) if read else None
+
+    @functools.cached_property
+    def few(self) -> "HeldOutText":
+        """The documents that controls are run on, too."""
+        return HeldOutText(self.documents[::STEP])
 
     def effects(self, split: SplitModel, edits: FeatureEdits) -> np.ndarray:
         """Return the cross-entropy of N documents under S edits.

@@ -25,7 +25,7 @@ random features" says yes to features that were chosen for an unrelated answer.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ from saejax.interventions.table import (
     KEPT_CONTROLS,
     NO_ERROR,
     RANKS,
+    SPARING,
     TESTED,
     TEXT,
     EditDefinition,
@@ -153,7 +154,8 @@ class MeasuredBehaviour:
 
     def edits(self, group: str) -> list[EditDefinition]:
         """Return the edits of a group of this dictionary; untrained dictionaries are the same for all seeds."""
-        return self.table.select_edits(self.behaviour, group, TESTED if group == "untrained" else self.dictionary)
+        is_shared = group in ("untrained", "uncentred")
+        return self.table.select_edits(self.behaviour, group, TESTED if is_shared else self.dictionary)
 
     def reaching(self, edits: list[EditDefinition]) -> list[EditDefinition]:
         """Return those edits that change the site as much as the tested dictionary's T does, within one percent."""
@@ -343,6 +345,8 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
     pool = measured.edits("pool")
     if group == "random" and pool:
         numbers["pool"] = len(pool[0].features)
+    if group == "untrained" and (uncentred := measured.reaching(measured.edits("uncentred"))):
+        numbers["uncentred"] = np.median(measured.drops(uncentred).mean(axis=1))
     parts: dict[str, Interval] = {}
     shares = _compare_shares(measured) if group == "placebo" else None
     # Of benchmarks the other side is not asked.
@@ -536,6 +540,7 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         p_values[name] = bootstrap.non_inferiority_p(sample_R, margin)
     # All parts must pass, so the largest p-value is the whole question's (Berger, 1982).
     p_value, margins = max(p_values.values()), {name: margin for name, (_, _, margin) in changes.items()}
+    numbers = margins | _sparing_of_controls(measured, changes)
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         assert p_holm is not None
@@ -544,11 +549,28 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         name, count = min(((name, len(each[0])) for name, each in changes.items()), key=lambda item: item[1])
         if too_few := wording.too_few_prompts(count, config.least_prompts):
             sentence = f"{name.replace('_', ' ').capitalize()}: {too_few}."
-            return CausalAnswer("not testable", sentence, None, p_value, p_holm, margins, parts)
-        answered = CausalAnswer(answer, "", None, p_value, p_holm, margins, parts)
+            return CausalAnswer("not testable", sentence, None, p_value, p_holm, numbers, parts)
+        answered = CausalAnswer(answer, "", None, p_value, p_holm, numbers, parts)
         return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing, left_out))
 
     return _Test(p_value, conclude)
+
+
+def _sparing_of_controls(measured: MeasuredBehaviour, names: Iterable[str]) -> dict[str, float]:
+    """Return what controls of T's dose change in other behaviours and text: of each group the median mean |change|.
+
+    It stands beside question 5, and decides nothing. Keys are a behaviour or ``TEXT``, a colon and the group.
+    """
+    table, numbers = measured.table, dict[str, float]()
+    for name in names:
+        prompts, readout = table.select_prompts(name), "ce" if name == TEXT else measured.objective
+        for group in SPARING:
+            change_ExP = np.abs(table.drops(measured.edits(group), prompts, readout))
+            # Few of the sets were run here, on some of the documents.
+            means = [float(np.nanmean(change_P)) for change_P in change_ExP if not np.isnan(change_P).all()]
+            if means:
+                numbers[f"{name}:{group}"] = float(np.median(means))
+    return numbers
 
 
 def _measure_enough(measured: MeasuredBehaviour) -> tuple[Kept, ...]:

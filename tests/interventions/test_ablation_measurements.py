@@ -21,7 +21,7 @@ from saejax.interventions.settings import AblateConfig
 from saejax.interventions.slopes import attribution
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.sufficiency import keep_features
-from saejax.interventions.table import RANKS, TESTED
+from saejax.interventions.table import RANKS, SPARING, TESTED, TEXT
 from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import summarise, verdict
 from saejax.results import from_json, to_json
@@ -125,11 +125,11 @@ def doses(table, edits):
 def test_every_control_was_measured_once_at_the_dose_of_the_top_features(ablation):
     table = ablation.table
     (dose,) = doses(table, table.select_edits("first", "top")[-1:])
-    counts = dict(random=12, placebo=12, untrained=3, trained=1)
+    counts = dict(random=12, placebo=12, untrained=3, trained=1, uncentred=3)
     for group in (*counts, *(f"basis:{basis}" for basis in BASES)):
         edits = table.select_edits("first", group)
         assert len({edit.index for edit in edits}) == len(edits)
-        if group in ("random", "placebo", "trained", "untrained"):
+        if group in counts:
             assert len(edits) <= counts[group] and (len(edits) == counts[group] or group == "placebo")
             np.testing.assert_allclose(doses(table, edits), dose, rtol=1e-5)
         else:
@@ -238,6 +238,21 @@ def test_doses_and_effects_are_those_of_the_engine(tiny, ablation, dictionary, m
     for r, readout in enumerate(readouts):
         value_ExP = table.values(chosen, table.select_prompts("first"), readout)
         np.testing.assert_allclose(value_ExP, want[:, :, r], atol=2e-5)
+
+
+def test_the_first_controls_are_run_on_other_behaviours_and_some_text(tiny, ablation, dictionary, make_prompt):
+    table, others = ablation.table, make_prompts(make_prompt, "second")[10:]
+    for group in SPARING:
+        chosen = table.select_edits("first", group)
+        value_ExP = table.values(chosen, table.select_prompts("second"), "logit_diff")
+        batch = edits.mask(dictionary, [edit.features for edit in chosen[:3]], [edit.fraction for edit in chosen[:3]])
+        np.testing.assert_allclose(
+            value_ExP[:3], engine.effects(tiny, others, batch, ["logit_diff"])[..., 0], atol=2e-5
+        )
+        assert np.isnan(value_ExP[3:]).all()
+        # Of three documents the first alone.
+        is_run_ExP = np.isfinite(table.values(chosen, table.select_prompts(TEXT), "ce"))
+        assert is_run_ExP[:3, 0].all() and is_run_ExP.sum() == 3
 
 
 def test_the_verdict_is_that_of_the_table(ablation):

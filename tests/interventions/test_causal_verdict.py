@@ -189,6 +189,11 @@ def test_training_mattered_if_no_untrained_dictionary_does_as_much(high, answer)
     # The list to the dose, not the features that were named or are first.
     assert trained.sentence.startswith("The 3 top features cost 3.00 logits; 19 untrained dictionaries of the same")
     assert trained.sentence.endswith("training mattered." if answer == "yes" else "training is not shown to matter.")
+    for index, (drop, dose) in enumerate([(0.5, 2.0), (2.5, 2.0), (0.75, 2.0), (9.0, 1.0)]):  # the last below the dose
+        rows.add_set(EditDefinition("b", "uncentred", index, (5, 6, 7)), varied(drop), dose)
+    beside = judge(rows).trained
+    assert "around zero in place of its centre they cost 0.75 in the median" in beside.sentence
+    assert (beside.answer, beside.p_value) == (trained.answer, trained.p_value)
     rows = make_rows()
     rows.add_untrained(np.linspace(0, 1, 18))
     assert judge(rows).trained.sentence == ("Not testable: 18 untrained dictionaries of 19 needed; raise their number.")
@@ -341,6 +346,24 @@ def test_selective_in_either_direction(beside, text, answer):
     assert result.parts["c"].mean == pytest.approx(abs(beside))
     assert result.parts[TEXT].mean == pytest.approx(abs(text))
     assert result.numbers == pytest.approx({"c": 0.5, TEXT: 0.05})
+
+
+def test_what_controls_change_stands_beside_and_decides_nothing():
+    rows = with_basis(1.0)
+    rows.add_behaviour("c", first=100)
+    rows.add(EditDefinition("b", "top", 0, (1, 2)), on="c", logit_diff=5.0)
+    alone = judge(rows).selective
+    for index, change in enumerate((0.5, -2.0, 3.0)):
+        edit = EditDefinition("b", "random", index, (10 + 2 * index, 11 + 2 * index))
+        rows.add(edit, on="c", logit_diff=5.0 - varied(change, 0.05))
+    placebo = EditDefinition("b", "placebo", 0, (3, 4), target=(" t0", " u"))
+    ce_P = np.where(np.arange(PROMPTS) % 8, np.nan, 3.25)  # of some documents
+    rows.add(placebo, on=TEXT, ce=ce_P)
+    beside = judge(rows).selective
+    assert beside.numbers == pytest.approx(alone.numbers | {"c:random": 2.0, f"{TEXT}:placebo": 0.25})
+    for part in ("of the same dose random lists 2.00)", "of the same dose placebo sets 0.25)"):
+        assert part in beside.sentence and part not in alone.sentence
+    assert (beside.answer, beside.p_value, beside.parts) == (alone.answer, alone.p_value, alone.parts)
 
 
 def test_changes_of_different_signs_do_not_cancel():

@@ -58,6 +58,6 @@ ABLATE = Stage(
     inputs=_inputs,
     names=_names,
     check=_check,
-    revision=10,  # question 4 says how many features the tested dictionary's list holds
+    revision=11,  # what controls change elsewhere, and untrained dictionaries around zero, stand beside
     processes="all",
 )
