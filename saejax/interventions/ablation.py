@@ -300,8 +300,8 @@ def expected_rows(
     if config.attribution == "integrated" or config.replacement == "mean":  # which are each dictionary's own
         chosen *= trainings
     # T, and controls beside it.
-    beside = min(sufficiency.CONTROLS, config.random_sets) + min(sufficiency.CONTROLS, config.placebo_targets)
-    elsewhere = others * (1 + beside) + documents + -(-documents // STEP) * beside
+    controls = min(sufficiency.CONTROLS, config.random_sets) + min(sufficiency.CONTROLS, config.placebo_targets)
+    elsewhere = others * (1 + controls) + documents + -(-documents // STEP) * controls
     return test * edits + chosen + elsewhere * trainings
 
 
