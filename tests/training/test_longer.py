@@ -3,12 +3,14 @@
 import dataclasses
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 from small_runs import assert_same_bits, make_stack
-from small_stacks import first_device
-from test_thresholds import activations
+from small_stacks import D, first_device
 
 import saejax
+from saejax.activations.in_memory import Activations
+from saejax.activations.manifest import CapturedModel
 from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.training import longer
@@ -19,7 +21,13 @@ QUICK = dict(k=4, features=64, batch=64, epochs=1, warmup=3, dead_tokens=64, res
 
 @pytest.fixture(scope="module")
 def acts():
-    return activations(rows=1024)  # an epoch of 16 steps
+    """Sparse sums of 60 directions at one site: an epoch of 16 steps."""
+    rng, rows = np.random.default_rng(0), 1024
+    codes = rng.exponential(size=(rows, 60)) * (rng.random((rows, 60)) < 0.1)
+    values = (codes @ rng.normal(size=(60, D)) + 0.7).astype(np.float32)
+    texts = [np.zeros(32, np.int32)] * (rows // 32)
+    index = np.stack([np.arange(rows) // 32, np.arange(rows) % 32, np.zeros(rows)], axis=1).astype(np.int32)
+    return Activations({"resid_post.0": values}, index, texts, 100.0, CapturedModel("made", "", "1"), bos=False)
 
 
 def go(acts, folder=None, **changes):

@@ -203,10 +203,9 @@ def acts(lm):
 @pytest.mark.parametrize(
     ("site", "backend"),
     [
-        ("mlp_in", "jax"),
         ("attn_z", "jax"),
         ("mlp_in", "torch"),
-        *(pytest.param(site, "jax", marks=pytest.mark.slow) for site in ("mlp_act", "resid_pre")),
+        *(pytest.param(site, "jax", marks=pytest.mark.slow) for site in ("mlp_in", "mlp_act", "resid_pre")),
     ],
 )
 def test_an_edit_reads_the_site_and_changes_the_target(site, backend, lm, model, acts, one_device):
