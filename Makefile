@@ -138,7 +138,7 @@ notebooks: $(INSTALLED)
 	$(BIN)/python scripts/run_notebooks.py
 
 # The guides and an API reference as a site. A docstring that Sphinx cannot read fails it. BUILDER=dummy: all is read and
-# no page is written, which takes half of the time.
+# no page is written, which takes two thirds of the time.
 BUILDER ?= html
 docs: $(INSTALLED)
 	$(BIN)/python docs/pages.py build/docs_source
