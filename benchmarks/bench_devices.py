@@ -1,7 +1,7 @@
 """The share of each device: what it computes and holds of the programs of stages on eight devices, beside one.
 
 Run: python -m benchmarks.bench_devices [--layers 8] [--meshes 8x1x1,4x2x1,1x8x1,1x1x8]
-The programs of preflight (capture, training from the model, evaluate, ablate), the encoder of interpret, the rows of a
+The programs of preflight (capture, training from the model, fine-tuning, evaluate, ablate), the encoder of interpret, the rows of a
 graph of attribute, and the search of transfer for nearest features in as many pairs of dictionaries as devices are
 compiled for eight simulated devices of the processor, as member x data x model, and for one, with the same work in all:
 a dictionary for each layer of a model of Qwen3-0.6B's shape. A device's FLOPs are those of the matrix products of the
@@ -19,7 +19,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ PROMPT = 64  # tokens of a graph's prompt
 ACTIVE = 64  # features that are active at each position of a layer, of eight times as many that are active somewhere
 MATRICES = "W_enc_DxF", "W_dec_FxD"
 WEIGHTS = "the model's weights"
-STAGES = ("capture", "train", "evaluate", "interpret", "ablate", "attribute", "transfer")
+STAGES = ("capture", "train", "fine-tuning", "evaluate", "interpret", "ablate", "attribute", "transfer")
 
 
 class Measured(NamedTuple):
@@ -74,7 +74,8 @@ class Measured(NamedTuple):
     work: float  # FLOPs of all devices by formula
     bytes: int  # besides the language model's weights, of the program that takes most on a device
     weights: int  # bytes of the language model's weights on a device, in the program that has most of them
-    dictionaries: int  # bytes of matrices of dictionaries, and of Adam's means of them, in the program that has most
+    dictionaries: int  # bytes of matrices of single dictionaries, and of Adam's means of them, in the program with most
+    stacks: int  # the same of stacks, whose members ``member`` splits
 
 
 def settings(layers: int, devices: int) -> Configs:
@@ -84,7 +85,7 @@ def settings(layers: int, devices: int) -> Configs:
         ModelConfig: dict(backend="jax"),
         CaptureConfig: dict(sites=sites, batch_tokens=BATCH // devices),
         TrainConfig: dict(
-            source="model", kinds=("standard",), sites=sites, expansion=(4,), batch=4096, buffer_rows=2**16
+            source="model", kinds=("standard",), sites=sites, expansion=(4,), batch=4096, buffer_rows=2**16, kl_steps=1
         ),
         CorpusConfig: dict(context=256),
         EvaluateConfig: dict(batch_tokens=BATCH),
@@ -97,7 +98,7 @@ def settings(layers: int, devices: int) -> Configs:
 
 def stage_of(program: Program) -> str:
     """Return the stage of a program."""
-    return program.name.partition(":")[0]
+    return "fine-tuning" if program.name.endswith("fine-tuning") else program.name.partition(":")[0]
 
 
 def interpret_program(plan: PlannedRun, mesh: Mesh) -> Program:
@@ -155,10 +156,10 @@ def transfer_program(plan: PlannedRun, mesh: Mesh) -> Program:
     return Program("transfer: nearest", f"{DEVICES} pairs", best_rows, arguments, (), flops)
 
 
-def named_bytes(program: Program, names: Collection[str]) -> int:
-    """Return the bytes that a program has on each device of the parameters of these names."""
+def named_bytes(arrays: Any, names: Collection[str]) -> int:
+    """Return the bytes on each device of those arrays in a tree that are parameters of these names."""
     size = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path((program.arguments, program.kept)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
         if {*names} & {getattr(key, "key", getattr(key, "name", "")) for key in path}:
             size += leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
     return size
@@ -176,16 +177,20 @@ def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[st
     for program in (*stage_programs(plan), *programs):
         if (stage := stage_of(program)) not in STAGES:
             continue
-        compiled, so_far = program.lower().compile(), measured.get(stage, Measured(0, 0, 0, 0, 0))
+        compiled, so_far = program.lower().compile(), measured.get(stage, Measured(0, 0, 0, 0, 0, 0))
         flops = product_flops(compiled.as_text(), unknown=8 if stage == "attribute" else 1)
-        weights = named_bytes(program, parameter_table(model))
+        weights = named_bytes((program.arguments, program.kept), parameter_table(model))
         size = device_bytes(program, compiled) - weights
+        # Training has its stack in its arguments or keeps it meanwhile, as fine-tuning does, whose arguments are a member's.
+        of_arguments, kept = named_bytes(program.arguments, MATRICES), named_bytes(program.kept, MATRICES)
+        dictionaries, stacks = (0, of_arguments + kept) if stage == "train" else (of_arguments, kept)
         measured[stage] = Measured(
             so_far.flops + flops,
             so_far.work + program.flops,
             max(so_far.bytes, size),
             max(so_far.weights, weights),
-            max(so_far.dictionaries, named_bytes(program, MATRICES)),
+            max(so_far.dictionaries, dictionaries),
+            max(so_far.stacks, stacks),
         )
     return measured
 
@@ -220,8 +225,8 @@ def ratios(model: DecoderConfig, layers: int, meshes: list[str]) -> Iterator[tup
         for stage, on_mesh in measure(model, layers, axes).items():
             whole = alone[stage]
             flops = DEVICES * on_mesh.flops / on_mesh.work / (whole.flops / whole.work)
-            splits = axes[2] * (axes[0] if stage == "train" else 1)
-            fair = whole.dictionaries / splits + (whole.bytes - whole.dictionaries) / DEVICES
+            rest = whole.bytes - whole.dictionaries - whole.stacks
+            fair = whole.dictionaries / axes[2] + whole.stacks / (axes[0] * axes[2]) + rest / DEVICES
             yield name, stage, flops, on_mesh.bytes / fair
             if stage == "ablate":  # which has the whole model
                 yield name, WEIGHTS, 1.0, DEVICES * on_mesh.weights / whole.weights

@@ -26,6 +26,8 @@ from saejax.interpret.jacobian_lens import JacobianLens
 from saejax.interventions.edits import mask
 from saejax.interventions.table import EffectsTable
 from saejax.models.tokens import bos_tokens
+from saejax.parallel.mesh import make_mesh
+from saejax.parallel.settings import MeshConfig
 from saejax.runner.registry import all_stages
 from saejax.settings_from_keywords import make_config
 from saejax.training.settings import TrainConfig
@@ -448,6 +450,13 @@ def test_stacks_in_memory(lm, acts):
     stacks = saejax.train_all(acts, SITE, **settings)
     sizes = {name: (sae.config.n_features, sae.config.k) for name, sae in stacks.items()}
     assert sizes == {f"expansion{e}-k{k}": (64 * e, k) for e in (1, 2) for k in (4, 8)}
+
+
+def test_a_dictionary_that_was_trained_in_parts_is_returned_in_parts(acts):
+    """One that a device could not hold trains on several: nor may a device hold it afterwards."""
+    settings = dict(k=4, expansion=2, batch=64, max_steps=1, on_progress=None)
+    sae = saejax.train(acts, SITE, mesh=make_mesh(MeshConfig(model=8)), **settings)
+    assert [array.data.shape for array in sae.W_dec_FxD[...].addressable_shards] == [(16, 64)] * 8
 
 
 def test_pieces_of_a_text_stay_together(lm, sae, tmp_path):

@@ -121,7 +121,8 @@ def train_all(
       **settings: as for ``train``; k, seed, learning_rate, expansion and others may be lists, such as seed=(1, 2, 3).
 
     Returns:
-      The dictionaries by their names, such as "k16-seed1" or "resid_post.3-k16"; "" where there is one.
+      The dictionaries by their names, such as "k16-seed1" or "resid_post.3-k16"; "" where there is one. Their features
+      are split over the axis ``model`` of the mesh, as while they were trained.
 
     Raises:
       UserError: as for ``train``.
@@ -195,7 +196,9 @@ def _train(training: _Training, folder: Path, on_progress: Callable[[str], None]
         source = store_source(config, training.store, batch_parts(members), listener.say)
         train_stack(config, members, source, training.mesh, folders, listener)
     names = [member.name for members in training.members.values() for member in members]
-    return {name: load_dictionary(folder / name) for name in names}
+    # What ``model`` splits may be larger than a device's memory; anything else may go where its next user has it.
+    mesh = training.mesh if training.mesh.shape["model"] > 1 else None
+    return {name: load_dictionary(folder / name, mesh=mesh) for name in names}
 
 
 def _check_or_record_inputs(folder: Path, store: Store, members: Sequence[Member], init_from: str) -> None:

@@ -101,7 +101,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
     folders = [f"v1/{model}/{source.id}" for source in sources]
     for member, source, folder in zip(members, sources, folders, strict=True):
         with on_host():
-            W_dec_FxD = np.asarray(load_dictionary(member_folder(unit, member.name)).W_dec_FxD[...], np.float64)
+            W_dec_FxD = np.asarray(load_dictionary(member_folder(unit, member.name)).W_dec_FxD[...])
         labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
         described = sorted((member_folder(run.inputs[f"interpret/{kind}"], member.name) / FEATURES).glob("*.json"))
         _write_about(run.folder / folder, source, store.manifest.documents.train)
@@ -175,7 +175,7 @@ def _write_batch(
 ) -> None:
     """Write some features, their contexts and their labels to the bundle."""
     rows_by_table: dict[str, Iterable[dict[str, Any]]] = dict(
-        features=(feature_row(source, record, W_dec_FxD[record["feature"]]) for record in records),
+        features=(feature_row(source, record, W_dec_FxD[record["feature"]].astype(np.float64)) for record in records),
         activations=(row for record in records for row in activation_rows(source, record)),
         explanations=(
             explanation_row(source, record["feature"], labels[record["feature"]])
