@@ -1,17 +1,17 @@
 """The share of each device: what it computes and holds of the programs of stages on eight devices, beside one.
 
 Run: python -m benchmarks.bench_devices [--layers 8] [--meshes 8x1x1,4x2x1,1x8x1,1x1x8]
-The programs of preflight (capture, training from the model, fine-tuning, evaluate, ablate), the encoder of interpret, the rows of a
-graph of attribute, and the search of transfer for nearest features in as many pairs of dictionaries as devices are
-compiled for eight simulated devices of the processor, as member x data x model, and for one, with the same work in all:
-a dictionary for each layer of a model of Qwen3-0.6B's shape. A device's FLOPs are those of the matrix products of the
-compiled program, times the counts of its loops; 1.00 is an eighth of what one device alone does. Loops over the layers,
-chunks and blocks of a graph, whose counts depend on the prompt, run eight times each. Bytes, in the program that takes
-most, are arguments, results and temporaries by the compiler, without the language model's weights, which have a row
-of their own; 1.00 is a fair share: an eighth of those of one device, and of dictionaries, with Adam's means in
-training, the part that the mesh leaves to a device (``model`` splits their features, ``member`` those of a stack).
-Filler rows belong to no document: of the batches of capture,
-on the demo's text and on made-up web texts. Prints a table and, last, one line of JSON.
+The programs of preflight (capture, training from the model, fine-tuning, evaluate, ablate), the encoder of interpret,
+the rows of a graph of attribute, and the search of transfer for nearest features in as many pairs of dictionaries as
+devices are compiled for eight simulated devices of the processor, as member x data x model, and for one, with the same
+work in all: a dictionary for each layer of a model of Qwen3-0.6B's shape. A device's FLOPs are those of the matrix
+products of the compiled program, times the counts of its loops; 1.00 is an eighth of what one device alone does. Loops
+over the layers, chunks and blocks of a graph, whose counts depend on the prompt, run eight times each. Bytes, in the
+program that takes most, are arguments, results and temporaries by the compiler, without the language model's weights,
+which have a row of their own; 1.00 is a fair share: an eighth of those of one device, and of dictionaries, with Adam's
+means in training, the part that the mesh leaves to a device (``model`` splits their features, ``member`` those of a
+stack). Filler rows belong to no document: of the batches of capture, on the demo's text and on made-up web texts.
+Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[st
         flops = product_flops(compiled.as_text(), unknown=8 if stage == "attribute" else 1)
         weights = named_bytes((program.arguments, program.kept), parameter_table(model))
         size = device_bytes(program, compiled) - weights
-        # Training has its stack in its arguments or keeps it meanwhile, as fine-tuning does, whose arguments are a member's.
+        # Training has its stack in its arguments, or keeps it meanwhile; fine-tuning keeps it, and has one member.
         of_arguments, kept = named_bytes(program.arguments, MATRICES), named_bytes(program.kept, MATRICES)
         dictionaries, stacks = (0, of_arguments + kept) if stage == "train" else (of_arguments, kept)
         measured[stage] = Measured(

@@ -90,7 +90,7 @@ def main() -> None:
     answers = dict(result.ablation, random=result.random, placebo=result.placebo, selective=result.selective)
     for name, answer in answers.items():
         print(f"{name:>15}: {answer.answer}: {answer.sentence}")
-    totals = [round(sum(each), 1) for each in zip(*spent.values(), strict=True)]
+    totals = [round(sum(seconds), 1) for seconds in zip(*spent.values(), strict=True)]
     figures = dict(seconds=totals[0], processor_seconds=totals[1])
     answer_words = {name: answer.answer for name, answer in answers.items()}
     print(json.dumps(dict(bench="own_behaviour", **figures, **answer_words)))

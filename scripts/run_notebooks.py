@@ -36,5 +36,5 @@ def run(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for each in sys.argv[1:] or NAMES:
-        run(each)
+    for name in sys.argv[1:] or NAMES:
+        run(name)

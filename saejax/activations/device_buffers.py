@@ -53,8 +53,8 @@ class DeviceBuffers:
         shapes, norms = buffer_shapes(reader.config, reader.mesh, parts, rows, dtype)
         self._rows = norms.shape[1]
         # Before anything is allocated: an error here names a remedy, XLA's would not.
-        each = (math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize for part in shapes)
-        check_room(reader.mesh, self._rows, sum(each))
+        part_bytes = (math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize for part in shapes)
+        check_room(reader.mesh, self._rows, sum(part_bytes))
         zeros = functools.partial(jax.tree.map, lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding))
         self.parts, self._norms_SxR = zeros((shapes, norms))
         self._places = {site: (i, part.index(site)) for i, part in enumerate(parts) for site in part}

@@ -68,7 +68,7 @@ def read_request(configs: Configs) -> CaptureRequest:
             raise UserError(f"all sites are of the second model, such as {sites[0]}: name it by --model.path instead")
         request, second = read_request(configs | first), _other_request(configs, model_source, of_other)
         # Documents are cut for both models: the shorter context is the limit.
-        contexts = [each for each in (request.context, second.context) if each is not None]
+        contexts = [context for context in (request.context, second.context) if context is not None]
         return dataclasses.replace(request, sites=sites, context=min(contexts, default=None), second=second)
     fields, where = source.read_model_config(model_source.folder), str(model_source.folder / "config.json")
     modules = any(isinstance(site, ModuleSite) for site in sites)
@@ -153,7 +153,7 @@ def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
 def batch_devices(mesh: MeshConfig, request: CaptureRequest) -> int:
     """Return the number of devices over which the rows of a batch are split."""
     models = [request, *([request.second] if request.second else [])]
-    return 1 if all(each.in_torch for each in models) else document_devices(make_mesh(mesh))
+    return 1 if all(model.in_torch for model in models) else document_devices(make_mesh(mesh))
 
 
 def load_reader(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig) -> Reader:
@@ -162,7 +162,7 @@ def load_reader(mesh: MeshConfig, request: CaptureRequest, config: CaptureConfig
         first_sites = tuple(site for site in request.sites if not isinstance(site, OtherSite))
         first = dataclasses.replace(request, sites=first_sites, second=None)
         # Each model by itself: the two may run in different backends.
-        return PairReader(*(load_reader(mesh, each, config) for each in (first, request.second)))
+        return PairReader(*(load_reader(mesh, side, config) for side in (first, request.second)))
     hand_over = DTYPES[config.store_dtype].name
     if request.in_torch:
         from saejax.activations.torch_capture import SiteReader

@@ -123,7 +123,7 @@ class ModelStream:
 
     def d(self, site: str) -> int:
         """Return the width of a site."""
-        return next(width for each, width in self._reader.widths.items() if str(each) == site)
+        return next(width for read_site, width in self._reader.widths.items() if str(read_site) == site)
 
     def max_norm(self, site: str) -> float:
         """Return the sink rule: rows with a larger norm are attention sinks."""

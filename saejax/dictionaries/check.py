@@ -72,7 +72,7 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
     kept_T = np.asarray(dictionary.is_not_sink(x_TxD, y_TxO))
     target_NxO = np.asarray(y_TxO, np.float64)[kept_T]
     sizes = (error_TxO[kept_T], target_NxO - target_NxO.mean(0), target_NxO) if kept_T.any() else (np.zeros(0),) * 3
-    squared_error, variance, square = (float(np.square(each).sum()) for each in sizes)
+    squared_error, variance, square = (float(np.square(array).sum()) for array in sizes)
     explained = losses.explained_share(squared_error, variance, square, constant=np.nan)
     active_NxF = np.asarray(dictionary.fires(f_TxF))[kept_T]
     check = DictionaryCheck(

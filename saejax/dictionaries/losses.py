@@ -82,7 +82,7 @@ def explained_variance(y_BxD: jax.Array, error_BxD: jax.Array) -> jax.Array:
     deviations_BxD = y_BxD - jnp.mean(y_BxD, axis=0, keepdims=True)
     # Once more: the mean of many equal numbers is not that number to the last bit.
     deviations_BxD = deviations_BxD - jnp.mean(deviations_BxD, axis=0, keepdims=True)
-    return explained_share(*(jnp.sum(jnp.square(each)) for each in (error_BxD, deviations_BxD, y_BxD)))
+    return explained_share(*(jnp.sum(jnp.square(term_BxD)) for term_BxD in (error_BxD, deviations_BxD, y_BxD)))
 
 
 def explained_share(error: Any, variance: Any, square: Any, constant: float = 0.0) -> Any:

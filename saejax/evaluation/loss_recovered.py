@@ -110,7 +110,7 @@ class LossSums:
     def losses(self) -> list[Losses]:
         """Return the losses of each stand-in."""
         whole, *groups = (self._means(*of_group) for of_group in zip(self._tokens, self._sums, strict=True))
-        return [dataclasses.replace(each, groups=tuple(of[i] for of in groups)) for i, each in enumerate(whole)]
+        return [dataclasses.replace(losses, groups=tuple(of[i] for of in groups)) for i, losses in enumerate(whole)]
 
     def _means(self, tokens: int, sums_2xE: np.ndarray) -> list[Losses]:
         """Return the losses of each stand-in on one group of tokens."""

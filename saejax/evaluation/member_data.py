@@ -27,7 +27,9 @@ _LEFT_OUT = frozenset({
 def compiled_in(config: DictionaryConfig) -> DictionaryConfig:
     """Return the config without its place and its numbers: the same for dictionaries that share a program."""
     fields = dataclasses.fields(config)
-    return DictionaryConfig(**{each.name: getattr(config, each.name) for each in fields if each.name not in _LEFT_OUT})
+    return DictionaryConfig(
+        **{field.name: getattr(config, field.name) for field in fields if field.name not in _LEFT_OUT}
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +53,7 @@ class MemberData:
             raise ValueError(f"dictionaries of one program must have one kind and shape: {sorted(map(str, shared))}")
         # The largest k of all members is a static size of top-k; each member's own is data.
         largest: dict[str, Any] = {
-            name: max(each.numbers[name] for each in dictionaries) for name in dictionaries[0].numbers
+            name: max(dictionary.numbers[name] for dictionary in dictionaries) for name in dictionaries[0].numbers
         }
         common = dataclasses.replace(shared[0], **largest)
         places = {name: fitting_sharding(mesh, shape, *axes) for name, (shape, axes) in parameter_table(common).items()}
@@ -59,12 +61,12 @@ class MemberData:
             cls(
                 Dictionary(
                     common,
-                    each.matmul_dtype,
-                    **{name: jax.device_put(array, places[name]) for name, array in each.arrays.items()},
+                    dictionary.matmul_dtype,
+                    **{name: jax.device_put(array, places[name]) for name, array in dictionary.arrays.items()},
                 ),
-                {name: jax.device_put(_number(value), sharding(mesh)) for name, value in each.numbers.items()},
+                {name: jax.device_put(_number(value), sharding(mesh)) for name, value in dictionary.numbers.items()},
             )
-            for each in dictionaries
+            for dictionary in dictionaries
         ]
 
     @classmethod

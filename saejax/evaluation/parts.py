@@ -102,10 +102,10 @@ def part_losses(
         for name, (lm, sites) in replaced_at.items():
             # Not the logits of whole documents: ``compare`` makes the logits of a few positions at a time.
             last = (Site("resid_post", lm.config.n_layers - 1),)
-            edits = [(), *(replaced(sites, each) for each in new)]
-            left = [forward(lm.config, last, False, lm.params, ids_BxT, lengths_B, each)[1][0] for each in edits]
+            edits = [(), *(replaced(sites, value) for value in new)]
+            left = [forward(lm.config, last, False, lm.params, ids_BxT, lengths_B, edit)[1][0] for edit in edits]
             sums[name].add(lm, left, *batch, group_BxT)
-    by_place = [each.losses() for each in sums.values()]
+    by_place = [summed.losses() for summed in sums.values()]
     return [dict(zip(replaced_at, of_dictionary, strict=True)) for of_dictionary in zip(*by_place, strict=True)]
 
 

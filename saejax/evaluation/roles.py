@@ -61,7 +61,7 @@ def _tokens_around(tokenizer: Any, *roles: str) -> list[list[int]] | None:
         texts.append(before)
     texts[0] = texts[0].removeprefix(getattr(tokenizer, "bos_token", None) or "")
     # White space at the end of what opens a message may become one token with the message's beginning.
-    return [tokenizer(each.rstrip(), add_special_tokens=False)["input_ids"] for each in (*texts, text)]
+    return [tokenizer(piece.rstrip(), add_special_tokens=False)["input_ids"] for piece in (*texts, text)]
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

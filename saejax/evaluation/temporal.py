@@ -48,7 +48,9 @@ def evaluate_texts(
         counted_B = jnp.where(lengths_B > 1, lengths_B, 0)
         is_token_BxT = jnp.arange(x_BxTxD.shape[1])[None] < counted_B[:, None]
         counted_BxT = np.asarray(is_not_sink(config, x_BxTxD) & is_token_BxT)
-        f_NxF, y_hat_NxD, x_NxD = (np.asarray(each)[counted_BxT] for each in (novel_BxTxF, y_hat_BxTxD, x_BxTxD))
+        f_NxF, y_hat_NxD, x_NxD = (
+            np.asarray(value_BxTxX)[counted_BxT] for value_BxTxX in (novel_BxTxF, y_hat_BxTxD, x_BxTxD)
+        )
         placed = (jnp.asarray(f_NxF), jnp.asarray(f_NxF > 0), jnp.asarray(y_hat_NxD), jnp.asarray(x_NxD))
         sums.add(*jax.device_get(measures(*placed, len(x_NxD))))
         spread.add(x_NxD)

@@ -249,8 +249,8 @@ def measure_behaviour(
     others = {name: other for name, other in ablations.items() if name != TESTED and other.top()}
     for name, other in others.items():
         tables += _measure_dictionary(other, name, prompts, text)[0]
-    for name, each in {TESTED: tested, **others}.items():
-        tables += _measure_kept(each, "top", [_by_attribution(each)], dictionary=name)
+    for name, ablation in {TESTED: tested, **others}.items():
+        tables += _measure_kept(ablation, "top", [_by_attribution(ablation)], dictionary=name)
     tables += _measure_kept(tested, "placebo", [members for _, members in tested.placebos if members])
     if keeps_error and config.untrained_dictionaries:
         tables += _measure_untrained(tested, dose)
@@ -358,9 +358,11 @@ def begin_ablation(
     tested = BehaviourAblation(basis, behaviour, config, progress, definitions, train, test, features)
     if not tested.top():
         return {TESTED: tested}
-    ablations = {name: tested.with_basis(each) if name != TESTED else tested for name, each in dictionaries.items()}
+    ablations = {
+        name: tested.with_basis(dictionary) if name != TESTED else tested for name, dictionary in dictionaries.items()
+    }
     # Together, so that the slopes of placebo targets are computed once for all dictionaries.
-    sets_of = prompt_placebos([each.train for each in ablations.values()], progress.of_call)
+    sets_of = prompt_placebos([ablation.train for ablation in ablations.values()], progress.of_call)
     for ablation, sets in zip(ablations.values(), sets_of, strict=True):
         ablation.placebos = sets
     return ablations
@@ -393,7 +395,7 @@ def _measure_dictionary(
         behaviours = [item for item in prompts.items() if item[0] != ablation.behaviour]
         # Together, so that few programs are compiled; but random activations are drawn from all prompts of a call.
         for group in [[item] for item in behaviours] if config.replacement == "random" else [behaviours]:
-            tests = [prompt for _, each in group for prompt in each if prompt.split == "test"]
+            tests = [prompt for _, prompts_of in group for prompt in prompts_of if prompt.split == "test"]
             if tests:
                 definitions = [prompt for item in group for prompt in define_prompts(*item) if prompt.split == "test"]
                 others = dataclasses.replace(test, prompts=tests)

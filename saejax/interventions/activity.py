@@ -34,8 +34,8 @@ class FeatureStatistics(NamedTuple):
         """
         # int64 and float64 on the host: sums over many prompts leave the exact range of the device's types.
         wide = [
-            [np.asarray(a, np.float64 if jnp.issubdtype(a.dtype, jnp.floating) else np.int64) for a in each]
-            for each in counts
+            [np.asarray(a, np.float64 if jnp.issubdtype(a.dtype, jnp.floating) else np.int64) for a in arrays]
+            for arrays in counts
         ]
         total = cls(*(np.sum(arrays, axis=0) for arrays in zip(*wide, strict=True)))
         if not np.isfinite(total.sum_F).all():

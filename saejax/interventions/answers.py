@@ -184,7 +184,7 @@ class CausalVerdict:
                 answers = [*verdict.ablation.values(), verdict.random, verdict.placebo, verdict.trained]
                 answers += [*verdict.bases.values(), verdict.selective]
                 lines += [f"  {answer.answer}: {answer.sentence}" for answer in answers]
-                kept = (f"{100 * each.left.mean:.0f} % with {each.features}" for each in verdict.enough)
+                kept = (f"{100 * share.left.mean:.0f} % with {share.features}" for share in verdict.enough)
                 lines += [f"  left of the answer: {', '.join(kept)} features alone"] if verdict.enough else []
         lines += [f"{behaviour}\n  not testable: {reason}" for behaviour, reason in (self.untested or {}).items()]
         return "\n".join(lines)
@@ -466,16 +466,16 @@ def replication(
     verdicts = [answers[behaviour] for answers in seeds if behaviour in answers]
     if not verdicts:
         return CausalAnswer("not tested", "Not tested: dictionaries of other seeds have no top features here.")
-    of_seeds, differing, unknown = [answers_by_question(each) for each in verdicts], [], False
+    of_seeds, differing, unknown = [answers_by_question(verdict) for verdict in verdicts], [], False
     opposites = dict(yes="no", no="yes")
     for question, of_tested in answers_by_question(tested).items():
-        in_seeds = {each[question].answer for each in of_seeds}
+        in_seeds = {answers[question].answer for answers in of_seeds}
         if of_tested.answer in opposites:
             if opposites[of_tested.answer] in in_seeds:
                 differing.append(question)
             # What cannot be told of another seed does not contradict the tested dictionary.
             unknown = unknown or not in_seeds <= {*opposites}
-    counts = {name: sum(each[name].answer == "yes" for each in of_seeds) for name in of_seeds[0]}
+    counts = {name: sum(answers[name].answer == "yes" for answers in of_seeds) for name in of_seeds[0]}
     answer = "no" if differing else "not testable" if unknown else "yes"
     listed = ", ".join(f"{count} ({question})" for question, count in counts.items())
     ending = f"another answer than the tested one's: {', '.join(differing)}" if differing else "no answer contradicts"

@@ -161,10 +161,10 @@ class MeasuredBenchmark:
         every = [*self.ablations.values()]
         # Those for the first train items, which chose features, are there already.
         new = [*self.items.train, *self.items.test][len(self.tested.train) :]
-        splits, check_stop = [each.split for each in every], self.tested.progress.check
+        splits, check_stop = [ablation.split for ablation in every], self.tested.progress.check
         rows_of = attributions(splits, self.items.references(new), self.batch_tokens, check_stop)
         pairs = zip(every, rows_of, strict=True)
-        return [np.concatenate([each.train.attribution_NxF, rows_MxF]) for each, rows_MxF in pairs]
+        return [np.concatenate([ablation.train.attribution_NxF, rows_MxF]) for ablation, rows_MxF in pairs]
 
     def measure_group(
         self, group: str, features: Sequence[int], places: Sequence[int], controls: Sequence[str]
@@ -228,9 +228,9 @@ def measure_benchmark(
     answers = items.final_answers(choosing, config.seed) if config.placebo_targets else []
     corrupted = [some[1:] for some in answers if len(some) > 2]  # two make a pair
     targets_of = _attribute_pairs(corrupted, [*ablations.values()], config.batch_tokens)
-    for each, target_MxF in zip(ablations.values(), targets_of, strict=True):
+    for ablation, target_MxF in zip(ablations.values(), targets_of, strict=True):
         sets = [leaders(attribution_F, config.top) for attribution_F in target_MxF]
-        each.placebos = [(None, members) for members in sets if members]
+        ablation.placebos = [(None, members) for members in sets if members]
     table = measure_behaviour(ablations)
     table = merge_tables([table, *_measure_margins(items, table, ablations, config.batch_tokens)])
     # More were chosen than are wanted.
@@ -242,7 +242,7 @@ def _attribute_pairs(
     corrupted: Sequence[Sequence[Reference]], ablations: Sequence[ItemAblation], batch_tokens: int
 ) -> list[np.ndarray]:
     """Return each feature's attribution for M pairs of corrupted answers, float64 [M, F], of each dictionary."""
-    config, progress, splits = ablations[0].config, ablations[0].progress, [each.split for each in ablations]
+    config, progress, splits = ablations[0].config, ablations[0].progress, [ablation.split for ablation in ablations]
     # More than are wanted: sets that would have to be scaled too far are left out.
     targets = answer_pairs(list(map(len, corrupted)), 2 * config.placebo_targets, config.seed)
     if not targets:
@@ -264,17 +264,19 @@ def _measure_margins(
     (tested, *_), tables = ablations.values(), []
     answers = items.final_answers(items.test, tested.config.seed)
     places = [place for place, some in enumerate(answers) if len(some) > 1]
-    for name, each in ablations.items() if places else ():
+    for name, ablation in ablations.items() if places else ():
         right, corrupted = (
-            References(each.split, [answers[place][which] for place in places], batch_tokens, each.progress.check)
+            References(
+                ablation.split, [answers[place][which] for place in places], batch_tokens, ablation.progress.check
+            )
             for which in (0, 1)
         )
-        tests = [each.tests[place] for place in places]
+        tests = [ablation.tests[place] for place in places]
         for edits in table.select_edits(items.name, "top", name)[-1:], table.select_edits(items.name, "placebo", name):
             if edits:
-                some = each.edits(edits)
+                some = ablation.edits(edits)
                 margin_ExN = right.log_likelihoods(some) - corrupted.log_likelihoods(some)
-                tables.append(EffectsTable.block([each.clean, *edits], tests, dict(answer_margin=margin_ExN)))
+                tables.append(EffectsTable.block([ablation.clean, *edits], tests, dict(answer_margin=margin_ExN)))
     return tables
 
 

@@ -142,10 +142,10 @@ def _whole_texts(
     else:
         tokens = lm.tokenize([prompt.text for prompt in prompts])
         ids = [ids_T[:length].tolist() for ids_T, length in zip(tokens.ids_BxT, tokens.lengths_B, strict=True)]
-        if short := [prompt.text for prompt, each in zip(prompts, ids, strict=True) if len(each) < 2]:
+        if short := [prompt.text for prompt, ids_T in zip(prompts, ids, strict=True) if len(ids_T) < 2]:
             raise UserError(f"the prompt {short[0]!r} has one token: cross-entropy takes at least two")
         # Cross-entropy of a text is the log-likelihood of all of it after its first token.
-        pairs = [(each[:1], each[1:]) for each in ids]
+        pairs = [(ids_T[:1], ids_T[1:]) for ids_T in ids]
     references = [Reference(*pair) for pair in pairs]
     for prompt, reference in zip(prompts, references, strict=True):
         if len(reference) > lm.config.context:
@@ -154,7 +154,7 @@ def _whole_texts(
                 f"context of {lm.config.context}: shorten it"
             )
     edited_ExP = References(split, references, GROUP_TOKENS).log_likelihoods(edits)[1:]
-    return edited_ExP if readout == "answer_log_prob" else -edited_ExP / np.array([len(each[1]) for each in pairs])
+    return edited_ExP if readout == "answer_log_prob" else -edited_ExP / np.array([len(pair[1]) for pair in pairs])
 
 
 def run_edits(
@@ -281,7 +281,11 @@ def rank_logits(
                 to_host(_end_logits(split.point, split.params, rows, *changes, share * fraction_K)) for share in (0, 1)
             )
             order_NxR = np.argsort(-np.where(is_allowed_V, clean_NxV, -np.inf), axis=1, kind="stable")[:, :most]
-            some.append(np.stack([np.take_along_axis(each, order_NxR, axis=1) for each in (clean_NxV, edited_NxV)], 1))
+            some.append(
+                np.stack(
+                    [np.take_along_axis(logits_NxV, order_NxR, axis=1) for logits_NxV in (clean_NxV, edited_NxV)], 1
+                )
+            )
         parts.append(np.concatenate(some))
     return np.moveaxis(in_order(parts, runs), 0, -1).astype(np.float64)
 

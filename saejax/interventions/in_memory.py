@@ -175,7 +175,7 @@ def ablate(
     dictionaries = [dictionary] if isinstance(dictionary, Dictionary) else list(dictionary)
     if not dictionaries:
         raise UserError("there is no dictionary: give one, or SAEs of several sites")
-    lm = follow_bos(lm, [each.config for each in (*dictionaries, *(repeats or {}).values())])
+    lm = follow_bos(lm, [dictionary.config for dictionary in (*dictionaries, *(repeats or {}).values())])
     if features is not None:
         if len(by_behaviour) > 1:
             raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")

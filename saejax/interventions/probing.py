@@ -122,7 +122,7 @@ def probe_inputs(split: SplitModel, prompts: Sequence[Prompt]) -> tuple[dict[str
     # Items of benchmarks have answers of any form; a clean run asks for the first tokens of two.
     runs = split.run([dataclasses.replace(prompt, correct=" yes", wrong=" no") for prompt in prompts])
     arrays = ((run.read_BxTxD, run.domain_BxT, run.last_B) for run in runs)
-    parts = [_at_last_position(split.point, split.dictionary, *each) for each in arrays]
+    parts = [_at_last_position(split.point, split.dictionary, *inputs) for inputs in arrays]
     features_NxF, raw_NxD, is_read_N = (in_order(part, runs) for part in zip(*parts, strict=True))
     for feature in np.flatnonzero(~np.isfinite(features_NxF).all(axis=0))[:1]:
         raise UserError(
@@ -420,10 +420,10 @@ def label_all(
         of_prompts = label in LABELS or any(label in dict(prompt.labels) for prompt in behaviours[0])
         # A label that benchmarks alone have is no mistake for behaviours.
         if behaviours[0] and (of_prompts or label not in of_benchmarks):
-            wanted |= {each.name: each for each in label_prompts(label, *behaviours)}
+            wanted |= {labelled.name: labelled for labelled in label_prompts(label, *behaviours)}
         for prompts, diffs in benchmarks:
             if any(label in dict(prompt.labels) for prompt in prompts):
-                wanted |= {each.name: each for each in label_prompts(label, prompts, diffs)}
+                wanted |= {labelled.name: labelled for labelled in label_prompts(label, prompts, diffs)}
     if not wanted:
         raise UserError(f"no prompt has a label of --probe.labels={','.join(config.labels)}: name one that some have")
     return wanted
@@ -516,12 +516,16 @@ def correct(labels: Sequence[ProbedLabel]) -> tuple[ProbedLabel, ...]:
     for inputs in {key[1:] for key in p_fits}:
         p_fits |= holm_by_key({key: p for key, p in p_fits.items() if key[1:] == inputs})
     chosen = {n: label.selected for n, label in enumerate(labels) if label.selected}
-    p_features = holm_by_key({(n, each.feature): each.p_value for n, some in chosen.items() for each in some.features})
+    p_features = holm_by_key(
+        {(n, feature.feature): feature.p_value for n, some in chosen.items() for feature in some.features}
+    )
 
     def corrected(n: int, label: ProbedLabel) -> ProbedLabel:
         probes = tuple(dataclasses.replace(fit, p_holm=p_fits.get((n, fit.input, fit.k))) for fit in label.probes)
         if selected := label.selected:
-            features = [dataclasses.replace(each, p_holm=p_features[n, each.feature]) for each in selected.features]
+            features = [
+                dataclasses.replace(feature, p_holm=p_features[n, feature.feature]) for feature in selected.features
+            ]
             selected = dataclasses.replace(selected, features=tuple(features))
         return dataclasses.replace(label, probes=probes, selected=selected)
 

@@ -130,8 +130,8 @@ class JointSAEs(SeveralSites):
 
     def is_not_sink(self, x_xD: jax.Array, y_xD: jax.Array | None = None) -> jax.Array:
         """Return True where a position is an attention sink at none of the sites."""
-        each = [sae.is_not_sink(x) for sae, x in zip(self.saes, self._values(x_xD), strict=True)]
-        return jnp.stack(each).all(axis=0)
+        inside = [sae.is_not_sink(x) for sae, x in zip(self.saes, self._values(x_xD), strict=True)]
+        return jnp.stack(inside).all(axis=0)
 
     def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "JointSAEs":
         """Return the same with the sink rules of the sites."""

@@ -373,7 +373,7 @@ def target_slopes(
     if point.readout and len(point.readout.functions) > 1:
         alone = [dataclasses.replace(point.readout, functions=(function,)) for function in point.readout.functions]
         points = [dataclasses.replace(point, readout=readout) for readout in alone]
-        branches = [functools.partial(jax.grad(difference), measured=each) for each in points]
+        branches = [functools.partial(jax.grad(difference), measured=point) for point in points]
         # One function at a time: together they would take as many times the logits of the whole vocabulary.
         end_slopes = jax.lax.map(
             lambda target_SxRx2: jax.lax.switch(target_SxRx2[0, 0, 0], branches, ends, target_SxRx2), targets_CxSxRx2

@@ -134,7 +134,9 @@ class SplitModel:
 
     def reads_like(self, other: "SplitModel") -> bool:
         """Return whether clean runs of the same prompts are the same, whatever the features of the dictionaries."""
-        sinks = [(each.max_norm, each.target_max_norm) for each in (self.dictionary.config, other.dictionary.config)]
+        sinks = [
+            (config.max_norm, config.target_max_norm) for config in (self.dictionary.config, other.dictionary.config)
+        ]
         # Without the error term a clean run goes through the dictionary.
         errors_kept = self.error == other.error == "keep"
         return errors_kept and sinks[0] == sinks[1] and (self.point, self._positions) == (other.point, other._positions)

@@ -185,7 +185,7 @@ def random_directions(texts: AnswerTexts, swap: AnswerSwap, count: int, seed: in
     """Return ``count`` differences of means of texts whose answers were shuffled by ``seed``, of norm 1."""
     shuffled = (np.random.default_rng([seed, number]).permutation(texts.answer_N) for number in range(count))
     drawn = (dataclasses.replace(texts, answer_N=answer_N) for answer_N in shuffled)
-    return [_unit(each.mean_difference(each.value_NxD, swap)) for each in drawn]
+    return [_unit(sample.mean_difference(sample.value_NxD, swap)) for sample in drawn]
 
 
 def choose_strength(diff_SxP: np.ndarray, is_allowed_S: np.ndarray) -> int:
@@ -454,7 +454,7 @@ class SteeringTest:
                 edits[swap] = vector_edits(dictionary, vectors)
             else:
                 compared_P[places] = False
-        is_compared = any(each is not nothing for each in edits.values()) and compared_P.sum() >= MIN_PROMPTS
+        is_compared = any(edit is not nothing for edit in edits.values()) and compared_P.sum() >= MIN_PROMPTS
         if not is_compared or not len(nothing):
             return np.zeros((0, len(norm_P))), np.zeros((0, len(norm_P))), np.zeros(len(norm_P), bool)
         return *self._steer(self._test, self._groups, edits), compared_P
@@ -502,11 +502,15 @@ def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSte
     # Methods are not corrected for each other: each is a question by itself.
     for method in METHODS:
         measured = {name: result.methods[method] for name, result in behaviours.items() if method in result.methods}
-        p_values = {name: each.answer.p_value for name, each in measured.items() if each.answer.p_value is not None}
+        p_values = {
+            name: judged_effect.answer.p_value
+            for name, judged_effect in measured.items()
+            if judged_effect.answer.p_value is not None
+        }
         p_holm = holm_by_key(p_values)
-        for name, each in measured.items():
+        for name, judged_effect in measured.items():
             answered = dataclasses.replace(
-                each, answer=_conclude(each, p_holm.get(name), len(p_holm), behaviours[name].prompts)
+                judged_effect, answer=_conclude(judged_effect, p_holm.get(name), len(p_holm), behaviours[name].prompts)
             )
             judged[name] = dataclasses.replace(judged[name], methods={**judged[name].methods, method: answered})
     return judged

@@ -341,7 +341,7 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
     median, high = np.quantile(control_N, [0.5, 0.95])
     numbers = dict(sets=len(controls), needed=needed, mean=control_N.mean(), median=median, high=high)
     numbers |= dict(max=control_N.max(), top=tested_P.mean())
-    numbers |= dict(features=np.median([len(each.features) for each in controls]), p_controls=p_value)
+    numbers |= dict(features=np.median([len(control.features) for control in controls]), p_controls=p_value)
     pool = measured.edits("pool")
     if group == "random" and pool:
         numbers["pool"] = len(pool[0].features)
@@ -546,7 +546,7 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         assert p_holm is not None
         failing = [name for name, interval in parts.items() if interval.high >= margins[name]]
         answer = "yes" if p_holm <= config.level and not failing else "no"
-        name, count = min(((name, len(each[0])) for name, each in changes.items()), key=lambda item: item[1])
+        name, count = min(((name, len(arrays[0])) for name, arrays in changes.items()), key=lambda item: item[1])
         if too_few := wording.too_few_prompts(count, config.least_prompts):
             sentence = f"{name.replace('_', ' ').capitalize()}: {too_few}."
             return CausalAnswer("not testable", sentence, None, p_value, p_holm, numbers, parts)

@@ -221,7 +221,7 @@ def run_layers(
         return LayersOutput(x, {}, carried)
     layers = collect if isinstance(collect, Mapping) else {}
     shapes = jax.eval_shape(lambda carry: run(False, carry, start)[1], carry) if layers else {}
-    carry = *carry, {kind: jnp.zeros((len(layers[kind]), *each.shape), each.dtype) for kind, each in shapes.items()}
+    carry = *carry, {kind: jnp.zeros((len(layers[kind]), *leaf.shape), leaf.dtype) for kind, leaf in shapes.items()}
     # A gradient keeps the matrix products of the forward pass and computes the rest again (everything with remat).
     # Without the checkpoint it would also keep a copy of every layer's parameters.
     # prevent_cse=False: within a scan nothing can be merged, so the barriers against that would only cost.

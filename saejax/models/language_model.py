@@ -337,7 +337,7 @@ class LanguageModel:
         self._warn_of_ends(edits, tokens, new)
         if len({edit.site for edit in edits}) > 1:  # an edit may make sinks of positions at sites that come later
             edits = self._with_clean_sinks(edits, tokens)
-        edits = [each for edit in edits for each in self._at_single_sites(edit, tokens)]
+        edits = [single for edit in edits for single in self._at_single_sites(edit, tokens)]
         for site in (*sites, *(edit.site for edit in edits)):
             self._check_site(site)
         for edit in edits:

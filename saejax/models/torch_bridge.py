@@ -77,7 +77,9 @@ def run_layers(
     layers = collect if isinstance(collect, Mapping) else dict.fromkeys(collect, range(stop))
     for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop)) if hook else ()), stop]:
         if start < layer:
-            sites = tuple(Site(kind, each) for kind in collect for each in range(start, layer) if each in layers[kind])
+            sites = tuple(
+                Site(kind, earlier) for kind in collect for earlier in range(start, layer) if earlier in layers[kind]
+            )
             *values, x_xTxD = _run(LayerSegment(config, start, layer, get=sites), (x_xTxD,))
             for site, value in zip(sites, values, strict=True):
                 collected[site.kind].append(value)

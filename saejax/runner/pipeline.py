@@ -275,8 +275,8 @@ def _run_claimed(
                 pipeline.report(unit, f"  {unit}: {reused} of {len(stack.marks)} members done before")
         _run_together(pipeline, unit, inputs, stack)
     except UserError:
-        for each in begun:
-            workspace.discard_if_empty(unit, each)
+        for folder in begun:
+            workspace.discard_if_empty(unit, folder)
         raise
 
 

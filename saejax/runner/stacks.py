@@ -122,4 +122,4 @@ def find_trained(name: str, units: Mapping[str, Path], flag: str) -> dict[str, P
     names = [entry.name for entry in members(unit)]
     if member:
         check_member(name, names, flag)
-    return {full_name(kind, each): member_folder(unit, each) for each in ([member] if member else names)}
+    return {full_name(kind, of_member): member_folder(unit, of_member) for of_member in ([member] if member else names)}

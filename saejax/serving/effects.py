@@ -151,15 +151,15 @@ def _changed(
 ) -> tuple[Nodes, np.ndarray, np.ndarray]:
     """Return the changed features in the order of ``Active``, the amounts, and whether each is a factor."""
     active = run.active
-    each = [(amount, how == "scale", name) for how, amount, ids in changes for name in ids]
-    if not each:
+    changed = [(amount, how == "scale", name) for how, amount, ids in changes for name in ids]
+    if not changed:
         raise UserError("nothing is changed: name features")
-    place_N = active.find(*np.array([name.split("_") for *_, name in each], np.int64).T[[0, 2, 1]])
+    place_N = active.find(*np.array([name.split("_") for *_, name in changed], np.int64).T[[0, 2, 1]])
     order_N = np.argsort(place_N)  # active features stand in that order, and random ones do
     chosen_N = place_N[order_N]
     if (np.diff(chosen_N) == 0).any():
         raise UserError("a feature is in two changes: give it one")
-    amount_N, is_factor_N = np.array([(amount, scaled) for amount, scaled, _ in each], np.float64)[order_N].T
+    amount_N, is_factor_N = np.array([(amount, scaled) for amount, scaled, _ in changed], np.float64)[order_N].T
     return active[chosen_N].nodes, amount_N, is_factor_N.astype(bool)
 
 

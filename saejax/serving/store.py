@@ -147,7 +147,7 @@ class GraphStore:
                 if problem:
                     problems[name.as_posix()] = problem
         self.problems = problems  # in one step, as requests come from several threads
-        return {graph.id: graph for _, graph in sorted(graphs, key=lambda each: (each[0], each[1].id))}
+        return {graph.id: graph for _, graph in sorted(graphs, key=lambda entry: (entry[0], entry[1].id))}
 
     def _listed(self, folder: Path, problems: dict[str, str]) -> set[Path]:
         """Return the files that the list of a folder names there; a damaged list is noted."""

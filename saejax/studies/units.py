@@ -106,7 +106,7 @@ class RowUnits:
         state = _failed(self.name, unit, self._reasons.get(unit, ""), path)
         try:
             needs = [] if unit in self._first else [*self._first, *self._plan.needs(unit)]
-            for need in (split_unit(each)[0] for each in needs):
+            for need in (split_unit(name)[0] for name in needs):
                 if need not in earlier or earlier[need].state != "done":
                     return dataclasses.replace(state, state="not run", reason=f"{need} is not done", log="")
             state = dataclasses.replace(state, fingerprint=self._plan.fingerprint(unit))

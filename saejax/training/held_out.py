@@ -164,7 +164,7 @@ class LossScorer:
             for group in (indices[first : first + _AT_A_TIME] for first in range(0, len(indices), _AT_A_TIME)):
                 finished = (finish_dictionary(stack, state, index, kept_M) for index in group)
                 # As finished dictionaries are read.
-                members = [Dictionary(each.config, "float32", **each.arrays) for each in finished]
+                members = [Dictionary(dictionary.config, "float32", **dictionary.arrays) for dictionary in finished]
                 losses = target_losses(self._lm, members, self._documents, stack.scales[group[0]].bias_D)
                 for index, loss in zip(group, losses, strict=True):
                     scores[index] = StandIn(loss.kl["reconstructed"], recovered(loss.ce, "mean_ablated"))

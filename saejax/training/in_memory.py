@@ -171,12 +171,12 @@ def _prepare_training(
     if not site:
         # A transcoder's target is there, too.
         target = "" if form == "sae" else settings.get("target", TrainConfig.target)
-        readable = [each for each in store.sites if each.partition(".")[0] != target]
+        readable = [stored for stored in store.sites if stored.partition(".")[0] != target]
         if len(readable) > 1:
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
         site = next(iter(readable or store.sites))
     config = make_config(TrainConfig, kind, kinds=kind, sites=site, **settings)
-    shared = {name for each in KINDS.values() for name in each.reads}
+    shared = {name for other in KINDS.values() for name in other.reads}
     for name in sorted(shared.intersection(settings).difference(KINDS[kind].reads)):
         logging.warning("%s=%s has no effect: dictionaries of the kind %s do not read it", name, settings[name], kind)
     sites, configs = choose_sites(config, list(store.sites)), config.each_size()

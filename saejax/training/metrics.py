@@ -97,7 +97,9 @@ class Metrics:
         steps, every = len(records[0]), self._stack.config.log_every
         # A step takes whole documents, and so about ``batch`` tokens: replaced tokens are counted.
         trained = self._steps * self._stack.config.batch
-        tokens = [trained + np.cumsum([record["tokens"] for record in each]).astype(np.int64) for each in records]
+        tokens = [
+            trained + np.cumsum([record["tokens"] for record in of_member]).astype(np.int64) for of_member in records
+        ]
         # Step by step, though members were tuned one after the other: wandb takes rising steps alone.
         for step in (step for step in range(1, steps + 1) if step % every == 0 or step == steps):
             for member, of_member, tokens_S in zip(self._members, records, tokens, strict=True):

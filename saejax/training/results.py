@@ -32,12 +32,12 @@ class TrainResults:
     @classmethod
     def of_stack(cls, members: Mapping[str, "TrainResults"]) -> "TrainResults":
         """Return the results of a stack, given each member's own by name."""
-        each = [*members.values()]
+        widths = [*members.values()]
         # What adds up over members is the time per token, not the speed.
-        seconds_per_token = sum(1 / results.tokens_per_second for results in each if results.tokens_per_second)
+        seconds_per_token = sum(1 / results.tokens_per_second for results in widths if results.tokens_per_second)
         return dataclasses.replace(
-            each[0],
+            widths[0],
             tokens_per_second=1 / seconds_per_token if seconds_per_token else 0.0,
-            seconds=sum(results.seconds for results in each),
+            seconds=sum(results.seconds for results in widths),
             members=tuple(dataclasses.replace(results.members[0], name=name) for name, results in members.items()),
         )

@@ -256,9 +256,9 @@ def stack_shape(
             f"--train.kinds={kind} explains the one site that it reads: use --train.form=sae, and no joined site"
         )
     features = config.features_of(d_in)
-    each = [read_facts(kind_object, member.settings, config.of_kind(kind), features) for member in members]
+    member_facts = [read_facts(kind_object, member.settings, config.of_kind(kind), features) for member in members]
     # One static k serves all members: the program selects the largest, each keeps its own.
-    facts = max(each, key=lambda facts: facts.get("k", 0))
+    facts = max(member_facts, key=lambda facts: facts.get("k", 0))
     _check_settings(config, kind_object, facts.get("k", 0), features)
     dictionary = DictionaryConfig(
         kind=kind,

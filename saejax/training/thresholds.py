@@ -55,7 +55,7 @@ class Calibration:
         fitting = _VALUES // (config.batch * features)
         count = max(1, min(math.ceil(_TOKENS / config.batch), fitting, step))
         # The last batches, as their rows are still in memory.
-        pooled = [batches.batch(each) for each in range(step - count, step)]
+        pooled = [batches.batch(earlier) for earlier in range(step - count, step)]
         if any(batch is None for batch in pooled):
             raise Interrupted("stopped after the last step; saved: run the same command to go on")
         return self._run(state.params, self._stack.hyperparams, [batch[0] for batch in pooled if batch is not None])

@@ -130,9 +130,9 @@ def read_details(
 def write_details(folder: Path, details: Mapping[Feature, FeatureDetails]) -> None:
     """Write contexts and histogram of features, ``<layer>_<index>.json`` of each, which ``open_folder`` reads."""
     folder.mkdir(exist_ok=True)
-    for (layer, index), each in details.items():
-        activations = [dict(tokens=context["tokens"], values=context["activations"]) for context in each.examples]
-        bars = {f"freq_hist_data_bar_{name}": [bar[k] for bar in each.histogram] for k, name in enumerate(_BARS)}
+    for (layer, index), feature in details.items():
+        activations = [dict(tokens=context["tokens"], values=context["activations"]) for context in feature.examples]
+        bars = {f"freq_hist_data_bar_{name}": [bar[k] for bar in feature.histogram] for k, name in enumerate(_BARS)}
         if activations:
             write_json(folder / f"{layer}_{index}.json", dict(activations=activations, **bars))
 

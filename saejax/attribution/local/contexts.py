@@ -61,7 +61,9 @@ class ContextSearch:
           UserError: an activation is not finite.
         """
         # Of each feature its peaks: activation, ids of the tokens around it, and their activations.
-        peaks: dict[tuple[int, int], list[tuple[float, tuple[int, ...], list[float]]]] = {each: [] for each in features}
+        peaks: dict[tuple[int, int], list[tuple[float, tuple[int, ...], list[float]]]] = {
+            feature: [] for feature in features
+        }
         if not peaks:
             return {}
         acts: dict[tuple[int, int], list[np.ndarray]] = {feature: [] for feature in features}

@@ -308,7 +308,9 @@ class LayerTranscoders(LayerDictionaries):
     @classmethod
     def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "LayerTranscoders":
         """Return the set of some transcoders in memory, in the order of layers; refuse what holds something else."""
-        if not isinstance(dictionaries, Sequence) or not all(isinstance(each, Dictionary) for each in dictionaries):
+        if not isinstance(dictionaries, Sequence) or not all(
+            isinstance(dictionary, Dictionary) for dictionary in dictionaries
+        ):
             raise UserError(
                 f"transcoders is a {type(dictionaries).__name__}: expected a list with a dictionary for each layer, or "
                 "the name of a set for saejax.open_transcoders; SAEs go through saejax.open_saes"
@@ -389,7 +391,7 @@ def open_transcoders(
         files = circuit_tracer.of_files(layers)
     else:
         located = formats.locate_transcoders(folder)
-        configs = [each.config for each in located]
+        configs = [entry.config for entry in located]
         return LayerTranscoders(name, configs, lambda layer: located[layer].load("float32", "auto", None))
     # In the files' dtype, in which they stay on the devices.
     load = functools.partial(files.load, dtype="auto")
@@ -516,12 +518,12 @@ def open_saes(saes: Saes, estimate: str = "gradient", direct: bool = False) -> L
     if not isinstance(saes, Dictionary | str | Path | Iterable):
         raise UserError(f"saes is {saes!r:.60}: expected dictionaries, or their folders")
     named_saes: list[tuple[str, Dictionary]] = []
-    for each in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
-        if isinstance(each, Dictionary):
-            named_saes.append(("a dictionary in memory", each))
+    for sae in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
+        if isinstance(sae, Dictionary):
+            named_saes.append(("a dictionary in memory", sae))
             continue
         with on_host():  # devices get their parts when these are needed
-            named_saes += load_all(each).items()
+            named_saes += load_all(sae).items()
     return LayerSaes(named_saes, estimate, direct)
 
 

@@ -63,7 +63,7 @@ def as_rows(edits: Any) -> list[list[Change]]:
         rows = [row if isinstance(row, Change) else list(row) for row in edits]
     except TypeError:  # no rows, or one that holds nothing
         rows = [None]
-    if not all(isinstance(row, list) and all(isinstance(each, Change) for each in row) for row in rows):
+    if not all(isinstance(row, list) and all(isinstance(change, Change) for change in row) for row in rows):
         raise UserError("edits are rows of changes that are made together: expected such as [[Change(...)], []]")
     return rows
 

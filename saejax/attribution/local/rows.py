@@ -444,8 +444,8 @@ def read_directions(transcoders: LayerDictionaries, features: list[np.ndarray]) 
       features: the wanted ones of each layer.
     """
     for layer, features_U in enumerate(features):
-        each = transcoders.written_layers(layer) * transcoders.configs[0].d_in
-        size = max(READ_AT_ONCE // each, 1)
+        width = transcoders.written_layers(layer) * transcoders.configs[0].d_in
+        size = max(READ_AT_ONCE // width, 1)
         for start in range(0, len(features_U), size):
             writes_UxXxD = transcoders.writes(layer, features_U[start : start + size])
             yield writes_UxXxD.reshape(-1, writes_UxXxD.shape[2])

@@ -192,7 +192,7 @@ def load_transcoders(
     if circuit_tracer.is_set(folder):
         opened = circuit_tracer.open_transcoders(folder, site, target)
         return [opened.load(layer, matmul_dtype, dtype) for layer in range(len(opened.layers))]
-    return [each.load(matmul_dtype, dtype, None) for each in locate_transcoders(folder)]
+    return [entry.load(matmul_dtype, dtype, None) for entry in locate_transcoders(folder)]
 
 
 def locate_transcoders(folder: Path) -> list[Located]:
@@ -204,14 +204,14 @@ def locate_transcoders(folder: Path) -> list[Located]:
     located = [_locate(child) for child in _find_all(folder)]
     if not located:
         raise UserError(f"{folder} holds no transcoders: name a circuit-tracer set or a stack that was trained")
-    for each in located:
-        if not each.config.target:
-            raise UserError(f"{folder} holds an SAE of {each.config.site}: expected transcoders only")
-    layers = [hooks.layer_of(each.config.target) for each in located]
+    for entry in located:
+        if not entry.config.target:
+            raise UserError(f"{folder} holds an SAE of {entry.config.site}: expected transcoders only")
+    layers = [hooks.layer_of(entry.config.target) for entry in located]
     for layer in layers:
         if layers.count(layer) > 1:
             raise UserError(f"{folder} holds several transcoders of layer {layer}: name a folder with one for each")
-    return [each for _, each in sorted(zip(layers, located, strict=True), key=lambda pair: pair[0])]
+    return [entry for _, entry in sorted(zip(layers, located, strict=True), key=lambda pair: pair[0])]
 
 
 @check_classes

@@ -119,7 +119,7 @@ def modules_of(model: str) -> Mapping[str | None, str]:
     was assumed.
     """
     if fields := _fields(model):  # a model of text and images describes its decoder inside
-        types = [each.get("model_type") for each in (fields, fields.get("text_config") or {})]
+        types = [source.get("model_type") for source in (fields, fields.get("text_config") or {})]
         norms = next((_NORMS_OF_TYPES[name] for name in types if name in _NORMS_OF_TYPES), None)
     else:
         norms = next((norms for name, norms in _NORMS_OF_NAMES.items() if name.fullmatch(model.lower())), None)

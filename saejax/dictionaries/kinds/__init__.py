@@ -28,7 +28,7 @@ def register(kind: _Class) -> _Class:
     Raises:
       ValueError: the name belongs to a kind of this package, or is no word.
     """
-    if kind.name in {PRETRAINED, *(each.name for each in _PACKAGE)} or not kind.name.replace("_", "").isalnum():
+    if kind.name in {PRETRAINED, *(module.name for module in _PACKAGE)} or not kind.name.replace("_", "").isalnum():
         raise ValueError(f"a kind cannot be called {kind.name!r}: expected a word, and none of the package's own kinds")
     KINDS[kind.name] = kind()
     return kind

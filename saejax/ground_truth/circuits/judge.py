@@ -50,7 +50,7 @@ def judge_features(
     # each would be measured on the prompts of the others as well.
     patched = {name: run(some, top=top, replacement="counterpart") for name, some in prompts.items()}
     # The transformer is right about all prompts and counterparts: any answer can turn, and each wrong one is a loss.
-    flips = {name: [diff_xP < 0 for diff_xP in _differences(each, name)] for name, each in patched.items()}
+    flips = {name: [diff_xP < 0 for diff_xP in _differences(runs, name)] for name, runs in patched.items()}
     losses = [[diff_xP <= 0 for diff_xP in _differences(ablated, name)] for name in case.causes]
     carried = {name for name, (top_P, random_NxP) in flips.items() if _carries(top_P, random_NxP)}
     first = next(iter(prompts))

@@ -74,6 +74,6 @@ def measures_of(wanted: Sequence[str], first: Compared, second: Compared) -> lis
     shared text is compared.
     """
     # Files that name no model may be of one: widths are then all that speaks against it.
-    widths = [dict(decoder=each.config.d_out, encoder=each.config.d_in) for each in (first, second)]
+    widths = [dict(decoder=entry.config.d_out, encoder=entry.config.d_in) for entry in (first, second)]
     comparable = [name for name in WEIGHTS if same_model(first, second) and widths[0][name] == widths[1][name]]
     return [measure for measure in wanted if measure not in WEIGHTS or measure in comparable]

@@ -21,7 +21,7 @@ def _read_smollm3(fields: Fields) -> DecoderConfig:
         raise fields.contradiction(f"'no_rope_layers' ({len(rotated)} of them)", f"'num_hidden_layers' ({n_layers})")
     plain = tuple(not layer for layer in rotated)
     window = fields.size_or_null("sliding_window") if fields.take("use_sliding_window", bool) else None
-    kinds = [SLIDING if window and each else FULL for each in plain]
+    kinds = [SLIDING if window and is_plain else FULL for is_plain in plain]
     if window and fields.take("layer_types", list, kinds) != kinds:
         raise fields.refuse("layer_types", "with other sliding layers", "those without a rotary embedding")
     fields.ignore("layer_types", "max_window_layers")  # without effect where no window is used, and never

@@ -211,7 +211,7 @@ def _slope_programs(
     past = _abstract_past(split, kept)
     sloped = split.point, split.params, past, stream, value_SxNxD, rows, targets_CxSxRx2
     scored = split.point, split.dictionary, sides, tree, slope_CxSxNxD, split.source
-    flops = [(1 + targets) * each(count * shards) for each in (split.suffix_flops, split.encode_flops)]
+    flops = [(1 + targets) * flops_of(count * shards) for flops_of in (split.suffix_flops, split.encode_flops)]
     runs = _SHORTER * count_all_behaviours(plan.configs[TaskConfig]) * ranking / (count * shards)
     size = f"{count * shards} prompts of {length} tokens"
     return [

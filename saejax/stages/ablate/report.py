@@ -389,7 +389,7 @@ def _enough_cell(result: BehaviourVerdict) -> str:
 
 
 def _detail_items(result: BehaviourVerdict) -> tuple[tuple[str, str], ...]:
-    ablation = " ".join(each.sentence for each in result.ablation.values())
+    ablation = " ".join(ablation.sentence for ablation in result.ablation.values())
     bases = " ".join(comparison.sentence for comparison in result.bases.values()) or "Not tested."
     items = [
         ("1. Effect", ablation),

@@ -82,8 +82,10 @@ def run_ablate(run: Run) -> AblateResults:
     joined = [stacks.load_trained(name, run.inputs, "--ablate.joined", mesh) for name in config.joined]
 
     def begin() -> parts.Measure:
-        lm = run_inputs.load_run_model(run, dictionary.config, *(each.config for each in (*repeats.values(), *joined)))
-        texts = [prompt.text for each in prompts.values() for prompt in each if prompt.split == "train"]
+        lm = run_inputs.load_run_model(
+            run, dictionary.config, *(dictionary.config for dictionary in (*repeats.values(), *joined))
+        )
+        texts = [prompt.text for of_behaviour in prompts.values() for prompt in of_behaviour if prompt.split == "train"]
         tested = join_saes(lm, [dictionary, *joined], texts) if joined else dictionary
         if dictionary.config.widths:
             tested = open_crosscoder(lm, dictionary, texts)
@@ -122,14 +124,14 @@ def run_ablate(run: Run) -> AblateResults:
     tested = read_tested(run.inputs["baseline"])
     for name in prompts:
         run.say(f"{name}{tested.mark(name)}: {summarise(answers, name)}")
-        for repeat in (each for each in repeats if name in answers.dictionaries.get(each, ())):
+        for repeat in (label for label in repeats if name in answers.dictionaries.get(label, ())):
             run.say(f"{name}, {repeat}: {summarise(answers, name, repeat)}")
     if is_first_process():
         save_effects(run.folder, table)
     importance = {name: results.importance for name, results in measured.items() if results.importance}
     return AblateResults(
         dictionary=config.dictionary,
-        site=", ".join([dictionary.config.target or dictionary.site, *(each.site for each in joined)]),
+        site=", ".join([dictionary.config.target or dictionary.site, *(dictionary.site for dictionary in joined)]),
         k=config.top,
         replacement=config.replacement,
         positions=config.positions,

@@ -84,7 +84,7 @@ class Descriptions:
         firings = self._search.firings(missing, on_progress)
         if is_first_process():
             details = {
-                feature: FeatureDetails(each.contexts, histogram=each.histogram) for feature, each in firings.items()
+                feature: FeatureDetails(fired.contexts, histogram=fired.histogram) for feature, fired in firings.items()
             }
             write_details(run.folder / FEATURES, details)
             add_searched(run, set(missing))

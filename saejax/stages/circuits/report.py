@@ -233,13 +233,16 @@ def circuit_sections(results: CircuitsResults, address: Callable[[str], str]) ->
     claims = Table(
         "Published claims and what was measured here",
         ("Claim", "Published", "Here", "Evidence", "Source"),
-        tuple((each.id, each.claim, each.outcome, each.evidence, each.source) for each in comparisons),
+        tuple(
+            (comparison.id, comparison.claim, comparison.outcome, comparison.evidence, comparison.source)
+            for comparison in comparisons
+        ),
         frozenset({1, 2, 3, 4}),
         note="Confirmed takes an edge that is drawn, so one that exceeds random and placebo features at equal dose. "
         "Effects on the answer are logits, those on a group a share of its activation. The published studies are of "
         "other, larger models.",
     )
-    outcomes, count = [each.outcome for each in comparisons], len(results.behaviours)
+    outcomes, count = [comparison.outcome for comparison in comparisons], len(results.behaviours)
     untested = outcomes.count(NOT_TESTABLE)
     lead = (
         f"Features that return over prompts were grouped in {counted(count, 'behaviour')} and each group's "

@@ -164,7 +164,7 @@ def _score_site(
     groups = roles.groups[: len(documents)] if roles else ()
     mean_D = store.mean(target, site)
     # What is written of each dictionary, and scores that only some have.
-    arrays = [dict(firing_rate=each.firing_rate_F, mean_activation=each.mean_activation_F) for each in scores]
+    arrays = [dict(firing_rate=score.firing_rate_F, mean_activation=score.mean_activation_F) for score in scores]
     more: list[dict[str, Any]] = [{} for _ in dictionaries]
     if is_joined(site):
         of_models = parts_by_model(site, *models)

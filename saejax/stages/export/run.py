@@ -94,7 +94,7 @@ def _push(run: Run, name: str, members: Mapping[str, TrainedMember], configs: Se
     }
     write_card(run.folder, name, dict(zip(members, configs, strict=True)), figures)
     commit = push_folder(
-        run.folder, name, f"Dictionaries of {name}", patterns=[CARD, *(f"{each}/*" for each in members)]
+        run.folder, name, f"Dictionaries of {name}", patterns=[CARD, *(f"{folder}/*" for folder in members)]
     )
     run.say(f"pushed: {commit}")
 

@@ -91,8 +91,8 @@ def run_patch(run: Run) -> PatchResults:
     def begin() -> parts.Measure:
         lm = run_inputs.load_run_model(run, *([dictionary.config] if dictionary else []))
         pairs = {
-            name: BehaviourPairs(fitting_pairs(lm, each, "train")[0], *fitting_pairs(lm, each))
-            for name, each in prompts.items()
+            name: BehaviourPairs(fitting_pairs(lm, of_behaviour, "train")[0], *fitting_pairs(lm, of_behaviour))
+            for name, of_behaviour in prompts.items()
         }
 
         def measure(name: str, on_progress: OnProgress) -> parts.Measured:
@@ -106,8 +106,8 @@ def run_patch(run: Run) -> PatchResults:
 
     kind: Any = PatchedSites if dictionary is None else PatchedFeatures
     results = parts.each_part(run, list(prompts), begin, str | kind, "rows")  # a text: why it is not patched
-    unpatched = {name: each for name, each in results.items() if isinstance(each, str)}
-    behaviours = {name: each for name, each in results.items() if name not in unpatched}
+    unpatched = {name: result for name, result in results.items() if isinstance(result, str)}
+    behaviours = {name: result for name, result in results.items() if name not in unpatched}
     if not behaviours:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())
         raise UserError(
@@ -171,7 +171,7 @@ def _measure_features(
     on_progress: OnProgress,
 ) -> parts.Measured:
     config, tests = run.configs[PatchConfig], pairs[name].tests
-    prompts = {each: [*theirs.train, *theirs.tests] for each, theirs in pairs.items() if theirs.tests}
+    prompts = {behaviour: [*theirs.train, *theirs.tests] for behaviour, theirs in pairs.items() if theirs.tests}
     # Features take the activations that they have in the counterpart.
     settings = AblateConfig(
         top=config.top,

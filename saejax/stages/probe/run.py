@@ -73,7 +73,7 @@ def run_probe(run: Run) -> ProbeResults:
             task = run.configs[TaskConfig]
             ids = [prompt.items[0] for prompt in labelled.prompts if prompt.split == "test"][:BENCHMARK_ITEMS]
             items = {item.id: item for item in read_items(labelled.behaviour, task)}
-            chosen = [items[each] for each in ids]
+            chosen = [items[item_id] for item_id in ids]
             references = BenchmarkItems(lm, labelled.behaviour, task, (), chosen).references(chosen)
             answers = References(split, references, GROUP_TOKENS)
             return FeatureAblation(LOG_LIKELIHOOD, answers, [""] * len(references))
@@ -140,7 +140,7 @@ def _line(result: ProbedLabel) -> str:
     if result.reason:
         return f"no probe: {result.reason}"
     shares = {fit.input: fit.accuracy * 100 for fit in result.probes if fit.k is None}
-    dense = [f"{name} {each.mean:.0f} % [{each.low:.0f}, {each.high:.0f}]" for name, each in shares.items()]
+    dense = [f"{name} {share.mean:.0f} % [{share.low:.0f}, {share.high:.0f}]" for name, share in shares.items()]
     tests = sum(counts["test"] for counts in result.classes.values())
     majority = f"largest class {100 * result.probes[0].majority:.0f} %"
     return f"probe accuracy on {tests} test prompts from all inputs: {', '.join(dense)}; {majority}"

@@ -52,16 +52,16 @@ def _section(results: SteerResults, draw: Draw) -> Section:
     if steered:
         drops = {
             title: ", ".join(
-                f"{_METHODS[method]} {number(each.points[each.chosen].drop.mean)} logits"
-                for method, each in result.methods.items()
+                f"{_METHODS[method]} {number(curve.points[curve.chosen].drop.mean)} logits"
+                for method, curve in result.methods.items()
             )
             for title, result in steered.items()
         }
         alt = "Steering. " + " ".join(f"{title}: {listed}." for title, listed in drops.items())
         answers = {
-            f"{title}, {_METHODS[method]}": signed(each.answer.sentence)
+            f"{title}, {_METHODS[method]}": signed(curve.answer.sentence)
             for title, result in steered.items()
-            for method, each in result.methods.items()
+            for method, curve in result.methods.items()
         }
         blocks += [draw("steering", steering(steered), _CAPTION, alt), Terms(tuple(answers.items()))]
     reasons = {behaviour(name): result.reason for name, result in results.behaviours.items() if result.reason}
@@ -79,20 +79,20 @@ def steering(steered: Mapping[str, BehaviourSteering]) -> "Figure":
     """
     figure, below = style.panels([1.9] * (len(steered) - 1) + [2.3], list(steered))
     for axes, result in zip(below, steered.values(), strict=True):
-        for method, each in result.methods.items():
+        for method, curve in result.methods.items():
             color, dashes, marker = _LOOKS[method]
-            points = sorted((point for point in each.points if point.dose > 0), key=lambda point: point.dose)
+            points = sorted((point for point in curve.points if point.dose > 0), key=lambda point: point.dose)
             doses, drops = [point.dose for point in points], [point.drop.mean for point in points]
             axes.plot(doses, drops, dashes, color=color, linewidth=1.4)
-            chosen = each.points[each.chosen]
+            chosen = curve.points[curve.chosen]
             for point in points:
                 axes.errorbar(
                     [point.dose], [point.drop.mean], yerr=style.error_lengths(point.drop), color=color, marker=marker,
                     markersize=7.5 if point is chosen else 4, linestyle="none", elinewidth=1, capsize=2,
                     label=_METHODS[method],
                 )  # fmt: skip
-            if each.controls and chosen.dose > 0:
-                controls = [np.mean(each.controls), max(each.controls)]
+            if curve.controls and chosen.dose > 0:
+                controls = [np.mean(curve.controls), max(curve.controls)]
                 axes.plot([chosen.dose] * 2, controls, color=style.GREY, marker="_", label="controls: mean, largest")
         axes.set_xscale("log")
         style.plain_log(axes.xaxis)

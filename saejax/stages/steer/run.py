@@ -46,6 +46,6 @@ def run_steer(run: Run) -> SteerResults:
 def _line(result: BehaviourSteering) -> str:
     if result.reason:
         return f"not steered: {result.reason}"
-    chosen = {name: each.points[each.chosen] for name, each in result.methods.items()}
+    chosen = {name: curve.points[curve.chosen] for name, curve in result.methods.items()}
     listed = [f"{name} turns {100 * p.turned.mean:.0f} % at strength {p.strength:g}" for name, p in chosen.items()]
     return f"{result.prompts} test prompts: {', '.join(listed)}"

@@ -92,7 +92,7 @@ def _plan_members(
 
 
 def _largest(pretrained: Sequence[Pretrained], widths: Mapping[str, int]) -> DictionaryConfig:
-    for dictionary in (each for each in pretrained if not is_joined(each.site)):
+    for dictionary in (entry for entry in pretrained if not is_joined(entry.site)):
         verbs = dict(
             reads=(dictionary.site, dictionary.config.d_in), writes=(dictionary.target, dictionary.config.d_out)
         )
@@ -209,9 +209,9 @@ def _steps(plan: PlannedRun) -> float:
 def _trained(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> TrainStack:
     """Return the members of the largest size as they are trained."""
     dictionary = stack.dictionary
-    d_in, d_out, each = dictionary.d_in, dictionary.d_out, [*plan.configs[TrainConfig].each_size().values()]
-    config = max(each, key=lambda config: config.features_of(d_in))
-    members = stack.members[-(len(stack.members) // len(each)) :]
+    d_in, d_out, configs = dictionary.d_in, dictionary.d_out, [*plan.configs[TrainConfig].each_size().values()]
+    config = max(configs, key=lambda config: config.features_of(d_in))
+    members = stack.members[-(len(stack.members) // len(configs)) :]
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
     # A whitening matrix changes the program by its presence, not by its values.
     metric_DxD = np.eye(d_out, dtype=np.float32) if config.whiten_error else None
@@ -244,8 +244,8 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
 
 def _sizes(plan: PlannedRun, stack: PlannedStack) -> float:
     """Return the sum of features over all sizes, over the features of the largest; sizes are trained in turn."""
-    each = [config.features_of(stack.dictionary.d_in) for config in plan.configs[TrainConfig].each_size().values()]
-    return sum(each) / max(each)
+    sizes = [config.features_of(stack.dictionary.d_in) for config in plan.configs[TrainConfig].each_size().values()]
+    return sum(sizes) / max(sizes)
 
 
 def _finetuning(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
@@ -259,7 +259,7 @@ def _finetuning(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     rows = -(-rows_per_batch(config.batch, length, 1) // devices) * devices
     tokens, layers = rows * length, model.n_layers - target.layer
     stream_BxTxD = by_row(mesh, (rows, length, model.d_model), plan.dtype)
-    x_BxTxD, y_BxTxO = (by_row(mesh, (rows, length, each.width(model)), plan.dtype) for each in (site, target))
+    x_BxTxD, y_BxTxO = (by_row(mesh, (rows, length, place.width(model)), plan.dtype) for place in (site, target))
     batch = CleanBatch(
         stream_BxTxD,
         x_BxTxD,
