@@ -24,6 +24,7 @@ from effect_worlds import (
 )
 
 from saejax.dictionaries import Dictionary
+from saejax.interventions import bases
 from saejax.interventions.ablation import begin_ablation, measure_behaviour
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
 from saejax.interventions.settings import AblateConfig
@@ -215,8 +216,8 @@ def with_planted(tiny, dictionary: Dictionary, prompts, planted: int, seed: int)
     return Dictionary(dictionary.config, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
-def measure_and_judge(tiny, dictionary, prompts, features=None, placebos=39) -> BehaviourVerdict:
-    config = dataclasses.replace(CONFIG, placebo_targets=placebos)
+def measure_and_judge(tiny, dictionary, prompts, features=None, **settings) -> BehaviourVerdict:
+    config = dataclasses.replace(CONFIG, **settings)
     ablations = begin_ablation(tiny, {TESTED: dictionary}, "b", {"b": prompts}, config, features=features)
     table = measure_behaviour(ablations)
     return verdict(table, VerdictConfig(resamples=200)).dictionaries[TESTED]["b"]
@@ -235,6 +236,18 @@ def test_where_nothing_is_true_few_worlds_say_yes(tiny, make_dictionary, selecte
         assert rate("attribution" if selected else "drawn", verdicts, question) <= 0.08
 
 
+@pytest.mark.slow
+def test_an_untrained_dictionary_passes_for_a_trained_one_no_more_than_the_level(tiny, make_dictionary):
+    """The tested dictionary is drawn as its controls are, which the engine measures by the same function."""
+    verdicts = []
+    for seed in range(100):
+        dictionary = bases.untrained(make_dictionary(SITE, seed=seed), 16, 10**6 + seed)
+        prompts = random_prompts(tiny, seed, fixed=True)
+        settings = dict(random_sets=0, placebo_targets=0, untrained_dictionaries=39)
+        verdicts.append(measure_and_judge(tiny, dictionary, prompts, **settings))
+    assert rate("an untrained dictionary", verdicts, "trained") <= 0.08
+
+
 @pytest.mark.slow  # the fast suite finds effects in linear worlds, above
 @pytest.mark.parametrize("planted", [TOP, 1])
 def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, make_dictionary, planted):
@@ -243,7 +256,7 @@ def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, make_dic
         prompts = random_prompts(tiny, seed, fixed=True)
         dictionary = with_planted(tiny, make_dictionary(SITE, seed=seed), prompts, planted, seed)
         # The rank alone: from 160 features fewer than ten lists can be made, which the rule calls not testable.
-        p_value = measure_and_judge(tiny, dictionary, prompts, placebos=0).random.p_value
+        p_value = measure_and_judge(tiny, dictionary, prompts, placebo_targets=0).random.p_value
         answers.append(p_value is not None and p_value <= 0.05)
     print(f"an effect in {planted} of {TOP} features of a tiny model: found in {sum(answers)} of {worlds} worlds")
     # Of so few features a list holds many: 91 of 100 were found where the effect is spread.
