@@ -22,4 +22,4 @@ def medians(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, f
         for name, way in ways.items():
             value = way()
             taken[name] += [value] if turn else []
-    return {name: float(np.median(each)) for name, each in taken.items()}
+    return {name: float(np.median(values)) for name, values in taken.items()}
