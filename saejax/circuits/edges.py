@@ -25,12 +25,11 @@ import numpy as np
 
 from saejax.circuits.groups import ANSWER
 from saejax.circuits.measure import CONTROL_SETS, CONTROLS, EDITS, PromptEffects
-from saejax.interventions.answers import VerdictConfig
+from saejax.interventions.answers import LEAST_PROMPTS
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 
 LEAST_DOSE = 0.9
-LEAST_PROMPTS = VerdictConfig.least_prompts
 LEAST_EFFECT = 1e-2  # logits, or share of a group's activation
 _LEVEL = 0.05
 _ROUNDING = 1e-5  # groups with smaller effects alone cannot reach the target

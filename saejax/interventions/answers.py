@@ -54,6 +54,8 @@ NO_DOSE = (
 )
 #: Controls in words.
 CONTROLS = dict(random="random lists", placebo="placebo sets", untrained="untrained dictionaries")
+#: Prompts of a mean with an interval: fewer all have one sign by chance in more than 5 % of cases.
+LEAST_PROMPTS = 6
 
 
 @suggests_names
@@ -66,8 +68,7 @@ class VerdictConfig:
     max_ce_change: float = 0.05  #: nats per token of held-out text below which an edit counts as selective
     max_other_change: float = 0.10  #: share of another behaviour's clean logit difference, likewise
     equivalence_margin: float = 0.10  #: share of the features' effect within which another basis is equivalent
-    #: prompts of a mean with an interval: fewer all have one sign by chance in more than 5 % of cases.
-    least_prompts: int = 6
+    least_prompts: int = LEAST_PROMPTS  #: of a mean with an interval
     least_lists: int = 10  #: typical random lists that the pool holds: lists from fewer are nearly the same
     resamples: int = 10_000  #: of the bootstrap
     seed: int = 456  #: of the bootstrap
@@ -329,9 +330,11 @@ def among_sentence(
     reaching = round(numbers["p_controls"] * (count + 1)) - 1
     text = (
         f"The {counted(k, 'top feature')} cost {numbers['top']:z.2f} {unit}; {count} {words} of the same dose cost "
-        f"{numbers['median']:z.2f} in the median and {numbers['high']:z.2f} at the 95th percentile, and {reaching} of "
-        "them at least as much"
+        f"{numbers['median']:z.2f} in the median and {numbers['high']:z.2f} at the 95th percentile"
     )
+    if ratio := over_controls(numbers):
+        text += f" (ratio {ratio:.1f})"
+    text += f", and {reaching} of them at least as much"
     if "uncentred" in numbers:
         text += f"; around zero in place of its centre they cost {numbers['uncentred']:z.2f} in the median"
     if group == "placebo" and answer.parts:
@@ -349,6 +352,15 @@ def among_sentence(
         untrained=("training mattered", "training is not shown to matter"),
     )
     return f"{text} (p = {answer.p_value:.2g}{corrected}): {endings[group][answer.answer != 'yes']}."
+
+
+def over_controls(numbers: Mapping[str, float]) -> float | None:
+    """Return how many times the 95th percentile of its controls the top features cost; None if either costs nothing.
+
+    Args:
+      numbers: of a comparison with controls of the same dose, see ``verdict``.
+    """
+    return numbers["top"] / numbers["high"] if min(numbers["top"], numbers["high"]) > 0 else None
 
 
 def enough_sentence(enough: Sequence[Kept]) -> str:

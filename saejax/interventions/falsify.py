@@ -28,7 +28,7 @@ from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
-from saejax.interventions.answers import mean_interval
+from saejax.interventions.answers import LEAST_PROMPTS, mean_interval
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.tokens import Tokens, token_piece
@@ -43,7 +43,7 @@ Driver = Literal["tokens", "context", "undecided"]
 CONTROL_GROUPS = ("random features", "random dictionary")
 TOKENS, CONTEXT = 4, 3  # tokens, and contexts, that are inserted; tokens of a context
 HALFWAY = 0.5  # share of the way to the real level that decides
-LEAST_TEXTS = 6  # fewer all have one sign by chance in more than 5 % of cases, and decide nothing
+LEAST_TEXTS = LEAST_PROMPTS  # fewer decide nothing
 LIVE = 0.05  # share of the training texts on which a feature drawn at random fires
 RULE = (
     f"The {TOKENS} tokens that excite a feature most, or {TOKENS} contexts of {CONTEXT} tokens, whichever excites it "

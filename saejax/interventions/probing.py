@@ -34,7 +34,7 @@ from threadpoolctl import threadpool_limits
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions.answers import mean_interval
+from saejax.interventions.answers import LEAST_PROMPTS, mean_interval
 from saejax.interventions.behaviour_prompts import BehaviourPrompts
 from saejax.interventions.controls import MIN_FIRING, choose_pool, random_lists
 from saejax.interventions.edits import mask
@@ -59,7 +59,6 @@ _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
 ABLATED = 10  # features of a probe that are ablated, at most
 _RESAMPLES = 10_000  # of test prompts, for effects of ablated features
 _CONTROLS = 5  # random lists to the dose of each ablated feature
-LEAST_PROMPTS = 6  # test prompts of a class, and of an effect: fewer all agree by chance in more than 5 % of cases
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import activity, bases
 from saejax.interventions.ablation import root_mean_square, spread_over_templates
-from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_interval
+from saejax.interventions.answers import LEAST_PROMPTS, CausalAnswer, VerdictConfig, mean_interval
 from saejax.interventions.controls import MIN_FIRING, Changes, choose_pool, inner_products, random_lists
 from saejax.interventions.edits import FeatureEdits, add, mask
 from saejax.interventions.engine import change_norms, run_edits
@@ -55,7 +55,6 @@ from saejax.tasks.behaviours import Prompt
 METHODS = ("add", "clamp", "mean_difference")
 MIN_TEXTS = 3  # texts of an answer, of which a mean is taken
 FACTORS = (1.0, 2.0, 4.0, 8.0)  # of the activation that features are clamped to
-MIN_PROMPTS = 5  # prompts of a split; fewer are not steered
 TEXT_SWAPS = 4  # answer pairs whose changes are tried on held-out text
 # Nats per token: a larger rise means that text of any kind has become hard to predict, not that an answer was turned.
 MAX_CE_RISE = 1.0
@@ -336,10 +335,10 @@ class SteeringTest:
         if not self._texts.norm > 0:
             return "no position of its train prompts may be changed"
         for split, prompts in (("train", self._train), ("test", self._test)):
-            if len(prompts) < MIN_PROMPTS:
+            if len(prompts) < LEAST_PROMPTS:
                 return (
                     f"{len(prompts)} of its {split} prompts are answered correctly and have two answers that "
-                    f"at least {MIN_TEXTS} train texts have, too; expected at least {MIN_PROMPTS}"
+                    f"at least {MIN_TEXTS} train texts have, too; expected at least {LEAST_PROMPTS}"
                 )
         return ""
 
@@ -454,7 +453,7 @@ class SteeringTest:
                 edits[swap] = vector_edits(dictionary, vectors)
             else:
                 compared_P[places] = False
-        is_compared = any(edit is not nothing for edit in edits.values()) and compared_P.sum() >= MIN_PROMPTS
+        is_compared = any(edit is not nothing for edit in edits.values()) and compared_P.sum() >= LEAST_PROMPTS
         if not is_compared or not len(nothing):
             return np.zeros((0, len(norm_P))), np.zeros((0, len(norm_P))), np.zeros(len(norm_P), bool)
         return *self._steer(self._test, self._groups, edits), compared_P
@@ -521,7 +520,7 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int, prompts:
     effect, point, p_value = result.answer.effect, result.points[result.chosen], result.answer.p_value
     if p_holm is None or effect is None:
         reason = (
-            f"Not testable: fewer than {MIN_PROMPTS} of {prompts} prompts have answers for which {result.control} "
+            f"Not testable: fewer than {LEAST_PROMPTS} of {prompts} prompts have answers for which {result.control} "
             f"reach the dose of {point.dose:.3g}."
             if point.dose
             else "Not testable: the method changes nothing in the test prompts."

@@ -231,11 +231,13 @@ def _mean_of(answer: CausalAnswer) -> float | None:
 
 def _behaviours(row: str, findings: Findings) -> Iterator[BehaviourFigures]:
     """Yield the answers of the causal verdict for each behaviour."""
+    weak = {name: words for each in findings.each(BaselineResults).values() for name, words in each.weak.items()}
     for results in findings.each(AblateResults).values():
         for name, result in results.verdict.dictionaries[TESTED].items():
             yield BehaviourFigures(
                 row=row,
                 behaviour=name,
+                weak=weak.get(name, ""),
                 dictionary=results.dictionary,
                 drop=result.ablation["logit_diff"].effect,
                 top1_drop=result.ablation["top1"].effect,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy import sparse
@@ -13,11 +13,12 @@ from saejax.matching.importance import FeatureMatch, ItemFeatures, match_feature
 from saejax.page.findings import Findings
 from saejax.stages.study.measure import FEATURES_ON_ITEMS, ITEM_ATTRIBUTION
 from saejax.stages.study.results import StudyResults
-from saejax.studies.primitives import recurring
+from saejax.studies.primitives import FeaturePrimitive, recurrence_p, recurring
 from saejax.studies.results import AssociationFigures, LabelFigures, PrimitiveFigures, ProblemFigures
 from saejax.studies.sheet import quoted
 
 PROBLEMS, FEATURES = 6, 6  # problems of a benchmark that are shown; features of each
+_SEED = 456  # of permutations of names
 
 
 def associations(row: str, findings: Findings) -> Iterator[AssociationFigures]:
@@ -114,7 +115,10 @@ def primitives(
         for name, findings in rows.items()
         if (results := findings.each(StudyResults).get(benchmark)) and results.primitives
     }
+    shared = _shared_categories(rows, benchmark, read, [*every])
     for row, some in every.items():
+        elsewhere = [_named_in(shared, others.primitives) for name, others in every.items() if name != row]
+        p_rows = recurrence_p(_named_in(shared, some.primitives), elsewhere, shared, _SEED)
         recurs_in = {
             name: recurring(some.primitives, others.primitives) for name, others in every.items() if name != row
         }
@@ -131,10 +135,31 @@ def primitives(
                 recurs=sum(same[number] for same in some.seeds.values()),
                 p_recurs=some.p_recurs,
                 rows=tuple(name for name, same in recurs_in.items() if same[number]),
+                p_rows=p_rows,
                 partners=_partners(here, primitive.features) if here else (),
                 more=effect.answer if effect else "not testable",
                 **{name: getattr(effect, name, None) for name in of_effect},
             )
+
+
+def _shared_categories(
+    rows: Mapping[str, Findings], benchmark: str, read: Mapping[str, ReadBenchmark], names: Sequence[str]
+) -> list[str]:
+    """Return the categories that items of every one of these rows have, of those that chose features where it is known.
+
+    Only these can name groups of two rows alike.
+    """
+    of_rows = []
+    for name in names:
+        categories = rows[name].each(StudyResults)[benchmark].categories
+        chose = {prompt.id for prompt in read[name].prompts if prompt.split == "train"} if name in read else set()
+        some = [found for item, found in categories.items() if not chose or f"{benchmark}/{item}" in chose]
+        of_rows.append({category for found in some for category in found})
+    return sorted(set.intersection(*of_rows)) if of_rows else []
+
+
+def _named_in(categories: Collection[str], groups: Sequence[FeaturePrimitive]) -> list[FeaturePrimitive]:
+    return [group for group in groups if group.name in categories]
 
 
 def _partners(here: ReadBenchmark, features: Sequence[int]) -> tuple[str, ...]:

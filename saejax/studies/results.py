@@ -207,10 +207,12 @@ class BehaviourFigures(RowFigures):
     """Behaviours under ablation.
 
     Ablation of each behaviour's top features. Placebo sets too: the share of sets chosen for unrelated tokens that also
-    do more than random sets.
+    do more than random sets. Weak: the model itself is unsure of the behaviour, so that its row proves little.
     """
 
-    behaviour: str = column("Behaviour")  #: its name
+    #: its name
+    behaviour: str = joined("Behaviour", lambda row: f"{row.behaviour}{' (weak)' if row.weak else ''}", words=True)
+    weak: str  #: weak points of the behaviour, in words; "" where it has none
     dictionary: str = column("Dictionary")  #: whose features
     drop: Interval | None = column("Logit difference lost", interval)  #: of the logit difference
     top1_drop: Interval | None = column("Top-1 accuracy lost", points)  #: of top-1 accuracy
@@ -306,8 +308,14 @@ def _compared(row: "PrimitiveFigures") -> str:
     return f"{row.more}: {row.sets} sets of {row.needed}"
 
 
-def _show_p(row: Any) -> str:
-    return "not testable" if row.p_recurs is None else f"p = {number(row.p_recurs, 3)}"
+def _show_p(value: float | None) -> str:
+    return "not testable" if value is None else f"p = {number(value, 3)}"
+
+
+def _also_named(row: "PrimitiveFigures") -> str:
+    if not row.rows and row.p_rows is None:
+        return MISSING
+    return f"{', '.join(row.rows) or MISSING}; {_show_p(row.p_rows)}"
 
 
 class PrimitiveFigures(BenchmarkFigures, cards=True):
@@ -317,9 +325,10 @@ class PrimitiveFigures(BenchmarkFigures, cards=True):
     for which it matters most, if that is more than by chance. In quotation marks: the tokens on which its features are
     most active. Stable: overlap with the groups of resampled items (1: always the same), and dictionaries of other
     seeds with a group of that name, with the p-value of as many recurrences of all groups of the row together where
-    names are permuted over categories. Nats lost: when the whole group is ablated, on test items of its category and on
-    others, beside control sets at equal dose. A dash: not ablated. As many groups are compared with control sets as
-    their number allows: 19 of each kind for one group, 20 more for each further one.
+    names are permuted over categories. Also named in: other rows with a group of that name, with the p-value of as many
+    in all other rows together where their names are permuted. Nats lost: when the whole group is ablated, on test items
+    of its category and on others, beside control sets at equal dose. A dash: not ablated. As many groups are compared
+    with control sets as their number allows: 19 of each kind for one group, 20 more for each further one.
     """
 
     #: category that it is named after; "" where none stands out
@@ -329,7 +338,9 @@ class PrimitiveFigures(BenchmarkFigures, cards=True):
     words: tuple[str, ...]  #: tokens of the items on which they are most active
     #: mean Jaccard overlap with the most similar group of resampled items
     overlap: float = joined(
-        "Stable", lambda row: f"{number(row.overlap)}; {row.recurs} of {row.seeds} seeds, {_show_p(row)}", words=True
+        "Stable",
+        lambda row: f"{number(row.overlap)}; {row.recurs} of {row.seeds} seeds, {_show_p(row.p_recurs)}",
+        words=True,
     )
     #: of as many recurrences of all groups with names permuted over categories; None: names are too few to tell
     p_recurs: float | None
@@ -337,7 +348,9 @@ class PrimitiveFigures(BenchmarkFigures, cards=True):
     seeds: int  #: dictionaries of other seeds
     recurs: int  #: of them, those with a group of the same name
     #: other rows with a group of the same name
-    rows: tuple[str, ...] = column("Also named in", lambda names: ", ".join(names) or MISSING)
+    rows: tuple[str, ...] = joined("Also named in", _also_named, words=True)
+    #: of as many groups with a name of the other rows with names permuted over categories; None as above
+    p_rows: float | None
     #: other row and share of its features that have a partner there, by chance in brackets
     partners: tuple[str, ...] = column("Features with a partner", lambda some: "; ".join(some) or MISSING)
     items: int | None  #: test items of its category; None, as in what follows, where it was not ablated

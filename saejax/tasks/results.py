@@ -60,6 +60,11 @@ class BaselineResults:
     #: measured at all. None: none is left out
     left_out: Mapping[str, str] | None = None
 
+    @property
+    def weak(self) -> dict[str, str]:
+        """The weak points, in words, of each behaviour that has some: tests of it prove little."""
+        return {name: "; ".join(scores.flags) for name, scores in self.behaviours.items() if scores.flags}
+
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceScores:

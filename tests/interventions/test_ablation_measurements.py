@@ -287,6 +287,9 @@ def test_dictionaries_of_other_seeds_answer_all_questions(tiny, dictionary, make
     (seeds,) = seed_table("Behaviour", answers, "topk/seed1")
     shown = [dict(zip(seeds.columns, row, strict=True)) for row in seeds.rows]
     assert [row["Dictionary"] for row in shown] == ["topk/seed1", "same", "elsewhere"]
+    assert {row["Behaviour"] for row in shown} == {"Only"} and "unsure" not in seeds.note
+    (marked,) = seed_table("Behaviour", answers, "topk/seed1", {"only": "accuracy 0.70"})
+    assert {row[0] for row in marked.rows} == {"Only (weak)"} and "the model itself is unsure" in marked.note
     assert shown[0]["4. Training mattered"] == shown[1]["4. Training mattered"]
     assert shown[2]["4. Training mattered"] == "not tested"
     assert summarise(verdict(table), "only", "same") == summarise(verdict(table), "only")

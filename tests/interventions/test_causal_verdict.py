@@ -153,7 +153,7 @@ def test_effects_by_hand():
     assert (result.fooled, result.placebo_sets) == (0, 19)
     assert result.random.sentence == (
         "The 2 top features cost 3.00 logits; 19 random lists of the same dose cost 0.90 in the median and 1.71 at the "
-        "95th percentile, and 0 of them at least as much (p = 0.05): more than random features."
+        "95th percentile (ratio 1.8), and 0 of them at least as much (p = 0.05): more than random features."
     )
     assert result.placebo.sentence.endswith("(p = 0.05): specific to this answer.")
     # Without another behaviour nothing is said of selectivity, without untrained dictionaries nothing of training.
@@ -178,6 +178,7 @@ def test_what_raises_the_difference_costs_nothing_though_its_controls_raise_it_m
         rows.add_set(EditDefinition("b", "random", index, (10 + 2 * index, 11 + 2 * index)), varied(-2.0))
     result = judge(rows).random
     assert result.answer == "no" and result.p_holm == pytest.approx(0.05)
+    assert "ratio" not in result.sentence, "what costs nothing is no multiple of anything"
 
 
 @pytest.mark.parametrize(("high", "answer"), [(2.9, "yes"), (3.0, "no")])

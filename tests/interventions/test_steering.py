@@ -205,7 +205,7 @@ def test_answers_follow_the_rule():
         " Not testable: 19 controls (random features) of 39 needed."
     )
     (alone,) = judged([None], controls=0, compared=0)
-    assert alone.answer == "not testable" and "fewer than 5 of 9 prompts have answers for which" in alone.sentence
+    assert alone.answer == "not testable" and "fewer than 6 of 9 prompts have answers for which" in alone.sentence
     assert "compared on 4 of 9 prompts" in judged([0.01], compared=4)[0].sentence
     assert "compared on" not in judged([0.01])[0].sentence
 
@@ -281,6 +281,9 @@ def test_what_cannot_be_steered(make_test, answered, tiny):
     assert len(steering.group_by_swap(tiny, new)) > 1
     result = make_test(new).results()
     assert result.reason.startswith("0 of its test prompts are answered correctly") and not result.methods
+    # Five all agree by chance in more than 5 % of cases: the verdict takes six, and so does steering.
+    few = make_test(answered, max_prompts=5).results()
+    assert few.reason.startswith("5 of its test prompts") and few.reason.endswith("expected at least 6")
     with pytest.raises(UserError, match="doses is empty"):
         make_test(answered, dataclasses.replace(CONFIG, doses=()))
 

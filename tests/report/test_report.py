@@ -38,6 +38,8 @@ def test_both_say_the_answers_figures_scores_and_settings(report):
             "Accuracy 0.70 on test prompts is below 0.80; separation −0.1 is below 1.00.",  # the flags
             "Weak, so that the answers prove little: accuracy 0.70 on test prompts is below 0.80; separation −0.1",
             "Two-digit addition (weak)",
+            "after worked examples (weak). Of the",  # the lead
+            *("Answers: Two-digit addition (weak)", "Features: Two-digit addition (weak)"),
             "−0.10 [−∞, 1.20]",
             "p-values are corrected by Holm's method over the behaviours within each question.",  # the rule
             "Of all 900 live features, each ablated alone, 40 have a significant effect",
@@ -49,6 +51,8 @@ def test_both_say_the_answers_figures_scores_and_settings(report):
         ):
             assert words in text
         assert not re.search(r"[ \[]-\d", text)  # true minus signs
+        numbers = tested["agreement"].random.numbers
+        assert f", × {numbers['top'] / numbers['high']:.1f}; p " in text and numbers["top"] > numbers["high"] > 0
         for result in (tested["agreement"], tested["capital"]):
             assert result.fooled > 40, "placebo sets with half of the effect"
             assert f"{result.fooled} of {result.placebo_sets}" in text

@@ -4,6 +4,7 @@ And features chosen on one benchmark and ablated on another: effects of the form
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.stats import ttest_ind
 
 from saejax.interventions.benchmark import control_group
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
-from saejax.studies import primitives
+from saejax.studies import gather_features, primitives
 from saejax.studies.primitives import (
     CHOSEN_ON,
     GROUP,
@@ -25,6 +26,7 @@ from saejax.studies.primitives import (
     recurrence_p,
     recurring,
 )
+from saejax.studies.results import PrimitiveFigures
 
 CATEGORIES = ("addition", "logic", "subtraction")
 ITEMS, FEATURES, SIZE = 45, 80, 4
@@ -77,6 +79,35 @@ def test_names_that_recur_are_compared_with_permuted_names():
     true = [recurrence_p(groups("ab"), [groups("ba"), groups("ab")], categories, seed) for seed in range(100)]
     assert all(p <= LEVEL for p in true) and np.mean(true) == pytest.approx(1 / 100, abs=0.01)
     assert recurrence_p(groups("a"), [groups("a")], categories[:3], 0) is None  # one in three by chance
+
+
+def test_names_in_other_rows_are_compared_with_permuted_names():
+    """In 60 studies of three rows names are drawn at random; in 20 two of five names are those of all rows."""
+    categories, rng = ["a", "b", "c", "d", "e"], np.random.default_rng(1)
+
+    def row(names, of_items):
+        groups = tuple(FeaturePrimitive(name, (0, 1, 2), 0.9, 3.0, 0.01, ()) for name in names)
+        found = SimpleNamespace(primitives=groups, effects=(), seeds={}, p_recurs=None)
+        results = SimpleNamespace(primitives=found, categories={f"item {name}": (name,) for name in of_items})
+        return SimpleNamespace(each=lambda kind: dict(sums=results))
+
+    def show(*rows, of_second=categories):
+        made = {row_name: row(names, categories) for row_name, names in zip("xyz", rows, strict=False)}
+        made |= dict(y=row(rows[1], of_second)) if len(rows) > 1 else {}
+        return list(gather_features.primitives(made, "sums", {}))
+
+    null = [show(*(rng.choice(categories, 2, replace=False) for _ in range(3)))[0].p_rows for _ in range(60)]
+    true = [show("ab", "ba", "ab")[0] for _ in range(20)]
+    print(f"names drawn at random: {np.mean(np.array(null) <= LEVEL):.3f} of 60; the same: {len(true)} of 20")
+    assert sum(p <= LEVEL for p in null) <= 6 and all(figure.p_rows <= LEVEL for figure in true)
+    two = show("ab", "ba")[:1]
+    assert two[0].p_rows is None, "one in ten by chance"
+    wanted = [f"y, z; p = {true[0].p_rows:.3f}", "y; not testable", "–"]
+    for figures, cell in zip((true[:1], two, show("ab")[:1]), wanted, strict=True):
+        table = PrimitiveFigures.table(figures)
+        assert dict(zip(table.columns, table.rows[0], strict=True))["Also named in"] == cell
+    # The second row's items have two categories alone: names from these are rare in nothing.
+    assert show("ab", "ba", "ab", of_second=["a", "b"])[0].p_rows is None
 
 
 def test_nothing_is_named_where_nothing_was_planted():

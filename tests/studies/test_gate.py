@@ -14,7 +14,7 @@ from test_study_report import made_up
 
 from saejax.activations.results import CaptureResults
 from saejax.evaluation.results import EvaluateResults
-from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, VerdictConfig
+from saejax.interventions.answers import AblateResults, BehaviourVerdict, CausalAnswer, VerdictConfig
 from saejax.interventions.table import TESTED
 from saejax.interventions.verdict import verdict
 from saejax.matching.importance import rank_correlation
@@ -26,7 +26,8 @@ from saejax.runner.results import Summary
 from saejax.stages.study.results import StudyResults
 from saejax.studies import gather, gather_features
 from saejax.studies.gate import overall_answer
-from saejax.tasks.results import BenchmarkResults
+from saejax.studies.results import BehaviourFigures
+from saejax.tasks.results import BaselineBehaviour, BaselineResults, BenchmarkResults
 from saejax.training.results import TrainResults
 
 sys.path.append(str(Path(__file__).parent.parent / "interventions"))
@@ -111,28 +112,32 @@ def overall(kind: str, worlds: Sequence[Sequence[BehaviourVerdict]]) -> collecti
     return found
 
 
-@pytest.mark.parametrize("worlds", [30, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("worlds", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_gate_on_worlds_where_nothing_is_true(worlds):
-    """Features chosen by attribution for answers drawn at random; question 4 and other seeds are granted."""
-    tested = [judge(random_world(seed, features=300), seed) for seed in range(worlds)]
-    found = [[dataclasses.replace(answers, trained=CausalAnswer("yes"))] * 3 for answers in tested]
-    counts = overall("nothing is true", found)
+    """Features chosen by attribution for answers drawn at random, in three seeds; question 4 is granted."""
+    found = []
+    for world in range(worlds):
+        seeds = [judge(random_world(seed, features=300), seed) for seed in range(3 * world, 3 * world + 3)]
+        found.append([dataclasses.replace(answers, trained=CausalAnswer("yes")) for answers in seeds])
+    counts = overall("nothing is true, question 4 granted", found)
     assert counts["interpretable"] <= worlds // 20 and counts["no signal"] + counts["cannot tell"] >= 0.8 * worlds
 
 
 def test_the_gate_on_worlds_where_a_dictionary_has_the_true_directions_and_where_it_is_untrained():
     """Five features carry an answer. An untrained dictionary may pass questions 1 to 3 there, and so may seeds."""
     trained, untrained = [], []
-    for seed in range(15):
+    for seed in range(20):
         world = planted_world(seed, 5, drop=3.0, features=600)
-        trained.append([judge(world, seed, untrained=19)] * 3)
+        # Of other seeds question 4 is not asked.
+        others = [judge(planted_world(other, 5, drop=3.0, features=600), other) for other in (seed + 100, seed + 200)]
+        trained.append([judge(world, seed, untrained=19), *others])
         acts_PxF, decoder_FxD = encode(world, 10**6 + seed)
         world = with_dictionary(world, acts_PxF, decoder_FxD)
         random = judge(world, seed, acts_PxF.shape[1], untrained=19, random_sets=0, placebo_sets=0)
         yes = CausalAnswer("yes")
-        random = dataclasses.replace(random, ablation=dict(logit_diff=yes), random=yes, placebo=yes)
-        untrained.append([random] * 3)
-    assert overall("true directions", trained)["interpretable"] >= 0.8 * len(trained)
+        granted = dataclasses.replace(random, ablation=dict(logit_diff=yes), random=yes, placebo=yes)
+        untrained.append([granted, *[dataclasses.replace(granted, trained=CausalAnswer("not tested"))] * 2])
+    assert overall("true directions", trained)["interpretable"] >= 0.7 * len(trained)
     assert overall("untrained, questions 1 to 3 granted", untrained)["interpretable"] <= 0.08 * len(trained)
 
 
@@ -157,6 +162,20 @@ def tracked(answers) -> TrackResults:
     chains = [MeasuredChain((), 1.0, 0.1, True, dict(yes=True, no=False).get(answer)) for answer in answers]
     text = TrackedText(9, " 4", 8, (site,), site, steps, lens, 7, chains=tuple(chains[:4]))
     return TrackResults(dict(sum=text))
+
+
+def test_weak_behaviours_are_marked():
+    counter, answer = itertools.count(1), CausalAnswer("yes", "", Interval(1.0, 0.5, 1.5))
+    judged = dataclasses.replace(made_up(BehaviourVerdict, counter), ablation=dict(logit_diff=answer, top1=answer))
+    ablate, scores = made_up(AblateResults, counter), made_up(BaselineBehaviour, counter)
+    judgement = dataclasses.replace(ablate.verdict, dictionaries={TESTED: dict(one=judged, two=judged)})
+    flags = dict(one=("accuracy 0.70", "separation 0.2"), two=())
+    baseline = BaselineResults({name: dataclasses.replace(scores, flags=some) for name, some in flags.items()})
+    results = dict(baseline=baseline, ablate=dataclasses.replace(ablate, verdict=judgement))
+    units = {unit: summary_of(each) for unit, each in results.items()}
+    rows = list(gather._behaviours("a", Findings(units, {}, Path(), {})))
+    assert [row.weak for row in rows] == ["accuracy 0.70; separation 0.2", ""]
+    assert [row[1] for row in BehaviourFigures.table(rows).rows] == ["one (weak)", "two"]
 
 
 def test_steps_and_chains_are_counted():

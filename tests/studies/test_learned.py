@@ -51,8 +51,9 @@ def group(row, more):
     """A group of features that recurs in both other seeds."""
     effect = Interval(1.0, 0.5, 1.5)
     return PrimitiveFigures(
-        row, "sums", "addition", (1, 2, 3), (), 0.9, 0.01, 0.01, 2, 2, (), (), 8, effect, effect, 0.0, 0.0, 19, 19, more
-    )
+        row, "sums", "addition", (1, 2, 3), (), 0.9, 0.01, 0.01, 2, 2, (), None, (), 8, effect, effect, 0.0, 0.0, 19,
+        19, more,
+    )  # fmt: skip
 
 
 @pytest.fixture

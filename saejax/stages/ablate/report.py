@@ -1,7 +1,7 @@
 """The report on ablation: a sentence and a picture a behaviour, the table; then each behaviour and its features."""
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from saejax.interventions.answers import (
     Kept,
     enough_sentence,
     fooled_sentence,
+    over_controls,
 )
 from saejax.interventions.table import BASIS, TESTED, EditDefinition, EffectsTable, load_effects
 from saejax.page import style
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 4  # top features of a behaviour that have a card: a screen holds them
+_WEAK = "Weak: the model itself is unsure of the behaviour, so that the answers of its rows prove little."
 _MARKERS = "s^vPX*"
 _STRIPS = dict(random="random lists", placebo="placebo sets", untrained="untrained")
 _COLOURS = dict(random=GREY, placebo=BLUE, untrained=style.VIOLET, bases=style.GREEN)
@@ -49,8 +51,7 @@ def answer(findings: Findings, draw: Draw) -> Section:
     """Write the opening: a sentence and a picture for each behaviour, the table of answers, the rule."""
     ablate = findings.first(AblateResults)
     tested = ablate.verdict.dictionaries.get(TESTED, {})
-    baseline = findings.first(BaselineResults).behaviours
-    weak = {name: "; ".join(baseline[name].flags) for name in tested if name in baseline and baseline[name].flags}
+    weak = {name: words for name, words in findings.first(BaselineResults).weak.items() if name in tested}
     unit = next(unit for unit, summary in findings.summaries.items() if summary.stage == "ablate")
     table = load_effects(findings.folders[unit])
     blocks: list[Block] = []
@@ -63,7 +64,8 @@ def answer(findings: Findings, draw: Draw) -> Section:
         blocks.append(Text(f"{behaviour(name)} is not testable: {reason}.", alarm=True))
     note = (
         "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Controls change the "
-        "site as much as the top features: their median effect, the 95th percentile, and the corrected p-value. "
+        "site as much as the top features: their median effect, the 95th percentile, how many times that the top "
+        "features cost (×), and the corrected p-value. "
         "Shares: what the top features take from this answer's logit difference, and the 95th percentile of what they "
         "take from those of other likely tokens. Simpler bases: whether the top features cost more than directions "
         "of these that change the site as much. Left: share of the logit difference that is left where so many "
@@ -71,14 +73,19 @@ def answer(findings: Findings, draw: Draw) -> Section:
     )
     caption = f"The six questions, for the {counted(ablate.k, 'top feature')} of each behaviour"
     if weak:
-        note += " Weak: the model itself is unsure of the behaviour, so that the answers of its row prove little."
-    rows = {f"{behaviour(name)}{' (weak)' if name in weak else ''}": result for name, result in tested.items()}
+        note += f" {_WEAK}"
+    rows = {_titled(name, weak): result for name, result in tested.items()}
     blocks.append(table_of_answers(caption, "Behaviour", rows, note))
-    blocks += seed_table("Behaviour", ablate.verdict.dictionaries, ablate.dictionary)
+    blocks += seed_table("Behaviour", ablate.verdict.dictionaries, ablate.dictionary, weak)
     if not any(result.placebo.answer == "yes" for result in tested.values()):
         blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))
     blocks.append(rule_in_full(ablate.verdict.rule))
     return Section("The answer", tuple(blocks))
+
+
+def _titled(name: str, weak: Container[str]) -> str:
+    """Return a behaviour's title, with a mark if it is weak."""
+    return f"{behaviour(name)}{' (weak)' if name in weak else ''}"
 
 
 def headline(title: str, result: BehaviourVerdict) -> str:
@@ -117,25 +124,24 @@ def rule_in_full(rule: str) -> Code:
 
 def details(findings: Findings) -> list[Section]:
     """Write the answers to the six questions for each behaviour, in sentences with their figures."""
-    ablate, baseline = findings.first(AblateResults), findings.first(BaselineResults).behaviours
+    ablate, weak = findings.first(AblateResults), findings.first(BaselineResults).weak
     intro = (
         "Square brackets hold 95 % bootstrap intervals over prompts within templates. p-values are corrected by Holm's "
         "method over the behaviours, within each question. Points are percentage points of accuracy on test prompts."
     )
     sections = [Section("The six questions", (Text(intro),))]
     for name, result in ablate.verdict.dictionaries[TESTED].items():
-        flags = baseline[name].flags if name in baseline else ()
         kept = (_kept_table(result.enough),) if result.enough else ()
         blocks: tuple[Block, ...] = (Terms(_detail_items(result)), *kept, _template_table(result))
-        if flags:
-            blocks = (Text(f"Flagged: {sentence('; '.join(flags))}", alarm=True), *blocks)
-        sections.append(Section(f"Answers: {behaviour(name)}", blocks, level=3))
+        if name in weak:
+            blocks = (Text(f"Flagged: {sentence(weak[name])}", alarm=True), *blocks)
+        sections.append(Section(f"Answers: {_titled(name, weak)}", blocks, level=3))
     return sections
 
 
 def features(findings: Findings) -> list[Section]:
     """Describe the top features of each behaviour, with the contexts of the first ``SHOWN``."""
-    ablate = findings.first(AblateResults)
+    ablate, weak = findings.first(AblateResults), findings.first(BaselineResults).weak
     is_integrated = findings.settings()["ablate"]["attribution"] == "integrated"
     gradient = "the mean gradient of the logit difference on the way to where all are replaced" if is_integrated else ""
     intro = (
@@ -168,7 +174,7 @@ def features(findings: Findings) -> list[Section]:
                 f"{number(importance.activation_correlation)} with the correlation of activation and logit difference."
             )
             blocks.insert(1, Text(text))
-        sections.append(Section(f"Features: {behaviour(name)}", tuple(blocks), level=3))
+        sections.append(Section(f"Features: {_titled(name, weak)}", tuple(blocks), level=3))
     return sections
 
 
@@ -326,7 +332,7 @@ def _answer_columns(results: Sequence[BehaviourVerdict]) -> dict[str, Callable[.
 
 
 def seed_table(
-    what: str, dictionaries: Mapping[str, Mapping[str, BehaviourVerdict]], tested: str
+    what: str, dictionaries: Mapping[str, Mapping[str, BehaviourVerdict]], tested: str, weak: Container[str] = ()
 ) -> tuple[()] | tuple[Table]:
     """Return the table of the six answers by dictionary; nothing where one dictionary was tested.
 
@@ -334,11 +340,12 @@ def seed_table(
       what: what the dictionaries were tested on.
       dictionaries: a verdict's answers, by dictionary and by what was tested.
       tested: name of the tested dictionary.
+      weak: behaviours of which the model is unsure, which are marked.
     """
     if len(dictionaries) < 2:
         return ()
     rows = [
-        (behaviour(name), tested if dictionary == TESTED else dictionary, results[name])
+        (_titled(name, weak), tested if dictionary == TESTED else dictionary, results[name])
         for name in dictionaries[TESTED]
         for dictionary, results in dictionaries.items()
         if name in results
@@ -351,6 +358,8 @@ def seed_table(
         "Question 4 compares each of them with the same untrained dictionaries, at the dose of the tested one. An "
         "answer that differs between seeds is about a dictionary, not about the model."
     )
+    if any(name in weak for name in dictionaries[TESTED]):
+        note += f" {_WEAK}"
     return (Table.of("The questions in dictionaries of other seeds", rows, columns, words=set(columns), note=note),)
 
 
@@ -368,7 +377,10 @@ def _set_cell(comparison: CausalAnswer) -> str:
             f"{figures['sets']:.0f} of {figures['needed']:.0f} sets" if too_few else "few features, or no other answers"
         )
         return f"not testable ({why})"
-    return f"{comparison.answer} ({number(figures['median'])}, {number(figures['high'])}; p {comparison.p_holm:.2g})"
+    ratio = over_controls(figures)
+    times = f", × {number(ratio, 1)}" if ratio else ""
+    quantiles = f"{number(figures['median'])}, {number(figures['high'])}{times}"
+    return f"{comparison.answer} ({quantiles}; p {comparison.p_holm:.2g})"
 
 
 def _share_cell(comparison: CausalAnswer) -> str:

@@ -125,7 +125,7 @@ def run_ablate(run: Run) -> AblateResults:
     for name in prompts:
         run.say(f"{name}{tested.mark(name)}: {summarise(answers, name)}")
         for repeat in (label for label in repeats if name in answers.dictionaries.get(label, ())):
-            run.say(f"{name}, {repeat}: {summarise(answers, name, repeat)}")
+            run.say(f"{name}{tested.mark(name)}, {repeat}: {summarise(answers, name, repeat)}")
     if is_first_process():
         save_effects(run.folder, table)
     importance = {name: results.importance for name, results in measured.items() if results.importance}

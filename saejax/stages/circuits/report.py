@@ -16,12 +16,13 @@ from typing import Any
 from urllib.parse import quote
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.circuits.edges import LEAST_DOSE, LEAST_PROMPTS, Edge
+from saejax.circuits.edges import LEAST_DOSE, Edge
 from saejax.circuits.groups import ROLE_WORDS, Key, as_json, name_feature
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.dictionaries.labels import COLUMNS
 from saejax.files import write_text
 from saejax.interpret.labels import write_sheet
+from saejax.interventions.answers import LEAST_PROMPTS
 from saejax.page import style
 from saejax.page.blocks import Block, Links, Picture, Text
 from saejax.page.document import Section, to_html

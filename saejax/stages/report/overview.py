@@ -32,8 +32,11 @@ def prompt_count(findings: Findings) -> str:
 
 def lead(findings: Findings) -> tuple[str, ...]:
     """Summarize the run for a reader who knows transformers, in one paragraph, so that pictures follow at once."""
-    ablate = findings.first(AblateResults)
-    wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in ablate.top)
+    ablate, weak = findings.first(AblateResults), findings.first(BaselineResults).weak
+    wanted = "; ".join(
+        f"{BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name)}{' (weak)' if name in weak else ''}"
+        for name in ablate.top
+    )
     path = findings.settings()["model"]["path"]
     model = _MODELS.get(path) or (Path(path).name if path.startswith(("/", ".", "~")) else path)
     features = f"{len(held_out(findings, 'firing_rate')):,} " if findings.each(EvaluateResults) else ""
@@ -106,7 +109,7 @@ def limits(findings: Findings) -> Section:
             "explained variance and cross-entropy recovered do not compare with those on other corpora."
         )
         items.insert(2, ("Text of its own making", easy))
-    weak = [behaviour(name) for name, scores in behaviours.items() if scores.flags]
+    weak = [behaviour(name) for name in findings.first(BaselineResults).weak]
     if weak:
         unsure = "the model itself is unsure here, so effects are hard to see and prove little."
         items.insert(0, ("Weak behaviours", f"{', '.join(weak)}: {unsure}"))

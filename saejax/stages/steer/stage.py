@@ -40,7 +40,7 @@ STEER = Stage(
     follows=("ablate",),
     inputs=_inputs,
     names=_names,
-    revision=6,  # without controls of its dose it is not testable
+    revision=7,  # fewer than 6 prompts are not steered
     processes="items",
     section=sections,
 )

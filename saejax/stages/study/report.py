@@ -50,11 +50,11 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         f"The {counted(first.k, 'feature')} of {first.dictionary} (in {place(first.site)}) with the largest "
         "attribution for the reference answers to one half of the items, ablated on the other half. Effect: lost "
         "log-likelihood of the reference answer, with its 95 % interval over items. Questions 2 and 4: median and "
-        "95th percentile of the effects of controls of the same dose, and the corrected p-value. Question 3: the same "
-        "in nats of another quantity, the final answer's log-probability beyond a corrupted one's, under sets chosen "
-        "for corrupted answers. Placebo sets that pass 2: those that cost more log-likelihood of the reference answer "
-        "than nearly all random lists. Simpler bases: whether the features cost more than directions of these of the "
-        "same dose."
+        "95th percentile of the effects of controls of the same dose, how many times that the features cost (×), and "
+        "the corrected p-value. Question 3: the same in nats of another quantity, the final answer's log-probability "
+        "beyond a corrupted one's, under sets chosen for corrupted answers. Placebo sets that pass 2: those that cost "
+        "more log-likelihood of the reference answer than nearly all random lists. Simpler bases: whether the features "
+        "cost more than directions of these of the same dose."
     )
     blocks.append(table_of_answers("The questions, for benchmarks", "Benchmark", rows, note))
     blocks += seed_table("Benchmark", judged, first.dictionary)
