@@ -104,6 +104,37 @@ def test_a_models_config_decides_and_else_its_exact_name_with_a_line(tmp_path, m
     assert len(lines) == 4
 
 
+LAYER_NORMS = "gpt2 gpt2-small openai-community/gpt2-xl distilgpt2 EleutherAI/pythia-70m-deduped gpt-neo-125M "
+LAYER_NORMS += "EleutherAI/gpt-j-6B microsoft/phi-2 phi-1_5 facebook/opt-125m bigscience/bloom-560m allenai/OLMo-1B-hf "
+LAYER_NORMS += "roneneldan/TinyStories-33M tiny-stories-1L-21M gelu-1l stabilityai/stablelm-base-alpha-3b"
+RMS_NORMS = "google/gemma-2-2b gemma-2b-it meta-llama/Llama-3.1-8B Llama-2-7b mistral-7b Qwen/Qwen2.5-7B qwen3-8b "
+RMS_NORMS += "HuggingFaceTB/SmolLM2-135M allenai/OLMo-2-1124-7B microsoft/phi-4 01-ai/Yi-6B openai/gpt-oss-20b "
+RMS_NORMS += "deepseek-ai/DeepSeek-R1-Distill-Llama-8B TinyLlama/TinyLlama-1.1B-Chat-v1.0 meta-llama/Meta-Llama-3-8B"
+NAMELESS = "adopt-1b some/llama-like lab/my-gpt2 proto-opt-9 redwood-forest agemma-2b yi microsoft/phi-20b attn-only"
+
+
+def test_the_norms_of_a_model_are_told_by_its_config_and_else_by_its_exact_name_with_a_line(tmp_path, monkeypatch):
+    """A defect: names were searched for anywhere, so that an "adopt-1b" had LayerNorms, and nothing was said."""
+    lines = []
+    monkeypatch.setattr(hooks.logging, "info", lambda text, line: lines.append(line))
+    monkeypatch.setattr(hooks, "try_to_load_from_cache", lambda *names: None)
+    hooks._say_once.cache_clear()
+    for names, wanted in ((LAYER_NORMS, True), (RMS_NORMS, False), (NAMELESS, None)):
+        assert {name: hooks.has_layer_norms(name) for name in names.split()} == dict.fromkeys(names.split(), wanted)
+    assert len(lines) == len([*LAYER_NORMS.split(), *RMS_NORMS.split()])
+    assert lines[0] == "the config.json of gpt2 is not here: by its name it is taken for a model with LayerNorms"
+    folder = tmp_path / "llama-7b"
+    folder.mkdir()
+    for fields, wanted in (
+        (dict(model_type="opt"), True), (dict(model_type="t5", layer_norm_epsilon=1e-6), False),
+        (dict(model_type="gpt2", layer_norm_epsilon=1e-5), True), (dict(model_type="mine"), False),
+        (dict(model_type="both", text_config=dict(model_type="gpt_neox", layer_norm_eps=1e-5)), True),
+    ):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(fields))
+        assert hooks.has_layer_norms(str(folder)) is wanted, fields
+    assert lines[-1].startswith(f"the config.json of {folder} does not tell its norms: by its name")
+
+
 @pytest.mark.parametrize(
     ("hook", "model"),
     [

@@ -15,6 +15,7 @@ import numpy as np
 from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, GraphDocument, check_document, check_groups
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN
+from saejax.dictionaries.formats.hooks import bare_model_name
 from saejax.errors import UserError
 from saejax.files import write_json, write_text
 from saejax.versions import package_versions
@@ -158,7 +159,7 @@ def _scan(graph: Graph, source_set: str) -> str:
     if commit and not source_set:
         owner, repository, *folder = name.split("/")
         return f"{owner}/{repository}" + (f"//{'/'.join(folder)}" if folder else "") + f"@{commit}"
-    return str(graph.model.get("name", "")).rstrip("/").split("/")[-1].lower()
+    return bare_model_name(str(graph.model.get("name", "")))
 
 
 def check_slug(slug: str) -> None:

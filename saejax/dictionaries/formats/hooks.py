@@ -105,11 +105,19 @@ _NORMS_OF_NAMES: dict[re.Pattern[str], Mapping[str | None, str]] = {
 _OWNERS = dict.fromkeys(("pythia-", "gpt-neo-", "gpt-j-"), "EleutherAI") | {"gemma-": "google", "opt-": "facebook"}
 _OWNERS |= {"phi-": "microsoft", "qwen": "Qwen", "llama-3": "meta-llama", "meta-llama-": "meta-llama"}
 _RENAMED = {"gpt2-small": "gpt2", "mistral-7b": "mistralai/Mistral-7B-v0.1", "llama-2-7b": "meta-llama/Llama-2-7b-hf"}
-# Names of models by their norms, which decide what TransformerLens' centring of weights does.
+# Models by their norms, which decide what TransformerLens' centring of weights does: by ``model_type`` where the fields
+# of a config.json do not tell them or have another norm's name, and by names, for where that file is not here.
+_LAYER_NORMS_OF_TYPES = dict.fromkeys(("opt", "olmo", "starcoder2", "nemotron"), True)
+_LAYER_NORMS_OF_TYPES |= dict.fromkeys(("qwen", "t5", "mt5", "umt5", "longt5"), False)
 _LAYER_NORMS = re.compile(
-    "gpt-?2|pythia|gpt-?neo|gpt-j|phi-[12]|opt-|bloom|tiny-?stories|stablelm|gelu-|solu-|attn-only|redwood"
+    r"(?:.*/)?(?:(?:distil)?gpt-?2(?:-(?:small|medium|large|xl)\b.*)?|dialogpt-.*|stablelm-.*|phi-[12](?:[._]5)?"
+    r"|(?:pythia|gpt-?neox?|gpt-j|opt|bloomz?|olmo|tiny-?stories(?:-instruct|-instuct)?)-\d.*|bloomz?"
+    r"|(?:gelu|solu|attn-only)-\d+l.*|redwood_attn_2l)"
 )
-_RMS_NORMS = re.compile("gemma|llama|mistral|mixtral|qwen|smollm|olmo-?[23]|phi-[34]|yi-|deepseek")
+_RMS_NORMS = re.compile(
+    r"(?:.*/)?(?:(?:code|recurrent|med|shield|function|translate)?gemma-?[23]?n?-e?\d.*|(?:meta-|code|tiny)?llama-?\d.*"
+    r"|(?:mistral|mixtral|ministral|deepseek)-.*|(?:qwen|olmo-?[23]|smollm[23]?|qwq|yi|gpt-oss)-?\d.*|phi-[34]\b.*)"
+)
 
 
 def modules_of(model: str) -> Mapping[str | None, str]:
@@ -147,23 +155,39 @@ def _say_once(line: str) -> None:
 
 
 def has_layer_norms(model: str) -> bool | None:
-    """Return whether a model has LayerNorms, not RMSNorms, by its config.json or its name; None: neither tells."""
+    """Return whether a model has LayerNorms, not RMSNorms; None: neither its config.json nor its name tells.
+
+    Its exact name decides where the file is not here, or does not tell, and a line says what was assumed.
+    """
     fields = _fields(model)
-    if "rms_norm_eps" in fields or "rms_norm_eps" in (fields.get("text_config") or {}):
-        return False
-    if any(name in fields for name in ("layer_norm_eps", "layer_norm_epsilon")):
-        return True
-    if _RMS_NORMS.search(model.lower()):
-        return False
-    return True if _LAYER_NORMS.search(model.lower()) else None
+    for each in (fields, fields.get("text_config") or {}):
+        if each.get("model_type") in _LAYER_NORMS_OF_TYPES:
+            return _LAYER_NORMS_OF_TYPES[each["model_type"]]
+        if "rms_norm_eps" in each:
+            return False
+        if any(name in each for name in ("layer_norm_eps", "layer_norm_epsilon")):
+            return True
+    name = model.lower().rstrip("/")
+    by_name = False if _RMS_NORMS.fullmatch(name) else True if _LAYER_NORMS.fullmatch(name) else None
+    if by_name is not None:
+        _say_once(
+            f"the config.json of {model} {'does not tell its norms' if fields else 'is not here'}: by its name it is "
+            f"taken for a model with {'LayerNorms' if by_name else 'RMSNorms'}"
+        )
+    return by_name
 
 
 def short_model_name(model: str) -> str:
     """Return a model's name without its owner, in small letters; "" where a folder is named, which says nothing."""
     if model.startswith(("/", ".", "~")) or model.rstrip("/").count("/") > 1:
         return ""
-    name = model.rstrip("/").rpartition("/")[2].lower()
+    name = bare_model_name(model)
     return "gpt2" if name == "gpt2-small" else name  # as TransformerLens calls the smallest GPT-2
+
+
+def bare_model_name(model: str) -> str:
+    """Return the last part of a model's name or folder in small letters, by which other tools call it."""
+    return model.rstrip("/").rpartition("/")[2].lower()
 
 
 def hub_name(model: str) -> str:

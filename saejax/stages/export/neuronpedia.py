@@ -22,7 +22,7 @@ import numpy as np
 
 from saejax.activations.store import Store
 from saejax.dictionaries import load_dictionary
-from saejax.dictionaries.formats.hooks import to_hook
+from saejax.dictionaries.formats.hooks import bare_model_name, to_hook
 from saejax.dictionaries.labels import LABELS, Label, load_labels
 from saejax.dictionaries.names import full_name
 from saejax.dictionaries.results import TrainedMember
@@ -113,7 +113,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
 
 
 def _model_id(config: ExportConfig, store: Store) -> str:
-    model = config.model_id or _tame(store.model.name.rstrip("/").split("/")[-1])
+    model = config.model_id or _tame(bare_model_name(store.model.name))
     if not _MODEL_ID.fullmatch(model):
         raise UserError(
             f"--export.model_id is {model!r}: Neuronpedia takes 2 to 32 small letters, digits, single dots and dashes, "
