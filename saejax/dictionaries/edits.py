@@ -10,6 +10,7 @@ from saejax.dictionaries.joined import join, unjoin
 from saejax.dictionaries.kinds.base import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.models.edits import ForwardPass, Positions, SiteEdit, Values, check_width, fit_values
+from saejax.models.sinks import position_norms
 from saejax.models.sites import Site
 from saejax.short_reprs import has_short_repr
 
@@ -115,7 +116,7 @@ class FeatureEdit:
 
         Some parts come before others, so that features are read in a pass without edits. What the edit makes of the
         joined value is added at each part, x_p' = x_p + delta_p, which keeps what earlier parts do to it. New tokens of
-        a generation stay unchanged.
+        a generation stay unchanged: see ``at_parts_of_new_tokens``.
         """
         config = self.dictionary.config
         x_BxTxD = join(config, values)
@@ -123,3 +124,43 @@ class FeatureEdit:
         deltas, everywhere = unjoin(config, edit(x_BxTxD, run) - x_BxTxD), Positions.parse("all")
         changes = zip(deltas.values(), self.parts, strict=True)
         return [SiteEdit(jnp.float32(1), Values(delta, True), everywhere, site) for delta, site in changes]
+
+    def at_parts_of_new_tokens(self) -> list["NewTokensEdit"]:
+        """Return an edit of a generation's new tokens for each part of a crosscoder; none but for steering.
+
+        What is added to features changes the parts whatever the features are. Any other edit would have to read them,
+        and so a second pass over each new token, up to the last part, before the first part can be changed.
+        """
+        config, dictionary = self.dictionary.config, self.dictionary
+        is_constant = not self.offset.by_position and self.offset.values_BxTxN.shape[:2] == (1, 1)
+        reads = self.positions.only == "fires" or not bool((self.factor_1x1xK == 1).all())
+        # What a dictionary that normalises tokens writes has another scale at each of them.
+        reads |= dictionary.output_scale(jnp.ones((1, 1, config.d_in))) is not None
+        if reads or not is_constant or self.error is not None:
+            return []
+        delta_1x1xD = matmul(self.offset.values_BxTxN, dictionary.W_dec_FxD[...][self.features_K])
+        where = dataclasses.replace(self.positions, only="new")
+        parts = zip(unjoin(config, delta_1x1xD).values(), config.max_norms, self.parts, strict=True)
+        return [
+            NewTokensEdit(SiteEdit(jnp.float32(1), Values(delta, False), where, site), jnp.float32(max_norm))
+            for delta, max_norm, site in parts
+        ]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NewTokensEdit:
+    """Steering of a generation's new tokens at one part of a crosscoder; attention sinks of the part stay."""
+
+    edit: SiteEdit  #: what is added, at new tokens alone
+    max_norm: jax.Array  #: norm above which a position of the part is an attention sink
+
+    @property
+    def site(self) -> Site:
+        """The site of the part."""
+        return self.edit.site
+
+    def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
+        """Return the edited value of the part."""
+        is_sink_BxT = position_norms(run.unedited.get(self.site, value_BxTxD)) > self.max_norm
+        return jnp.where(is_sink_BxT[..., None], value_BxTxD, self.edit(value_BxTxD, run))

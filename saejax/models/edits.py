@@ -79,8 +79,8 @@ class Positions:
     #: start and stop: int32, the first and the one after the last.
     start: jax.Array
     stop: jax.Array
-    #: "" for all of them; "last": a prompt's last token and every new one; "fires": where the feature that is edited is
-    #: active (static).
+    #: "" for all of them; "last": a prompt's last token and every new one; "new": every new one; "fires": where the
+    #: feature that is edited is active (static).
     only: str = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
@@ -107,7 +107,9 @@ class Positions:
         """Return True there, [B, T]; never at padding. "fires" is left to the edit."""
         position_BxT = run.position_BxT
         where_BxT = run.mask_BxT & (position_BxT >= self.start) & (position_BxT < self.stop)
-        return where_BxT & (position_BxT >= run.prompt_lengths_B[:, None] - 1) if self.only == "last" else where_BxT
+        if self.only not in ("last", "new"):
+            return where_BxT
+        return where_BxT & (position_BxT >= run.prompt_lengths_B[:, None] - (self.only == "last"))
 
 
 @jax.tree_util.register_dataclass

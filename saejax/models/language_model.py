@@ -214,7 +214,7 @@ class LanguageModel:
           stop: strings that end the text where they first occur, wherever tokens begin; they are not part of it.
           edits: act on the prompt's positions and on new tokens as they are read. To an edit of the last position,
             every new token is the last one when it is read. Values given for each position of the prompts, and
-            edits of a crosscoder's features, leave new tokens unchanged.
+            edits of a crosscoder's features other than steering, leave new tokens unchanged.
 
         Raises:
           UserError: a site does not exist, an edit does not fit, the context is too short, a setting is out of range,
@@ -337,7 +337,7 @@ class LanguageModel:
         self._warn_of_ends(edits, tokens, new)
         if len({edit.site for edit in edits}) > 1:  # an edit may make sinks of positions at sites that come later
             edits = self._with_clean_sinks(edits, tokens)
-        edits = [single for edit in edits for single in self._at_single_sites(edit, tokens)]
+        edits = [single for edit in edits for single in self._at_single_sites(edit, tokens, new)]
         for site in (*sites, *(edit.site for edit in edits)):
             self._check_site(site)
         for edit in edits:
@@ -385,12 +385,13 @@ class LanguageModel:
         values = self(tokens, capture=sites, logits=False).sites if sites else {}
         return [edit.with_sinks_of(values) if single else edit for edit, single in zip(edits, is_single, strict=True)]
 
-    def _at_single_sites(self, edit: Any, tokens: Tokens) -> Sequence[Edit]:
-        """Return the edits of single sites that an edit makes: of a crosscoder, one at each of its sites."""
+    def _at_single_sites(self, edit: Any, tokens: Tokens, new: int) -> Sequence[Edit]:
+        """Return the edits of single sites that an edit makes: of a crosscoder, at each of its sites."""
         if not getattr(edit, "parts", ()):
             return [edit]
         values = self(tokens, capture=edit.parts, logits=False).sites
-        return edit.at_parts(values, ForwardPass.over(jnp.asarray(tokens.mask_BxT)))
+        of_prompts = edit.at_parts(values, ForwardPass.over(jnp.asarray(tokens.mask_BxT)))
+        return [*of_prompts, *(edit.at_parts_of_new_tokens() if new else ())]
 
     def _check_site(self, site: AnySite) -> None:
         """Raise a ``UserError`` unless the model has the site."""

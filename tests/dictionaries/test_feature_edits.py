@@ -1,6 +1,7 @@
 """Edits of features, sites and error terms against hooks in transformers models in fp64."""
 
 import copy
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -186,6 +187,41 @@ def test_features_of_a_crosscoder_are_changed_at_each_of_its_sites(lm, name):
     passed_on = lm(tokens, capture=parts, edits=[SiteEdit.patch(parts[0], edited[parts[0]])]).sites[parts[1]]
     np.testing.assert_allclose(edited[parts[1]][real], (np.asarray(passed_on) + second)[real], rtol=1e-4, atol=1e-4)
     assert np.abs(second[real]).max() > 0.05
+
+
+def test_a_crosscoder_steers_new_tokens_at_all_its_sites(lm):
+    """Greedy generation against whole runs in which what is steered is added at every token, site by site."""
+    parts, width = ("resid_post.0", "resid_post.2"), lm.config.d_model
+    sizes = dict(d_in=2 * width, n_features=48, k=8, widths=(width, width), scales=(0.5, 2.0), max_norms=(1e9, 1e9))
+    crosscoder = Dictionary.initial(DictionaryConfig(kind="topk", site="+".join(parts), **sizes), jax.random.key(0))
+    prompts, new = [[5, 9, 2, 17], [8, 1, 30, 3, 77, 12]], 8
+    rows_2xD = np.asarray(crosscoder.W_dec_FxD)[[3, 40]]
+    added_D = np.float32([25.0, -30.0]) @ rows_2xD
+    vectors = dict(zip(parts, (added_D[:width] / 0.5, added_D[width:] / 2.0), strict=True))
+
+    def generate(edits):
+        return [list(each.ids) for each in lm.generate(pad(prompts), max_new_tokens=new, edits=edits)]
+
+    def follow(edits):
+        texts = [list(prompt) for prompt in prompts]
+        for _ in range(new):
+            tokens = pad(texts)
+            logits_BxTxV = np.asarray(lm(tokens, edits=edits).logits_BxTxV)
+            for text, logits_TxV, last in zip(texts, logits_BxTxV, tokens.last_B, strict=True):
+                text.append(int(logits_TxV[last].argmax()))
+        return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+    def cut(rows):  # where the model ends a text, what follows is not generated
+        return [row[: len(made)] for row, made in zip(rows, found, strict=True)]
+
+    found = generate([crosscoder.steer([3, 40], [25.0, -30.0])])
+    wanted = follow([SiteEdit.steer(part, vector_D) for part, vector_D in vectors.items()])
+    assert found == cut(wanted) != cut(follow([])) and all(found)
+    # Where a part of a new token is a sink, it stays; edits that read features leave new tokens alone.
+    silent = dataclasses.replace(crosscoder.config, max_norms=(1e-6, 1e-6))
+    assert generate([crosscoder.with_config(silent).steer([3, 40], [25.0, -30.0])]) == generate([])
+    for edit in (crosscoder.ablate([3]), crosscoder.set([3], 2.0), crosscoder.steer([3], 2.0, positions="fires")):
+        assert edit.at_parts_of_new_tokens() == []
 
 
 def test_edits_of_several_sites_are_the_same_on_eight_devices(llama):
