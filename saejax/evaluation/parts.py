@@ -115,16 +115,24 @@ def target_losses(
     documents: Sequence[np.ndarray],
     mean_D: np.ndarray,
     on_progress: OnProgress = silent,
+    second: LanguageModel | None = None,
 ) -> list[Losses]:
-    """Return the losses with each dictionary in place of its target, or of all parts of a crosscoder of one model.
+    """Return the losses with each dictionary in place of its target, or of all parts of a crosscoder in the model.
 
-    For the arguments see ``stand_in_losses``; crosscoders report no progress.
+    Args:
+      lm: the model.
+      dictionaries: of one site and one target.
+      documents: token ids.
+      mean_D: mean of the target over training tokens.
+      on_progress: called with the tokens that are scored and all; not for crosscoders.
+      second: the model of the parts ``other:...`` of crosscoders of two models.
     """
     site = dictionaries[0].site
     if not dictionaries[0].config.widths:
         return stand_in_losses(lm, dictionaries, documents, mean_D, on_progress=on_progress)
-    by_part = part_losses(parts_by_model(site, lm, None), dictionaries, documents, mean_D)
-    return [losses["+".join(site_parts(site))] for losses in by_part]
+    models = parts_by_model(site, lm, second)
+    by_part = part_losses(models, dictionaries, documents, mean_D)
+    return [losses["+".join(models[0].sites)] for losses in by_part]
 
 
 def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence[np.ndarray]]) -> list[list[float]]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from saejax.activations.in_memory import Activations, capture
 from saejax.activations.joined import single_sites
+from saejax.activations.request import check_one_tokenizer
 from saejax.activations.store import INDEX, Store, shard_file
 from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary, load_dictionary, rescale, save_dictionary, save_transcoders
@@ -28,7 +29,7 @@ from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.evaluation.temporal import evaluate_texts
 from saejax.files import fingerprint, read_object, write_json
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import OtherSite, site_parts
+from saejax.models.sites import OtherSite, decoder_site
 from saejax.models.tokens import tokenize_in_pieces
 from saejax.parallel.mesh import check_mesh, make_mesh
 from saejax.progress import show_progress
@@ -257,27 +258,31 @@ class Evaluation:
 
 @check_classes
 def evaluate(
-    lm: LanguageModel, dictionary: Dictionary | TemporalSAE, texts: Sequence[str], *, mean_D: np.ndarray | None = None
+    lm: LanguageModel,
+    dictionary: Dictionary | TemporalSAE,
+    texts: Sequence[str],
+    *,
+    mean_D: np.ndarray | None = None,
+    other: LanguageModel | None = None,
 ) -> Evaluation:
     """Score a dictionary as the stage ``evaluate`` does, on texts that it was not trained on.
 
     Args:
       lm: the model that it was trained on.
-      dictionary: an SAE, a transcoder, or a crosscoder of one model's sites, which are all replaced together; or a
-        temporal SAE (``load_temporal``), which reads whole texts.
+      dictionary: an SAE, a transcoder, or a crosscoder, whose sites in ``lm`` are all replaced together; or a temporal
+        SAE (``load_temporal``), which reads whole texts.
       texts: texts that are longer than the model's context are split.
       mean_D: mean of the target over training tokens, the floor of ``ce_recovered``. None: its mean over these texts.
+      other: the second model (``--model.other``) of a crosscoder that reads sites of two; it reads the same tokens.
 
     Raises:
-      UserError: the dictionary, or the mean, has another width than the model's site, or the mean is not finite.
+      UserError: the dictionary, or the mean, has another width than the model's site, the mean is not finite, or a
+        second model is missing, not needed or reads other tokens.
     """
     lm = follow_bos(lm, [dictionary.config])
     config, site = dictionary.config, dictionary.site
     target = config.target or site
-    of_second = [part for part in site_parts(site) if OtherSite.names(part)]
-    if of_second:
-        raise UserError(f"the crosscoder reads {of_second[0]} of a second model: the stage evaluate scores it on both")
-    acts = capture(lm, texts, single_sites((site, target)))
+    acts = _capture_both(lm, other, texts, single_sites((site, target)))
     if max(map(len, acts.texts)) < 2:
         raise UserError("each text is one token, and losses are of the tokens that are predicted: give longer texts")
     if isinstance(dictionary, TemporalSAE):
@@ -286,15 +291,40 @@ def evaluate(
     read = {name: join(config, acts.values) if config.widths else acts.values[name] for name in (site, target)}
     _check_widths(lm, site, read[site].shape[1], config.d_in, None)
     _check_widths(lm, target, read[target].shape[1], config.d_out, mean_D)
+
     # The model's rule, whoever trained the dictionary: as in the stage.
-    dictionary = dictionary.with_sink_norms(lm.sink_norm, replace=True)
+    def sink_norm(part: str) -> float:
+        return other.sink_norm(str(decoder_site(part))) if other and OtherSite.names(part) else lm.sink_norm(part)
+
+    dictionary = dictionary.with_sink_norms(sink_norm, replace=True)
     inside_N = np.asarray(dictionary.is_not_sink(read[site], read[target]))
     parts = [np.asarray(value_NxD)[inside_N] for value_NxD in read.values()]
     mean_D = parts[-1].astype(np.float64).mean(axis=0) if mean_D is None else mean_D
     (score,) = reconstruct([dictionary], [parts], lm.mesh)
     with show_progress("evaluate") as on_progress:
-        (losses,) = target_losses(lm, [dictionary], acts.texts, mean_D, on_progress)
+        (losses,) = target_losses(lm, [dictionary], acts.texts, mean_D, on_progress, other)
     return Evaluation(score, losses)
+
+
+def _capture_both(
+    lm: LanguageModel, other: LanguageModel | None, texts: Sequence[str], sites: Sequence[str]
+) -> Activations:
+    """Return activations at sites of a model and, where they are named so, of a second one on the same tokens."""
+    of_second = [site for site in sites if OtherSite.names(site)]
+    if of_second and other is None:
+        raise UserError(f"the crosscoder reads {of_second[0]} of a second model: give that model as other=")
+    if other is None:
+        return capture(lm, texts, sites)
+    if not of_second:
+        raise UserError(f"other is given, but the dictionary reads {', '.join(sites)} of one model: leave other out")
+    check_one_tokenizer(lm.source, other.source)
+    context = min(lm.config.context, other.config.context)
+    acts = capture(lm, texts, [site for site in sites if site not in of_second], context=context)
+    second = capture(other.with_bos(lm.bos), texts, [str(decoder_site(site)) for site in of_second], context=context)
+    if not all(map(np.array_equal, acts.texts, second.texts)):
+        raise UserError(f"{lm.source.name} and {other.source.name} put different tokens in front of texts")
+    values = {site: second[str(decoder_site(site))] for site in of_second}
+    return dataclasses.replace(acts, values={**acts.values, **values})
 
 
 def _check_widths(lm: LanguageModel, site: str, d: int, width: int, mean_D: np.ndarray | None) -> None:

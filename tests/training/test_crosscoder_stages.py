@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+from scipy.special import log_softmax
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 import saejax
@@ -101,6 +102,32 @@ def test_scores_by_part(workdir, inputs, second_model):
     for part, own, scale, name in zip(x, made, sae.config.scales, parts, strict=True):
         left = np.square(part - own / scale).sum() / np.square(part - part.mean(0)).sum()
         assert parts[name].explained_variance == pytest.approx(1 - left, abs=1e-4)
+
+
+def test_a_crosscoder_of_two_models_is_scored_in_memory(workdir, inputs, second_model):
+    """Against the joined values by hand, and the first model with its part of the reconstruction patched in."""
+    lm, other = saejax.load_model(inputs[0]), saejax.load_model(second_model)
+    sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / MODELS)
+    texts = ["The key to the cabinets is here.", "In 1732 the captain saw 48 men"]
+    scores = saejax.evaluate(lm, sae, texts, other=other)
+    tokens, mask = lm.tokenize(texts), lm.tokenize(texts).mask_BxT
+    site, second = MODELS.split("+")
+    values = {site: lm(tokens, capture=site).sites[site], second: other(tokens, capture=site).sites[site]}
+    x_BxTxD = join(sae.config, values)
+    rebuilt_BxTxD = sae(x_BxTxD)
+    x_NxD, left_NxD = np.float64(x_BxTxD)[mask], np.float64(x_BxTxD - rebuilt_BxTxD)[mask]
+    expected = 1 - np.square(left_NxD).sum() / np.square(x_NxD - x_NxD.mean(axis=0)).sum()
+    assert scores.explained_variance == pytest.approx(expected, abs=1e-4)
+    patch = saejax.SiteEdit.patch(site, unjoin(sae.config, rebuilt_BxTxD)[site])
+    for edits, name in ((), "clean"), ([patch], "reconstructed"):
+        logp_BxTxV = log_softmax(np.float64(lm(tokens, edits=edits).logits_BxTxV), axis=-1)
+        nats = [-logp_BxTxV[b, t - 1, tokens.ids_BxT[b, t]] for b in range(2) for t in range(1, tokens.lengths_B[b])]
+        assert scores.losses.ce[name] == pytest.approx(np.mean(nats), rel=1e-4)
+    with pytest.raises(UserError, match=f"reads {second} of a second model: give that model as other="):
+        saejax.evaluate(lm, sae, texts)
+    alone = saejax.load_dictionary(workdir / "train" / "batchtopk" / LAYERS)
+    with pytest.raises(UserError, match="of one model: leave other out"):
+        saejax.evaluate(lm, alone, texts, other=other)
 
 
 @pytest.mark.slow  # test_model_input.py has one model
