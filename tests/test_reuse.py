@@ -8,6 +8,7 @@ import pytest
 import runs
 from torch_sites import relative_error
 
+from saejax import versions
 from saejax.attribution.settings import GraphConfig
 from saejax.config import counted
 from saejax.runner import command, command_line
@@ -74,6 +75,23 @@ def test_a_changed_flag_makes_what_depends_on_it(inputs, tmp_path, monkeypatch, 
     assert {unit for unit, mark in after.items() if before.get(unit) != mark} == units
 
 
+def test_the_page_is_made_again_after_an_upgrade_and_nothing_else_is(inputs, tmp_path, monkeypatch):
+    """A defect: it showed what the code of an earlier version had written."""
+    before = marks(inputs, tmp_path)
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "package" / "versions.py"))
+    hashes, page = [], tmp_path / "package" / "page" / "words.py"
+    page.parent.mkdir(parents=True)
+    for words in ("one", "other", "other"):
+        page.write_text(words)
+        versions.hash_code.cache_clear()
+        hashes.append(marks(inputs, tmp_path))
+    monkeypatch.undo()
+    versions.hash_code.cache_clear()
+    assert [unit for unit, mark in hashes[0].items() if before[unit] != mark] == ["report"]
+    assert [unit for unit, mark in hashes[1].items() if hashes[0][unit] != mark] == ["report"]
+    assert hashes[1] == hashes[2] and marks(inputs, tmp_path) == before
+
+
 def test_the_place_of_model_and_text_and_the_kind_of_device_change_nothing(inputs, tmp_path, monkeypatch):
     before = marks(inputs, tmp_path)
     model, corpus = inputs
@@ -124,6 +142,9 @@ def test_what_changes_no_result_makes_nothing_again(inputs, tmp_path, base, chan
     before, after = (plan_of(inputs, tmp_path, **base | more) for more in ({}, changes))
     for unit in units:
         assert before.fingerprint(unit) == after.fingerprint(unit), unit
+    if changes == GROWN:  # of a lone site the name seeds nothing, so a second one trains its dictionary again
+        alone = plan_of(inputs, tmp_path, **GROWN | dict(train__sites="resid_post.1"))
+        assert alone.fingerprint("train/topk") != before.fingerprint("train/topk/resid_post.1")
     if "model__backend" in changes:
         in_torch = plan_of(inputs, tmp_path, **base | dict(model__backend="torch"))
         assert all(before.fingerprint(unit) != in_torch.fingerprint(unit) for unit in units)

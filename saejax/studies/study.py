@@ -1,9 +1,7 @@
 """A study: all units of its rows, and then the report of their results."""
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from saejax.config import to_json
@@ -15,6 +13,7 @@ from saejax.studies.gather import gather
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import shares
 from saejax.studies.units import run_rows
+from saejax.versions import hash_code
 
 
 def run_study_rows(
@@ -43,7 +42,7 @@ def run_study_rows(
     parts, root = shares(at_once), Workspace(workdir).root
     with hold_claim(root, f"the study in {root}", take_over):
         states = run_rows(root, rows, say, stopping, parts, take_over)
-        mark = fingerprint([[vars(state) for state in states], [_settings(row) for row in rows], _code()])
+        mark = fingerprint([[vars(state) for state in states], [_settings(row) for row in rows], hash_code()])
         path = root / report.FILE
         if path.exists() and read_json(path).get("fingerprint") == mark:
             say(f"all done before, unchanged: {root / 'index.html'}")
@@ -62,11 +61,3 @@ def run_study_rows(
 def _settings(row: StudyRow) -> list[Any]:
     """Return all settings of a row: the page reads some that change no unit, such as ``--study.control``."""
     return [row.name, *map(to_json, row.configs)]
-
-
-def _code() -> list[str]:
-    """Return hashes of the files that make the page, and its comparisons of rows."""
-    package = Path(__file__).parents[1]
-    rooms = ("studies", "page", "interpret", "matching", "statistics")
-    files = sorted(file for room in rooms for file in (package / room).rglob("*") if file.is_file())
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.suffix != ".pyc"]

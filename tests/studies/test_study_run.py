@@ -79,7 +79,7 @@ def test_a_study_runs_every_unit_once(fake, tmp_path, capsys, monkeypatch):
     assert fake("--study.control=stranger", **rows)[0] == 0
     assert len(ran(tmp_path)) == 11 and "all done before" not in capsys.readouterr().out
     # Nor on the code that makes the page.
-    monkeypatch.setattr(study, "_code", lambda: ["another version"])
+    monkeypatch.setattr(study, "hash_code", lambda: "another version")
     for is_written in (True, False):
         assert fake("--study.control=stranger", **rows)[0] == 0
         assert len(ran(tmp_path)) == 11 and ("all done before" in capsys.readouterr().out) is not is_written

@@ -11,6 +11,7 @@ from saejax.stages.report.results import ReportResults
 from saejax.stages.report.run import run_report, trained_in
 from saejax.stages.report.settings import ReportConfig
 from saejax.tasks.settings import TaskConfig
+from saejax.versions import hash_code
 
 _OF_DICTIONARY = ("capture", "train", "evaluate")
 _READ = ("baseline", "benchmark", *_OF_DICTIONARY, "ablate")  # by the sections there always are
@@ -26,8 +27,15 @@ def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     of_model = configs[TaskConfig].has_behaviours or not made_here  # not of what is made here alone
     always = set(_READ if of_model else ()) - {*elsewhere}
     read = [stage for stage in all_stages().values() if stage.name in always or stage.section]
-    described = dict(described=_identify_description) if elsewhere else {}
-    return inputs_of(configs, *(unit for stage in read for unit in stage.units(configs)), **described)
+    outside = dict(described=_identify_description) if elsewhere else {}
+    # Sections, wordings and figures are all over the package, and a page says what its code says now.
+    outside["saejax"] = _identify_code
+    return inputs_of(configs, *(unit for stage in read for unit in stage.units(configs)), **outside)
+
+
+def _identify_code(configs: Configs) -> str:
+    """Fingerprint the code that writes the page."""
+    return hash_code()
 
 
 def _identify_description(configs: Configs) -> str:
