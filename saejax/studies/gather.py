@@ -231,7 +231,7 @@ def _mean_of(answer: CausalAnswer) -> float | None:
 
 def _behaviours(row: str, findings: Findings) -> Iterator[BehaviourFigures]:
     """Yield the answers of the causal verdict for each behaviour."""
-    weak = {name: words for each in findings.each(BaselineResults).values() for name, words in each.weak.items()}
+    weak = {name: why for results in findings.each(BaselineResults).values() for name, why in results.weak.items()}
     for results in findings.each(AblateResults).values():
         for name, result in results.verdict.dictionaries[TESTED].items():
             yield BehaviourFigures(

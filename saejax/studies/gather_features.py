@@ -153,8 +153,8 @@ def _shared_categories(
     for name in names:
         categories = rows[name].each(StudyResults)[benchmark].categories
         chose = {prompt.id for prompt in read[name].prompts if prompt.split == "train"} if name in read else set()
-        some = [found for item, found in categories.items() if not chose or f"{benchmark}/{item}" in chose]
-        of_rows.append({category for found in some for category in found})
+        items = [item for item in categories if not chose or f"{benchmark}/{item}" in chose]
+        of_rows.append({category for item in items for category in categories[item]})
     return sorted(set.intersection(*of_rows)) if of_rows else []
 
 

@@ -11,7 +11,8 @@ from saejax.matching.importance import FeatureMatch, ImportanceAlignment
 from saejax.studies import alignment
 from saejax.studies.alignment import ItemLosses, align_items
 
-ITEMS, SETS, PAIRS = 100, 20, 12
+ITEMS, SETS = 100, 20
+NULL, TRUE = 60, 20  # pairs of rows that share nothing, and that share what matters
 
 
 def simulated(rng, fragility_N, importance_N):
@@ -24,10 +25,10 @@ def simulated(rng, fragility_N, importance_N):
     return ItemLosses(top_N, 0.4 * fragility_N * random_DxN + 0.3 * rng.normal(size=(SETS, ITEMS)))
 
 
-def pairs(shared):
+def pairs(shared, count=1):
     """Pairs of rows on items of one fragility; ``shared`` is the correlation of their importances."""
     rng = np.random.default_rng(0)
-    for _ in range(PAIRS):
+    for _ in range(count):
         fragility_N, common_N = np.exp(1.5 * rng.normal(size=ITEMS)), rng.normal(size=ITEMS)
         parts = [np.sqrt(shared) * common_N + np.sqrt(1 - shared) * rng.normal(size=ITEMS) for _ in range(2)]
         yield [simulated(rng, fragility_N, part_N) for part_N in parts]
@@ -53,11 +54,12 @@ def is_aligned(found):
 def test_fragile_items_make_no_agreement():
     """Losses beyond the mean control set, as they were compared before, agree in many of these pairs."""
     beyond = aligned = 0
-    for first, second in pairs(shared=0):
+    for first, second in pairs(shared=0, count=NULL):
         plain = [losses.top_N - losses.control_DxN.mean(0) for losses in (first, second)]
         beyond += spearmanr(*plain).statistic >= 0.3
         aligned += is_aligned(align(first, second))
-    assert aligned <= 1 and beyond >= PAIRS // 4
+    print(f"rows that share nothing but fragile items: {aligned} of {NULL} aligned, {beyond} by plain losses")
+    assert aligned <= 0.08 * NULL and beyond >= NULL // 4
 
 
 KINDS_OF_TWO = ["sum" if i % 3 else "word" for i in range(ITEMS)]
@@ -68,7 +70,7 @@ def test_the_form_of_answers_makes_no_agreement(cause):
     """Rows that lose more where the answer is a calculation, or a long one, and share nothing else, are not aligned."""
     rng, aligned, before = np.random.default_rng(1), 0, 0
     length_N = rng.integers(3, 30, ITEMS)
-    for rows in pairs(shared=0):
+    for rows in pairs(shared=0, count=NULL):
         if cause == "category":
             more_N = 4 * (np.array(KINDS_OF_TWO) == "sum")
             first, second = (ItemLosses(row.top_N + row.top_N.std() * more_N, row.control_DxN) for row in rows)
@@ -76,7 +78,8 @@ def test_the_form_of_answers_makes_no_agreement(cause):
             first, second = (ItemLosses(row.top_N * length_N / 15, row.control_DxN) for row in rows)
         aligned += is_aligned(align(first, second, KINDS_OF_TWO if cause == "category" else KINDS, length_N))
         before += is_aligned(align(first, second))  # without category and length
-    assert aligned <= 1 and before >= PAIRS // 2
+    print(f"rows that share nothing but {cause}: {aligned} of {NULL} aligned, {before} without the correction")
+    assert aligned <= 0.08 * NULL and before >= NULL // 2
 
 
 def test_agreement_within_categories_is_found():
@@ -90,7 +93,9 @@ def test_agreement_within_categories_is_found():
 
 
 def test_shared_importance_is_found():
-    assert sum(is_aligned(align(*pair)) for pair in pairs(shared=1)) >= PAIRS - 1
+    found = sum(is_aligned(align(*pair)) for pair in pairs(shared=1, count=TRUE))
+    print(f"rows that share what matters: {found} of {TRUE} aligned")
+    assert found >= TRUE - 1
 
 
 def test_a_row_agrees_with_itself_and_not_with_the_other_way_round():

@@ -160,12 +160,12 @@ def has_layer_norms(model: str) -> bool | None:
     Its exact name decides where the file is not here, or does not tell, and a line says what was assumed.
     """
     fields = _fields(model)
-    for each in (fields, fields.get("text_config") or {}):
-        if each.get("model_type") in _LAYER_NORMS_OF_TYPES:
-            return _LAYER_NORMS_OF_TYPES[each["model_type"]]
-        if "rms_norm_eps" in each:
+    for some in (fields, fields.get("text_config") or {}):
+        if some.get("model_type") in _LAYER_NORMS_OF_TYPES:
+            return _LAYER_NORMS_OF_TYPES[some["model_type"]]
+        if "rms_norm_eps" in some:
             return False
-        if any(name in each for name in ("layer_norm_eps", "layer_norm_epsilon")):
+        if any(name in some for name in ("layer_norm_eps", "layer_norm_epsilon")):
             return True
     name = model.lower().rstrip("/")
     by_name = False if _RMS_NORMS.fullmatch(name) else True if _LAYER_NORMS.fullmatch(name) else None
