@@ -24,6 +24,7 @@ from saejax.stages.patch import report as patching
 from saejax.stages.probe import report as probes
 from saejax.stages.steer import report as steering
 from saejax.stages.train import figures as dictionary_figures
+from saejax.unicode import visible_token
 
 
 def interval(mean, half=0.1):
@@ -82,6 +83,9 @@ def probes_figure():
     return probes.probes({name: probe_rows() for name in NAMES})
 
 
+WORDS = ["The", " near", "\n", " \x00\u200b", " extraordinarily", "$$"]  # no formula
+
+
 def heatmap_figure(layers=30, length=14, is_normalised=True, heads=1):
     shape = (2, layers, heads, length)
     direction_N, layer_N, head_N, column_N = (index.ravel() for index in np.indices(shape))
@@ -95,8 +99,7 @@ def heatmap_figure(layers=30, length=14, is_normalised=True, heads=1):
         prompts=0 * layer_N,
         **dict.fromkeys(("effect", "low", "high", "normalised"), share_N),
     )
-    words = ["The", " near", "\n", " ", " extraordinarily", "$$"]  # no formula
-    columns = [SimpleNamespace(token=words[i % 6], differs=float(i == length // 2)) for i in range(length)]
+    columns = [SimpleNamespace(token=WORDS[i % 6], differs=float(i == length // 2)) for i in range(length)]
     return patching.heatmap(grid, SimpleNamespace(is_normalised=is_normalised, columns=columns))
 
 
@@ -192,6 +195,12 @@ def test_a_heatmap_holds_the_cells_with_the_first_layer_at_the_bottom():
     assert image.origin == "lower" and image.get_array().shape == (3, 5) and image.get_clim() == (-1, 1)
     np.testing.assert_allclose(image.get_array()[:, 2], [0, 1 / 3, 2 / 3])
     assert [label.get_fontweight() for label in axes.get_xticklabels()] == ["normal"] * 2 + ["bold"] + ["normal"] * 2
+
+
+def test_tokens_below_a_heatmap_are_shown_as_on_pages():
+    labels = [label.get_text() for label in heatmap_figure(2, 6).axes[0].get_xticklabels()]
+    assert labels[:3] == [visible_token(token) for token in WORDS[:3]] == ["The", "␣near", "↵"]
+    assert labels[3:] == ["␣·\\u200b", "␣extraordin…", "$$"]
 
 
 def test_density_counts_and_axis():

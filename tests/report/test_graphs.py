@@ -102,6 +102,16 @@ def test_all_graphs_have_a_row_and_a_link(tmp_path):
     assert text.startswith("9: g8: Start and") and text.endswith(" and end") and len(text) < 330  # not all of it
 
 
+def test_prompts_and_answers_are_shown_as_tokens_on_pages(tmp_path):
+    """Also what has no sign, such as a space of no width, and what is nothing but spaces."""
+    targets = [dict(label=label, logit=9.0, weight=0.6) for label in (" a\u200bb", " c")]
+    spaces = result(prompt="The\x00\u200b end\n", targets=[targets[0] | dict(label="  ")])
+    (section,) = sections_of(tmp_path, u=unit_of(graphs=dict(g=result(targets=targets), h=spaces)))
+    assert [row[1] for row in section.blocks[1].rows] == ["a\\u200bb and 1 more", "␣␣"]
+    (links,) = [block.items for block in section.blocks if isinstance(block, Links)]
+    assert links[1][0] == "2: h: The·\\u200b end↵"
+
+
 def test_graphs_of_saes_have_a_title_and_their_own_words(tmp_path):
     saes = dict(transcoders="", dictionaries=["runs/a/train/topk", "runs/a/train/other"])
     (first,) = sections_of(tmp_path, u=unit_of(**saes, graphs=dict(paris=result())))

@@ -151,8 +151,7 @@ def features(findings: Findings) -> list[Section]:
         "what is lost on the test prompts when this feature alone is ablated. Features have numbers, and names only "
         "where they were interpreted. "
         "Below are the contexts of the captured text in which they fire most strongly; colour shows how strongly a "
-        "feature fires on a token, and the maximum is bold and underlined. ↵ is a line break, ␣ a space, � a piece of "
-        "a character."
+        "feature fires on a token, and the maximum is bold and underlined. ↵ is a line break, ␣ a space."
     )
     sections = [Section("The features", (Text(intro),))]
     labels = labels_in(findings.folders, ablate.dictionary)

@@ -7,7 +7,7 @@ from saejax.page.blocks import Block, Links, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, number, percent
-from saejax.unicode import visible
+from saejax.unicode import visible_token
 
 _LONGEST = 300  # characters of a prompt
 Row = tuple[str, GraphResults]  # of a table: a graph's name in the report, and what the stage says of it
@@ -99,5 +99,5 @@ def _span(values: Sequence[float], written: Callable[[float], str]) -> str:
 
 def _one_line(text: str) -> str:
     """Return a text on one line, spaces at its ends left out; of a long one the beginning and the end."""
-    line = visible(text).strip() or "␣"
+    line = visible_token(text, in_line=True).strip()
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"

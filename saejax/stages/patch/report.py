@@ -23,11 +23,13 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, answer, interval, number, percent
 from saejax.page.words import behaviour
+from saejax.unicode import visible_token
 from saejax.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LONGEST = 12  # characters of a token below a column
 _TITLES = dict(denoising="denoising: prompt into counterpart", noising="noising: counterpart into prompt")
 
 _INTRO = (
@@ -100,7 +102,8 @@ def heatmap(grid: PatchGrid, result: PatchedSites) -> "Figure":
         axes.set_ylabel("layer")
         if has_positions:
             size = min(9.0, 190 / columns)  # points: labels of neighbours do not touch
-            labels = [_label(column.token) for column in result.columns]
+            tokens = [visible_token(column.token) for column in result.columns]
+            labels = [token if len(token) <= _LONGEST else f"{token[: _LONGEST - 1]}…" for token in tokens]
             axes.set_xticks(range(columns), labels, rotation=90, size=size)
             for text, column in zip(axes.get_xticklabels(), result.columns, strict=True):
                 text.set_fontweight("bold" if column.differs else "normal")
@@ -111,11 +114,6 @@ def heatmap(grid: PatchGrid, result: PatchedSites) -> "Figure":
         axes.tick_params(axis="x", length=2)
     figure.colorbar(image, ax=below, shrink=0.5, aspect=30, label="share" if value == "normalised" else "logits")
     return figure
-
-
-def _label(token: str) -> str:
-    shown = token.replace("\n", "\u21b5").strip() or "\u2423"
-    return shown if len(shown) <= 12 else shown[:11] + "\u2026"
 
 
 def _published_table(heads: Sequence[PublishedHead]) -> Table:
