@@ -190,7 +190,7 @@ def _in_one_way(places: Any) -> Any:
 
 
 def from_json(cls: type[C], data: Any, source: str | Path, field: str = "") -> C:
-    """Return the group that ``to_json`` wrote, with defaults for fields of later versions of this package.
+    """Return the group that ``to_json`` wrote, with defaults for fields that came since.
 
     Args:
       cls: its class.
@@ -199,13 +199,16 @@ def from_json(cls: type[C], data: Any, source: str | Path, field: str = "") -> C
       field: its position in the file, for messages.
 
     Raises:
-      UserError: a field is of another type or out of range, or unknown: its meaning would be ignored.
+      UserError: a field is of another type or out of range, or unknown: its meaning would be ignored. Another version
+        wrote it: a newer one, or an older one whose field has gone since.
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{source} has {data!r:.60} in {field or 'it'}, expected the fields of {cls.__name__}")
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(data) - set(hints)):
-        raise UserError(f"{cls.__name__} in {source}: fields {unknown} are unknown: a newer version of saejax wrote it")
+        raise UserError(
+            f"{cls.__name__} in {source}: fields {unknown} are unknown: an older or a newer version of saejax wrote it"
+        )
     inside = f"{field}." if field else ""
     values = {name: results.from_json(hints[name], value, source, f"{inside}{name}") for name, value in data.items()}
     try:

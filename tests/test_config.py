@@ -87,7 +87,7 @@ def test_json_round_trip_and_settings_that_count():
     assert counted == {"example.number": 3, "example.kinds": ["c"], "example.sizes": [4, 5], "example.on": False}
     without = {name: value for name, value in data.items() if name != "number"}
     assert config.from_json(Example, without, "a.json") == example, "a field of a later version has its default"
-    with pytest.raises(UserError, match="unknown: a newer version"):
+    with pytest.raises(UserError, match="unknown: an older or a newer version of saejax wrote it"):
         config.from_json(Example, dict(data, other=1), "a.json")
     with pytest.raises(UserError, match=r"a.json has '9' in config.speed, expected int"):
         config.from_json(Example, dict(data, speed="9"), "a.json", "config")

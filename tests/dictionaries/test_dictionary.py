@@ -170,7 +170,7 @@ def test_what_was_saved_in_float64_or_by_an_earlier_version_is_read(tmp_path):
     assert loaded.config == dictionary.config and loaded.W_enc_DxF.dtype == jnp.float32
     np.testing.assert_array_equal(loaded.W_enc_DxF[...], dictionary.W_enc_DxF[...])
     description.write_text(json.dumps(saved | dict(config=saved["config"] | dict(other=1))))
-    with pytest.raises(UserError, match=r"\['other'\] are unknown: a newer version"):
+    with pytest.raises(UserError, match=r"\['other'\] are unknown: an older or a newer version"):
         load_dictionary(tmp_path / "double")
     for of_newer in (dict(schema_version=2), dict(other=1)):
         description.write_text(json.dumps(saved | of_newer))
