@@ -4,6 +4,7 @@ from saejax.activations.in_memory import Activations as Activations
 from saejax.activations.in_memory import capture as capture
 from saejax.activations.reader import open_store as open_store
 from saejax.attribution.graph.graph import Graph as Graph
+from saejax.attribution.local.contexts import ContextSearch as ContextSearch
 from saejax.attribution.local.dictionaries import open_saes as open_saes
 from saejax.attribution.local.dictionaries import open_transcoders as open_transcoders
 from saejax.attribution.local.edits import Change as Change

@@ -65,6 +65,22 @@ def rows(browser, which):
     return browser.js(f"[...document.querySelectorAll('#panel .{which} .row')].map(row => row.dataset.node)")
 
 
+def drag_last_box(browser, dx, dy):
+    """Drags the last box of the pinned subgraph with the pointer, and returns where it was and where it is."""
+    box = "document.querySelector('#subgraph .unit:last-of-type').getBoundingClientRect()"
+    browser.js("document.querySelector('#subgraph .unit').scrollIntoView({block: 'center'})")
+    browser.settle()
+    x, y = browser.js(f"[{box}.x, {box}.y]")
+    steps = (("mousePressed", 0, 0), ("mouseMoved", dx / 2, 0), ("mouseMoved", dx, dy), ("mouseReleased", dx, dy))
+    for kind, right, down in steps:
+        at = dict(x=x + 20 + right, y=y + 10 + down)
+        browser.send("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **at)
+    browser.settle()
+    moved = browser.js(f"[{box}.x, {box}.y]")
+    browser.js("scrollTo(0, 0)")  # back to the graph
+    return (x, y), moved
+
+
 def text(browser, selector):
     browser.settle()
     return browser.js(f"document.querySelector({json.dumps(selector)}).innerText")

@@ -15,6 +15,7 @@ from saejax.runner import command, command_line
 from saejax.runner.registry import all_stages
 from saejax.runner.workplan import Workplan
 from saejax.stages.attribute import requests
+from saejax.stages.attribute.traces import trace_key
 
 READ = ["baseline", "benchmark", "capture", "train", "evaluate", "ablate", "probe", "interpret", "report"]
 
@@ -197,6 +198,32 @@ def test_a_folder_is_the_same_however_its_name_is_written(inputs, tmp_path, monk
         return [*map(plan.fingerprint, units), requests.set_identity(plan.configs[GraphConfig])]
 
     assert hashes(written) == hashes("runs/bases") and len(hashes(written)) == 4
+
+
+@pytest.mark.parametrize("flag", ["graph__transcoders", "graph__dictionaries"])
+def test_feature_files_of_a_set_make_pages_and_no_trace_again(inputs, tmp_path, flag):
+    """In its folder ``features/``, which graphs show; a file of the set itself traces again."""
+    folder = tmp_path / "set"
+    (folder / "features" / "below").mkdir(parents=True)
+    (folder / "layer_0").mkdir()
+    (folder / "cfg.json").write_text("{}")
+
+    def marks_of_graph() -> tuple[str, str]:
+        plan = plan_of(inputs, tmp_path, graph__prompt="a", **{flag: str(folder)})
+        (unit,) = all_stages()["attribute"].units(plan.configs)
+        return plan.fingerprint(unit), trace_key(plan.configs, requests.Request("a", "a", ()))
+
+    unit, trace = marks_of_graph()
+    for name in ("3_17.json", "below/3_18.json", "index.json.gz"):
+        (folder / "features" / name).write_text("{}")
+        again = marks_of_graph()
+        assert again[0] != unit and again[1] == trace, name
+        unit = again[0]
+    for name in ("layer_0/cfg.json", "features.json"):
+        (folder / name).write_text("{}")
+        again = marks_of_graph()
+        assert again[0] != unit and again[1] != trace, name
+        unit, trace = again
 
 
 def test_names_on_the_hub_and_texts_are_hashed_as_they_are_written():

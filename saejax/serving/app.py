@@ -105,7 +105,7 @@ class GraphServer:
             Route("/api/generate", self._work(self._generate), methods=["POST"]),
             Route("/api/feature", self._told(self._feature), methods=["PUT"]),
             Route("/api/label", self._told(self._label), methods=["PUT"]),
-            Route("/api/groups", self._told(self._groups), methods=["PUT"]),
+            Route("/api/state", self._told(self._state), methods=["PUT"]),
         ]
         return Starlette(routes=routes, exception_handlers={UserError: _refuse, ClientDisconnect: _left})
 
@@ -242,8 +242,8 @@ class GraphServer:
         named = folders(self._session.configs_of(graph)[GraphConfig])
         return dict(file=str(self._store.save_label(named, layer, feature, label)))
 
-    def _groups(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(file=str(self._store.save_groups(self._find_graph(fields), fields.get("groups"))))
+    def _state(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(file=str(self._store.save_state(self._find_graph(fields), fields.get("state"))))
 
     def _configs(self) -> Configs:
         """Return the configuration for new prompts: the command line's, or the newest traced graph's."""

@@ -16,7 +16,7 @@ from saejax.runner.flag_files import FileLine
 
 ABOUT = """\
 serve: shows the attribution graphs of a folder in a browser on this machine, and works on them: traces prompts, prunes
-again, runs the model with features changed, saves labels and groups.
+again, runs the model with features changed, saves labels, pins and groups.
 
   serve DIR or --workdir=DIR  a workdir, or a folder of graphs in Neuronpedia's format (required)
   --port=N  of 127.0.0.1; 0: a free one (default: 8765)

@@ -129,7 +129,7 @@ class ModelSession:
 
         Args:
           graph: the graph.
-          document: the graph as it was saved, whose labels, groups and pins stay.
+          document: the graph as it was saved, whose labels, groups, pins and their places stay.
           nodes: share of the influence of nodes, 0 to 1.
           edges: share of the influence of edges, 0 to 1.
           outputs: ids of two logits, whose difference is explained in place of all; none: all are.
@@ -153,6 +153,7 @@ class ModelSession:
             labels=read_labels(config) | document_labels,
             supernodes=[group for group in groups if len(group) > 1],
             pinned=[name for name in params.get("pinnedIds", []) if name in ids],
+            places=params.get("sg_pos", ""),
         )
 
     def _key(self, graph: StoredGraph) -> Key:

@@ -1,4 +1,4 @@
-"""The graphs of a folder, and what readers say of them: labels of features and groups of nodes.
+"""The graphs of a folder, and what readers say of them: labels of features; pins, groups of nodes and their places.
 
 A graph is a file in Neuronpedia's format, or a .pt file of circuit-tracer's, in the folder itself or beside a list
 ``graph-metadata.json``, as every ``attribute`` unit and circuit-tracer write one. Units are only read: what readers
@@ -14,7 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import GraphDocument, are_groups, check_document, check_groups, check_metadata
+from saejax.attribution.forms.document import (
+    GraphDocument,
+    check_document,
+    check_groups,
+    check_metadata,
+    check_pins,
+    read_state,
+)
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.neuronpedia import INDEX, read_list, to_document
 from saejax.attribution.graph import Graph, circuit_tracer
@@ -186,7 +193,7 @@ class GraphStore:
         return stored
 
     def document(self, graph: StoredGraph) -> GraphDocument:
-        """Return the graph, with the groups that were saved in place of its own.
+        """Return the graph, with the groups, pins and places that were saved in place of its own.
 
         Raises:
           UserError: the file is no graph, or gone.
@@ -195,10 +202,8 @@ class GraphStore:
             document = _read_graph(graph.path, graph.path.stat().st_mtime_ns)
         except OSError:
             raise UserError(f"{graph.path} is gone, or cannot be read") from None
-        saved = self._saved_groups(graph).get(document["metadata"]["slug"])
-        if saved is None:
-            return document
-        return {**document, "qParams": {**document["qParams"], "supernodes": saved}}
+        saved = self._saved_states(graph).get(document["metadata"]["slug"], {})
+        return {**document, "qParams": {**document["qParams"], **saved}} if saved else document
 
     def tables(self, graph: StoredGraph) -> list[PageTable]:
         """Return the tables that the graph's own page shows below it."""
@@ -217,23 +222,29 @@ class GraphStore:
         """
         return details_of_features(config, features, [place for place in (graph.unit, self.root) if place], fetched)
 
-    def save_groups(self, graph: StoredGraph, groups: Any) -> Path:
-        """Save groups for ``--graph.supernodes``, each a label and ids of nodes, and return the file.
+    def save_state(self, graph: StoredGraph, saved: Any) -> Path:
+        """Save groups, pins and the places of their boxes for ``--graph.supernodes``, and return the file.
+
+        Args:
+          graph: the graph.
+          saved: a state of the page, or groups alone, each a label and ids of nodes.
 
         Raises:
-          UserError: these are no groups, or one names a node that is not in the graph, or repeats a node.
+          UserError: it is neither, or a group or pin names a node that is not in the graph, or groups repeat a node.
         """
-        document = self.document(graph)
-        if not are_groups(groups):
+        document, state = self.document(graph), read_state(saved)
+        if state is None:
             raise UserError("these are no groups: expected of each a label and nodes of the saved graph")
+        groups, pins = state["supernodes"], state.get("pinnedIds", [])
         ids, members = {node["node_id"] for node in document["nodes"]}, {name for group in groups for name in group[1:]}
-        if graph.whole and not members <= ids:  # pruned away, they are on the page with other thresholds
+        if graph.whole and not members | set(pins) <= ids:  # pruned away, they are on the page with other thresholds
             ids |= set(graph.load_whole().ids)
         check_groups(ids, groups)
+        check_pins(ids, pins)
         path = self._groups_file(graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f".{path.name}.lock")):
-            write_json(path, self._saved_groups(graph) | {document["metadata"]["slug"]: groups})
+            write_json(path, self._saved_states(graph) | {document["metadata"]["slug"]: state})
         return path
 
     def labels(self, folders: Sequence[str]) -> dict[tuple[int, int], str]:
@@ -265,9 +276,12 @@ class GraphStore:
         # Files of other programs may share a slug: each has a folder of its own.
         return self.root / _SAVED / (name if unit else graph.id) / "groups.json"
 
-    def _saved_groups(self, graph: StoredGraph) -> dict[str, Any]:
+    def _saved_states(self, graph: StoredGraph) -> dict[str, dict[str, Any]]:
+        """Return what was saved, by the graph's name; earlier versions saved groups alone."""
         path = self._groups_file(graph)
         saved = read_json(path) if path.exists() else {}
-        if not isinstance(saved, dict) or not all(map(are_groups, saved.values())):
+        read = {slug: read_state(state) for slug, state in saved.items()} if isinstance(saved, dict) else {"": None}
+        states = {slug: state for slug, state in read.items() if state is not None}
+        if len(states) < len(read):
             raise UserError(f"{path} is no file of groups: mend or remove it")
-        return saved
+        return states

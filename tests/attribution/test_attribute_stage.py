@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -70,6 +71,11 @@ def assert_contexts_are_those_of_the_corpus(folder, lm):
         expected = sorted((peak for peak in peaks if peak > 0), reverse=True)
         np.testing.assert_allclose([max(each["activations"]) for each in details.examples], expected, rtol=1e-4)
         assert details.name
+        quarters = Counter(min(int(4 * peak / expected[0]), 3) for peak in expected)
+        assert [len(some) for _, some in details.quantiles] == [min(quarters[at], 2) for at in sorted(quarters)[::-1]]
+        for name, some in details.quantiles:
+            low, high = map(float, re.findall("[0-9.e+-]+", name))
+            assert all(0.99 * low <= max(each["activations"]) <= 1.01 * high for each in some), name
         active = sum(int((value_LxTxF[layer][1:, index] > 0).sum()) for value_LxTxF in values)
         assert sum(height for _, height in details.histogram) == active
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from made_graphs import make_graph
+from made_transcoders import made_set
+from matplotlib.figure import Figure
 
 import saejax
 from saejax.errors import UserError
@@ -64,6 +66,64 @@ def test_a_graph_is_shown_in_a_browser_where_there_is_no_notebook(monkeypatch, c
     (address,) = opened
     page = Path(address.removeprefix("file://"))
     assert "my feature" in page.read_text() and address in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("single_device")
+def test_features_have_names_contexts_and_groups_from_python(lm, tmp_path, monkeypatch):
+    """From files of features, from a search of texts, and from the set's folder and a state that the page saved."""
+    saejax.save_transcoders(tmp_path / "set", made_set(lm))
+    graph = saejax.trace(lm, tmp_path / "set", "The water near the war", max_features=40).prune(1.0, 1.0)
+    nodes = graph.ids[graph.slice_of("feature")]
+    features = [tuple(map(int, node.split("_")[:2])) for node in nodes]
+    search = saejax.ContextSearch(lm, tmp_path / "set", ["The war near the water", "She saw the dogs"])
+    fired = search.firings(features)
+    by_file, key = features[0], "{}_{}".format(*features[0])
+    by_text = next(each for each in features[1:] if fired[each].contexts and each != by_file)
+    (tmp_path / "files").mkdir()
+    described = dict(explanations=[dict(description="from a file")])
+    (tmp_path / "files" / f"{key}.json").write_text(json.dumps(described))
+
+    def shown(**options):
+        graph.save_page(tmp_path / "page.html", **options)
+        text = (tmp_path / "page.html").read_text()
+        return json.loads(text.split('id="graph-data">')[1].split("</script>")[0])
+
+    page = shown()
+    assert not page["details"] and page["document"]["qParams"]["pinnedIds"] == []
+    page = shown(features=tmp_path / "files", contexts=search)
+    details = {tuple(map(int, key.split("_"))): value for key, value in page["details"].items()}
+    assert details[by_file]["name"] == "from a file" and not details[by_file]["examples"]
+    assert details[by_text]["examples"] == list(fired[by_text].contexts) and details[by_text]["histogram"]
+    assert [name for name, _ in details[by_text]["quantiles"]] == [name for name, _ in fired[by_text].quantiles]
+    outputs = graph.ids[graph.slice_of("logit")]
+    pinned = [*nodes[:2], *outputs]
+    params = shown(supernodes={"pair": nodes[:2]})["document"]["qParams"]
+    assert params["supernodes"] == [["pair", *nodes[:2]]] and params["pinnedIds"] == pinned
+    state = dict(supernodes=[["mine", nodes[0]]], pinnedIds=[nodes[0], nodes[2]], sg_pos=json.dumps({nodes[2]: [0, 1]}))
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    params = shown(supernodes=tmp_path / "state.json")["document"]["qParams"]
+    assert {name: params[name] for name in state} == state
+    # What lies with the set is shown without being named, as by the stage; a label of the call goes before it.
+    (tmp_path / "files").rename(tmp_path / "set" / "features")
+    assert {at: value["name"] for at, value in shown()["details"].items()} == {key: "from a file"}
+    drawn = dict[Any, str]()
+    monkeypatch.setattr(figure, "draw_graph", lambda graph, labels, nodes: drawn.update(labels) or Figure())
+    graph.save_figure(tmp_path / "a.svg", {features[2]: "mine"}, contexts=search)
+    assert drawn[by_file] == "from a file" and drawn[features[2]] == "mine" and drawn[by_text].startswith("“")
+    for options, said in (
+        (dict(features=tmp_path / "none"), "there is no folder .* of feature files"),
+        (dict(contexts=["The war"]), r"contexts is a list: expected saejax.ContextSearch\("),
+        (dict(supernodes=[nodes]), "groups is no dictionary"),
+        (dict(supernodes={"a": []}), "'a' holds no node"),
+        (dict(supernodes={"a": ["9_9_9"]}), "names '9_9_9', and no node of the graph has that id"),
+        (dict(supernodes=tmp_path / "none.json"), "none.json does not exist"),
+        (dict(contexts=saejax.ContextSearch(lm, made_set(lm, features=2), ["The war"])), "the graph names feature"),
+    ):
+        with pytest.raises(UserError, match=said):
+            graph.save_page(tmp_path / "b.html", **options)
+    assert not (tmp_path / "b.html").exists()
+    with pytest.raises(UserError, match="texts is one string: expected a list"):
+        saejax.ContextSearch(lm, tmp_path / "set", "The war")
 
 
 def test_figures_have_the_most_influential_nodes(tmp_path):

@@ -16,7 +16,7 @@ from saejax.serving.app import GraphServer, list_page
 from saejax.serving.jobs import Jobs
 from saejax.serving.session import ModelSession
 from saejax.serving.store import GraphStore
-from saejax.stages.attribute.requests import read_groups
+from saejax.stages.attribute.requests import read_states
 
 SET = ["runs/other set"]
 
@@ -123,22 +123,36 @@ def test_a_folder_of_files_without_a_list(tmp_path):
     assert not GraphStore(tmp_path / "nothing").graphs()
 
 
-def test_groups_are_saved_for_the_stage_and_shown(root):
+def test_groups_and_pins_are_saved_for_the_stage_and_shown(root):
     store = GraphStore(root)
     graph = store.find("attribute/p/graphs/war")
     before, ids = graph.path.read_bytes(), [node["node_id"] for node in store.document(graph)["nodes"]]
     groups = [["<script>alert(1)</script>", *ids[:2]], ["pair", ids[3]]]
-    path = store.save_groups(graph, groups)
+    path = store.save_state(graph, groups)
     assert GraphStore(root).document(graph)["qParams"]["supernodes"] == groups
-    assert read_groups(GraphConfig(supernodes=str(path)), ["war"]) == {"war": groups}
+    assert read_states(GraphConfig(supernodes=str(path)), ["war"]) == {"war": dict(supernodes=groups)}
     assert graph.path.read_bytes() == before  # units are as they were, or they would be made again
     assert store.document(store.find("attribute/p/graphs/water"))["qParams"]["supernodes"] == []
     repeated = [["a", ids[0]], ["b", ids[0]]]
     for wrong, message in (([["a", "nobody"]], "names 'nobody'"), ([["a"]], "no groups"), (repeated, "'a' and 'b'")):
         with pytest.raises(UserError, match=message):
-            store.save_groups(graph, wrong)
-    store.save_groups(graph, [])
-    assert GraphStore(root).document(graph)["qParams"]["supernodes"] == []
+            store.save_state(graph, wrong)
+    state = dict(supernodes=groups, pinnedIds=[*ids[:2], ids[3], ids[5]], sg_pos=json.dumps({ids[5]: [0.5, 40]}))
+    store.save_state(graph, state | dict(linkType="input", clickedId=ids[0]))
+    shown = GraphStore(root).document(graph)["qParams"]
+    assert shown == document_of(graph)["qParams"] | state  # nor what was only looked at
+    assert read_states(GraphConfig(supernodes=str(path)), ["war"]) == {"war": state}
+    with pytest.raises(UserError, match="'nobody' is pinned, and no node of the graph has that id"):
+        store.save_state(graph, state | dict(pinnedIds=["nobody"]))
+    for wrong in (dict(pinnedIds="all"), dict(pinnedIds=[3]), dict(sg_pos=None)):
+        with pytest.raises(UserError, match="no groups"):
+            store.save_state(graph, state | wrong)
+    store.save_state(graph, [])
+    assert GraphStore(root).document(graph)["qParams"] == document_of(graph)["qParams"]
+
+
+def document_of(graph):
+    return json.loads(graph.path.read_text())
 
 
 def test_graphs_of_one_slug_have_groups_of_their_own(tmp_path):
@@ -149,7 +163,7 @@ def test_graphs_of_one_slug_have_groups_of_their_own(tmp_path):
     store = GraphStore(tmp_path)
     graphs = [store.find(name) for name in ("mine", "copy", "below/water")]
     for k, graph in enumerate(graphs):
-        store.save_groups(graph, [[f"group {k}", store.document(graph)["nodes"][k]["node_id"]]])
+        store.save_state(graph, [[f"group {k}", store.document(graph)["nodes"][k]["node_id"]]])
     shown = [store.document(graph)["qParams"]["supernodes"][0][0] for graph in graphs]
     assert shown == ["group 0", "group 1", "group 2"]
 
@@ -165,18 +179,27 @@ def test_units_whose_names_differ_in_a_sign_have_groups_of_their_own(root):
     store = GraphStore(root)
     graphs = [store.find(f"attribute/{name}/graphs/water") for name in names]
     files = [
-        store.save_groups(graph, [[name, store.document(graph)["nodes"][0]["node_id"]]])
+        store.save_state(graph, [[name, store.document(graph)["nodes"][0]["node_id"]]])
         for name, graph in zip(names, graphs, strict=True)
     ]
     assert [store.document(graph)["qParams"]["supernodes"][0][0] for graph in graphs] == names
     assert len({*files}) == 3 and files[0] == root / "serve" / "attribute-a-b" / "groups.json"
 
 
-@pytest.mark.parametrize("content", ["[1]", '{"war": "x"}', '{"war": [[]]}', "{"])
+def test_groups_that_an_earlier_version_saved_are_shown(root):
+    """It saved no pins."""
+    store = GraphStore(root)
+    graph = store.find("attribute/p/graphs/war")
+    groups = [["first", store.document(graph)["nodes"][0]["node_id"]]]
+    store.save_state(graph, []).write_text(json.dumps({"war": groups}))
+    assert store.document(graph)["qParams"] == document_of(graph)["qParams"] | dict(supernodes=groups)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"war": "x"}', '{"war": [[]]}', '{"war": {"pinnedIds": []}}', "{"])
 def test_damaged_groups_are_one_line(root, content):
     store = GraphStore(root)
     graph = store.find("attribute/p/graphs/war")
-    path = store.save_groups(graph, [])
+    path = store.save_state(graph, [])
     path.write_text(content)
     with pytest.raises(UserError, match=r"groups\.json is (no file of groups|not valid JSON)"):
         store.document(graph)

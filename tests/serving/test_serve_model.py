@@ -124,11 +124,13 @@ def test_groups_of_nodes_that_other_thresholds_show_are_saved(asker, traced):
     first = {node["node_id"] for node in asker.data(f"graph?id={GRAPH}")["document"]["nodes"]}
     whole = [node["node_id"] for node in asker.data(f"graph?id={GRAPH}&nodes=1&edges=1")["document"]["nodes"]]
     groups = [["more", *[name for name in whole if name not in first][:2]]]
-    for saved, status in ((groups, 200), ([["none", "9_9_9"]], 400)):
-        connection, answer = asker.open("api/groups", dict(graph=GRAPH, groups=saved), "PUT")
+    state = dict(supernodes=groups, pinnedIds=groups[0][1:], sg_pos=json.dumps({groups[0][1]: [0.5, 40]}))
+    for saved, status in ((state, 200), ([["none", "9_9_9"]], 400)):
+        connection, answer = asker.open("api/state", dict(graph=GRAPH, state=saved), "PUT")
         with contextlib.closing(connection):
             assert answer.status == status and len(groups[0]) == 3
-    assert asker.data(f"graph?id={GRAPH}&nodes=1&edges=1")["document"]["qParams"]["supernodes"] == groups
+    shown = asker.data(f"graph?id={GRAPH}&nodes=1&edges=1")["document"]["qParams"]
+    assert {name: shown[name] for name in state} == state
     assert asker.get(f"graph?id={GRAPH}")[0] == 200
 
 

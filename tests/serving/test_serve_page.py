@@ -4,7 +4,7 @@ import json
 
 import pytest
 from browser import chromium, needs_chromium
-from graph_pages import FEATURE, click_node, show, state, text
+from graph_pages import FEATURE, click_node, drag_last_box, show, state, text
 from made_up_documents import made_up_document
 
 from saejax.attribution.forms.neuronpedia import write_graph
@@ -232,7 +232,7 @@ def test_the_difference_of_two_outputs_is_explained(opened, site, place):
     assert opened.js("document.getElementById('all-outputs').hidden")
 
 
-def test_labels_and_groups_are_saved(opened, site, features, place):
+def test_labels_groups_pins_and_places_are_saved(opened, site, features, place):
     click_node(opened, features[0])
     fill(opened, ".label-form input", EVIL)
     for pressed in ("true", "false"):  # which draws the panel again
@@ -249,6 +249,11 @@ def test_labels_and_groups_are_saved(opened, site, features, place):
         opened.click_on(f"#pins li:nth-child({place_}) input[type=checkbox]")
     fill(opened, "#pin-tools input", "<i>pair</i>")
     opened.click_on("#pin-tools button")
+    opened.js("scrollTo(0, 0)")
+    click_node(opened, features[3], modifiers=8)
+    drag_last_box(opened, -60, 20)
+    kept = {name: state(opened, name) for name in ("supernodes", "pinnedIds", "sg_pos")}
+    assert features[3] in kept["pinnedIds"] and kept["sg_pos"]
     opened.click_on("#save-groups")
     opened.wait("document.getElementById('saved').textContent.includes('groups.json')")
     opened.wait("document.getElementById('save-groups').disabled")  # with the page's next painting
@@ -257,8 +262,18 @@ def test_labels_and_groups_are_saved(opened, site, features, place):
     assert text(opened, "#panel h2") == EVIL
     (group,) = state(opened, "supernodes")
     assert group[0] == "<i>pair</i>" and set(group[1:]) == set(features[1:3])
+    assert {name: state(opened, name) for name in kept} == kept
+    assert opened.js("document.getElementById('save-groups').disabled")
     (saved,) = json.loads((place / "serve" / GRAPH / "groups.json").read_text()).values()
-    assert saved == [group]
+    assert saved == kept and kept["supernodes"] == [group]
+    for change in ("togglePin", "move"):  # each alone is something to save
+        if change == "togglePin":
+            click_node(opened, features[4], modifiers=8)
+        else:
+            drag_last_box(opened, 40, 0)
+        opened.wait("!document.getElementById('save-groups').disabled")
+        opened.js("history.back()")
+        opened.wait("document.getElementById('save-groups').disabled")
 
 
 @pytest.mark.parametrize("path", ["", PAGE + "#pinnedIds={}"])

@@ -142,6 +142,42 @@ def are_groups(groups: Any) -> bool:
     )
 
 
+def read_state(saved: Any) -> dict[str, Any] | None:
+    """Return what was saved of the pins of a page, under the names that ``qParams`` of a document have.
+
+    Args:
+      saved: a list of groups; or a state that a page saved, or all ``qParams``.
+
+    Returns:
+      ``supernodes``, the groups; and of a state also ``pinnedIds`` and ``sg_pos``, the places of the boxes of pins, as
+      far as it has them. None: it is nothing of this.
+    """
+    state = dict(supernodes=saved) if isinstance(saved, list) else saved
+    if not isinstance(state, Mapping) or not are_groups(state.get("supernodes")):
+        return None
+    pins, places = state.get("pinnedIds", []), state.get("sg_pos", "")
+    if not isinstance(places, str) or not isinstance(pins, list) or not all(isinstance(name, str) for name in pins):
+        return None
+    return {name: state[name] for name in ("supernodes", "pinnedIds", "sg_pos") if name in state}
+
+
+def check_pins(ids: Collection[str], pins: Collection[str]) -> None:
+    """Check that all pinned nodes are in a graph.
+
+    Args:
+      ids: of the graph's nodes.
+      pins: ids of those that are pinned.
+
+    Raises:
+      UserError: one is not.
+    """
+    if unknown := set(pins) - set(ids):
+        raise UserError(
+            f"{min(unknown)!r} is pinned, and no node of the graph has that id: was it made of another prompt, or is "
+            "it pruned away?"
+        )
+
+
 def check_groups(ids: Collection[str], groups: Sequence[Sequence[str]]) -> None:
     """Check groups as in ``qParams.supernodes``, each a label and ids of nodes.
 

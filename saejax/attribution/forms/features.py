@@ -40,6 +40,7 @@ Feature = tuple[int, int]  # layer, index of the feature
 ReadFeature = Callable[[Feature, bool], Mapping[str, Any] | None]
 # Gives the bytes of a file beside an index, from one to before another; b"": they are not here.
 ReadRange = Callable[[str, int, int, bool], bytes]
+FEATURES = "features"  # folder of feature files, in that of a set and in that of a unit
 EXAMPLES = 5  # contexts of a feature that a page shows
 _OF_QUANTILE = 2  # contexts of each quantile
 _NAMING = 2  # tokens that name a feature without a label
@@ -131,7 +132,15 @@ def write_details(folder: Path, details: Mapping[Feature, FeatureDetails]) -> No
     """Write contexts and histogram of features, ``<layer>_<index>.json`` of each, which ``open_folder`` reads."""
     folder.mkdir(exist_ok=True)
     for (layer, index), feature in details.items():
-        activations = [dict(tokens=context["tokens"], values=context["activations"]) for context in feature.examples]
+        named = [(name, context) for name, contexts in feature.quantiles for context in contexts]
+        unnamed = list(feature.examples)
+        for _, context in named:  # each stands in the file once, as the strongest of all are the examples again
+            if context in unnamed:
+                unnamed.remove(context)
+        activations = [
+            dict(tokens=context["tokens"], values=context["activations"]) | (dict(quantile_name=name) if name else {})
+            for name, context in [*(("", context) for context in unnamed), *named]
+        ]
         bars = {f"freq_hist_data_bar_{name}": [bar[k] for bar in feature.histogram] for k, name in enumerate(_BARS)}
         if activations:
             write_json(folder / f"{layer}_{index}.json", dict(activations=activations, **bars))
@@ -181,7 +190,9 @@ def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
 
 
 def _bin_of(example: Mapping[str, Any]) -> str:
-    """Return the part of the activations that a context of Neuronpedia's was drawn from; "": none is told."""
+    """Return the part of the activations that a context was drawn from, by name or as Neuronpedia; "": none is told."""
+    if name := example.get("quantile_name"):  # of ``write_details``
+        return str(name)
     low, high = (example.get(name) for name in ("binMin", "binMax"))
     return f"activation {low:.3g} to {high:.3g}" if low is not None and high is not None and 0 <= low < high else ""
 
@@ -245,9 +256,9 @@ def _open_set_features(dictionaries: str | Path) -> ReadFeature | None:
     """Return what reads the feature files that come with a set, as ``open_folder``; None where there are none."""
     local = Path(dictionaries).expanduser()
     if local.exists():
-        return open_folder(local / "features") if (local / "features").is_dir() else None
+        return open_folder(local / FEATURES) if (local / FEATURES).is_dir() else None
     address = full_name(str(dictionaries)).removeprefix("hf://")
-    name, revision, folder = split_address(f"hf://{address}", "main", "features")
+    name, revision, folder = split_address(f"hf://{address}", "main", FEATURES)
     return _set_features_on_hub(f"hf://{name}/{folder}@{revision}")
 
 

@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.forms.document import ERROR_TYPE, FEATURE_TYPE, GraphDocument, check_document, check_groups
+from saejax.attribution.forms.document import (
+    ERROR_TYPE,
+    FEATURE_TYPE,
+    GraphDocument,
+    check_document,
+    check_groups,
+    check_pins,
+)
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.dictionaries.formats.hooks import bare_model_name
@@ -41,6 +48,7 @@ def to_document(
     labels: Mapping[tuple[int, int], str] | None = None,
     supernodes: Sequence[Sequence[str]] = (),
     pinned: Sequence[str] = (),
+    places: str = "",
 ) -> dict[str, Any]:
     """Return a pruned graph as Neuronpedia's JSON: ``metadata``, ``qParams``, ``nodes``, ``links``.
 
@@ -54,6 +62,7 @@ def to_document(
       labels: (layer, feature) -> what the feature is called.
       supernodes: of each its label and the ids of the nodes in it, which are pinned.
       pinned: ids of more nodes to pin.
+      places: where a reader put the boxes of pins: JSON as a page writes it; "": nowhere.
 
     Raises:
       UserError: the graph is not pruned, the slug is no file name, a supernode or a pin names a node that is not there,
@@ -71,15 +80,25 @@ def to_document(
     groups = [list(group) for group in supernodes]
     pins = list(dict.fromkeys([*(member for group in groups for member in group[1:]), *pinned]))
     check_groups(ids, groups)
-    if unknown := set(pinned) - set(ids):
-        raise UserError(f"{min(unknown)!r} is pinned, and no node of the graph has that id")
+    check_pins(ids, pinned)
     document = dict(
         metadata=_metadata(graph, slug, scan or _scan(graph, source_set), source_set),
-        qParams=dict(pinnedIds=pins, supernodes=groups, linkType="both", clickedId="", sg_pos=""),
+        qParams=dict(pinnedIds=pins, supernodes=groups, linkType="both", clickedId="", sg_pos=places),
         nodes=_nodes(graph, ids, labels or {}),
         links=links,
     )
     return check_document(document)
+
+
+def pin_as_saved(graph: Graph, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``to_document`` that show a pruned graph with the pins of ``document.read_state``.
+
+    Of groups alone, which say nothing of pins, the logits are pinned, too: what the groups explain.
+    """
+    groups, pinned = state.get("supernodes", []), state.get("pinnedIds", [])
+    if groups and not pinned:
+        pinned = graph.ids[graph.slice_of(LOGIT)]
+    return dict(supernodes=groups, pinned=pinned, places=state.get("sg_pos", ""))
 
 
 def shortest(numbers: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ from saejax.attribution.graph.data import (
     name_difference,
 )
 from saejax.attribution.graph.pruning import prune_each, score_subgraph, scores
+from saejax.attribution.settings import GraphConfig
 from saejax.dictionaries.formats import tensors
 from saejax.errors import UserError
 from saejax.files import file_sha256, read_json, write_json, write_text
@@ -43,9 +44,12 @@ from saejax.files import file_sha256, read_json, write_json, write_text
 if TYPE_CHECKING:
     import networkx
 
+Groups = Mapping[str, Sequence[str]]  # name of each group of nodes -> their ids
 DESCRIPTION, ARRAYS = "graph.json", "graph.safetensors"
 SCHEMA_VERSION = 2
 _TEXTS = ("tokens", "labels", "prompt", "n_layers", "model", "transcoders", "settings")
+_PRUNING = ("node_threshold", "edge_threshold", "top_edges", "min_weight")  # the last two have defaults
+_SCORES = tuple(field.name for field in dataclasses.fields(GraphScores))
 # Fields of ``GraphData`` -> under which name in the file.
 _ARRAYS = dict(value_R="value_T", constant_R="constant_T", untraced_R="untraced_T", ids_P="ids_P", logit_K="logit_K")
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Nodes))
@@ -129,7 +133,7 @@ class Graph(GraphData):
             settings={**self.settings, "targets": [[targets[place][0] for place in pair]]},
         )
 
-    def supernodes(self, groups: Mapping[str, Sequence[str]]) -> np.ndarray:
+    def supernodes(self, groups: Groups) -> np.ndarray:
         """Return the edges between groups of nodes: the sums of their weights, float64 [G, G], targets by sources.
 
         Args:
@@ -138,47 +142,83 @@ class Graph(GraphData):
         Raises:
           UserError: the graph has no such node, or a group none.
         """
-        if not isinstance(groups, Mapping):
-            raise UserError('groups is no dictionary: expected such as {"cities": ["3_17_4", "5_208_4"]}')
-        groups = {name: [ids] if isinstance(ids, str) else list(ids) for name, ids in groups.items()}
+        groups = _checked_groups(groups)
         place = {name: node for node, name in enumerate(self.ids)}
         for name, members in groups.items():
             if missing := [member for member in members if member not in place]:
                 raise UserError(
                     f"supernodes: {name!r} holds {missing[0]!r}, which is no node of this graph: see its ids"
                 )
-            if not members:
-                raise UserError(f"supernodes: {name!r} holds no node")
         member_GxN = np.zeros((len(groups), len(self.nodes)))
         for group, members in enumerate(groups.values()):
             member_GxN[group, [place[member] for member in members]] = 1
         return member_GxN[:, self.target_R] @ self.adjacency_RxS @ member_GxN[:, : self.adjacency_RxS.shape[1]].T
 
-    def save_page(self, path: str | os.PathLike, labels: Mapping[tuple[int, int], str] | None = None) -> None:
+    def save_page(
+        self,
+        path: str | os.PathLike,
+        labels: Mapping[tuple[int, int], str] | None = None,
+        *,
+        features: str | os.PathLike = "",
+        contexts: Any = None,
+        supernodes: Groups | str | os.PathLike | None = None,
+    ) -> None:
         """Write the interactive page of the graph, a file that is complete in itself; a whole graph is pruned first.
 
         Args:
           path: the file, such as graph.html; one that exists is replaced, and its folder is made.
           labels: (layer, feature) -> what the feature is called.
+          features: a folder of feature files, whose contexts and labels the page shows, as ``--graph.features`` takes
+            it; "": none but those in the folder ``features`` of a local set, and what ``interpret`` tells of a set
+            that was trained in a workdir.
+          contexts: a ``saejax.ContextSearch`` of the graph's transcoders, whose texts are searched for features that
+            have no name; None: nothing is searched.
+          supernodes: name of each group of nodes -> their ids, as in ``ids``; or a file as ``--graph.supernodes`` takes
+            it, such as the state that a page saved; None: no groups.
 
         Raises:
-          UserError: nothing of the graph is left, the path is a folder, or labels are of something else.
+          UserError: nothing of the graph is left, the path is a folder, labels are of something else, a group names a
+            node that is not in the pruned graph, or a file is missing or damaged.
         """
-        page = self._page(labels)  # before a folder is made
+        # Before a folder is made.
+        page = self._page(labels, features=features, contexts=contexts, supernodes=supernodes)
         write_text(_made_place(path), page)
 
-    def _page(self, labels: Mapping[tuple[int, int], str] | None = None) -> str:
+    def _page(
+        self,
+        labels: Mapping[tuple[int, int], str] | None = None,
+        *,
+        features: str | os.PathLike = "",
+        contexts: Any = None,
+        supernodes: Groups | str | os.PathLike | None = None,
+    ) -> str:
         from saejax.page.graph.page import graph_page
+        from saejax.stages.attribute.descriptions import describe_graph
+        from saejax.stages.attribute.requests import read_states
 
-        return graph_page(self if self.pruning else self.prune(), _checked_labels(labels))
+        graph, checked = self if self.pruning else self.prune(), _checked_labels(labels)
+        state: Mapping[str, Any] = {}
+        if isinstance(supernodes, str | os.PathLike) and supernodes:
+            (state,) = read_states(GraphConfig(supernodes=os.fspath(supernodes)), ["graph"]).values()
+        elif supernodes:
+            state = dict(supernodes=[[name, *members] for name, members in _checked_groups(supernodes).items()])
+        return graph_page(graph, checked, describe_graph(graph, os.fspath(features), contexts), state)
 
-    def show(self, labels: Mapping[tuple[int, int], str] | None = None) -> None:
+    def show(
+        self,
+        labels: Mapping[tuple[int, int], str] | None = None,
+        *,
+        features: str | os.PathLike = "",
+        contexts: Any = None,
+        supernodes: Groups | str | os.PathLike | None = None,
+    ) -> None:
         """Show the page: in a notebook below the cell, elsewhere in a browser. See ``save_page``."""
+        page = self._page(labels, features=features, contexts=contexts, supernodes=supernodes)
         ipython = sys.modules.get("IPython")
         if ipython and "ipykernel" in sys.modules:
-            return ipython.display.display(ipython.display.HTML(_framed(self._page(labels))))
+            return ipython.display.display(ipython.display.HTML(_framed(page)))
         path = Path(tempfile.mkdtemp(prefix="saejax-")) / "graph.html"
-        self.save_page(path, labels)
+        write_text(path, page)
         if not webbrowser.open(path.as_uri()):
             print(f"open {path.as_uri()} in a browser")
 
@@ -187,22 +227,34 @@ class Graph(GraphData):
         return _framed(self._page())
 
     def save_figure(
-        self, path: str | os.PathLike, labels: Mapping[tuple[int, int], str] | None = None, nodes: int = 40
+        self,
+        path: str | os.PathLike,
+        labels: Mapping[tuple[int, int], str] | None = None,
+        nodes: int = 40,
+        *,
+        features: str | os.PathLike = "",
+        contexts: Any = None,
     ) -> None:
         """Write a figure for print, layers by positions; a whole graph is pruned first.
 
         Args:
           path: the file, which ends in .svg, .pdf or .png; one that exists is replaced, and its folder is made.
-          labels: (layer, feature) -> what the feature is called; others are called by their number.
+          labels: (layer, feature) -> what the feature is called; of others the page's name, or else their number.
           nodes: maximum number of features and errors, the most influential ones.
+          features: as of ``save_page``.
+          contexts: as of ``save_page``.
 
         Raises:
           UserError: the name has another ending, the number is no whole one of 0 or above, or labels are of something
             else.
         """
         from saejax.page.graph.figure import save_figure
+        from saejax.stages.attribute.descriptions import describe_graph
 
-        save_figure(_made_place(path), self if self.pruning else self.prune(), _checked_labels(labels), nodes)
+        graph, checked = self if self.pruning else self.prune(), _checked_labels(labels)
+        details = describe_graph(graph, os.fspath(features), contexts)
+        names = {feature: detail.name for feature, detail in details.items() if detail.name}
+        save_figure(_made_place(path), graph, names | checked, nodes)
 
     def to_networkx(self) -> "networkx.DiGraph":
         """Return a directed graph with edges from sources to targets; this graph may be pruned or whole.
@@ -243,9 +295,7 @@ class Graph(GraphData):
         description = dict(schema_version=SCHEMA_VERSION, **{name: getattr(self, name) for name in _TEXTS})
         if pruning := self.pruning:
             arrays |= dict(node_N=pruning.node_N, influence_N=pruning.influence_N)
-            how = {
-                name: getattr(pruning, name) for name in ("node_threshold", "edge_threshold", "top_edges", "min_weight")
-            }
+            how = {name: getattr(pruning, name) for name in _PRUNING}
             description["pruning"] = how | dataclasses.asdict(pruning.scores)
         with tensors.whole_folder(Path(folder), DESCRIPTION, ARRAYS) as temporary:
             tensors.write(temporary / ARRAYS, arrays)
@@ -260,7 +310,7 @@ class Graph(GraphData):
           tokenizer: of a file of circuit-tracer: what reads the ids of its prompt; None: the one that it names.
 
         Raises:
-          UserError: a file is missing or damaged, or was written by a later version; or circuit-tracer is missing.
+          UserError: a file is missing or damaged, or was written by another version; or circuit-tracer is missing.
         """
         folder = Path(folder)
         if folder.suffix == ".pt":
@@ -276,10 +326,12 @@ class Graph(GraphData):
             raise UserError(
                 f"{file} is missing or damaged: it is not what {DESCRIPTION} describes; trace the prompt again"
             )
+        arrays = load_file(file)
+        _check_names(folder, description, arrays)
         try:
-            graph = cls(**_read_fields(description, load_file(file)))
+            graph = cls(**_read_fields(description, arrays))
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / DESCRIPTION} is damaged ({error} is missing): trace the prompt again") from None
+            raise UserError(f"{folder} holds no graph that fits together: {error}; trace the prompt again") from None
         if problem := _problem(graph):
             raise UserError(f"{folder} holds no graph that fits together: {problem}; trace the prompt again")
         return graph
@@ -305,10 +357,47 @@ def _checked_labels(labels: Mapping[tuple[int, int], str] | None) -> dict[tuple[
     return dict(labels or {})
 
 
+def _checked_groups(groups: Any) -> dict[str, list[str]]:
+    """Return the ids of the nodes in each group, of which none is empty."""
+    if not isinstance(groups, Mapping):
+        raise UserError('groups is no dictionary: expected such as {"cities": ["3_17_4", "5_208_4"]}')
+    checked = {str(name): [ids] if isinstance(ids, str) else list(ids) for name, ids in groups.items()}
+    for name, members in checked.items():
+        if not members:
+            raise UserError(f"supernodes: {name!r} holds no node")
+    return checked
+
+
 def _framed(page: str) -> str:
     """Return a page in a frame that stands in a notebook."""
     frame = 'width="100%" height="900" style="border: 0" sandbox="allow-scripts allow-downloads"'
     return f'<iframe {frame} srcdoc="{html.escape(page)}"></iframe>'
+
+
+def _check_names(folder: Path, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Check that the files of a graph have what this version writes, and nothing else.
+
+    Thresholds of pruning that came since have defaults. All else makes up a graph, and has none.
+
+    Raises:
+      UserError: something is missing, or unknown: its meaning would be ignored.
+    """
+    pruning = description.get("pruning")
+    needed, optional = {"schema_version", "sha256", *_TEXTS}, {"pruning"}
+    expected = {*_ARRAYS.values(), "edge_bits", "edge_weights", *(f"nodes.{name}" for name in _COLUMNS)}
+    groups: list[tuple[str, Collection[str], set[str], set[str]]] = [
+        (DESCRIPTION, description, needed, optional),
+        (ARRAYS, arrays, expected | ({"node_N", "influence_N"} if pruning else set()), set()),
+    ]
+    if isinstance(pruning, Mapping):
+        groups.append((f"pruning of {DESCRIPTION}", pruning, {*_PRUNING[:2], *_SCORES}, {*_PRUNING[2:]}))
+    for where, names, wanted, more in groups:
+        for problem, left in (("missing", wanted - {*names}), ("unknown", {*names} - wanted - more)):
+            if left:
+                raise UserError(
+                    f"{folder}: {', '.join(sorted(left))} {'is' if len(left) == 1 else 'are'} {problem} in {where}: an "
+                    "older or a newer version of saejax wrote it, or it is damaged; trace the prompt again"
+                )
 
 
 def _read_fields(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -319,9 +408,10 @@ def _read_fields(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
     is_kind_N = (kind_N >= 0) & (kind_N < len(KINDS))
     fields["nodes"] = nodes = Nodes(np.array([*KINDS, ""])[np.where(is_kind_N, kind_N, len(KINDS))], *columns)
     if stored := description.get("pruning"):
-        shares, kept = (stored["node_threshold"], stored["edge_threshold"]), (arrays["node_N"], arrays["influence_N"])
-        scores = GraphScores(stored["replacement"], stored["completeness"])
-        fields["pruning"] = Pruning(*shares, *kept, scores, stored["top_edges"], stored["min_weight"])
+        scores = GraphScores(*(stored[name] for name in _SCORES))
+        thresholds = {name: stored[name] for name in _PRUNING if name in stored}
+        kept: dict[str, Any] = dict(node_N=arrays["node_N"], influence_N=arrays["influence_N"])
+        fields["pruning"] = Pruning(**thresholds, **kept, scores=scores)
     logits = int((nodes.kind_N == LOGIT).sum())
     shape = int((nodes.kind_N == FEATURE).sum()) + logits, len(nodes) - logits
     # Bits are filled up to whole bytes.

@@ -10,7 +10,7 @@
 4. The rows become a graph (``make_graph``).
 
 Its memory is estimated before phase 1, and again before phase 3, when the features of the prompt are counted
-(``check_memory``).
+(``check_memory``, ``check_gradient_memory``).
 
 Rows. A row has a number for each source, and most sources of a long prompt are active features that never get a row:
 1,024 tokens with 540 active features each have 550,000, which for 8,192 rows is 18 GB. So rows are whole only until
@@ -177,6 +177,8 @@ def trace_prompt(
     ids_P = prompt_ids(model, prompt, chat)
     with _phase(1, f"the prompt of {len(ids_P):,} tokens is run"):
         if isinstance(opened, LayerSaes):
+            logits = len(targets) or max_logits
+            check_gradient_memory(model, opened.check(model), len(ids_P), None, max_features, logits)
             run: LocalModel | SaeRun = SaeRun.of(model, opened, ids_P)
             kind = "direct" if opened.direct else "total"
             settings["edges"] = f"{kind} {opened.estimate} x activation, first-order estimates"
@@ -187,7 +189,7 @@ def trace_prompt(
     count = min(max_features or len(run.active), len(run.active))
     with _phase(3, f"rows of {len(readouts):,} targets and {count:,} of {len(run.active):,} active features"):
         if isinstance(run, SaeRun):
-            check_gradient_memory(run, count, len(readouts))
+            check_gradient_memory(model, run.dictionaries, len(ids_P), len(run.active), max_features, len(readouts))
             gradient_rows = GradientRows(run, readouts)
             fill: FillRows = gradient_rows
             nodes = gradient_rows.nodes
@@ -635,44 +637,76 @@ def check_memory(size: GraphSize, tokens: int, mesh: Mesh, make_room: Callable[[
     )
 
 
-def estimate_gradient_memory(run: SaeRun, features: int, logits: int) -> Memory:
+def estimate_prompt_memory(model: LanguageModel, saes: LayerSaes, tokens: int) -> Memory:
+    """Return what the run of a prompt with SAEs takes beside the model: one SAE after the other reads its site.
+
+    Args:
+      model: the language model.
+      saes: of some of its sites.
+      tokens: of the prompt.
+    """
+    length, width, features = padded(tokens), model.config.d_model, max(config.n_features for config in saes.configs)
+    # The values at all layers of each kind of site come from one program.
+    values = len({"resid_pre", *(site.kind for site in saes.sites)}) * model.config.n_layers * length * width
+    acts = features * max(1, min(length, AT_ONCE // features))
+    attention = _SCORES_COPIES * model.config.n_heads * length**2
+    device = values + 2 * width * features + _ACTS_COPIES * acts + attention
+    return Memory(int(_FP32 * device), _FP32 * (acts + len(saes.sites) * length * width))
+
+
+def estimate_gradient_memory(
+    model: LanguageModel, saes: LayerSaes, tokens: int, active: int, features: int, logits: int
+) -> Memory:
     """Return what the rows of a graph with SAEs take beside the model and the run of the prompt.
 
     Args:
-      run: of the prompt; its active features are counted.
+      model: the language model.
+      saes: of some of its sites.
+      tokens: of the prompt.
+      active: number of its active features.
       features: number of features with rows.
       logits: number of targets that are no features.
     """
-    mesh, sites, active = run.model.mesh, len(run.dictionaries.sites), len(run.active)
-    _, length, width = run.stream_LxTxD.shape
+    mesh, sites, length, width = model.mesh, len(saes.sites), padded(tokens), model.config.d_model
     batch = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * document_devices(mesh)
     at_once = 2 if mesh.size == 1 else 1
-    others, targets = (sites + 1) * len(run.ids_P) + sites, features + logits
+    others, targets = (sites + 1) * tokens + sites, features + logits
     columns = columns_kept(targets, active, others)
     adjacency = targets * columns + (WHOLE if columns < active + others else 0)
     # Gradients at all sites and the tokens: on the devices, on the host, and stacked there; then their products.
     gradients = (sites + 2) * batch * length * width
-    table = min(active, sum(config.n_features for config in run.dictionaries.configs)) * width
+    table = min(active, sum(config.n_features for config in saes.configs)) * width
     encoders = width * min(features, ROUND_ROWS if features < active else features)
     host = adjacency + table + encoders + at_once * (2 * gradients + 2 * batch * (active + others))
     return Memory(int(_FP32 * at_once * gradients), int(_FP32 * host))
 
 
-def check_gradient_memory(run: SaeRun, features: int, logits: int) -> None:
+def check_gradient_memory(
+    model: LanguageModel, saes: LayerSaes, tokens: int, active: int | None, max_features: int | None, logits: int
+) -> None:
     """Refuse a prompt whose graph with SAEs does not fit into what is free now.
 
     Args:
-      run: of the prompt.
-      features: number of features with rows.
+      model: the language model.
+      saes: of some of its sites.
+      tokens: of the prompt.
+      active: number of its active features; None: it is yet to be run, and those of ``certain_active`` count.
+      max_features: maximum number of features with rows; None: all active ones.
       logits: number of targets that are no features.
 
     Raises:
-      UserError: its rows do not fit.
+      UserError: its run or its rows do not fit.
     """
-    mesh = run.model.mesh
-    free, need = free_memory(mesh), estimate_gradient_memory(run, features, logits)
+    mesh, needs = model.mesh, list[Memory]()
+    if active is None:
+        needs.append(estimate_prompt_memory(model, saes, tokens))
+        active = int(sum(map(certain_active, saes.configs)) * (tokens - 1))  # of the first position, often a sink, none
+    features = min(max_features or active, active)
+    needs.append(estimate_gradient_memory(model, saes, tokens, active, features, logits))
+    free, need = free_memory(mesh), Memory(*map(max, zip(*needs, strict=True)))
     if not need.fits(free, mesh):
+        fewer = f", or trace fewer features than {features:,} (max_features)" if features else ""
         raise UserError(
             f"the graph would take {need.describe(mesh)}, and {free.describe(mesh)} is free: shorten the prompt of "
-            f"{len(run.ids_P):,} tokens, or trace fewer features than {features:,} (max_features)"
+            f"{tokens:,} tokens{fewer}"
         )

@@ -23,7 +23,7 @@ from saejax.attribution.forms.document import (
     feature_of,
 )
 from saejax.attribution.forms.features import Feature, FeatureDetails
-from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.forms.neuronpedia import pin_as_saved, to_document
 from saejax.attribution.graph import Graph
 from saejax.files import write_text
 from saejax.page.scripts import interactive, visible_script
@@ -55,9 +55,22 @@ def write_page(path: Path, document: GraphDocument, **shown: Any) -> None:
     write_text(Path(path), page_html(document, **shown))
 
 
-def graph_page(graph: Graph, labels: Mapping[Feature, str] | None = None) -> str:
-    """Return the page of a pruned graph; ``labels`` are labels of its features."""
-    return page_html(to_document(graph, _UNNAMED, labels=labels))
+def graph_page(
+    graph: Graph,
+    labels: Mapping[Feature, str] | None = None,
+    details: Mapping[Feature, FeatureDetails] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the page of a pruned graph.
+
+    Args:
+      graph: the pruned graph.
+      labels: labels of its features.
+      details: contexts, logits and labels of features; see ``page_html``.
+      state: groups, pins and their places, as ``document.read_state`` gives them.
+    """
+    document = to_document(graph, _UNNAMED, labels=labels, **pin_as_saved(graph, state or {}))
+    return page_html(document, details=details)
 
 
 def page_html(

@@ -15,6 +15,7 @@ from pathlib import Path
 from saejax.attribution.forms.document import GraphDocument, feature_of
 from saejax.attribution.forms.features import (
     EXAMPLES,
+    FEATURES,
     Feature,
     FeatureDetails,
     cut_context,
@@ -37,7 +38,6 @@ from saejax.runner.labels import trained_layers
 from saejax.runner.parts import part_file
 from saejax.runner.stacks import find_results
 from saejax.runner.workspace import Run
-from saejax.stages.attribute.traces import FEATURES
 from saejax.unicode import visible_token
 
 _LENS = "lens.json"

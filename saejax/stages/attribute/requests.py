@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import are_groups
-from saejax.attribution.forms.features import index_on_hub
+from saejax.attribution.forms.document import read_state
+from saejax.attribution.forms.features import FEATURES, index_on_hub
 from saejax.attribution.local.dictionaries import find_folder
 from saejax.attribution.settings import GraphConfig
 from saejax.config import counted
@@ -96,27 +96,36 @@ def identity(config: GraphConfig) -> str:
 
 
 def set_identity(config: GraphConfig) -> str:
-    """Return a fingerprint of the dictionaries alone: their names, files, and the choice among these."""
+    """Return a fingerprint of the dictionaries alone: their names, files, and the choice among these.
+
+    Feature files that lie with a set say what pages show of its features, and change no number of a trace.
+    """
     settings = counted(config)
     chosen = [settings[f"graph.{name}"] for name in ("transcoders", "dictionaries", "l0")]
-    return fingerprint([*chosen, _set_files(config)[1]])
+    return fingerprint([*chosen, _set_files(config, but=FEATURES)[1]])
 
 
-def _set_files(config: GraphConfig) -> tuple[list[Path], list[str]]:
-    """Return the folders of the dictionaries, and what stands for their content."""
+def _set_files(config: GraphConfig, but: str = "") -> tuple[list[Path], list[str]]:
+    """Return the folders of the dictionaries, and what stands for their content without the folder ``but`` in each."""
     places, commit = list(map(Path, config.dictionaries)), ""
     if config.transcoders:
         _, folder, commit = find_folder(config.transcoders, choice=config.l0)
         places = [folder]
     # A commit stands for the content of all files.
-    return places, [commit] if commit else [mark for folder in places for mark in _marks(folder)]
+    return places, [commit] if commit else [mark for folder in places for mark in _marks(folder, but)]
 
 
-def _marks(folder: Path) -> list[str]:
-    """Return the path and hash of each file of dictionaries in a folder; checkpoints of training are left out."""
+def _marks(folder: Path, but: str = "") -> list[str]:
+    """Return the path and hash of each file of dictionaries in a folder; checkpoints of training are left out.
+
+    Args:
+      folder: of dictionaries, or of feature files.
+      but: name of a folder in it that is left out; "": none is.
+    """
     kinds = ("*.json", "*.json.gz", "*.yaml", "*.safetensors", "*.npz")
     paths = sorted(path for kind in kinds for path in folder.rglob(kind))
-    return [f"{path.relative_to(folder)} {content_sha256(path)}" for path in paths]
+    names = {path: path.relative_to(folder) for path in paths}
+    return [f"{name} {content_sha256(path)}" for path, name in names.items() if name.parts[0] != but]
 
 
 def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]] | None = None) -> list[Request]:
@@ -272,10 +281,11 @@ def _checked_slug(slug: Any, where: str) -> str:
     return slug
 
 
-def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[list[str]]]:
-    """Return the supernodes in the file of ``--graph.supernodes`` by graph: label and ids of nodes of each.
+def read_states(config: GraphConfig, slugs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return by graph what the file of ``--graph.supernodes`` says of its pins, as ``document.read_state`` does.
 
-    The file holds supernodes by graph, "*" for all others; or what the page saves, its state or the whole graph.
+    The file holds supernodes, or states, by graph, "*" for all others; or what the page saves, its state or the whole
+    graph.
 
     Args:
       config: of the stage.
@@ -288,16 +298,17 @@ def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[lis
         return {}
     path = Path(config.supernodes)
     text = decode(read_bytes(path, "--graph.supernodes", "name a file of supernodes"), path)
-    groups = _by_graph(text)
-    if not all(map(are_groups, groups.values())) or not groups:
+    read = {slug: read_state(saved) for slug, saved in _by_graph(text).items()}
+    states = {slug: state for slug, state in read.items() if state is not None}
+    if len(states) < len(read) or not states:
         raise UserError(f"{path} holds no supernodes: expected {_GROUPS}")
-    if not {"*", *slugs} & set(groups):
-        raise UserError(f"{path} has supernodes for {', '.join(groups)}: expected {', '.join(slugs)}, or * for all")
-    return {slug: groups.get(slug, groups.get("*", [])) for slug in slugs}
+    if not {"*", *slugs} & set(states):
+        raise UserError(f"{path} has supernodes for {', '.join(states)}: expected {', '.join(slugs)}, or * for all")
+    return {slug: states.get(slug, states.get("*", {})) for slug in slugs}
 
 
 def _by_graph(text: str) -> dict[str, Any]:
-    """Return what a file of supernodes holds for each graph, unchecked."""
+    """Return what a file of supernodes holds for each graph, groups or states, unchecked."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -306,5 +317,5 @@ def _by_graph(text: str) -> dict[str, Any]:
         return {}
     params, metadata = content.get("qParams"), content.get("metadata")
     if isinstance(params, dict) and isinstance(metadata, dict):  # a whole graph
-        return {str(metadata.get("slug", "*")): params.get("supernodes")}
-    return {"*": content.get("supernodes")} if "pinnedIds" in content else content
+        return {str(metadata.get("slug", "*")): params}
+    return {"*": content} if "pinnedIds" in content else content

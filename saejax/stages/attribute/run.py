@@ -5,15 +5,15 @@ A prompt is a part in the sense of ``runner.parts``; ``outputs`` writes its file
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.forms.neuronpedia import pin_as_saved, to_document
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT
+from saejax.attribution.graph.data import ERROR, FEATURE
 from saejax.attribution.graph.pruning import emptying_threshold
 from saejax.attribution.heads.query_key import check_head, split_scores
 from saejax.attribution.local.dictionaries import LayerSaes, LayerTranscoders, open_saes, open_transcoders
@@ -22,7 +22,14 @@ from saejax.attribution.local.rows import Target, target_pairs, token_of
 from saejax.attribution.local.state import prompt_ids
 from saejax.attribution.results import AttributeResults, GraphResults, GraphTarget
 from saejax.attribution.settings import GraphConfig
-from saejax.attribution.trace.prompt import GraphSize, Traced, certain_active, check_memory, trace_prompt
+from saejax.attribution.trace.prompt import (
+    GraphSize,
+    Traced,
+    certain_active,
+    check_gradient_memory,
+    check_memory,
+    trace_prompt,
+)
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import from_first_process, is_first_process
@@ -31,7 +38,7 @@ from saejax.runner.parts import Measure, Measured, each_part, part_file
 from saejax.runner.workspace import Run
 from saejax.stages.attribute.descriptions import Descriptions, Parts
 from saejax.stages.attribute.outputs import score_table, write_outputs
-from saejax.stages.attribute.requests import Request, read_groups, read_heads, read_labels, read_requests
+from saejax.stages.attribute.requests import Request, read_heads, read_labels, read_requests, read_states
 from saejax.stages.attribute.traces import (
     find_trace,
     read_trace,
@@ -69,7 +76,7 @@ def run_attribute(
     config = run.configs[GraphConfig]
     behaviours = read_behaviours(run, config.behaviours, "--graph.behaviours") if config.behaviours else None
     requests = {request.slug: request for request in read_requests(config, behaviours)}
-    groups, labels = read_groups(config, list(requests)), read_labels(config)
+    states, labels = read_states(config, list(requests)), read_labels(config)
 
     def begin() -> Measure:
         parts = functools.cache(lambda: opened(run))  # the model is loaded where something runs it
@@ -86,7 +93,7 @@ def run_attribute(
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
             request, saved = requests[slug], traces[slug] if is_traced[list(requests).index(slug)] else None
-            return _measure(run, parts, descriptions, saved, request, groups.get(slug, []), labels, on_progress, trace)
+            return _measure(run, parts, descriptions, saved, request, states.get(slug, {}), labels, on_progress, trace)
 
         return measure
 
@@ -115,9 +122,13 @@ def _check_request(
         target_pairs(model, _targets(model, request))
         for head in read_heads(config):
             check_head(model.config, *head, tokens=len(ids_P))
-        if isinstance(dictionaries, LayerTranscoders):
-            first, most = dictionaries.configs[0], config.max_features or None
-            active, across = certain_active(first), dictionaries.cross_layer
+        most = config.max_features or None
+        if isinstance(dictionaries, LayerSaes):
+            logits = len(request.targets) or config.max_logits
+            check_gradient_memory(model, dictionaries, len(ids_P), None, most, logits)
+        else:
+            first, across = dictionaries.configs[0], dictionaries.cross_layer
+            active = certain_active(first)
             size = GraphSize(model.config, first, active, most, config.max_logits, across)
             check_memory(size, len(ids_P), model.mesh)
     except UserError as error:
@@ -146,7 +157,7 @@ def _measure(
     descriptions: Descriptions,
     saved: Path | None,
     request: Request,
-    groups: Sequence[Sequence[str]],
+    state: Mapping[str, Any],
     labels: Mapping[tuple[int, int], str],
     on_progress: OnProgress,
     trace: Callable[..., Traced] | None = None,
@@ -166,9 +177,8 @@ def _measure(
     if is_first_process():
         write_trace(part_file(run, request.slug, "-graph"), graph, trace_key(run.configs, request), seconds)
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges, config.min_weight)
-    pinned = pruned.ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
     document = to_document(
-        pruned, request.slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels
+        pruned, request.slug, source_set=config.source_set, labels=labels, **pin_as_saved(pruned, state)
     )
     scores = tuple(split_scores(run_of(), *head) for head in read_heads(config))
     descriptions.write(document, saved, on_progress)

@@ -7,6 +7,7 @@ of the trace. A unit that wants the same trace takes it, whatever it prunes, nam
 import shutil
 from pathlib import Path
 
+from saejax.attribution.forms.features import FEATURES
 from saejax.attribution.graph import Graph
 from saejax.attribution.settings import GraphConfig
 from saejax.config import Configs, counted
@@ -17,10 +18,10 @@ from saejax.runner.workspace import Run
 from saejax.stages import identities
 from saejax.stages.attribute.requests import Request, set_identity
 
-FEATURES = "features"  # folder of contexts that were searched, a file for each feature
 _REVISION = 1  # of the numbers of a trace; one more where the code changes them
 _KEY = "trace.json"  # beside a whole graph: its key, and the seconds that tracing took
-_SEARCHED = "searched.json"  # of a unit: the features that were searched, in how many texts
+_SEARCHED = "searched.json"  # of a unit: the features that were searched, in how many texts, by which revision
+_SEARCH_REVISION = 2  # of what a search finds; one more where the code changes it
 
 
 def trace_key(configs: Configs, request: Request) -> str:
@@ -63,7 +64,8 @@ def write_trace(folder: Path, graph: Graph, key: str, seconds: float) -> None:
 
 def copy_contexts(run: Run, unit: Path | None) -> None:
     """Copy the contexts that an earlier unit searched in as many texts."""
-    if unit and unit != run.folder.resolve() and _searched(unit).get("texts") == run.configs[GraphConfig].contexts:
+    wanted = dict(texts=run.configs[GraphConfig].contexts, revision=_SEARCH_REVISION)
+    if unit and unit != run.folder.resolve() and wanted.items() <= _searched(unit).items():
         shutil.copytree(unit / FEATURES, run.folder / FEATURES, dirs_exist_ok=True)
         add_searched(run, {(layer, index) for layer, index in _searched(unit)["features"]})
 
@@ -76,7 +78,7 @@ def searched_features(run: Run) -> set[tuple[int, int]]:
 def add_searched(run: Run, features: set[tuple[int, int]]) -> None:
     """Note that features were searched."""
     texts, done = run.configs[GraphConfig].contexts, searched_features(run) | features
-    write_json(run.folder / _SEARCHED, dict(texts=texts, features=sorted(done)))
+    write_json(run.folder / _SEARCHED, dict(texts=texts, revision=_SEARCH_REVISION, features=sorted(done)))
 
 
 def _searched(unit: Path) -> dict:

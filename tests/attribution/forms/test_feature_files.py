@@ -78,7 +78,7 @@ def test_contexts_are_told_apart_by_activation_and_activations_are_counted(tmp_p
     )
     features.write_details(tmp_path / "features", {(3, 7): details, (3, 8): FeatureDetails()})
     found = read_details([tmp_path], [], [(3, 7), (3, 8)])
-    assert found == {(3, 7): dataclasses.replace(details, quantiles=())}
+    assert found == {(3, 7): details}
 
 
 def test_of_a_set_on_the_hub_the_bytes_of_its_features_are_fetched(tmp_path, monkeypatch):

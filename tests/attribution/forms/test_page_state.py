@@ -10,7 +10,7 @@ from urllib.parse import parse_qs
 import numpy as np
 import pytest
 from browser import needs_chromium
-from graph_pages import busy_feature, click_node, clicked, rows, show, slide, state, strongest, text
+from graph_pages import busy_feature, click_node, clicked, drag_last_box, rows, show, slide, state, strongest, text
 from made_graphs import make_graph
 from made_up_documents import made_up_document
 
@@ -61,19 +61,7 @@ def test_boxes_of_pins_are_dragged_and_stay_where_they_were_put(opened, document
     for pinned in (node, strongest(document, node, True)[0][0]):
         click_node(opened, pinned, modifiers=8)
     box = "document.querySelector('#subgraph .unit:last-of-type').getBoundingClientRect()"
-    opened.js("document.querySelector('#subgraph .unit').scrollIntoView({block: 'center'})")
-    opened.settle()
-    x, y = opened.js(f"[{box}.x, {box}.y]")
-    for kind, dx, dy in (
-        ("mousePressed", 0, 0),
-        ("mouseMoved", -30, 0),
-        ("mouseMoved", -60, 20),
-        ("mouseReleased", -60, 20),
-    ):
-        at = dict(x=x + 20 + dx, y=y + 10 + dy)
-        opened.send("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **at)
-    opened.settle()
-    moved = opened.js(f"[{box}.x, {box}.y]")
+    (x, y), moved = drag_last_box(opened, -60, 20)
     assert abs(moved[0] - x + 60) < 1.5 and abs(moved[1] - y - 20) < 1.5
     assert clicked(opened) == ""  # a drag selects nothing
     (places,) = [json.loads(state(opened, "sg_pos"))]
@@ -212,6 +200,50 @@ def test_downloads_hold_the_state_and_the_graph(show_page, document, tmp_path):
     assert saved == {**document, "qParams": state, "links": sorted(document["links"], key=order)}
     assert (tmp_path / "made-up.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "made-up-subgraph.svg").read_text()
+
+
+def test_a_page_opens_the_state_that_it_saved(show_page, document, tmp_path):
+    """Pins, groups and the places of boxes; also from a graph with its state, and no other file."""
+    opened = show_page(document)
+    opened.send("Browser.setDownloadBehavior", at_page=False, behavior="allow", downloadPath=str(tmp_path))
+    node = busy_feature(document)
+    sources = [other for other, *_ in strongest(document, node, True)[:2]]
+    for pinned in (node, *sources):
+        click_node(opened, pinned, modifiers=8)
+    for pinned in sources:
+        tick_pin(opened, pinned)
+    opened.click_on("#pin-tools button")
+    drag_last_box(opened, -60, 20)
+    click_node(opened, sources[0])
+    kept = opened.js("attributionGraph.state")
+    assert len(json.loads(kept["sg_pos"])) == len(kept["supernodes"]) == 1 and len(kept["pinnedIds"]) == 3
+    opened.click_on(".saves summary")
+    for button, name in (("state", "made-up-state.json"), ("graph", "made-up.json")):
+        opened.click_on(f"#save-{button}")
+        while not (tmp_path / name).exists():  # one that never comes fails by the test's time limit
+            time.sleep(0.05)
+    (tmp_path / "other.json").write_text('{"nodes": []}')
+    (tmp_path / "cut.json").write_text("{")
+    for name in ("made-up-state.json", "made-up.json"):
+        show_page(document)
+        assert state(opened, "pinnedIds") == []
+        for wrong in ("other.json", "cut.json"):
+            open_file(opened, tmp_path / wrong)
+            opened.wait("!document.getElementById('not-opened').hidden")
+            assert f"{wrong} holds no state of a page" in opened.js("document.getElementById('not-opened').textContent")
+        open_file(opened, tmp_path / name)
+        opened.wait("attributionGraph.state.pinnedIds.length")
+        assert opened.js("attributionGraph.state") == kept
+        assert opened.js("document.getElementById('not-opened').hidden")
+        opened.js("history.back()")  # a step as any other
+        opened.wait("!attributionGraph.state.pinnedIds.length")
+
+
+def open_file(browser, path):
+    """Chooses a file where the page asks for the state that it is to open."""
+    root = browser.send("DOM.getDocument")["root"]["nodeId"]
+    node = browser.send("DOM.querySelector", nodeId=root, selector="#state-file")["nodeId"]
+    browser.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
 
 def test_going_back_restores_sliders(opened, document):

@@ -81,7 +81,16 @@ def with_fields(**changes):
     return save
 
 
+def with_description(**fields):
+    def add(folder):
+        description = json.loads((folder / DESCRIPTION).read_text())
+        (folder / DESCRIPTION).write_text(json.dumps(description | fields))
+
+    return add
+
+
 NO_ARRAYS = "graph.safetensors is missing or damaged"
+OTHER_VERSION = "an older or a newer version of saejax wrote it"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +100,9 @@ NO_ARRAYS = "graph.safetensors is missing or damaged"
         (with_arrays(lambda content: content[:-1] + bytes([content[-1] ^ 1])), NO_ARRAYS),
         (lambda folder: (folder / ARRAYS).unlink(), NO_ARRAYS),
         (lambda folder: (folder / DESCRIPTION).write_text('{"a"'), "graph.json is not valid JSON"),
-        (without("prompt"), "graph.json is damaged .'prompt' is missing"),
+        (without("prompt"), f"prompt is missing in graph.json: {OTHER_VERSION}"),
+        (with_description(direction="down"), f"direction is unknown in graph.json: {OTHER_VERSION}"),
+        (with_description(pruning=dict(node_threshold=0.8)), "influence_N, node_N are missing in graph.safetensors"),
         (with_fields(n_layers="2"), "n_layers is '2', expected a number"),
         (without("schema_version"), "schema version None: expected 2"),
         (with_fields(logit_K=np.zeros(3, np.float32)), "logit_K has the shape"),
@@ -107,6 +118,24 @@ def test_damaged_files_are_refused(damage, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         Graph.load(tmp_path / "graph")
     assert "\n" not in str(error.value)
+
+
+def test_fields_of_pruning_that_came_since_have_defaults_and_others_are_refused(tmp_path):
+    graph = make_graph().prune(1.0, 1.0)
+    graph.save(tmp_path)
+    path = tmp_path / DESCRIPTION
+    description = json.loads(path.read_text())
+    pruning = description["pruning"]
+    older = {name: value for name, value in pruning.items() if name not in ("top_edges", "min_weight")}
+    path.write_text(json.dumps(description | dict(pruning=older)))
+    assert same(Graph.load(tmp_path), graph)
+    for wrong, problem in (
+        (older | dict(steepness=2), "steepness is unknown in pruning of graph.json"),
+        ({name: value for name, value in older.items() if name != "replacement"}, "replacement is missing in pruning"),
+    ):
+        path.write_text(json.dumps(description | dict(pruning=wrong)))
+        with pytest.raises(UserError, match=f"{problem}.*: {OTHER_VERSION}"):
+            Graph.load(tmp_path)
 
 
 class LogitTarget(NamedTuple):

@@ -12,7 +12,7 @@ from saejax.attribution.settings import GraphConfig
 from saejax.errors import UserError
 from saejax.runner import command
 from saejax.stages.attribute import requests
-from saejax.stages.attribute.requests import read_groups
+from saejax.stages.attribute.requests import read_states
 
 
 def test_groups_of_ids():
@@ -29,15 +29,21 @@ def test_groups_of_ids():
 
 
 GROUPS = [["a", "1_2_3"], ["b", "2_2_3", "E_4_0"]]
+GROUPED = dict(supernodes=GROUPS)
+STATE = dict(supernodes=GROUPS, pinnedIds=["1_2_3", "9_9_9"], sg_pos='{"9_9_9": [0.5, 40]}')
 
 
 @pytest.mark.parametrize(
     "content,wanted",
     [
-        ({"one": GROUPS}, dict(one=GROUPS, two=[])),
-        ({"*": GROUPS, "two": []}, dict(one=GROUPS, two=[])),
-        (dict(pinnedIds=["1_2_3"], supernodes=GROUPS, linkType="both"), dict(one=GROUPS, two=GROUPS)),
-        (dict(metadata=dict(slug="two"), qParams=dict(supernodes=GROUPS), nodes=[]), dict(one=[], two=GROUPS)),
+        ({"one": GROUPS}, dict(one=GROUPED, two={})),
+        ({"*": GROUPS, "two": []}, dict(one=GROUPED, two=dict(supernodes=[]))),
+        ({"one": STATE, "two": GROUPS}, dict(one=STATE, two=GROUPED)),
+        (STATE | dict(linkType="both"), dict(one=STATE, two=STATE)),
+        (dict(metadata=dict(slug="two"), qParams=STATE | dict(clickedId="a"), nodes=[]), dict(one={}, two=STATE)),
+        (dict(metadata=dict(slug="two"), qParams=GROUPED, nodes=[]), dict(one={}, two=GROUPED)),
+        ({"one": STATE | dict(sg_pos=3)}, "holds no supernodes"),
+        (dict(pinnedIds=["1_2_3"]), "holds no supernodes"),
         ({"three": GROUPS}, "has supernodes for three: expected one, two, or [*] for all"),
         ({"one": [["a"]]}, "holds no supernodes"),
         ({"one": [["a", 3]]}, "holds no supernodes"),
@@ -51,12 +57,12 @@ def test_files_of_groups(tmp_path, content, wanted):
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     config = GraphConfig(supernodes=str(file))
     if isinstance(wanted, dict):
-        assert read_groups(config, ["one", "two"]) == wanted
+        assert read_states(config, ["one", "two"]) == wanted
     else:
         with pytest.raises(UserError, match=wanted) as error:
-            read_groups(config, ["one", "two"])
+            read_states(config, ["one", "two"])
         assert "\n" not in str(error.value)
-    assert read_groups(GraphConfig(), ["one"]) == {}
+    assert read_states(GraphConfig(), ["one"]) == {}
 
 
 @pytest.mark.usefixtures("single_device")
@@ -82,6 +88,13 @@ def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(tiny_llama, 
     found = attribute(saved)
     assert found["qParams"]["supernodes"] == groups
     assert found["qParams"]["pinnedIds"] == list(dict.fromkeys([*features[:2], *logits]))
+    pins = dict(pinnedIds=[*features[:2], logits[0], features[2]], sg_pos=json.dumps({features[2]: [0.25, 40]}))
+    saved.write_text(json.dumps(state | pins))
+    assert attribute(saved)["qParams"] == state | pins  # nothing that the reader had not pinned
+    saved.write_text(json.dumps(state | pins | dict(pinnedIds=[*pins["pinnedIds"], "9_9_8"])))
+    code, message = attribute(saved)
+    assert code == 2 and "'9_9_8' is pinned, and no node of the graph" in message and message.count("\n") == 1
+    saved.write_text(json.dumps(state))
     config = GraphConfig(transcoders=str(tmp_path / "set"), supernodes=str(saved))
     before = requests.identity(config)
     assert before != requests.identity(GraphConfig(transcoders=str(tmp_path / "set")))

@@ -106,7 +106,7 @@ def test_contexts_leave_out_silent_texts_and_nothing_else(tiny):
     made = make_transcoders(tiny.config)
     silent = [altered_bias(each, -1e6) for each in made]
     texts = ["one two three", "four five"]
-    assert ContextSearch(tiny, LayerTranscoders.of(silent), texts).firings([(0, 5)]) == {(0, 5): ((), ())}
+    assert ContextSearch(tiny, LayerTranscoders.of(silent), texts).firings([(0, 5)]) == {(0, 5): ((), (), ())}
     broken = [altered_bias(each, np.nan) for each in made]
     with pytest.raises(UserError, match="finite"):
         ContextSearch(tiny, LayerTranscoders.of(broken), texts).firings([(0, 5)])

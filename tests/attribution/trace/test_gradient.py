@@ -310,19 +310,37 @@ def test_a_slice_of_positions_is_each_of_them(llama):
 
 
 def test_a_graph_that_does_not_fit_is_refused(llama, monkeypatch):
-    """Before its rows are computed, and with the features of the prompt counted."""
+    """Before its prompt is run, and before its rows are computed, with the features of the prompt counted."""
     lm, saes = llama
-    monkeypatch.setattr(prompt, "attribute_in_rounds", lambda *args: pytest.fail("rows are computed"))
-    monkeypatch.setattr(prompt, "free_memory", lambda mesh: Memory(0, 100_000))
-    with pytest.raises(UserError, match=r"the graph would take .* GiB, and 0\.0 GiB is free: shorten the prompt of 4"):
-        trace(lm, open_saes(saes), IDS)
-    run = SaeRun.of(lm, open_saes(saes), np.array(IDS, np.int32))
-    few, all_rows = (prompt.estimate_gradient_memory(run, count, 3) for count in (1, len(run.active)))
+    opened, counted = open_saes(saes), []
+    run = SaeRun.of(lm, opened, np.array(IDS, np.int32))
+    sizes = lm, opened, len(IDS), len(run.active)
+    few, all_rows = (prompt.estimate_gradient_memory(*sizes, count, 3) for count in (1, len(run.active)))
     assert few.host < all_rows.host and few.device == all_rows.device > 0
+    monkeypatch.setattr(prompt, "attribute_in_rounds", lambda *args: pytest.fail("rows are computed"))
+    certain = int(sum(map(prompt.certain_active, opened.configs)) * (len(IDS) - 1))
+    refused = r"the graph would take .* GiB, and 0\.0 GiB is free: shorten the prompt of 4"
+
+    def estimate(lm, saes, tokens, active, *rows):
+        """A graph that fits until the features of the prompt are counted."""
+        counted.append(active)
+        return Memory(0, 200_000 if active == len(run.active) else 0)
+
+    monkeypatch.setattr(prompt, "estimate_gradient_memory", estimate)
+    monkeypatch.setattr(prompt, "estimate_prompt_memory", lambda *sizes: Memory(0, 0))
+    monkeypatch.setattr(prompt, "free_memory", lambda mesh: Memory(0, 100_000))
+    with pytest.raises(UserError, match=refused):
+        trace(lm, open_saes(saes), IDS)
+    assert counted == [certain, len(run.active)]
+    monkeypatch.undo()
+    monkeypatch.setattr(prompt, "free_memory", lambda mesh: Memory(0, 100_000))
+    monkeypatch.setattr(SaeRun, "of", lambda *parts: pytest.fail("the prompt is run"))
+    with pytest.raises(UserError, match=refused):
+        trace(lm, open_saes(saes), IDS)
 
 
 @pytest.mark.usefixtures("two_devices")
-def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, capsys):
+def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, capsys, monkeypatch):
     lm, saes = llama
     folders = [tmp_path / sae.site for sae in saes]
     for folder, sae in zip(folders, saes, strict=True):
@@ -342,6 +360,16 @@ def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, caps
     whole = trace(lm, open_saes(folders), IDS, max_logits=3)
     assert relative_error(Graph.load(folder / "mine-graph").adjacency_RxS, whole.adjacency_RxS) < 1e-4
     assert (folder / "mine.html").stat().st_size > 1000
+    # Before hours are spent on the first of many prompts.
+    (tmp_path / "more.jsonl").write_text(
+        "".join(json.dumps(dict(slug=slug, token_ids=IDS[:3])) + "\n" for slug in "ab")
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(prompt, "free_memory", lambda mesh: Memory(0, 100_000))
+        patch.setattr("saejax.stages.attribute.run.trace_prompt", lambda *args, **options: pytest.fail("it is traced"))
+        others = [flag for flag in flags if "--graph.prompts" not in flag] + [f"--graph.prompts={tmp_path}/more.jsonl"]
+        assert command.run(["attribute"], "", ["attribute", *others, named]) == 2
+    assert "error: a: the graph would take" in capsys.readouterr().err
     for wrong, message in (
         (["--graph.transcoders=set", named], "--graph.transcoders and --graph.dictionaries: expected one of them"),
         (["--graph.transcoders=set", "--graph.direct=true"], "are for SAEs"),

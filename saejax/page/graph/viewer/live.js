@@ -1,11 +1,14 @@
-// What the page does with its server: the model run with features changed, the graph pruned again, labels and groups
-// saved.
+// What the page does with its server: the model run with features changed, the graph pruned again, labels, pins and
+// groups saved.
 
 function makeLive(graph, { live, labels, details }, app) {
   const job = makeJob();
   const [what, how, amount, list] = ["change-what", "change-how", "change-amount", "changes"].map(at);
-  const written = ({ groups }) => JSON.stringify(plainGroups(graph, groups));
-  let saved = written(checkedPins(graph, [], graph.doc.qParams?.supernodes));
+  const written = (state) => {
+    const { supernodes, pinnedIds, sg_pos } = qParamsOf(graph, state);
+    return JSON.stringify({ supernodes, pinnedIds, sg_pos });
+  };
+  let saved = written(firstState(graph));
   let choices = [];
   const features = (members) => members.filter((i) => graph.kind[i] === FEATURE);
   const nameOf = (members) => {
@@ -110,9 +113,9 @@ function makeLive(graph, { live, labels, details }, app) {
     }
   };
   at("save-groups").onclick = () => {
-    const groups = written(app.state);
-    saving("api/groups", { groups: JSON.parse(groups) }, () => {
-      saved = groups;
+    const state = written(app.state);
+    saving("api/state", { state: JSON.parse(state) }, () => {
+      saved = state;
       show("live");
     });
   };

@@ -96,6 +96,20 @@ at("save-state").onclick = () => saveJson(`${slug}-state.json`, qParamsOf(graph,
 at("save-graph").onclick = () => {
   saveJson(`${slug}.json`, { ...given.document, qParams: qParamsOf(graph, app.state), links: linksOf(graph) });
 };
+at("open-state").onclick = () => at("state-file").click();
+at("state-file").onchange = async ({ target }) => {
+  const [file] = target.files;
+  if (!file) return;
+  const text = await file.text();
+  target.value = ""; // or the same file could not be opened again
+  const patch = savedState(graph, app.state, listIn(text));
+  at("not-opened").hidden = Boolean(patch);
+  at("not-opened").textContent = `${visibleText(file.name)} holds no state of a page: expected a file that Save state wrote.`;
+  if (!patch) return;
+  document.querySelector(".saves").open = false;
+  app.change(patch, true);
+  say(`${count(patch.pinned.length)} ${patch.pinned.length === 1 ? "node is" : "nodes are"} pinned.`);
+};
 /** The whole picture, also where the view shows a part of it. */
 at("save-picture").onclick = () => {
   const whole = new Picture(graph, document.createElement("canvas"), document.createElement("canvas"));

@@ -99,6 +99,18 @@ function qParamsOf(graph, state) {
   };
 }
 
+/** What a file of a state, or of a graph with its state, changes; null if it is none. */
+function savedState(graph, state, content) {
+  const q = content.qParams ?? content;
+  if (!Array.isArray(q.pinnedIds) && !Array.isArray(q.supernodes)) return null;
+  return {
+    ...checkedPins(graph, q.pinnedIds, q.supernodes),
+    places: placesIn(q.sg_pos),
+    clicked: graph.index.get(q.clickedId) ?? -1,
+    linkType: LINK_TYPES.includes(q.linkType) ? q.linkType : state.linkType,
+  };
+}
+
 function toHash(graph, state) {
   const q = qParamsOf(graph, state);
   const params = new URLSearchParams({
