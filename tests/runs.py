@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
+from forked import ForkedProcess
 from tiny_models import save_tiny_llama
 
 from saejax.config import Configs
@@ -114,9 +115,11 @@ def write_half(file: Path | IO[bytes]) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen:
+def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen | ForkedProcess:
     """Starts ``python -m experiments.<binary>``, or a program given as text, on one CPU device."""
     variables = os.environ | dict(JAX_NUM_CPU_DEVICES="1", JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1") | environment
+    if not os.environ.get("SAEJAX_FULL_COMPILER"):  # `make test-slow` starts each by itself, as users do
+        return ForkedProcess(binary, flags, variables)
     program = ["-c", binary] if "\n" in binary else ["-m", f"experiments.{binary}"]
     options = dict(cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen([sys.executable, *program, *flags], **options)

@@ -4,8 +4,6 @@ import dataclasses
 import inspect
 import json
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,28 +95,6 @@ def test_signatures_name_what_a_function_takes():
         if starred:
             said = r"\*\*settings: .*(``saejax\.[\w.]+Config``|as for ``\w+``)"
             assert re.search(said, function.__doc__, re.DOTALL), name
-
-
-def test_checkers_know_the_types_of_names(tmp_path):
-    """As an editor would complete them: through the package's own stub, not as Any."""
-    snippet = tmp_path / "snippet.py"
-    snippet.write_text(
-        "import saejax\n"
-        "reveal_type(saejax.load_model)\n"
-        "reveal_type(saejax.train)\n"
-        "reveal_type(saejax.trace)\n"
-        "saejax.no_such_name\n"
-        "saejax.load_model(path=3)\n"
-    )
-    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(snippet)]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    model, train, trace, missing, wrong = (
-        "\n".join(line for line in output.splitlines() if f"snippet.py:{number}:" in line) for number in range(2, 7)
-    )
-    assert re.search(r"LanguageModel\"$", model), output
-    assert re.search(r"kind: .*str.*Dictionary\"$", train), output
-    assert 'Any"' not in trace and "Graph" in trace, output
-    assert "no_such_name" in missing and "incompatible type" in wrong, output
 
 
 @pytest.mark.parametrize(
