@@ -2,7 +2,7 @@
 
 1. The model runs the prompts of ``baseline``, and the questions of ``benchmark`` without worked examples, which all of
    its prompts share. A feature is active on a prompt if it fires at any
-   position but attention sinks.
+   position but attention sinks, of a transcoder those at its target, too.
 2. Each feature and each category (a behaviour or a benchmark) is a test: is the feature active on more of the
    category's prompts than of all others? Within a category, right answers are compared with wrong ones in the same way.
    The test is Fisher's exact one, one-sided.
@@ -68,15 +68,18 @@ def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence
     """
     ids = [lm.tokenize([text]).ids_BxT[0].tolist() for text in texts]
     active_PxF = np.zeros((len(texts), dictionary.config.n_features), bool)
+    sites = dictionary.site, dictionary.config.target or dictionary.site
     # Prompts of similar length share a batch, which keeps padding small.
     order = np.argsort([len(prompt_ids) for prompt_ids in ids], kind="stable")
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
         # The last batch is filled up, so that few programs are compiled.
         tokens = pad([*(ids[i] for i in chosen), *[[0]] * (_BATCH - len(chosen))])
-        x_BxTxD = np.asarray(lm(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site], np.float32)
+        values = lm(tokens, capture=[*dict.fromkeys(sites)], logits=False).sites
+        x_BxTxD, y_BxTxO = (np.asarray(values[site], np.float32) for site in sites)
         for row, i in enumerate(chosen):  # one by one: activations of a batch of wide dictionaries take gigabytes
-            firings, _ = encode_tokens(dictionary, x_BxTxD[row, : len(ids[i])], _TOKENS)
+            here = row, slice(len(ids[i]))
+            firings, _ = encode_tokens(dictionary, x_BxTxD[here], _TOKENS, y_BxTxO[here])
             active_PxF[i, firings.indices] = True
     return active_PxF
 

@@ -27,7 +27,8 @@ def top_contexts(
     The search is exact: all rows are encoded, and the firings of these features are read back from a temporary file.
 
     Args:
-      store: activations of the dictionary's site.
+      store: activations of the dictionary's site; tokens that are attention sinks there or, where the store has it, at
+        a transcoder's target are left out.
       dictionary: the dictionary.
       features: indices of features.
       count: contexts of each.

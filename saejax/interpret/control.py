@@ -17,7 +17,7 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.input_norm import normalise
 from saejax.dictionaries.kinds.topk import is_plain_topk
-from saejax.interpret.firings import encode_tokens
+from saejax.interpret.firings import encode_tokens, used_rows
 
 LEAST, MOST = 19, 1024  # random directions: one more exceeds all of 19 with probability 1/20
 _ROWS = 32_768  # rows of the store that set thresholds
@@ -29,8 +29,10 @@ _CHUNK = 1024  # rows encoded at once
 def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, seed: int) -> Dictionary:
     """Return a dictionary of random directions, uniform on the sphere, with thresholds that set their firing rates.
 
+    It has the dictionary's sites, and decoder rows, which tell what tokens a direction promotes.
+
     Args:
-      store: activations of the dictionary's site.
+      store: activations of the dictionary's sites.
       dictionary: the dictionary that they are a control of.
       rate_F: its firing rates; the directions' rates are spread evenly over the ranks of those above 0.
       seed: seed of the directions.
@@ -41,7 +43,7 @@ def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, 
     live = np.sort(rate_F[rate_F > 0]) if rate_F.any() else np.zeros(1)
     count = min(MOST, max(len(live), LEAST)) if rate_F.any() else 1
     rate = live[np.linspace(0, len(live) - 1, count).round().astype(np.int64)]
-    rows = spread(store.rows("train", dictionary.site), _ROWS)
+    rows = spread(used_rows(store, "train", dictionary.site, dictionary.config.target), _ROWS)
     norm = dictionary.config.input_norm
     x_NxD = _normalised(store.read(dictionary.site, rows).astype(np.float32), norm)[0]
     W_enc_DxG = _directions(x_NxD.shape[1], count, seed)
@@ -52,13 +54,17 @@ def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, 
     config = DictionaryConfig(
         kind="standard",
         site=dictionary.site,
+        target=dictionary.config.target,
         d_in=x_NxD.shape[1],
+        target_width=dictionary.config.target_width,
         n_features=count,
         centred=False,
         input_norm=norm,
     )
-    zeros = jnp.zeros(x_NxD.shape[1])
-    arrays = dict(W_enc_DxF=W_enc_DxG, W_dec_FxD=W_enc_DxG.T, b_enc_F=-threshold_G, b_dec_D=zeros)
+    # What an SAE's feature reads is what it writes, about; a transcoder's has nothing to do with it.
+    rows_GxO = _directions(config.d_out, count, [seed, 1]).T if config.target else W_enc_DxG.T
+    zeros = jnp.zeros(config.d_out)
+    arrays = dict(W_enc_DxF=W_enc_DxG, W_dec_FxD=rows_GxO, b_enc_F=-threshold_G, b_dec_D=zeros)
     return Dictionary(config, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
@@ -142,7 +148,7 @@ def _normalised(x_NxD: np.ndarray, norm: str) -> tuple[np.ndarray, np.ndarray, n
     return read_NxD, scale_Nx1, shift_Nx1
 
 
-def _directions(width: int, count: int, seed: int) -> np.ndarray:
+def _directions(width: int, count: int, seed: int | list[int]) -> np.ndarray:
     """Return unit columns, uniform on the sphere, [D, F]."""
     W_enc_DxF = np.random.default_rng(seed).standard_normal((width, count), np.float32)
     return W_enc_DxF / np.linalg.norm(W_enc_DxF, axis=0)

@@ -53,6 +53,21 @@ def places_of(store: Store, rows: np.ndarray) -> np.ndarray:
     return store.documents.starts_N[document] + position
 
 
+def used_rows(store: Store, split: str, site: str, target: str = "") -> np.ndarray:
+    """Return the rows of a split at which features are used: those that training and edits use, int64, ascending.
+
+    These are attention sinks neither at the site nor at a transcoder's target. A store without the target has the rule
+    of the site alone: then rows that are sinks at the target are among them.
+
+    Args:
+      store: activations of the site.
+      split: "train" or "held_out".
+      site: the site that is read.
+      target: the site that a transcoder predicts; empty: none.
+    """
+    return store.rows(split, *dict.fromkeys(name for name in (site, target) if name == site or name in store.sites))
+
+
 def record(
     store: Store,
     split: str,
@@ -64,10 +79,10 @@ def record(
     features: Sequence[int] | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> np.ndarray:
-    """Write the firings of dictionaries of one site on a split of a store.
+    """Write the firings of dictionaries of one site, and of one target, on a split of a store.
 
     Args:
-      store: activations of the dictionaries' site.
+      store: activations of the dictionaries' site, and of the target of transcoders: see ``used_rows``.
       split: "train" or "held_out".
       dictionaries: dictionaries by the folder of their files, which is made.
       mesh: tokens are split over ``member`` and ``data``, features over ``model``.
@@ -83,8 +98,8 @@ def record(
       UserError: the split has no activations, or the store has more tokens than a place can count.
       Interrupted: asked to stop.
     """
-    (site,) = {dictionary.site for dictionary in dictionaries.values()}
-    rows, batch = store.rows(split, site), -(-batch // _WORD) * _WORD
+    ((site, target),) = {(dictionary.site, dictionary.config.target) for dictionary in dictionaries.values()}
+    rows, batch = used_rows(store, split, site, target), -(-batch // _WORD) * _WORD
     if not len(rows):
         raise UserError(f"the {split} split of {store.folder} has no activations of {site}: capture more text")
     if len(store.documents.ids_T) >= 2**32:
@@ -165,7 +180,9 @@ def _take(size_BxF: jax.Array, row_A: jax.Array, feature_A: jax.Array) -> jax.Ar
     return size_BxF[row_A, feature_A]
 
 
-def encode_tokens(dictionary: Dictionary, x_NxD: np.ndarray, batch: int) -> tuple[sparse.csr_array, np.ndarray]:
+def encode_tokens(
+    dictionary: Dictionary, x_NxD: np.ndarray, batch: int, y_NxO: np.ndarray | None = None
+) -> tuple[sparse.csr_array, np.ndarray]:
     """Return a dictionary's activations on values in memory, as sparse rows, and which rows are no attention sinks.
 
     Activations are 0 where a feature does not fire and at attention sinks.
@@ -174,6 +191,7 @@ def encode_tokens(dictionary: Dictionary, x_NxD: np.ndarray, batch: int) -> tupl
       dictionary: with its rule for attention sinks.
       x_NxD: values of its site.
       batch: tokens that are encoded at a time; the last batch is padded, so that one program serves all.
+      y_NxO: values at a transcoder's target, of which sinks are left out, too; None: the site's alone are.
     """
     # Without its place, so that dictionaries of one shape share the program, which takes 50 MB each.
     numbers: dict[str, Any] = dictionary.numbers
@@ -181,8 +199,10 @@ def encode_tokens(dictionary: Dictionary, x_NxD: np.ndarray, batch: int) -> tupl
     parts, real = [sparse.csr_array((0, dictionary.config.n_features), dtype=np.float32)], [np.zeros(0, bool)]
     for start in range(0, len(x_NxD), batch):
         batch_XxD = x_NxD[start : start + batch]
-        padded_BxD = np.pad(batch_XxD, ((0, batch - len(batch_XxD)), (0, 0)))
-        real_B = np.asarray(dictionary.is_not_sink(padded_BxD))
+        spare = ((0, batch - len(batch_XxD)), (0, 0))
+        padded_BxD = np.pad(batch_XxD, spare)
+        target_BxO = None if y_NxO is None else np.pad(y_NxO[start : start + batch], spare)
+        real_B = np.asarray(dictionary.is_not_sink(padded_BxD, target_BxO))
         placed = by_row(dictionary.mesh, padded_BxD, real_B) if dictionary.mesh else (padded_BxD, real_B)
         f_BxF = np.asarray(_encode_tokens(placeless, *placed))
         parts.append(sparse.csr_array(f_BxF[: len(batch_XxD)]))

@@ -29,7 +29,8 @@ def top_contexts(
 
     Args:
       lm: the model, whose tokenizer spells the tokens.
-      acts: result of ``capture``, or a store, with the dictionary's site.
+      acts: result of ``capture``, or a store, with the dictionary's site, and a transcoder's target: without it, its
+        attention sinks are not known, and contexts may be of them.
       dictionary: the dictionary.
       features: indices of features, or one.
       count: contexts of each.
@@ -56,7 +57,8 @@ def label_features(lm: LanguageModel, acts: Activations | Store, dictionary: Dic
 
     Args:
       lm: the model.
-      acts: result of ``capture``, of whose texts the last third are held out; or a store with held-out text.
+      acts: result of ``capture``, of whose texts the last third are held out; or a store with held-out text. Both sites
+        of a transcoder have to be there.
       dictionary: the dictionary.
       seed: of the controls.
 

@@ -18,7 +18,7 @@ from saejax.dictionaries.labels import Label
 from saejax.interpret import neighbours
 from saejax.interpret.control import frozen_random, random_directions
 from saejax.interpret.detectors import Detector, Scored, best_detectors
-from saejax.interpret.firings import blocks, record
+from saejax.interpret.firings import blocks, record, used_rows
 from saejax.interpret.results import LabelCounts
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.language_model import LanguageModel
@@ -85,7 +85,7 @@ def search_labels(
 
     def record_firings(split: str, dictionaries: Mapping[Path, Dictionary]) -> np.ndarray:
         names = ", ".join(path.name for path in dictionaries)
-        total = len(store.rows(split, dictionary.site))
+        total = len(used_rows(store, split, dictionary.site, dictionary.config.target))
         on_tokens = begin_progress(f"firings are recorded ({names})", total, "tokens")
         return record(store, split, dictionaries, lm.mesh, batch_tokens, on_tokens=on_tokens)
 
@@ -113,7 +113,7 @@ def search_labels(
     random = random_directions(store, dictionary, searched[0][1], seed)
     record_firings("train", {random_path: random})
     searched.append(search(frozen_path, dictionary.config.n_features, promoted(frozen)))
-    searched.append(search(random_path, random.config.n_features, None))
+    searched.append(search(random_path, random.config.n_features, promoted(random)))
     firings = {folder / f"held_out_{number}": some for number, some in enumerate((dictionary, frozen, random))}
     held_out_place_M = record_firings("held_out", firings)
     held_out_bases = count_codes(text, held_out_place_M)

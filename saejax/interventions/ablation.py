@@ -413,7 +413,9 @@ def _measure_dictionary(
                 clean = EditDefinition(TEXT, "clean")
                 tables.append(EffectsTable.block([clean, *edits], documents[::step], dict(ce=ce)))
     if name == TESTED and config.effects == "all":
-        # The effect of a feature that never fires is known to be 0.
+        # The effect of a feature that never fires is known to be 0, unless something takes its place: its mean over
+        # train prompts, or a counterpart's activation. Such features are not ranked, as the documents say: they may be
+        # most of a wide dictionary, and what is asked is which of the features that are there matter.
         live = np.flatnonzero(ablation.statistics.prompts_F > 0)
         every = [EditDefinition(ablation.behaviour, "every", int(i), (int(i),)) for i in live]
         values = ablation.run(every, snap_rounding=True)

@@ -313,9 +313,13 @@ def _encode_texts(lm: LanguageModel, texts: Sequence[str], length: int) -> list[
 def _activations(
     lm: LanguageModel, dictionary: Dictionary, features_K: np.ndarray, texts: Sequence[list[int]]
 ) -> Iterator[np.ndarray]:
-    """Yield the activations of K features at every token of each text, [T, K]; 0 at attention sinks."""
+    """Yield the activations of K features at every token of each text, [T, K]; 0 at attention sinks.
+
+    Of a transcoder, those at its target are sinks, too: injected tokens could make one that no edit would touch.
+    """
     dictionary.config.check_model(lm.source.name, lm.source.fingerprint)
     dictionary = dictionary.with_sink_norms(lm.sink_norm)
+    sites = dictionary.site, dictionary.config.target or dictionary.site
     width = min(round_length(max(map(len, texts)), _MULTIPLE), lm.config.context)
     rows = max(_BATCH_TOKENS // width, 1)
     for first in range(0, len(texts), rows):
@@ -324,10 +328,11 @@ def _activations(
         for row, ids in enumerate(batch):
             ids_BxT[row, : len(ids)] = ids
         lengths_B = np.array([len(ids) for ids in batch] + [1] * (rows - len(batch)), np.int32)
-        x_BxTxD = lm(Tokens(ids_BxT, lengths_B), capture=[dictionary.site], logits=False).sites[dictionary.site]
+        values = lm(Tokens(ids_BxT, lengths_B), capture=[*dict.fromkeys(sites)], logits=False).sites
         # Of a long text some tokens at a time, since a dictionary may have a hundred times as many features as D.
-        parts = (x_BxTxD[:, start : start + _BATCH_TOKENS] for start in range(0, width, _BATCH_TOKENS))
-        acts_BxTxK = np.concatenate([np.asarray(_encode(dictionary, part, features_K)) for part in parts], axis=1)
+        parts = (slice(start, start + _BATCH_TOKENS) for start in range(0, width, _BATCH_TOKENS))
+        encoded = [_encode(dictionary, *(values[site][:, part] for site in sites), features_K) for part in parts]
+        acts_BxTxK = np.concatenate(encoded, axis=1)
         for row, ids in enumerate(batch):
             if not np.isfinite(acts_BxTxK[row, : len(ids)]).all():
                 raise UserError(
@@ -338,9 +343,9 @@ def _activations(
 
 
 @jax.jit
-def _encode(dictionary: Dictionary, x_BxTxD: jax.Array, features_K: jax.Array) -> jax.Array:
+def _encode(dictionary: Dictionary, x_BxTxD: jax.Array, y_BxTxO: jax.Array, features_K: jax.Array) -> jax.Array:
     acts_BxTxK = dictionary.encode_features(x_BxTxD, features_K)
-    return jnp.where(dictionary.is_not_sink(x_BxTxD)[..., None], acts_BxTxK, 0.0)
+    return jnp.where(dictionary.is_not_sink(x_BxTxD, y_BxTxO)[..., None], acts_BxTxK, 0.0)
 
 
 def _shares(group: str, rows: Sequence[FalsifiedFeature]) -> DriverShares:

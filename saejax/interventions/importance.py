@@ -1,6 +1,7 @@
 """The importance of every live feature: its exact effect, ablated alone, and estimates that need no ablation.
 
-Every feature that fires on the test prompts is ablated alone (group ``every`` of the effects table). In addition to
+Every feature that fires on the test prompts is ablated alone (group ``every`` of the effects table); one that is silent
+there is not, whatever would replace its activation. In addition to
 its mean drop of the logit difference there are
 
 - a bootstrap interval, over prompts within templates;

@@ -114,8 +114,10 @@ def read_features(
       placebo_RxF: attribution for corrupted answers.
     """
     read = read_text(lm.tokenizer, list(texts.values()), lm.config.context, lm.bos)
-    value_NxD = site_values(lm, read, [dictionary.site], _BATCH_TOKENS)[dictionary.site]
-    activity = encode(dictionary.with_sink_norms(lm.sink_norm), value_NxD, _BATCH_TOKENS)
+    sites = dictionary.site, dictionary.config.target or dictionary.site
+    values = site_values(lm, read, [*dict.fromkeys(sites)], _BATCH_TOKENS)
+    x_NxD, y_NxO = (values[site] for site in sites)
+    activity = encode(dictionary.with_sink_norms(lm.sink_norm), x_NxD, _BATCH_TOKENS, y_NxO)
     return ItemFeatures(tuple(texts), activity, read.text_N, read.end_N, importance_F, placebo_RxF)
 
 

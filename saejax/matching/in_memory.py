@@ -120,4 +120,5 @@ def _texts_of_rows(acts: Activations) -> np.ndarray:
 
 def _encode(acts: Activations, dictionary: Dictionary) -> Activity:
     one_of(dictionary.site, acts.values, "site of these activations")
-    return encode(dictionary.with_sink_norms(acts.max_norm), acts.values[dictionary.site], _BATCH_TOKENS)
+    target_NxO = acts.values.get(dictionary.config.target)  # without it only sinks at the site are known
+    return encode(dictionary.with_sink_norms(acts.max_norm), acts.values[dictionary.site], _BATCH_TOKENS, target_NxO)

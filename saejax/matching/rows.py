@@ -144,14 +144,28 @@ def random_rotation(width: int, seed: Sequence[int]) -> np.ndarray:
     return (q_DxD * np.sign(np.diag(r_DxD))[None]).astype(np.float32)  # the signs make the distribution uniform
 
 
-def rotate(dictionary: Dictionary, seed: Sequence[int]) -> Dictionary:
-    """Return a dictionary whose features are rotated together about the decoder's bias, by a random rotation.
+def rotate(dictionary: Dictionary, seed: Sequence[int], centre_D: np.ndarray | None = None) -> Dictionary:
+    """Return a dictionary whose features are rotated together by a random rotation, about the centre of what is read.
 
     It explains the rotated activations as well, and is as sparse, as the dictionary itself; what it explains of the
     unrotated ones is chance.
+
+    Args:
+      dictionary: an SAE, or a transcoder whose target is as wide as its site.
+      seed: seed of the rotation.
+      centre_D: mean of what the encoder reads, normalised where it normalises tokens; None: the decoder's bias, which
+        is an SAE's. A transcoder's is the centre of its target, and says nothing of what is read.
+
+    Raises:
+      ValueError: a transcoder's centre is not given.
     """
-    # Centred first: a rotation about the origin would move the activations' mean away from the bias.
-    centred = rescale.centre(dictionary)
+    if centre_D is None and dictionary.config.target:
+        raise ValueError("the decoder's bias of a transcoder is no centre of what it reads: give centre_D")
+    # A rotation about the origin would move the activations' mean away from the centre.
+    centred = rescale.centre(dictionary, centre_D is None)
     turn_DxD, arrays = random_rotation(dictionary.config.d_in, seed), centred.arrays
     rotated = dict(W_enc_DxF=turn_DxD @ arrays["W_enc_DxF"], W_dec_FxD=arrays["W_dec_FxD"] @ turn_DxD.T)
+    if centre_D is not None:
+        shift_F = np.asarray(centre_D, np.float32) @ (arrays["W_enc_DxF"] - rotated["W_enc_DxF"])
+        arrays = centred.kind.move_bias(arrays, shift_F)
     return Dictionary(centred.config, centred.matmul_dtype, **arrays | rotated)

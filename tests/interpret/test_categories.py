@@ -69,6 +69,21 @@ def test_a_feature_is_active_where_it_fires(lm):
         np.testing.assert_array_equal(active_F, (f_TxF != 0).any(axis=0))
 
 
+def test_a_feature_is_not_active_where_a_transcoders_target_is_a_sink(lm):
+    text, sites = "The cat near the dogs runs.", ["mlp_in.1", "mlp_out.1"]
+    read_TxD, written_TxD = (value[0] for value in lm(lm.tokenize([text]), capture=sites, logits=False).sites.values())
+    norm_T = np.linalg.norm(written_TxD, axis=1)
+    limit = float(np.sort(norm_T)[len(norm_T) // 2 :][:2].mean())
+    config = DictionaryConfig(
+        kind="topk", site=sites[0], target=sites[1], d_in=64, n_features=48, k=3, max_norm=1e9, target_max_norm=limit
+    )
+    dictionary = Dictionary.initial(config, jax.random.key(0))
+    (active_F,) = active_on_prompts(lm, dictionary, [text])
+    fires_TxF = np.asarray(dictionary.encode(read_TxD)) != 0
+    np.testing.assert_array_equal(active_F, fires_TxF[norm_T <= limit].any(axis=0))
+    assert active_F.sum() < fires_TxF.any(axis=0).sum()
+
+
 def test_prompts_come_from_the_baseline_and_benchmarks(tmp_path):
     lines = {
         "baseline/prompts.jsonl": [dict(text="a", behaviour="capital", logit_diff=-1.0)],

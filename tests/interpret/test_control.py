@@ -12,9 +12,10 @@ from scipy import sparse
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
-from saejax.interpret import control
+from saejax.interpret import control, rule_labels
 from saejax.interpret.control import fit_decoder, frozen_random, random_directions
 from saejax.interpret.results import InterpretedDictionary
+from saejax.interpret.text import CodedText
 from saejax.models.loading import load_model
 from saejax.results import from_json, to_json
 from saejax.stages.interpret.report import _rows
@@ -116,6 +117,32 @@ def test_few_features_have_no_fewer_random_directions(store):
     fires_G = (np.asarray(made.encode(x_NxD)) > 0).mean(axis=0)
     assert len(fires_G) == 19 and np.unique(fires_G.round(2)).tolist() == pytest.approx([0.05, 0.1])
     assert random_directions(store, planted.dictionary(40), np.zeros(3), 1).config.n_features == 1
+
+
+def test_random_directions_have_the_sites_of_a_transcoder(store):
+    source = planted.dictionary(40)
+    wide = dict(target="mlp_out.1", target_width=32)
+    arrays = source.arrays | dict(W_dec_FxD=jnp.ones((40, 32)), b_dec_D=jnp.zeros(32))
+    like = Dictionary(dataclasses.replace(source.config, **wide), **arrays)
+    made, plain = (random_directions(store, each, np.full(40, 0.1), 1) for each in (like, source))
+    assert {name: getattr(made.config, name) for name in wide} == wide and made.W_dec_FxD.shape == (40, 32)
+    np.testing.assert_allclose(np.linalg.norm(made.W_dec_FxD[...], axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(plain.W_dec_FxD[...], plain.W_enc_DxF[...].T)  # an SAE's reads what it writes
+
+
+def test_all_that_are_compared_may_say_tokens(tmp_path, tiny_llama, one_device, monkeypatch):
+    """A defect: random directions, whose best rule is the bar, had no rule of the tokens that they promote."""
+    store, lm = planted.make_store(tmp_path / "store"), load_model(str(tiny_llama), mesh=one_device)
+    best, given = rule_labels.best_detectors, []
+
+    def watch(block, text, bases, output):
+        given.append((block.size, len(output)))
+        return best(block, text, bases, output)
+
+    monkeypatch.setattr(rule_labels, "best_detectors", watch)
+    text = CodedText(store.documents, planted.TEXTS)
+    rule_labels.search_labels(lm, store, text, planted.dictionary(24), tmp_path / "firings")
+    assert len(given) == 3 and all(size == count > 0 for size, count in given)
 
 
 def test_a_signed_control_keeps_its_sign(store):

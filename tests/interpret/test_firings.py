@@ -1,10 +1,14 @@
 """The firings on disk, against the dense activations."""
 
+import dataclasses
+
 import numpy as np
 import planted
 import pytest
 from every_kind import KINDS
 
+from saejax.activations.store import Store
+from saejax.activations.writer import write_store
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import Interrupted, UserError
@@ -14,6 +18,7 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 
 F = BLOCK + 88
+TARGET = "mlp_out.1"
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +78,41 @@ def test_values_in_memory_have_no_firings_at_sinks_nor_below_what_counts():
     wanted = np.where((np.abs(wanted) > 0.4) & real_N[:, None], wanted, 0)
     assert real_N.tolist() == [True, False, True, True, False, True, True] and wanted[0].any()
     np.testing.assert_allclose(found.toarray(), wanted, atol=1e-5)
+
+
+def with_target(store, folder):
+    """The same store with a target, at which every seventh token is a sink."""
+    rows = np.arange(store.manifest.rows)
+    values = {name: np.empty((len(rows), planted.WIDTH), np.float32) for name in (planted.SITE, TARGET)}
+    for value_NxD in values.values():
+        value_NxD[places_of(store, rows)] = store.read(planted.SITE, rows)
+    values[TARGET][::7] *= 100
+    write_store(folder, store.documents, values, store.model, seed=5)
+    return Store.open(folder)
+
+
+def test_nothing_fires_where_a_transcoders_target_is_a_sink(store, tmp_path, one_device):
+    """Features are used where training uses them; without the target only what is read says where that is."""
+    both, dictionary = with_target(store, tmp_path / "store"), make("standard")
+    transcoder = dictionary.with_config(dataclasses.replace(dictionary.config, target=TARGET))
+
+    def recorded(of, where):
+        places = record(where, "train", {tmp_path / "firings": of}, one_device, 256).tolist()
+        fired = [place for block in blocks(tmp_path / "firings", F) for place in block.place.tolist()]
+        assert fired and {*fired} <= {*places}
+        return places
+
+    every = recorded(dictionary, both)
+    assert recorded(transcoder, both) == [place for place in every if place % 7] != every
+    assert recorded(transcoder, store) == every
+
+
+def test_values_in_memory_have_no_firings_at_sinks_of_a_target():
+    dictionary = make("linear")
+    config = dataclasses.replace(dictionary.config, target=TARGET, max_norm=5.0, target_max_norm=5.0)
+    x_NxD, y_NxO = np.random.default_rng(0).normal(size=(2, 7, planted.WIDTH)).astype(np.float32)
+    x_NxD /= np.linalg.norm(x_NxD, axis=1, keepdims=True)
+    y_NxO *= np.array([1, 9, 1, 1, 9, 1, 1])[:, None] / np.linalg.norm(y_NxO, axis=1, keepdims=True)
+    found, real_N = encode_tokens(dictionary.with_config(config), x_NxD, 3, y_NxO)
+    assert real_N.tolist() == [True, False, True, True, False, True, True]
+    assert (np.diff(found.indptr) > 0).tolist() == real_N.tolist()

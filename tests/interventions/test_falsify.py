@@ -13,6 +13,7 @@ from saejax.errors import UserError
 from saejax.interventions import falsify as module
 from saejax.interventions.falsify import RULE, falsify, judge_injection
 from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import pad
 
 WORDS, LOGIC = 120, 20  # plain words of the language, and those of reasoning, which come after them
 LENGTH = 64  # words of a text
@@ -190,6 +191,20 @@ def test_a_real_model(tiny, make_dictionary):
     damaged = Dictionary(damaged.config, **damaged.arrays | dict(b_enc_F=damaged.b_enc_F[...].at[3].set(np.nan)))
     with pytest.raises(UserError, match="an activation is not finite"):
         saejax.falsify(tiny, damaged, [3], texts, texts)
+
+
+def test_a_transcoders_features_are_silent_where_its_target_is_a_sink(tiny, make_dictionary):
+    ids, sites = tiny.encode("The cat near the dogs runs so cat"), ["mlp_in.1", "mlp_out.1"]
+    read_TxD, written_TxD = (value[0] for value in tiny(pad([ids]), capture=sites, logits=False).sites.values())
+    norm_T = np.linalg.norm(written_TxD, axis=1)
+    limit = float(np.sort(norm_T)[len(norm_T) // 2 :][:2].mean())
+    made = make_dictionary(sites[0])
+    config = dataclasses.replace(made.config, target=sites[1], max_norm=1e9, target_max_norm=limit)
+    every_F = np.arange(config.n_features, dtype=np.int32)
+    (acts_TxF,) = module._activations(tiny, made.with_config(config), every_F, [ids])
+    expected_TxF = np.asarray(made.encode(read_TxD))
+    assert (norm_T > limit).any() and expected_TxF[norm_T > limit].any()
+    np.testing.assert_allclose(acts_TxF, np.where(norm_T[:, None] > limit, 0, expected_TxF), atol=1e-4)
 
 
 def test_a_feature_of_few_tokens_gets_as_many_insertions_as_its_control():

@@ -50,6 +50,20 @@ def test_a_rotated_dictionary_does_the_same_on_turned_values():
     np.testing.assert_allclose(turned.encode((x - b) @ turn.T + b), own.encode(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["topk", "jumprelu", "gated"])
+def test_a_rotated_transcoder_turns_about_the_centre_of_what_it_reads(kind):
+    """A defect: it turned about its decoder's bias, which lies at its target."""
+    own, centre_D = made(kind, target="mlp_out.0", centred=False), np.linspace(-3, 2, 6)
+    turned = rotate(own, [3], centre_D)
+    turn = np.asarray(turned.W_dec_FxD[...]).T @ np.linalg.pinv(np.asarray(own.W_dec_FxD[...]).T)
+    x = (centre_D + np.random.default_rng(0).normal(size=(20, 6))).astype(np.float32)
+    f = np.asarray(own.encode(x))
+    np.testing.assert_allclose(turned.encode(((x - centre_D) @ turn.T + centre_D).astype(np.float32)), f, atol=1e-4)
+    assert f.any()
+    with pytest.raises(ValueError, match="give centre_D"):
+        rotate(own, [3])
+
+
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "gated", "standard"])
 def test_between_exact_maps_a_dictionary_is_itself(kind):
     """Values that are an affine image of the dictionary's own: it explains as much of them as at home."""

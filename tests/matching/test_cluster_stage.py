@@ -1,5 +1,6 @@
 """The stage ``cluster`` as a program: a stack of seeds, with a store and without one."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from saejax.activations.documents import Documents
 from saejax.activations.store import Store
 from saejax.parallel.settings import MeshConfig
 from saejax.runner import command
+from saejax.stages.cluster import run as cluster_run
 from saejax.stages.cluster.report import sections
 from saejax.stages.cluster.run import GroupedFeatures, open_texts
 from saejax.stages.cluster.settings import ClusterConfig
@@ -88,6 +90,24 @@ def test_without_a_store_the_model_reads_the_text(workdir, tmp_path):
     assert command.run(["cluster"], "", ["test", *flags, f"--workdir={tmp_path}", dictionary]) == 0
     (grouped,) = load_results(tmp_path / "cluster").dictionaries
     assert grouped.tokens > 300 and grouped.features > 0
+
+
+@pytest.mark.parametrize(("target", "is_stored"), [("resid_post.1", True), ("mlp_out.0", False)])
+def test_a_store_without_a_transcoders_target_is_not_read(workdir, monkeypatch, target, is_stored):
+    """Which tokens are sinks there, the model has to tell."""
+    folder, _ = workdir
+    units = {"train/topk": folder / "train" / "topk"}
+    (entry,) = load_compared(["topk/resid_post.0-k4"], units, "--cluster.dictionaries")
+    entry = dataclasses.replace(entry, config=dataclasses.replace(entry.config, target=target))
+    settings, read, used = {kind: kind() for kind in (ClusterConfig, MeshConfig)}, [], []
+    monkeypatch.setattr(cluster_run, "read_run_text", lambda run, others, *more: read.append(others))
+    rows = Store.rows
+    monkeypatch.setattr(Store, "rows", lambda self, *names: used.append(names) or rows(self, *names))
+    activity_of = open_texts(SimpleNamespace(inputs={"capture": folder / "capture"}, configs=settings), [entry])
+    assert read == ([] if is_stored else [[entry]])
+    if is_stored:
+        activity_of(entry)
+        assert used == [("train", "resid_post.0", target)]
 
 
 @pytest.mark.parametrize("name", ["topk/resid_post.0-k3", "nowhere/at/all"])

@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from saejax.activations.in_memory import capture
 from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.files import write_array
 from saejax.interpret import firings
+from saejax.matching import in_memory
+from saejax.matching.importance import read_features
 from saejax.matching.match import match
 from saejax.matching.rows import paired_products
 from saejax.matching.transfer import compared as compared_file
 from saejax.matching.transfer import reading
-from saejax.matching.transfer.activity import MIN_FIRINGS, ReadText, encode
+from saejax.matching.transfer.activity import MIN_FIRINGS, ReadText, encode, read_text, site_values
 from saejax.matching.transfer.compared import Compared, measures_of
 from saejax.matching.transfer.reading import SCORES, Reading, SharedText
 from saejax.matching.transfer.settings import TransferConfig
@@ -270,3 +273,33 @@ def test_only_saes_with_an_encoder_move_to_other_sites():
     assert reading.is_movable(config)
     for change in (dict(kind="matching_pursuit", k=2), dict(input_norm="layer_norm"), dict(target="mlp_out.0")):
         assert not reading.is_movable(dataclasses.replace(config, **change))
+
+
+def test_transcoders_are_read_without_the_sinks_of_their_targets(lm, tmp_path, monkeypatch):
+    """Also where memory holds the values of one pair of sites alone, and where values are given."""
+    texts = ["The cat near the dogs runs to Paris.", "She said that it was far, and 3 + 4 = 7."]
+    read = read_text(lm.tokenizer, texts, 64, lm.bos)
+    norm_N = np.linalg.norm(site_values(lm, read, ["mlp_out.1"], 256)["mlp_out.1"], axis=1)
+    limit = float(np.sort(norm_N)[len(norm_N) // 2 :][:2].mean())
+    compared, lines = [], []
+    for number, sites in enumerate((dict(site="mlp_in.1", target="mlp_out.1"), dict(site="resid_post.0"))):
+        limits = dict(max_norm=1e9, target_max_norm=limit if "target" in sites else None)
+        config = DictionaryConfig(kind="standard", d_in=64, n_features=24, centred=False, **sites, **limits)
+        folder = tmp_path / f"d{number}" / "dictionary"
+        save_dictionary(folder, Dictionary.initial(config, jax.random.key(number)))
+        compared.append(Compared(f"d{number}", folder, config))
+    monkeypatch.setattr(reading, "load_model_of", lambda *arguments: lm)
+    monkeypatch.setattr(reading, "_VALUE_BYTES", 1)
+    shared = reading.read_shared_text(
+        texts, 64, compared, ModelConfig(), lm.mesh, folder=tmp_path / "text", batch_tokens=256, keep_values=True,
+        say=lines.append,
+    )  # fmt: skip
+    assert shared.activity(0).real_N.tolist() == (norm_N <= limit).tolist() and (norm_N > limit).any()
+    assert shared.activity(1).real_N.all() and [len(shared.values(each)) for each in compared] == [len(norm_N)] * 2
+    assert lines[-1].endswith("2 texts, 3 sites")
+    transcoder = compared[0].load()
+    features = read_features(lm, transcoder, dict(enumerate(texts)), np.zeros(24), np.zeros((0, 24)))
+    assert features.activity.real_N.tolist() == (norm_N <= limit).tolist()
+    acts = capture(lm, texts, ["mlp_in.1", "mlp_out.1"])
+    inside_N = np.linalg.norm(acts["mlp_out.1"], axis=1) <= limit
+    assert in_memory._encode(acts, transcoder).real_N.tolist() == inside_N.tolist()

@@ -1,5 +1,6 @@
 """Tokens of different tokenizers that end at one place, beside the texts that they have read by then."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from saejax.matching.transfer.activity import aligned, first_texts, read_text, site_values
+from saejax.models.tokens import bos_tokens, encode
 
 _SPEC = importlib.util.spec_from_file_location("kinds", Path(__file__).parents[1] / "tasks" / "tokenizer_kinds.py")
 KINDS = importlib.util.module_from_spec(_SPEC)
@@ -78,6 +80,20 @@ def test_a_text_that_begins_with_bos_gets_no_second(kind):
     (piece,) = read.pieces
     assert piece.tolist().count(tokenizer.bos_token_id) == 1 and len(piece) == 1 + len(read.text_N)
     assert read.end_N.min() > len(tokenizer.bos_token)
+
+
+def test_a_text_that_begins_with_a_special_token_of_its_own_gets_no_bos():
+    """A chat of Qwen, whose tokenizer has no BOS, with a dictionary that was trained behind one; see ``encode``."""
+    tokenizer, own = copy.deepcopy(KINDS.tokenizer("qwen3")), "<|im_start|>"
+    tokenizer.add_special_tokens(dict(eos_token="<|endoftext|>", unk_token=own))
+    chat, plain = (encode(tokenizer, text, "always") for text in (f"{own}The capital of France is Paris", "The city"))
+    front, number = bos_tokens(tokenizer, "always"), tokenizer.convert_tokens_to_ids(own)
+    assert chat[0] == number and front == plain[:1] != [number]
+    read = read_text(tokenizer, [f"{own}The capital of France is Paris", "The city"], 4, "always")
+    pieces = [piece.tolist() for piece in read.pieces]
+    assert pieces[0] == chat[:4] and pieces[1] == [*front, *chat[4:7]] and pieces[-1] == plain and read.front == 1
+    assert sum(map(len, pieces)) - len(pieces) == len(read.text_N) == len(read.end_N)
+    assert read.end_N[read.text_N == 0].min() > len(own)  # it ends no token that is compared, as BOS does not
 
 
 def test_sites_of_heads_have_the_width_of_their_heads(lm):

@@ -70,6 +70,20 @@ def test_nothing_is_followed_where_a_transcoders_target_is_a_sink(lm):
     assert set(firings.position_A) == set(np.flatnonzero(norm_T <= limit)) and (norm_T > limit).any()
 
 
+@pytest.mark.parametrize("source", [1, -1])
+@pytest.mark.parametrize("target", [1, -1])
+def test_negative_activations_are_linked_too(source, target):
+    """What is written is against the row then, and what is made is against the column."""
+    rng, nobody = np.random.default_rng(0), SimpleNamespace(source=SimpleNamespace(name="", fingerprint=""))
+    low, high = (unit(rng.standard_normal((F, D))) for _ in range(2))
+    f_2x1xF = np.zeros((2, 1, F))
+    f_2x1xF[0, 0, 3], f_2x1xF[1, 0, 10] = 2 * source, target
+    for sign, links in ((1, [((0, 0, 3), (1, 0, 10), pytest.approx(2 * target))]), (-1, [])):
+        high[10] = sign * source * target * low[3]
+        stack = stack_of(sae(nobody, 0, low), sae(nobody, 1, high))
+        assert find_links(stack, [LayerFirings.of(f_1xF) for f_1xF in f_2x1xF]) == links
+
+
 def test_planted_chains_are_followed_and_nothing_else(identity_llama):
     rng = np.random.default_rng(3)
     tables = [unit(rng.standard_normal((F, D))) for _ in range(4)]

@@ -9,10 +9,12 @@ import pytest
 from scipy import sparse
 from test_study_report import made_up
 
+from saejax.dictionaries import DictionaryConfig
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
 from saejax.matching.importance import FeatureMatch, ItemFeatures
 from saejax.matching.transfer.activity import Activity
 from saejax.page.blocks import Text
+from saejax.stages.study import measure
 from saejax.studies import gather_features
 from saejax.studies.gather_features import ReadBenchmark, choose_problems, problems, words_on_items
 from saejax.studies.report import _associations
@@ -128,3 +130,25 @@ def test_the_page_says_what_a_probe_reads_and_nothing_depends_on():
         for causal in ("no", "yes")
     )
     assert without[1].startswith("A probe of 1 top feature finds the label of new items") and len(with_drop) == 1
+
+
+@pytest.mark.parametrize(("target", "norm"), [("", ""), ("mlp_out.0", ""), ("mlp_out.0", "token_norm")])
+def test_the_rotated_control_of_a_transcoder_turns_about_what_it_reads(tmp_path, monkeypatch, target, norm):
+    reads = np.random.default_rng(0).normal(3, 1, (2, 5, 6)).astype(np.float32)
+    config = DictionaryConfig(site="mlp_in.0", target=target, d_in=6, n_features=8, centred=False, input_norm=norm)
+    items = SimpleNamespace(values=lambda: ((read_NxD, read_NxD) for read_NxD in reads))
+    ablation = SimpleNamespace(basis=SimpleNamespace(config=config), train=items, attribution_F=np.zeros(8))
+    ablation.with_basis = lambda basis: ablation
+    lm = SimpleNamespace(tokenizer=SimpleNamespace(is_fast=True), config=SimpleNamespace(d_model=6))
+    measured = SimpleNamespace(items=SimpleNamespace(lm=lm, train=[], test=[]), tested=ablation, placebo_RxF=None)
+    centres = []
+    monkeypatch.setattr(measure, "rotate", lambda basis, seed, centre_D: centres.append(centre_D))
+    monkeypatch.setattr(measure, "read_features", lambda *given: SimpleNamespace(save=lambda path: None))
+    measure._save_activity(tmp_path, measured, 1)
+    x_NxD = reads.reshape(-1, 6)
+    if norm:
+        x_NxD = x_NxD * 6**0.5 / np.linalg.norm(x_NxD, axis=1, keepdims=True)
+    (centre_D,) = centres
+    assert (centre_D is None) == (not target)
+    if target:
+        np.testing.assert_allclose(centre_D, x_NxD.mean(axis=0), rtol=1e-5)

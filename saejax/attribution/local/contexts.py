@@ -33,10 +33,10 @@ Context = dict[str, Any]  # ``tokens`` and ``activations``, of equal length
 
 
 class Firings(NamedTuple):
-    """The firings of a feature in texts."""
+    """The firings of a feature in texts; absolute activations, as some kinds have negative ones."""
 
     contexts: tuple[Context, ...]  #: the strongest, one of each text at most; none if it does not fire
-    histogram: tuple[tuple[float, float], ...]  #: activations above 0 in ten bars up to the largest: middle and number
+    histogram: tuple[tuple[float, float], ...]  #: activations but 0 in ten bars up to the largest: middle and number
     #: quarters of the range up to the largest activation, the upper one first: of each its name, and the first two
     #: contexts of texts whose strongest firing is in it; quarters without one are left out.
     quantiles: tuple[tuple[str, tuple[Context, ...]], ...]
@@ -101,6 +101,8 @@ class ContextSearch:
                         f"activations of features in layer {layer} are not finite: the transcoder's or the model's "
                         "weights are damaged"
                     )
+                # As ``interpret`` has them: a signed dictionary fires below 0, too.
+                value_RxTxU = np.abs(value_RxTxU)
                 for feature, value_RxT in zip(wanted, np.moveaxis(value_RxTxU, 2, 0), strict=True):
                     row_A, position_A = np.nonzero(value_RxT > 0)
                     place_A = (first + row_A) * _TOKENS + position_A

@@ -351,6 +351,9 @@ def active_features(encoder: Dictionary, layer: int, read_TxD: jax.Array, used_T
 def activations(encoder: Dictionary, read_xD: jax.Array) -> jax.Array:
     """Return activations [..., F], 0 at attention sinks, where no feature is used."""
     acts_xF = encoder.encode(read_xD)
+    # Sinks at the target are not left out, unlike in training and edits: circuit-tracer, with whose graphs these are
+    # compared, leaves out the first positions alone, and has features wherever the MLP's output is long. The error has
+    # what they do not explain there, so that the sum is the MLP's output in either case.
     return jnp.where(encoder.is_not_sink(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
 
 

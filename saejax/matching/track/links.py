@@ -4,7 +4,8 @@ Feature i writes a_i d_i (its activation times its decoder row) at a position; o
 pre-activation of feature j of the next dictionary, whose encoder column is e_j, if nothing between changes it. That is
 the link's weight; where the next dictionary divides each token by its size, that is before the division. There is a
 link if the cosine of d_i and e_j is larger than random directions' with the covariance of the lower decoder: a
-target with k possible sources has a link from any of k such directions with probability ``_LEVEL``, about.
+target with k possible sources has a link from any of k such directions with probability ``_LEVEL``, about. Signed
+dictionaries have negative activations: for d_i stands -d_i where a_i is negative, for e_j -e_j where feature j's is.
 
 Links show what is carried through the stream. What a layer computes from it, and what attention moves between
 positions, they do not see; ``measured`` tells which of them are causes.
@@ -67,10 +68,13 @@ def _links_into(
         # Divided by the number of sources: with more of them, the largest chance cosine grows.
         bar_E = float(ndtri(1 - _LEVEL / len(from_K))) * spread_J[into_E]
         weight_KxE = sources.value_A[:, None] * dot_UxJ[np.ix_(from_K, into_E)]
-        weight_KxE = np.where(cosine_UxJ[np.ix_(from_K, into_E)] > bar_E, weight_KxE, -np.inf)
+        # Towards what the target has: a negative weight makes a negative activation.
+        sign_E = np.sign(targets.value_A)
+        cosine_KxE = cosine_UxJ[np.ix_(from_K, into_E)] * np.sign(sources.value_A)[:, None] * sign_E
+        towards_KxE = np.where(cosine_KxE > bar_E, weight_KxE * sign_E, -np.inf)
         for e in range(len(into_E)):
-            for k in np.argsort(-weight_KxE[:, e], kind="stable")[:_SOURCES]:
-                if weight_KxE[k, e] > 0:
+            for k in np.argsort(-towards_KxE[:, e], kind="stable")[:_SOURCES]:
+                if towards_KxE[k, e] > 0:
                     low_node = place - 1, position, int(sources.feature_A[k])
                     yield low_node, (place, position, int(targets.feature_A[e])), float(weight_KxE[k, e])
 

@@ -21,7 +21,7 @@ from saejax.interpret.firings import encode_tokens
 from saejax.matching.rows import CentredRows
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches, round_length
-from saejax.models.tokens import Tokens, bos_tokens, pad, token_text
+from saejax.models.tokens import Tokens, bos_tokens, own_beginnings, pad, token_text
 from saejax.parallel.mesh import document_devices
 
 _PROGRAM = 1024  # tokens that run in about the time of compiling the programs of one more shape
@@ -33,7 +33,8 @@ _CHARACTERS = 5  # of text per token
 class ReadText:
     """Texts as one model reads them: N tokens, special ones left out."""
 
-    pieces: tuple[np.ndarray, ...]  #: token ids of each piece that the model runs on, special tokens first
+    #: token ids of each piece that the model runs on, special tokens first; a text's own one stands in their place
+    pieces: tuple[np.ndarray, ...]
     front: int  #: number of these special tokens
     text_N: np.ndarray  #: index of the text of each token, int64
     end_N: np.ndarray  #: number of characters of the text up to the end of the token, int64
@@ -64,15 +65,20 @@ def read_text(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "au
             "use a fast tokenizer"
         )
     front = bos_tokens(tokenizer, bos)
+    own = own_beginnings(tokenizer, bos)
     as_text, size = token_text(tokenizer), max(context - len(front), 1)
     pieces, numbers, places = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for number, text in enumerate(texts):
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, ends = read["input_ids"], [end for _, end in read["offset_mapping"]]
-        if front and ids[: len(front)] == front:  # the text's own; a second one would follow it
-            ids, ends = ids[len(front) :], ends[len(front) :]
+        begin = front
+        if ids and ids[0] in own:  # a special token of its own stands in the place of BOS
+            begin = ids[:1]
+        if begin and ids[: len(begin)] == begin:  # the text's own; a second one would follow it
+            ids, ends = ids[len(begin) :], ends[len(begin) :]
         ends = [_whole_end(text, end, as_text(token)) for token, end in zip(ids, ends, strict=True)]
-        pieces += [np.array([*front, *ids[i : i + size]], np.int32) for i in range(0, len(ids), size)]
+        for start in range(0, len(ids), size):
+            pieces.append(np.array([*(front if start else begin), *ids[start : start + size]], np.int32))
         numbers.append(np.full(len(ids), number))
         places.append(np.array(ends, np.int64))
     return ReadText(tuple(pieces), len(front), np.concatenate(numbers), np.concatenate(places))
@@ -155,6 +161,6 @@ def site_values(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_t
     return values
 
 
-def encode(dictionary: Dictionary, x_NxD: np.ndarray, batch_tokens: int) -> Activity:
-    """Return the activity of a dictionary on values of its site; see ``encode_tokens``."""
-    return Activity(*encode_tokens(dictionary, x_NxD, batch_tokens))
+def encode(dictionary: Dictionary, x_NxD: np.ndarray, batch_tokens: int, y_NxO: np.ndarray | None = None) -> Activity:
+    """Return the activity of a dictionary on values of its site and target; see ``encode_tokens``."""
+    return Activity(*encode_tokens(dictionary, x_NxD, batch_tokens, y_NxO))

@@ -7,7 +7,8 @@ Texts of even number choose pairs of features and fit maps; texts of odd number 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,17 +94,19 @@ def read_shared_text(
         lm = load_model_of(config, members[0][1], mesh, by_name)
         lm = follow_bos(lm, [entry.config for _, entry in members], say)
         read = shared.reads[model] = read_text(lm.tokenizer, texts, min(context, lm.config.context), lm.bos)
-        sites = list(dict.fromkeys(entry.config.site for _, entry in members))
+        # What a transcoder reads together with its target, whose attention sinks are left out, too.
+        pairs = list(dict.fromkeys((entry.config.site, entry.target) for _, entry in members))
         # All sites of a model in as few passes as memory allows.
         at_once = max(1, _VALUE_BYTES // max(4 * len(read.text_N) * lm.config.d_model, 1))
-        for start in range(0, len(sites), at_once):
-            values = site_values(lm, read, sites[start : start + at_once], batch_tokens)
+        for these in _split_pairs(pairs, at_once):
+            values = site_values(lm, read, [*dict.fromkeys(itertools.chain(*these))], batch_tokens)
             for index, entry in members:
-                if entry.config.site not in values:
+                if (entry.config.site, entry.target) not in these:
                     continue
                 dictionary = entry.load(mesh).with_sink_norms(lm.sink_norm)
-                value_NxD = values[entry.config.site]
-                encode(dictionary, value_NxD, batch_tokens).save(shared.folder / f"activity-{index:04d}.npz")
+                value_NxD, target_NxO = values[entry.config.site], values[entry.target]
+                activity = encode(dictionary, value_NxD, batch_tokens, target_NxO)
+                activity.save(shared.folder / f"activity-{index:04d}.npz")
                 if keep_values:
                     with open(shared.folder / _value_file(entry), "wb") as file:  # np.save loses a full disk's error
                         file.write(npy_header(value_NxD.shape, value_NxD.dtype))
@@ -111,9 +114,21 @@ def read_shared_text(
         for _, entry in members:
             for site in {entry.config.site, entry.target}:
                 shared.sink_norms[model, site] = float(lm.sink_norm(site))
+        sites = {*itertools.chain(*pairs)}
         say(f"{lm.source.name}: {len(read.text_N):,} tokens of {len(texts)} texts, {len(sites)} sites")
         del lm  # before the next model is loaded
     return shared
+
+
+def _split_pairs(pairs: Sequence[tuple[str, str]], most: int) -> Iterator[list[tuple[str, str]]]:
+    """Yield the pairs of sites in groups with at most ``most`` distinct sites each, but at least one pair."""
+    group: list[tuple[str, str]] = []
+    for pair in pairs:
+        if group and len({*itertools.chain(*group, pair)}) > most:
+            yield group
+            group = []
+        group.append(pair)
+    yield group
 
 
 def load_model_of(config: ModelConfig, entry: Compared, mesh: Mesh, by_name: bool = False) -> LanguageModel:

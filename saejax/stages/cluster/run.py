@@ -11,6 +11,7 @@ import numpy as np
 
 from saejax.activations.store import Store
 from saejax.dictionaries.names import folder_name
+from saejax.interpret.firings import used_rows
 from saejax.interventions.columns import Columns
 from saejax.matching.clusters.groups import DISSOLVED, Coactivation, StableGroups, find_groups
 from saejax.matching.clusters.results import ClusteredDictionary, ClusterResults, FeatureGroup
@@ -41,14 +42,17 @@ ActivityOf = Callable[[Compared], tuple[Activity, np.ndarray]]
 def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
     """Return the function that gives the activity of a dictionary, and the text of each token.
 
-    The text is the store's for a dictionary of one of its sites; for others a model reads held-out text.
+    The text is the store's for a dictionary whose sites it has; for others a model reads held-out text.
     """
     config = run.configs[ClusterConfig]
     store = Store.open(run.inputs["capture"]) if "capture" in run.inputs else None
+    # With a transcoder's target, whose attention sinks are left out, too.
     stored = [
         entry.name
         for entry in compared
-        if store and store.model.fingerprint == entry.fingerprint and entry.config.site in store.sites
+        if store
+        and store.model.fingerprint == entry.fingerprint
+        and {entry.config.site, entry.target} <= {*store.sites}
     ]
     others = [entry for entry in compared if entry.name not in stored]
     settings = make_mesh(run.configs[MeshConfig]), config.tokens, config.batch_tokens, config.seed
@@ -60,7 +64,7 @@ def open_texts(run: Run, compared: Sequence[Compared]) -> ActivityOf:
             return shared.activity(others.index(entry)), shared.reads[entry.model_key].text_N
         assert store
         dictionary = entry.load(settings[0]).with_sink_norms(store.max_norm)
-        rows = store.rows("train", dictionary.site)
+        rows = used_rows(store, "train", dictionary.site, entry.target)
         piece_N, position_N, _ = store.tokens(rows)
         text_N, start_N = (store.documents.column(name)[piece_N] for name in ("source", "start"))
         # As in the text: shuffled data shift runs of firings, and rows of a shard are in random order.

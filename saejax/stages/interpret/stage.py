@@ -30,7 +30,7 @@ INTERPRET = Stage(
     name="interpret",
     summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
     "--interpret.dictionaries names any",
-    revision=9,  # the control of the most frequent feature is the label of the next, not of the rarest
+    revision=10,  # nothing fires at sinks of a transcoder's target; random directions may say tokens
     run=run_interpret,
     results=InterpretResults,
     groups=(ModelConfig, InterpretConfig),

@@ -5,10 +5,12 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
 from saejax.dictionaries import Dictionary
+from saejax.dictionaries.input_norm import normalise
 from saejax.errors import UserError
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.files import write_json
@@ -192,9 +194,20 @@ def _save_activity(folder: Path, measured: MeasuredBenchmark, seed: int) -> None
     if not is_fast or {ablation.basis.config.d_in, ablation.basis.config.d_out} != {items.lm.config.d_model}:
         return  # no character offsets, or a site that is none of the stream: not compared with features of other models
     texts, none_0xF = _item_texts([*items.train, *items.test]), np.zeros((0, ablation.basis.config.n_features))
-    rotated, placebo_RxF = ablation.with_basis(rotate(ablation.basis, [seed])), measured.placebo_RxF
+    # An SAE's centre is its decoder's bias; a transcoder's is of its target.
+    centre_D = _mean_read(ablation) if ablation.basis.config.target else None
+    rotated, placebo_RxF = ablation.with_basis(rotate(ablation.basis, [seed], centre_D)), measured.placebo_RxF
     for name, some, targets_RxF in ((FEATURES_ON_ITEMS, ablation, placebo_RxF), (ROTATED_ON_ITEMS, rotated, none_0xF)):
         read_features(items.lm, some.basis, texts, some.attribution_F, targets_RxF).save(folder / name)
+
+
+def _mean_read(ablation: BehaviourAblation[References]) -> np.ndarray:
+    """Return the mean of what the encoder reads on the train items, normalised as the dictionary does, [D]."""
+    norm, total_D, count = ablation.basis.config.input_norm, np.zeros(ablation.basis.config.d_in), 0
+    for read_NxD, _ in ablation.train.values():
+        read_NxD = np.asarray(normalise(jnp.asarray(read_NxD), norm).x_xD) if norm else read_NxD
+        total_D, count = total_D + read_NxD.sum(axis=0, dtype=np.float64), count + len(read_NxD)
+    return total_D / max(count, 1)
 
 
 def falsify_top(

@@ -23,6 +23,7 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.formats import place, tensors
 from saejax.dictionaries.formats.gemma_scope import choose_layers
 from saejax.errors import Interrupted, UserError
+from saejax.models.tokens import pad
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 
@@ -110,6 +111,20 @@ def test_contexts_leave_out_silent_texts_and_nothing_else(tiny):
     broken = [altered_bias(each, np.nan) for each in made]
     with pytest.raises(UserError, match="finite"):
         ContextSearch(tiny, LayerTranscoders.of(broken), texts).firings([(0, 5)])
+
+
+def test_negative_activations_have_contexts_too(tiny):
+    """A signed TopK of circuit-tracer may have nothing above 0; interpret has its absolute values."""
+    made = [altered(each, signed=True, k=FEATURES) for each in make_transcoders(tiny.config, "topk")]
+    made = [Dictionary(each.config, **each.arrays | dict(b_enc_F=each.b_enc_F[...] - 1e3)) for each in made]
+    texts = ["one two three", "four five"]
+    (found,) = ContextSearch(tiny, LayerTranscoders.of(made), texts).firings([(0, 5)]).values()
+    ids = [tiny.encode(text) for text in texts]
+    values = [tiny(pad([each]), capture=["mlp_in.0"], logits=False).sites["mlp_in.0"][0] for each in ids]
+    size_A = np.concatenate([np.abs(np.asarray(made[0].encode(value)))[1:, 5] for value in values])
+    assert len(found.contexts) == 2 and sum(count for _, count in found.histogram) == len(size_A)
+    largest = max(max(context["activations"]) for context in found.contexts)
+    assert largest == pytest.approx(size_A.max(), rel=1e-4)
 
 
 def test_a_search_for_contexts_can_be_stopped(tiny):
