@@ -65,14 +65,14 @@ def read_text(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "au
             "use a fast tokenizer"
         )
     front = bos_tokens(tokenizer, bos)
-    own = own_beginnings(tokenizer, bos)
+    beginnings = own_beginnings(tokenizer, bos)
     as_text, size = token_text(tokenizer), max(context - len(front), 1)
     pieces, numbers, places = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for number, text in enumerate(texts):
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, ends = read["input_ids"], [end for _, end in read["offset_mapping"]]
         begin = front
-        if ids and ids[0] in own:  # a special token of its own stands in the place of BOS
+        if ids and ids[0] in beginnings:  # a special token of its own stands in the place of BOS
             begin = ids[:1]
         if begin and ids[: len(begin)] == begin:  # the text's own; a second one would follow it
             ids, ends = ids[len(begin) :], ends[len(begin) :]
