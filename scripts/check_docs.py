@@ -141,7 +141,7 @@ def to_shell(command: str) -> str:
     if "-m pytest" in command:
         return f"cd {shlex.quote(str(ROOT))} && {command} --collect-only -q"
     # Those have no --dry_run, and these models are not here: tests read the flags.
-    if re.search(r"experiments\.(study_run|serve|compare)|configs/large", command):
+    if re.search(r"experiments\.(study_run|serve)|configs/large", command):
         return f"{command} --help"
     if not re.search(r"-m (experiments|saejax\.cli)", command) or " runs " in command:
         return command

@@ -144,7 +144,7 @@ def test_command_lines_of_the_guides_are_read(path, tmp_path):
     (tmp_path / "mine.flags").write_text("".join(re.findall(r"^```\n((?:--\S*\n)+)```$", text, re.MULTILINE)))
     several = dict(baseline=["baseline", "benchmark"], pipeline=list(all_stages()))
     for binary, line in re.findall(r"^\.venv/bin/python -m experiments\.(\w+) (.*)$", text, re.MULTILINE):
-        if binary not in ("study_run", "serve", "compare"):
+        if binary not in ("study_run", "serve"):
             line = line.replace("=configs/", f"={ROOT}/configs/").replace("=mine.flags", f"={tmp_path}/mine.flags")
             words = ["program", *shlex.split(line, comments=True)]
             command_line.read_configs(command_line.stage_flags(), words, several.get(binary, [binary]))
