@@ -183,7 +183,9 @@ def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[st
         size = device_bytes(program, compiled) - weights
         # Training has its stack in its arguments, or keeps it meanwhile; fine-tuning keeps it, and has one member.
         of_arguments, kept = named_bytes(program.arguments, MATRICES), named_bytes(program.kept, MATRICES)
-        dictionaries, stacks = (0, of_arguments + kept) if stage == "train" else (of_arguments, kept)
+        both = of_arguments + kept
+        of_stage = {"train": (0, both), "fine-tuning": (of_arguments, kept)}
+        dictionaries, stacks = of_stage.get(stage, (both, 0))
         measured[stage] = Measured(
             so_far.flops + flops,
             so_far.work + program.flops,

@@ -243,7 +243,7 @@ def test_an_untrained_dictionary_passes_for_a_trained_one_no_more_than_the_level
     for seed in range(100):
         dictionary = bases.untrained(make_dictionary(SITE, seed=seed), 16, 10**6 + seed)
         prompts = random_prompts(tiny, seed, fixed=True)
-        settings = dict(random_sets=0, placebo_targets=0, untrained_dictionaries=39)
+        settings = dict(random_sets=1, placebo_targets=0, untrained_dictionaries=39)
         verdicts.append(measure_and_judge(tiny, dictionary, prompts, **settings))
     assert rate("an untrained dictionary", verdicts, "trained") <= 0.08
 
