@@ -155,28 +155,31 @@ def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
     for kind, results in findings.each(EvaluateResults).items():
         train = findings.each(TrainResults)[kind]
         for scores in results.members:
-            yield DictionaryFigures.copy_from(
-                scores,
+            yield DictionaryFigures(
                 row=row,
                 dictionary=full_name(kind, scores.name),
+                site=scores.site,
                 features=sum(scores.density_histogram.counts) + scores.density_histogram.never,
                 epochs=settings["train"]["epochs"],
+                l0=scores.l0,
+                dead=scores.dead_fraction,
+                explained_variance=scores.explained_variance,
+                ce_recovered=scores.ce_recovered_mean,
                 tokens=train.tokens,
                 seconds=train.seconds,
-                dead=scores.dead_fraction,
-                ce_recovered=scores.ce_recovered_mean,
             )
 
 
 def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
     for results in findings.each(CaptureResults).values():
         for site, statistics in results.sites.items():
-            yield ActivationFigures.copy_from(
-                statistics,
+            yield ActivationFigures(
                 row=row,
                 text="corpus",
                 site=site,
                 tokens=statistics.rows,
+                median_norm=statistics.median_norm,
+                largest_norm=statistics.largest_norm,
                 beyond_sinks=statistics.sinks.share_beyond,
                 l0=None,
                 firing=None,
@@ -184,7 +187,18 @@ def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
             )
     for benchmark, study in findings.each(StudyResults).items():
         if read := study.activations:
-            yield ActivationFigures.copy_from(read, row=row, text=benchmark, site=study.site, beyond_sinks=None)
+            yield ActivationFigures(
+                row=row,
+                text=benchmark,
+                site=study.site,
+                tokens=read.tokens,
+                median_norm=read.median_norm,
+                largest_norm=read.largest_norm,
+                beyond_sinks=None,
+                l0=read.l0,
+                firing=read.firing,
+                explained_variance=read.explained_variance,
+            )
 
 
 def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
@@ -261,12 +275,16 @@ def _gates(row: str, findings: Findings) -> Iterator[GateFigures]:
 def _domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
     """Return what features chosen on one benchmark do on another; p-values corrected over all of them."""
     figures = [
-        DomainFigures.copy_from(
-            transferred,
+        DomainFigures(
             row=row,
             chosen_on=chosen_on,
             benchmark=benchmark,
+            effect=transferred.effect,
             chosen_here=results.verdict.dictionaries[TESTED][benchmark].ablation["answer_log_prob"].effect,
+            common=transferred.common,
+            random=transferred.random,
+            random_sets=transferred.random_sets,
+            p_value=transferred.p_value,
             p_holm=None,
         )
         for row, findings in rows.items()
@@ -282,7 +300,15 @@ def _drivers(row: str, findings: Findings) -> Iterator[DriverFigures]:
     """Yield what drives the features of each benchmark, by group."""
     for benchmark, results in findings.each(StudyResults).items():
         for shares in results.falsification.shares if results.falsification else ():
-            yield DriverFigures.copy_from(shares, row=row, benchmark=benchmark)
+            yield DriverFigures(
+                row=row,
+                benchmark=benchmark,
+                group=shares.group,
+                features=shares.features,
+                tokens=shares.tokens,
+                context=shares.context,
+                undecided=shares.undecided,
+            )
 
 
 def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
@@ -290,9 +316,10 @@ def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
     for results in findings.each(TransferResults).values():
         for pair in results.pairs:
             for measure, both in pair.measures.items():
-                yield TransferFigures.copy_from(
-                    pair,
+                yield TransferFigures(
                     row=row,
+                    first=pair.first,
+                    second=pair.second,
                     measure=measure,
                     matched=both.scores.matched,
                     matched_null=both.null.matched,
@@ -306,14 +333,16 @@ def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
     for results in findings.each(TrackResults).values():
         for slug, text in results.texts.items():
             tests = [step.test for step in text.steps if step.test]
-            yield TrackingFigures.copy_from(
-                text,
+            yield TrackingFigures(
                 row=row,
                 text=slug,
+                tokens=text.tokens,
                 sites=len(text.sites),
-                tests=sum(test.hurt != "not testable" for test in tests),
+                links=text.links,
+                output=text.output,
                 measured=sum(chain.holds is not None for chain in text.chains),
                 holding=sum(chain.holds is True for chain in text.chains),
                 left_out=text.chains_left_out,
+                tests=sum(test.hurt != "not testable" for test in tests),
                 hurt=sum(test.hurt == "yes" for test in tests),
             )

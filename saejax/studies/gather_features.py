@@ -27,14 +27,36 @@ def associations(row: str, findings: Findings) -> Iterator[AssociationFigures]:
         for association in results.associations.top if results.associations else ():
             answers = {association.associated, association.probe, association.causal}
             agree = len(answers) == 1 if answers <= {"yes", "no"} else None
-            yield AssociationFigures.copy_from(association, row=row, benchmark=benchmark, agree=agree)
+            yield AssociationFigures(
+                row=row,
+                benchmark=benchmark,
+                feature=association.feature,
+                label=association.label,
+                correlation=association.correlation,
+                p_value=association.p_value,
+                associated=association.associated,
+                auc=association.auc,
+                probe=association.probe,
+                causal_drop=association.causal_drop,
+                p_causal=association.p_causal,
+                causal=association.causal,
+                agree=agree,
+            )
 
 
 def labels(row: str, findings: Findings) -> Iterator[LabelFigures]:
     """Yield how many features go with each label."""
     for benchmark, results in findings.each(StudyResults).items():
         for label in results.associations.labels if results.associations else ():
-            yield LabelFigures.copy_from(label, row=row, benchmark=benchmark)
+            yield LabelFigures(
+                row=row,
+                benchmark=benchmark,
+                label=label.label,
+                items=label.items,
+                features=label.features,
+                associated=label.associated,
+                shuffled=label.shuffled,
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,20 +147,28 @@ def primitives(
         effects = {effect.group: effect for effect in some.effects}
         for number, primitive in enumerate(some.primitives):
             effect, here = effects.get(number), read.get(row)
-            of_effect = ("items", "effect", "elsewhere", "random", "placebo", "sets", "needed")
-            yield PrimitiveFigures.copy_from(
-                primitive,
+            yield PrimitiveFigures(
                 row=row,
                 benchmark=benchmark,
+                name=primitive.name,
+                features=primitive.features,
                 words=words_on_items(here, benchmark, primitive.features) if here else (),
+                overlap=primitive.overlap,
+                p_recurs=some.p_recurs,
+                p_value=primitive.p_value,
                 seeds=len(some.seeds),
                 recurs=sum(same[number] for same in some.seeds.values()),
-                p_recurs=some.p_recurs,
                 rows=tuple(name for name, same in recurs_in.items() if same[number]),
                 p_rows=p_rows,
                 partners=_partners(here, primitive.features) if here else (),
+                items=effect.items if effect else None,
+                effect=effect.effect if effect else None,
+                elsewhere=effect.elsewhere if effect else None,
+                random=effect.random if effect else None,
+                placebo=effect.placebo if effect else None,
+                sets=effect.sets if effect else None,
+                needed=effect.needed if effect else None,
                 more=effect.answer if effect else "not testable",
-                **{name: getattr(effect, name, None) for name in of_effect},
             )
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_type_hints
 
 from saejax.page.tables import MISSING, Table, interval, significant
 from saejax.results import Interval, to_json
@@ -52,12 +52,6 @@ class Figures:
     def __init_subclass__(cls, cards: bool = False) -> None:
         dataclasses.dataclass(frozen=True)(cls)
         cls._cards = cards
-
-    @classmethod
-    def copy_from(cls, source: Any, **more: Any) -> Self:
-        """Return a row with these fields; its others are those of the same names in ``source``."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name not in more]
-        return cls(**{name: getattr(source, name) for name in names}, **more)
 
     @classmethod
     def table(cls, rows: Sequence[Any]) -> Table:
