@@ -11,6 +11,8 @@ from saejax.training.settings import TrainConfig
 
 #: By unit that ran in this process: the settings that its code read, and those in its hash.
 READ, DECLARED = {}, {}
+#: By stage, of all its units that were made in this process: settings in their hashes, and those that were read.
+EVER = {}
 # Callers that copy, compare or check groups as a whole: beside these, methods that ``dataclasses`` writes.
 _MODULES = {"dataclasses", "copy", "saejax.config"}
 
@@ -23,6 +25,11 @@ def install() -> None:
     Config.__getattribute__ = _get
     dataclasses.replace = _replace
     pipeline._run_stage = _run_stage
+
+
+def never_read(*stages):
+    """Settings in the hashes of stages that ran in this process, which none of their units has read."""
+    return {setting for stage in stages for setting in EVER[stage][0] - EVER[stage][1]}
 
 
 def _get(config, name):
@@ -69,12 +76,17 @@ def _run_stage(running, unit, *arguments):
     global _unit
     configs, stage, name = running.plan.configs, all_stages()[unit.partition("/")[0]], unit.partition("/")[2]
     _watch(unit, configs)
+    made = False
     try:
-        return _plain_run(running, unit, *arguments)
+        results, made = _plain_run(running, unit, *arguments), True
+        return results
     finally:
         _unit = ""
         alone = running.plan.members(unit).values() or [configs]
         DECLARED[unit] = {setting for each in alone for setting in stage.settings_read(each, name)}
+        declared, read = EVER.setdefault(stage.name, (set(), set()))
+        declared |= DECLARED[unit] if made else set()
+        read |= READ[unit]
         undeclared = {setting for setting in READ[unit] - DECLARED[unit] if not setting.startswith("mesh.")}
         undeclared &= counted(*configs).keys()
         if configs[TrainConfig].ce_every and unit.startswith("train/"):

@@ -233,6 +233,7 @@ def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_acce
     units = all_stages()[stage].units(configs)
     assert units or stage in ("benchmark", "study")  # without a hub there are no benchmarks
     all_stages()[stage].check(configs)
+    all_stages()[stage].places(configs)
     if stage not in ("attribute", "circuits"):  # there is no set of transcoders
         plan, alone = Workplan(configs), Workplan(read([stage], *flags))
         assert [alone.fingerprint(unit) for unit in units] == [plan.fingerprint(unit) for unit in units]

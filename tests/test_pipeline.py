@@ -33,8 +33,11 @@ def go(workdir, stages=(), say=lambda line: None, refused=(), stopped=(), option
         (run.folder / "out.txt").write_text(unit)
         return dict(unit=unit)
 
+    changes_of = dict(
+        run=run_unit, foresee=lambda configs, workdir, stages: ["what is left takes much"] if stages else []
+    )
     stand_ins = {
-        name: dataclasses.replace(stage, run=run_unit, inputs=stage.units_read) for name, stage in all_stages().items()
+        name: dataclasses.replace(stage, inputs=stage.units_read, **changes_of) for name, stage in all_stages().items()
     }
     with pytest.MonkeyPatch.context() as patch:
         for module in (pipeline, workplan):
@@ -60,8 +63,10 @@ def test_only_what_depends_on_a_changed_flag_runs_and_setting_it_back_finds_the_
     assert len(list((tmp_path / "ablate").glob("topk-*/out.txt"))) == 2
 
 
-@pytest.mark.parametrize("folder", ["runs/other/train/topk/k9", "/else/where/topk", "./topk"])
-def test_a_dictionary_in_a_folder_is_tested_without_capture_and_training(tmp_path, folder):
+@pytest.mark.parametrize("folder", ["runs/other/train/topk/k9", "else/where/topk", "./topk"])
+def test_a_dictionary_in_a_folder_is_tested_without_capture_and_training(tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     stages = ["ablate", "patch", "probe", "steer"]
     changes = {f"{stage}__dictionary": folder for stage in stages} | dict(probe__labels=("answer",))
     units = [f"{stage}/{folder.strip('./').replace('/', '-')}" for stage in stages]
@@ -161,7 +166,8 @@ def test_a_dry_run_says_what_would_be_done_and_why_and_writes_nothing(tmp_path, 
         return {line.split()[0]: " ".join(line.split()[2:]) for line in lines[:-1]} | dict(last=lines[-1])
 
     lines = planned()
-    assert not workdir.exists() and set(ALL.split()) == lines.keys() - {"last"}
+    assert not workdir.exists() and set(ALL.split()) == lines.keys() - {"last", "what"}
+    assert lines["what"] == "left takes much"
     assert lines["train/topk"] == "to run: capture is made first" and lines["last"].startswith("9 of 9 units to make")
     go(workdir)
     before = sorted(path.relative_to(workdir) for path in workdir.rglob("*"))

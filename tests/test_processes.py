@@ -54,7 +54,7 @@ def whole(inputs, tmp_path_factory, single_device):
 
 def test_what_is_declared_is_read(whole):
     """Otherwise a changed setting would make again what is the same: a hash covers what the code reads, no more."""
-    stages = ("baseline", "capture", "train", "evaluate")
+    stages = ("baseline", "capture", "train", "evaluate", "ablate")
     unread = {unit: left for unit, left in whole[2].items() if unit.startswith(stages)}
     assert {unit.partition("/")[0] for unit in unread} == {*stages}
     # The code reads it only where something else is true, which other settings do not say.

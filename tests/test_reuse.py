@@ -11,6 +11,7 @@ from torch_sites import relative_error
 from saejax import versions
 from saejax.attribution.settings import GraphConfig
 from saejax.config import counted
+from saejax.files import file_sha256
 from saejax.runner import command, command_line
 from saejax.runner.registry import all_stages
 from saejax.runner.workplan import Workplan
@@ -224,6 +225,63 @@ def test_feature_files_of_a_set_make_pages_and_no_trace_again(inputs, tmp_path, 
         again = marks_of_graph()
         assert again[0] != unit and again[1] != trace, name
         unit, trace = again
+
+
+# Statement 3 of WORKSPACE.md, what must hold.
+def test_settings_of_text_that_is_not_read_make_nothing_again(inputs, tmp_path):
+    """Of held-out text no stage reads how it becomes tokens for training, and some read no text at all."""
+    folder = tmp_path / "bases"
+    folder.mkdir()
+    (folder / "cfg.json").write_text("{}")
+    names = [f"{stage}__dictionary" for stage in ("ablate", "steer")]
+    names += [f"{stage}__dictionaries" for stage in ("transfer", "cluster")]
+    base = dict.fromkeys(names, folder)
+
+    def changed_by(before=(), **changes):
+        plans = [plan_of(inputs, tmp_path, **base | dict(before) | more) for more in ({}, changes)]
+        units = {"ablate", "steer", "transfer", "cluster"}
+        both = ([plan.fingerprint(*all_stages()[unit].units(plan.configs)) for unit in sorted(units)] for plan in plans)
+        return {unit for unit, *marks in zip(sorted(units), *both, strict=True) if marks[0] != marks[1]}
+
+    another = runs.save_corpus(tmp_path / "another.jsonl.gz", 41)
+    assert changed_by(corpus__pack=True, corpus__max_tokens=9) == set()
+    assert changed_by(corpus__context=64) == {"cluster"}
+    assert changed_by(corpus__seed=1) == changed_by(corpus__path=another) == {"ablate", "steer", "cluster"}
+    no_text = dict(ablate__text_documents=0)
+    for changes in (dict(corpus__held_out=0.2), dict(corpus__path=another)):
+        assert changed_by(no_text, **changes) == {"steer", "cluster"}
+    for reads in (dict(transfer__reconstruction=True), dict(transfer__measures="activity")):
+        assert changed_by(reads, corpus__context=64) == {"cluster", "transfer"}
+        assert changed_by(reads, corpus__path=another) == {"ablate", "steer", "cluster", "transfer"}
+
+
+def test_large_files_are_hashed_once(inputs, tmp_path, monkeypatch):
+    """A lens, labels, and dictionaries that are named by their file."""
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("saejax.models.identity._HASHED_AT_ONCE", 1000)
+    hashed = []
+
+    def count(path):
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr("saejax.models.identity.file_sha256", count)
+    names = ["lens.pt", "labels.jsonl", "groups.json", "sae.safetensors"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x" * 2000)
+    settings = dict(model__lens=tmp_path / "lens.pt", track__prompt="a", track__dictionaries=tmp_path / names[3])
+    settings |= dict(circuits__groups=tmp_path / "groups.json", atlas__labels=tmp_path / "labels.jsonl")
+    settings |= dict(graph__dictionaries=tmp_path / names[3], graph__prompt="a")
+
+    def marks():
+        configs = plan_of(inputs, tmp_path, **settings).configs
+        read = dict(track="track", atlas="labels", attribute="graph", circuits="graph")
+        return [all_stages()[stage].inputs(configs, "topk")[name](configs) for stage, name in read.items()]
+
+    before = marks()
+    assert sorted(hashed) == sorted(names) and marks() == before and len(hashed) == len(names)
+    (tmp_path / names[3]).write_bytes(b"y" * 2000)
+    assert [a == b for a, b in zip(before, marks(), strict=True)] == [False, True, False, False]
 
 
 def test_names_on_the_hub_and_texts_are_hashed_as_they_are_written():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from saejax.dictionaries.formats.circuit_tracer import ENCODERS
 from saejax.dictionaries.formats.place import BESIDE, registry_overrides, resolve_path
+from saejax.errors import UserError
 from saejax.models.identity import content_sha256
 
 # The first holds checksums of its arrays.
@@ -16,8 +17,14 @@ _HASHED = (
 
 
 def hash_dictionaries(folder: str) -> str:
-    """Hash the dictionaries in a folder, or a file, which may be on the hub: 16 hexadecimal digits."""
+    """Hash the dictionaries in a folder, or a file, which may be on the hub: 16 hexadecimal digits.
+
+    Raises:
+      UserError: it does not exist.
+    """
     digest, place = hashlib.sha256(), resolve_path(folder).absolute()  # "." has no name
+    if not place.exists():  # nothing would have a hash, too
+        raise UserError(f"{folder} does not exist: expected the folder of a dictionary")
     files = [place] if place.is_file() else _hashed_files(place)
     # Where a file is named, its settings are in another one beside it, or above.
     settings = [*(place.with_name(name) for name in BESIDE), place.parent.parent / "config.json"]

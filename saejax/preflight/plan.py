@@ -61,6 +61,12 @@ def check_dictionaries(plan: PlannedRun) -> None:
             plan.dictionary(stage)
 
 
+def compiled_stages(stages: Collection[str]) -> list[str]:
+    """Return the stages whose large programs some stages run, of a study a benchmark's."""
+    names = {*stages, *(["benchmark"] if "study" in stages else [])}
+    return [name for name in _PROGRAMS if name in names]
+
+
 def stage_programs(plan: PlannedRun, stages: Collection[str] | None = None) -> list[Program]:
     """Return the large programs of those of some stages that have any; a benchmark's are a study's, too.
 
@@ -73,8 +79,7 @@ def stage_programs(plan: PlannedRun, stages: Collection[str] | None = None) -> l
     """
     if stages is None:
         stages = {stage.name for stage in all_stages().values() if stage.units(plan.configs)}
-    names = {*stages, *(["benchmark"] if "study" in stages else [])}
-    placed = [(programs, plan.placed(all_stages()[name])) for name, programs in _PROGRAMS.items() if name in names]
+    placed = [(_PROGRAMS[name], plan.placed(all_stages()[name])) for name in compiled_stages(stages)]
     return [program for list_programs, where in placed for program in list_programs(where, where.mesh)]
 
 

@@ -29,7 +29,8 @@ from saejax.parallel.processes import Processes, ProcessShare, ShareDone
 from saejax.parallel.settings import MeshConfig
 from saejax.results import to_json
 from saejax.runner.changes import describe_changes
-from saejax.runner.plan import describe_plan, inputs_to_compare, is_read_later, plan_units
+from saejax.runner.checks import check_stages
+from saejax.runner.plan import REUSED, describe_plan, inputs_to_compare, is_read_later, plan_units
 from saejax.runner.profiling import Profiler
 from saejax.runner.registry import all_stages, flag_of
 from saejax.runner.stage import split_unit
@@ -116,16 +117,17 @@ def run_stages(
     if not units:
         more = f"it {all_stages()[stages[0]].summary}" if len(stages) == 1 else "--help says what to name"
         raise UserError(f"{', '.join(stages)} has nothing to make with these settings; {more}")
-    for stage in stages:
-        if all_stages()[stage].units(configs):
-            all_stages()[stage].check(configs)
+    check_stages(stages, configs, workspace.root)
     if options.only:
         units = [one_of(options.only, units, "unit (--unit)")]
     if not options.keep_going:  # which makes what can be made
         Workplan(configs).check(units)
     if options.dry_run:
         configs |= _expected_mesh(configs[MeshConfig], workspace, say)
-        for line in describe_plan(plan_units(Workplan(configs), workspace, units)):
+        planned = plan_units(Workplan(configs), workspace, units)
+        left = {unit.name.partition("/")[0] for unit in planned if unit.todo != REUSED}
+        needs = [line for stage in all_stages().values() for line in stage.foresee(configs, workspace.root, left)]
+        for line in describe_plan(planned, needs):
             say(line)
         return
     processes = None

@@ -101,8 +101,13 @@ def is_read_later(configs: Configs, workspace: Workspace, units: Sequence[str], 
     return not readers  # it was asked for by itself
 
 
-def describe_plan(planned: Sequence[PlannedUnit]) -> list[str]:
-    """Return the plan as lines of a table: unit, fingerprint, what will be done, and why."""
+def describe_plan(planned: Sequence[PlannedUnit], needs: Sequence[str] = ()) -> list[str]:
+    """Return the plan as lines of a table: unit, fingerprint, what will be done, and why.
+
+    Args:
+      planned: the units.
+      needs: lines about what is left to do, see ``Stage.foresee``.
+    """
     width = max((len(unit.name) for unit in planned), default=0)
     lines = []
     for unit in planned:
@@ -110,7 +115,7 @@ def describe_plan(planned: Sequence[PlannedUnit]) -> list[str]:
         reason = f": {unit.reason}" if unit.reason else ""
         lines.append(f"{unit.name:{width}}  {unit.fingerprint or 16 * ' '}  {unit.todo}{members}{reason}")
     left = sum(unit.todo != REUSED for unit in planned)
-    return [*lines, f"{left} of {len(planned)} units to make; --dry_run: nothing was run or written"]
+    return [*lines, *needs, f"{left} of {len(planned)} units to make; --dry_run: nothing was run or written"]
 
 
 def inputs_to_compare(plan: Workplan, units: Sequence[str]) -> dict[str, str]:
@@ -120,7 +125,8 @@ def inputs_to_compare(plan: Workplan, units: Sequence[str]) -> dict[str, str]:
     """
     compared: dict[str, str] = {}
     for unit in units:
-        with contextlib.suppress(UserError):  # said when the unit's turn comes, in every process alike
+        # A folder that this run makes first; said when the unit's turn comes, in every process alike.
+        with contextlib.suppress(UserError):
             sources = plan.dependencies(unit)["sources"]
             compared |= {f"the {source} that {unit} reads": mark for source, mark in sources.items()}
             compared[f"what {unit} depends on"] = plan.fingerprint(unit)

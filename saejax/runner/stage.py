@@ -5,10 +5,12 @@ file is read by every binary, so PyTorch and transformers are imported inside it
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from saejax.config import Config, Configs, counted
+from saejax.dictionaries.formats.place import is_address
 from saejax.dictionaries.names import is_folder
 from saejax.runner.workspace import Run
 
@@ -48,6 +50,12 @@ class Stage:
     #: a ``UserError`` where settings name what is not there, though no unit makes it: asked for before any stage runs,
     #: so that no hours are spent first.
     check: Callable[[Configs], None] = lambda configs: None
+    #: the files and folders that settings name, by "group.field", addresses on the hub left out: refused before any
+    #: stage runs where one is missing and no earlier stage of the run makes it (``checks.check_stages``).
+    places: Callable[[Configs], Mapping[str, Sequence[str]]] = lambda configs: {}
+    #: lines about what is left to do, for ``--dry_run``, such as its disk, found in seconds: takes the settings, the
+    #: workdir, and the names of the stages that have units to make.
+    foresee: Callable[[Configs, Path, Collection[str]], Sequence[str]] = lambda configs, workdir, stages: ()
     #: writes its part of the report: takes ``Findings`` and ``Draw``, returns sections.
     section: Callable[[Any, Any], Sequence[Any]] | None = None
     results: Any = None  #: the class of the results; None: they are plain JSON data
@@ -94,6 +102,25 @@ def inputs_of(configs: Configs, *units: str, **outside: str | Callable[[Configs]
 def train_units(*dictionaries: str) -> tuple[str, ...]:
     """Return the distinct units of dictionaries, of a member its own; dictionaries named by a folder have none."""
     return tuple(dict.fromkeys(f"train/{name}" for name in dictionaries if not is_folder(name)))
+
+
+def list_folders(stage: str, *fields: str) -> Callable[[Configs], dict[str, list[str]]]:
+    """Return a function for ``Stage.places``: the folders of dictionaries that settings of a stage's group name.
+
+    Args:
+      stage: name of the stage, and of its group.
+      fields: settings of it that name one dictionary, or several.
+    """
+
+    def folders(configs: Configs) -> dict[str, list[str]]:
+        values = {name: getattr(configs.named(stage), name) for name in fields}
+        named = {name: [value] if isinstance(value, str) else value for name, value in values.items()}
+        return {
+            f"{stage}.{name}": [each for each in some if each and is_folder(each) and not is_address(each)]
+            for name, some in named.items()
+        }
+
+    return folders
 
 
 def split_unit(unit: str) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Items of benchmarks: read from the hub or from local files, and chosen by seed."""
 
 import zlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -19,20 +20,8 @@ def origin(name: str, task: TaskConfig) -> Origin:
       UserError: ``--task.path`` names no file or data set, or the hub's data set lacks a configuration.
     """
     benchmark = definition(name)
-    if not benchmark.hub:
-        return Origin(is_generated=True)
-    if task.path:
-        files = find(
-            task.path,
-            name,
-            len(task.benchmarks) > 1,
-            benchmark.parts,
-            benchmark.configurations,
-            benchmark.splits,
-            benchmark.training[1],
-        )
-        if files is not None:
-            return Origin(files=files)
+    if here := _origin_here(name, task):
+        return here
     (hub, _, revision), names = (task.path or benchmark.hub).partition("@"), benchmark.configurations
     revision = revision or "main"
     if hub != benchmark.hub:
@@ -47,6 +36,46 @@ def origin(name: str, task: TaskConfig) -> Origin:
         names = tuple(available) if missing else names
     by_part = {part: (part,) for part in benchmark.parts} if len(benchmark.parts) > 1 else {"": names}
     return Origin(hub=hub, configurations=by_part, revision=revision, split=benchmark.splits[0])
+
+
+def _origin_here(name: str, task: TaskConfig) -> Origin | None:
+    """Return the source of a benchmark whose items are in local files or made from templates; None if on the hub."""
+    benchmark = definition(name)
+    if not benchmark.hub:
+        return Origin(is_generated=True)
+    if not task.path:
+        return None
+    files = find(
+        task.path,
+        name,
+        len(task.benchmarks) > 1,
+        benchmark.parts,
+        benchmark.configurations,
+        benchmark.splits,
+        benchmark.training[1],
+    )
+    return None if files is None else Origin(files=files)
+
+
+def check_items(
+    names: Sequence[str], task: TaskConfig, use: Callable[[str, list[Item]], object] = lambda name, items: None
+) -> None:
+    """Read the items of benchmarks that are here; what is on the hub is not fetched.
+
+    Args:
+      names: of the benchmarks.
+      task: which items are asked, and where they are.
+      use: what else is done with the items of each, which may refuse them.
+
+    Raises:
+      UserError: see ``read_items``; the faults of all benchmarks are named.
+    """
+    faults = Faults("task", "cannot be asked", "benchmarks")
+    for name in names:
+        with faults.collect(name):
+            if _origin_here(name, task):
+                use(name, read_items(name, task))
+    faults.refuse()
 
 
 def identity(name: str, task: TaskConfig) -> str:

@@ -1,6 +1,7 @@
 """Settings of behaviours, benchmarks and the text."""
 
 import dataclasses
+from typing import Any
 
 from saejax import shared_settings as shared
 from saejax.config import Config, setting
@@ -122,6 +123,14 @@ class CorpusConfig(Config):
         "after the end-of-text token); attention reaches across texts, as in SAELens",
     )
     seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0)
+
+
+def held_out_settings(config: CorpusConfig) -> dict[str, Any]:
+    """Return the settings, by "corpus.field", that which documents are held out depends on.
+
+    What else tells the text is in its identity (``corpora.identity``); others say how it becomes tokens for training.
+    """
+    return {f"corpus.{name}": getattr(config, name) for name in ("stream", "held_out", "seed")}
 
 
 PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")

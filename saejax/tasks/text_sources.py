@@ -224,6 +224,8 @@ def _files(part: str) -> list[Path]:
                 f"{_FLAG}={path} is not a known kind of text: expected one of {', '.join(_FORMATS)}, hf://ORG/NAME, or "
                 f"a benchmark ({', '.join(BENCHMARKS)})"
             )
+        if not path.exists():
+            _hash(path, b"")  # which opens the file and reports the error
     return paths
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import runs
+import settings_read
 from made_transcoders import made_set
 from torch_sites import relative_error
 
@@ -206,13 +207,14 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, lm, tmp_path, monk
     for flag in ("--graph.max_features=50", "--graph.target= way", "--graph.max_logits=2"):
         assert attribute(tmp_path / "run", *base, flag) == 0
     assert len(traced) == 4
+    assert settings_read.never_read("attribute") <= set()
 
 
 @pytest.mark.parametrize(
     "wrong,message",
     [
         (["--graph.prompt=The war", "--graph.prompts=a.jsonl"], "--graph.prompt and --graph.prompts: expected one"),
-        (["--graph.prompt=The war", "--graph.transcoders=./nowhere/at/all"], "no folder ./nowhere/at/all of"),
+        (["--graph.prompt=The war", "--graph.transcoders=./nowhere/at/all"], "nowhere/at/all does not exist"),
         (["--graph.prompt=The war", "--graph.transcoders="], "--graph.transcoders is missing"),
         (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 6 tokens"),
         ([f"--graph.prompt={'The war ' * 200}"], "401 tokens, more than the model's context of 128"),
@@ -222,7 +224,7 @@ def test_what_is_shown_of_a_graph_traces_nothing_again(flags, lm, tmp_path, monk
         (["--graph.prompt=The war", "--graph.query_key=9.0"], "no head 9.0"),
         (["--graph.prompt=The war", "--graph.query_key=1.0@9"], "no position 9 for head 1.0"),
         (["--graph.prompt=The war", "--graph.labels=none.json"], "none.json does not exist"),
-        (["--graph.prompt=The war", "--model.lens=none.pt"], "none.pt does not exist: expected the file of a Jacobian"),
+        (["--graph.prompt=The war", "--model.lens=none.pt"], "--model.lens=none.pt does not exist"),
         (["--graph.prompt=The war", f"--graph.labels={__file__}"], "holds no labels: expected"),
         ([], "has nothing to make with these settings"),
     ],

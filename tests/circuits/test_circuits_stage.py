@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import settings_read
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "attribution"))
 from made_transcoders import made_set
@@ -123,6 +124,7 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert f"mine.json names feature {feature} of layer {layer}, where" in line
     assert run(tmp_path / "run", *flags) == 0 and "circuits: done before, unchanged" in capsys.readouterr().out
+    assert settings_read.never_read("circuits") <= set()
 
 
 def test_a_lens_that_circuits_do_not_read_finds_none_anew(flags, tmp_path):

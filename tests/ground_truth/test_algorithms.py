@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import runs
+import settings_read
 from scipy.sparse.csgraph import shortest_path
 
 from saejax import load_model, load_results
@@ -135,6 +136,7 @@ def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path, mon
     monkeypatch.setitem(algorithms_run._DICTIONARY, "expansion", 2)
     configs = runs.make_configs(task__behaviours=(), algorithm__names=("addition",), algorithm__steps=10)
     run_stages(["algorithm"], configs, tmp_path / "first")
+    assert settings_read.never_read("algorithm") <= set()
     with monkeypatch.context() as patch:  # the second ends where the first has what is compared
         patch.setattr(algorithms_run, "load_model", lambda *of, **more: None)
         patch.setattr(algorithms_run, "_dictionaries", lambda *of: {})

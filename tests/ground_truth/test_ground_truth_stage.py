@@ -5,6 +5,7 @@ import json
 
 import pytest
 import runs
+import settings_read
 
 from saejax import load_results
 from saejax.ground_truth.results import FoundFeatures, JudgedDictionary
@@ -115,3 +116,9 @@ def test_the_small_world_is_found(tmp_path):
     runs.finish(runs.start("ground_truth", [*flags, "--unit=ground_truth/topk", f"--workdir={tmp_path}"]))
     (judged,) = load_results(tmp_path / "ground_truth/topk").dictionaries
     assert judged.scores.recovered.mean >= 0.9
+
+
+# Statement 3 of WORKSPACE.md, what must hold.
+def test_what_is_declared_is_read(whole):
+    """Otherwise a changed setting would make again what is the same."""
+    assert settings_read.never_read("ground_truth") <= set()

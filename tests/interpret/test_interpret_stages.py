@@ -8,6 +8,7 @@ import numpy as np
 import protocol
 import pytest
 import runs
+import settings_read
 
 from saejax import load_results
 from saejax.activations.store import Store
@@ -171,3 +172,9 @@ def test_flags_that_are_refused(workdir, capsys, flag, said):
     assert command.run(["explain"], "", ["test", *flags, *OTHER_SAMPLE, url, flag]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
+
+
+# Statement 3 of WORKSPACE.md, what must hold.
+def test_what_is_declared_is_read(workdir):
+    """Otherwise a changed setting would make again what is the same."""
+    assert settings_read.never_read("interpret", "atlas") <= set()

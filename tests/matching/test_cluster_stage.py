@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import settings_read
 import trained_stack
 
 from saejax import load_results
@@ -115,3 +116,9 @@ def test_dictionaries_that_are_not_there(workdir, capsys, name):
     _, flags = workdir
     assert command.run(["cluster"], "", ["test", *flags, f"--cluster.dictionaries={name}"]) == 2
     assert name.split("/")[-1] in capsys.readouterr().err
+
+
+# Statement 3 of WORKSPACE.md, what must hold.
+def test_what_is_declared_is_read(workdir):
+    """Otherwise a changed setting would make again what is the same."""
+    assert settings_read.never_read("cluster") <= set()

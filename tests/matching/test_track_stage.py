@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import settings_read
 import trained_stack
 from browser import chromium, needs_chromium
 
@@ -194,3 +195,9 @@ def test_the_page(tracked, tmp_path, width, dark):
         browser.js("document.querySelector('.panel button').focus()")
         browser.key("Escape")
         assert "Following" not in browser.js(panel) and browser.errors == []
+
+
+# Statement 3 of WORKSPACE.md, what must hold.
+def test_what_is_declared_is_read(tracked):
+    """Otherwise a changed setting would make again what is the same."""
+    assert settings_read.never_read("track") <= set()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import settings_read
 import trained_stack
 
 from saejax import load_results
@@ -195,3 +196,9 @@ def test_bad_input(workdir, tmp_path, capsys):
         assert command.run(["transfer"], "", ["test", *flags, f"--workdir={work}", *changed]) == 2
         (error,) = capsys.readouterr().err.strip().splitlines()
         assert message in error
+
+
+# Statement 3 of WORKSPACE.md, what must hold.
+def test_what_is_declared_is_read(workdir):
+    """Otherwise a changed setting would make again what is the same."""
+    assert settings_read.never_read("transfer") <= set()

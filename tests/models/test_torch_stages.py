@@ -4,6 +4,7 @@ import json
 
 import pytest
 import runs
+import settings_read
 from tiny_models import save_tiny
 
 from saejax.runner import command
@@ -48,3 +49,5 @@ def test_stages_of_an_architecture_without_a_jax_family(family, tmp_path, inputs
     steered = json.loads((workdir / "steer" / "topk" / "done.json").read_text())["results"]["behaviours"]["agreement"]
     assert steered["reason"] is None
     assert "Ablation" in (workdir / "report" / "report.md").read_text(encoding="utf-8")
+    # Statement 3 of WORKSPACE.md, what must hold: a hash covers what the code reads, no more.
+    assert settings_read.never_read("patch", "probe", "steer", "study") <= set()

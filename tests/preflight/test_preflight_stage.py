@@ -82,6 +82,16 @@ def test_one_model_is_planned(tmp_path, inputs, capsys):
     assert preflight(*changed) == 0 and "since they are done: capture, train\n" in capsys.readouterr().out
     results = json.loads((tmp_path / "preflight" / "done.json").read_text())["results"]
     assert set(results["seconds"]) == {"evaluate", "ablate"} and results["disk_bytes"] == results["host_bytes"] == 0
+    # A dry run tells in moments what is left, and what to run where no preflight has told the memory.
+    for workdir, memory in (
+        (tmp_path, "as preflight found it: evaluate 0."),
+        (tmp_path / "new", "programs of capture, "),
+    ):
+        flags = [*runs.small_flags(*inputs, workdir), "--dry_run"]
+        assert command.run(["preflight", "capture", "train", "evaluate"], "", ["program", *flags]) == 0
+        output = capsys.readouterr().out
+        assert memory in output and ("disk: about 0.0 GiB needed, " in output) == (workdir != tmp_path)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_machine_without_bfloat16(tmp_path, inputs, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import runs
+import settings_read
 from benchmark_rows import GSM8K, write_all
 
 from saejax import load_model
@@ -200,6 +201,7 @@ def test_the_binary_writes_a_unit_per_benchmark(inputs, folder, tmp_path):
     strict = results["accuracy"]["strict"]  # Wilson: none of three may still be half
     assert (strict["mean"], strict["low"]) == (0.0, 0.0) and strict["high"] > 0.4
     assert results["unparsed"]["strict"] == 3 and results["origin"].endswith("gsm8k/test.jsonl")
+    assert settings_read.never_read("benchmark") <= set()
 
 
 @pytest.mark.parametrize(

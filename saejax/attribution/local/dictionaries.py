@@ -408,8 +408,7 @@ def find_folder(
     ORG/NAME/SUBFOLDER@REVISION, with hf:// before it or without; for all parameters see ``open_transcoders``.
     """
     path = place.full_name(path)
-    # A folder here goes before a repository of the same name.
-    if _REFERENCE.fullmatch(path) and not Path(path).exists():
+    if is_on_hub(path) and not place.is_address(path):
         path = f"hf://{path}"
     path, revision, subfolder = place.split_address(path, revision, subfolder)
     name = f"{path}/{subfolder}" if subfolder else path
@@ -431,6 +430,13 @@ def find_folder(
         files = [f"{prefix}{file}" for file in chosen] or [f"{prefix}*"]
         root = hub.hub_folder(path, root.name, files, what="set of transcoders")
     return name, root / subfolder, root.name
+
+
+def is_on_hub(path: str) -> bool:
+    """Return whether the path of a set of transcoders is an address on the hub, and no folder here."""
+    # A folder here goes before a repository of the same name.
+    path = place.full_name(path)
+    return place.is_address(path) or (_REFERENCE.fullmatch(path) is not None and not Path(path).exists())
 
 
 def _files_of(repository: str, revision: str) -> list[str]:

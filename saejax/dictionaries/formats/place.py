@@ -57,6 +57,11 @@ SHORT_NAMES |= {
 }
 
 
+def is_address(path: str) -> bool:
+    """Return whether a path is an address on the hub, or one in SAELens' registry, and not a file or folder here."""
+    return path.startswith(("hf:/", REGISTRY))
+
+
 def full_name(name: str) -> str:
     """Return the address of a set of transcoders that is named by its short name; any other name as it is."""
     # A folder here goes before a short name.

@@ -1,6 +1,8 @@
 """The stage ``ablate``."""
 
-from saejax.config import Configs
+from typing import Any
+
+from saejax.config import Configs, counted
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.names import folder_name, is_folder
 from saejax.errors import one_of
@@ -9,10 +11,10 @@ from saejax.interventions.answers import AblateResults
 from saejax.interventions.settings import BASES, AblateConfig
 from saejax.models.settings import ModelConfig
 from saejax.models.sites import OtherSite, site_parts
-from saejax.runner.stage import Input, Stage, inputs_of, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, list_folders, train_units
 from saejax.stages import identities
 from saejax.stages.ablate.run import run_ablate
-from saejax.tasks.settings import CorpusConfig, TaskConfig
+from saejax.tasks.settings import CorpusConfig, TaskConfig, held_out_settings
 from saejax.training.settings import TrainConfig
 
 
@@ -42,9 +44,16 @@ def _names(configs: Configs) -> tuple[str, ...]:
     return (folder_name(tested),) if configs[TaskConfig].has_behaviours and not of_two_models else ()
 
 
+def _settings(configs: Configs, name: str) -> dict[str, Any]:
+    """Return the settings that are read; those of the corpus only where cross-entropy is measured on its text."""
+    read = counted(configs[ModelConfig], configs[AblateConfig])
+    return read | (held_out_settings(configs[CorpusConfig]) if configs[AblateConfig].text_documents else {})
+
+
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     units = ("baseline", *train_units(*_dictionaries(configs)))
-    return inputs_of(configs, *units, model=identities.model, corpus=identities.corpus, bases=_bases)
+    text = dict(corpus=identities.corpus) if configs[AblateConfig].text_documents else {}
+    return inputs_of(configs, *units, model=identities.model, bases=_bases, **text)
 
 
 ABLATE = Stage(
@@ -55,9 +64,11 @@ ABLATE = Stage(
     groups=(ModelConfig, CorpusConfig, AblateConfig),
     reads=("baseline", "train"),
     follows=("evaluate",),
+    settings=_settings,
     inputs=_inputs,
     names=_names,
     check=_check,
+    places=list_folders("ablate", "dictionary", "repeats", "joined", "baselines"),
     revision=11,  # what controls change elsewhere, and untrained dictionaries around zero, stand beside
     processes="all",
 )

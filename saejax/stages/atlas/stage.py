@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from saejax.config import Configs
+from saejax.dictionaries.labels import COLUMNS, read_sheet
 from saejax.dictionaries.names import folder_name
-from saejax.errors import UserError
-from saejax.files import file_sha256
+from saejax.errors import Faults, UserError
 from saejax.interpret.labels import label_files
 from saejax.interpret.results import AtlasResults
 from saejax.interventions.settings import AblateConfig
+from saejax.models.identity import content_sha256
 from saejax.runner.registry import all_stages
 from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages.atlas.run import run_atlas
@@ -22,7 +23,7 @@ from saejax.tasks.settings import TaskConfig
 def _labels(configs: Configs) -> str:
     """Return the hash of the files of labels; "" without any."""
     files = [file for some in label_files(Path(configs[AtlasConfig].labels or "-")) for file in some]
-    return "-".join(file_sha256(file) for file in files if file.is_file())  # what is missing is said when it runs
+    return "-".join(content_sha256(file) for file in files if file.is_file())  # what is missing is said before
 
 
 def _several(configs: Configs) -> str:
@@ -31,13 +32,20 @@ def _several(configs: Configs) -> str:
 
 
 def _check(configs: Configs) -> None:
+    """Read the files of labels as far as that takes no dictionary."""
     path = configs[AtlasConfig].labels
-    files = [file for some in label_files(Path(path)) for file in some] if path else []
-    if path and not any(file.is_file() for file in files):
+    sheets, exported = label_files(Path(path)) if path else ([], [])
+    if path and not any(file.is_file() for file in (*sheets, *exported)):
         raise UserError(
             f"--atlas.labels={path} is no file of labels: name a .csv file, Neuronpedia's .jsonl or .jsonl.gz, or a "
             "folder of such"
         )
+    named = ("dictionary",) if len(configs[InterpretConfig].dictionaries) > 1 else ()
+    faults = Faults(path, "are no labels", "files")
+    for sheet in sheets:
+        with faults.collect(sheet.name):
+            read_sheet(sheet, (*COLUMNS, *named), "--atlas.labels")
+    faults.refuse()
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from saejax.attribution.forms.document import read_state
 from saejax.attribution.forms.features import FEATURES, index_on_hub
-from saejax.attribution.local.dictionaries import find_folder
+from saejax.attribution.local.dictionaries import find_folder, is_on_hub
 from saejax.attribution.settings import GraphConfig
 from saejax.config import counted
-from saejax.dictionaries.labels import labels_of_sheets
-from saejax.errors import UserError
+from saejax.dictionaries.formats.place import is_address, resolve_path
+from saejax.dictionaries.labels import COLUMNS, labels_of_sheets, read_sheet, sheets_in
+from saejax.errors import Faults, UserError
 from saejax.files import fingerprint
 from saejax.models.identity import content_sha256
 from saejax.runner.labels import labels_of_folders, names_and_sites
@@ -108,24 +109,30 @@ def set_identity(config: GraphConfig) -> str:
 def _set_files(config: GraphConfig, but: str = "") -> tuple[list[Path], list[str]]:
     """Return the folders of the dictionaries, and what stands for their content without the folder ``but`` in each."""
     places, commit = list(map(Path, config.dictionaries)), ""
+    read = list(map(resolve_path, config.dictionaries))
     if config.transcoders:
         _, folder, commit = find_folder(config.transcoders, choice=config.l0)
-        places = [folder]
+        places = read = [folder]
     # A commit stands for the content of all files.
-    return places, [commit] if commit else [mark for folder in places for mark in _marks(folder, but)]
+    return places, [commit] if commit else [mark for place in read for mark in _marks(place, but)]
 
 
-def _marks(folder: Path, but: str = "") -> list[str]:
-    """Return the path and hash of each file of dictionaries in a folder; checkpoints of training are left out.
+def _marks(place: Path, but: str = "") -> list[str]:
+    """Return the path and hash of a file, or of each in a folder; checkpoints of training are left out.
 
     Args:
-      folder: of dictionaries, or of feature files.
+      place: of dictionaries, or of feature files.
       but: name of a folder in it that is left out; "": none is.
+
+    Raises:
+      UserError: it does not exist.
     """
+    if not place.exists():  # nothing would have a hash, too
+        raise UserError(f"{place} does not exist: expected a folder")
     kinds = ("*.json", "*.json.gz", "*.yaml", "*.safetensors", "*.npz")
-    paths = sorted(path for kind in kinds for path in folder.rglob(kind))
-    names = {path: path.relative_to(folder) for path in paths}
-    return [f"{name} {content_sha256(path)}" for path, name in names.items() if name.parts[0] != but]
+    paths = [place] if place.is_file() else sorted(path for kind in kinds for path in place.rglob(kind))
+    names = {path: path.relative_to(place) for path in paths}
+    return [f"{name} {content_sha256(path)}" for path, name in names.items() if name.parts[:1] != (but,)]
 
 
 def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]] | None = None) -> list[Request]:
@@ -161,6 +168,55 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     if not requests:
         raise UserError(f"--graph.prompts={path} holds no prompts: expected lines such as {_EXAMPLE}")
     return requests
+
+
+def check_files(config: GraphConfig) -> None:
+    """Read the files of prompts, labels and supernodes as far as that takes neither model nor dictionaries.
+
+    Raises:
+      UserError: some cannot be read, or are no such files; all faults are named.
+    """
+    faults, slugs = Faults("graph", "cannot be used", "files"), [*config.behaviours]
+    if not config.behaviours:
+        with faults.collect("prompts"):
+            slugs = [request.slug for request in read_requests(config)]
+    with faults.collect("supernodes"):
+        read_states(config, slugs)
+    with faults.collect("labels"):
+        check_labels(config)
+    faults.refuse()
+
+
+def check_labels(config: GraphConfig) -> None:
+    """Read the labels of ``--graph.labels``; of sheets only their form where dictionaries are not there yet.
+
+    Raises:
+      UserError: as ``read_given_labels``.
+    """
+    path = Path(config.labels)
+    if not config.labels or not path.exists():  # see ``list_places``
+        return
+    if (path.is_dir() or path.suffix == ".csv") and not all(Path(folder).exists() for folder in folders(config)):
+        # Lines may name dictionaries that this run trains.
+        for sheet in sheets_in(path, "--graph.labels"):
+            read_sheet(sheet, (*COLUMNS, "dictionary"), "--graph.labels")
+    else:
+        read_given_labels(config)
+
+
+def list_places(config: GraphConfig) -> dict[str, list[str]]:
+    """Return the files and folders that must be there, or be made before, by setting; see ``Stage.places``."""
+    # A set that is trained here is named like a repository, too: runs/mine/train/topk.
+    chosen, features = (Path(name).expanduser() for name in (config.transcoders, config.features))
+    is_here = config.transcoders and ("train" in chosen.parts or not is_on_hub(config.transcoders))
+    named: dict[str, Sequence[str]] = dict(
+        transcoders=[str(chosen)] if is_here else [],
+        dictionaries=config.dictionaries,
+        labels=[config.labels],
+        features=[str(features)] if config.features and not is_address(config.features) else [],
+        lens=[config.lens],
+    )
+    return {f"graph.{name}": [each for each in some if each and not is_address(each)] for name, some in named.items()}
 
 
 def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
@@ -289,7 +345,7 @@ def read_states(config: GraphConfig, slugs: Sequence[str]) -> dict[str, dict[str
 
     Args:
       config: of the stage.
-      slugs: the graphs of this run.
+      slugs: the graphs of this run; empty: they are not known.
 
     Raises:
       UserError: the file cannot be read, is no such file, or is for none of these graphs.
@@ -302,7 +358,7 @@ def read_states(config: GraphConfig, slugs: Sequence[str]) -> dict[str, dict[str
     states = {slug: state for slug, state in read.items() if state is not None}
     if len(states) < len(read) or not states:
         raise UserError(f"{path} holds no supernodes: expected {_GROUPS}")
-    if not {"*", *slugs} & set(states):
+    if slugs and not {"*", *slugs} & set(states):
         raise UserError(f"{path} has supernodes for {', '.join(states)}: expected {', '.join(slugs)}, or * for all")
     return {slug: states.get(slug, states.get("*", {})) for slug in slugs}
 

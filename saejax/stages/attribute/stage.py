@@ -21,9 +21,8 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _check(configs: Configs) -> None:
-    """Check the file of prompts before any model is loaded."""
-    if configs[GraphConfig].prompts:
-        requests.read_requests(configs[GraphConfig])
+    """Check the files of prompts, labels and groups before any model is loaded."""
+    requests.check_files(configs[GraphConfig])
 
 
 def _dictionaries(configs: Configs) -> str:
@@ -50,4 +49,5 @@ ATTRIBUTE = Stage(
     section=sections,
     processes="all",
     check=_check,
+    places=lambda configs: requests.list_places(configs[GraphConfig]),
 )

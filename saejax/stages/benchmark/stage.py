@@ -5,12 +5,18 @@ from saejax.models.settings import ModelConfig
 from saejax.runner.stage import Input, Stage, inputs_of, settings_of
 from saejax.stages import identities
 from saejax.stages.benchmark.run import run_benchmark
+from saejax.tasks.benchmarks import check_items
 from saejax.tasks.results import BenchmarkResults
 from saejax.tasks.settings import OF_BEHAVIOURS, TaskConfig
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     return inputs_of(configs, model=identities.model, benchmark=identities.benchmark(name))
+
+
+def _check(configs: Configs) -> None:
+    """Check the rows of local files before any model is loaded."""
+    check_items(configs[TaskConfig].benchmarks, configs[TaskConfig])
 
 
 BENCHMARK = Stage(
@@ -24,4 +30,5 @@ BENCHMARK = Stage(
     names=lambda configs: configs[TaskConfig].benchmarks,
     revision=4,  # tokens that reach over the border of prompt and answer; percentages
     processes="items",
+    check=_check,
 )

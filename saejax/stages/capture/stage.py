@@ -8,11 +8,17 @@ from saejax.runner.stage import Input, Stage, inputs_of, settings_of
 from saejax.stages import identities
 from saejax.stages.capture.run import run_capture
 from saejax.tasks.settings import CorpusConfig, TaskConfig
+from saejax.tasks.text_sources import text_sources
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     text = identities.training_text(configs)
     return inputs_of(configs, *text, model=identities.model, corpus=identities.corpus)
+
+
+def _check(configs: Configs) -> None:
+    """Raise a ``UserError`` if a file of text is missing."""
+    text_sources(configs[CorpusConfig], configs[TaskConfig])
 
 
 CAPTURE = Stage(
@@ -25,5 +31,6 @@ CAPTURE = Stage(
     settings=settings_of(ModelConfig, CorpusConfig, CaptureConfig, but=("model.dtype", "corpus.stream")),
     reads=("tokenize",),
     inputs=_inputs,
+    check=_check,
     processes="all",
 )

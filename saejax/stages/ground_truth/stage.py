@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saejax.config import Configs, counted
+from saejax.dictionaries.formats.place import is_address
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.kinds import PRETRAINED
 from saejax.errors import UserError
@@ -36,6 +37,11 @@ def _initial(configs: Configs) -> str:
     return hash_dictionaries(folder) if folder else ""
 
 
+def _places(configs: Configs) -> dict[str, list[str]]:
+    folder = configs[TrainConfig].init_from
+    return {"train.init_from": [folder] if folder and not is_address(folder) else []}
+
+
 def _settings(configs: Configs, name: str) -> dict[str, Any]:
     """Return the settings that are read; the name of the unit of controls does not tell their kind."""
     train = configs[TrainConfig]
@@ -56,6 +62,7 @@ GROUND_TRUTH = Stage(
     names=_names,
     settings=_settings,
     inputs=lambda configs, name: inputs_of(configs, initial=_initial),
+    places=_places,
     section=sections,
     revision=2,  # one control: the frozen decoder
 )

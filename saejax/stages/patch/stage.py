@@ -8,7 +8,7 @@ from saejax.dictionaries.names import folder_name
 from saejax.interventions.patching import PatchResults
 from saejax.interventions.settings import PatchConfig
 from saejax.models.settings import ModelConfig
-from saejax.runner.stage import Input, Stage, inputs_of, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, list_folders, train_units
 from saejax.stages import identities
 from saejax.stages.patch.report import sections
 from saejax.stages.patch.run import run_patch
@@ -47,6 +47,7 @@ PATCH = Stage(
     settings=_settings,
     inputs=_inputs,
     names=_names,
+    places=list_folders("patch", "dictionary"),
     revision=9,  # of a transcoder the site that is changed, not the one that is read
     processes="items",
     section=sections,

@@ -29,6 +29,7 @@ from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResul
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.topology import GPUS, Place, compile_for, find_place
 from saejax.results import MeshShape
+from saejax.runner.checks import check_stages
 from saejax.runner.plan import REUSED, plan_units
 from saejax.runner.registry import all_stages
 from saejax.runner.workplan import Workplan
@@ -65,8 +66,7 @@ def run_preflight(run: Run) -> PreflightResults:
     """
     configs, config = run.configs, run.configs[PreflightConfig]
     stages = [stage for stage in all_stages().values() if stage.units(configs)]
-    for stage in stages:
-        stage.check(configs)
+    check_stages([stage.name for stage in stages], configs, run.folder.parent)
     shapes = read_shapes(configs)
     if config.parity and config.topology:
         raise UserError("--preflight.parity runs on the devices at hand: leave --preflight.topology out")

@@ -3,6 +3,7 @@
 import dataclasses
 
 from saejax.config import Config, Place, setting
+from saejax.models.parity import TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,5 +30,5 @@ class PreflightConfig(Config):
     parity: bool = setting(
         False,
         "compare the decoder with transformers, in --model.dtype; a relative error of a site or of the logits above "
-        "1e-4 fails, in bfloat16 above 0.05",
+        f"{TOLERANCE['float32']:g} fails, in bfloat16 above {TOLERANCE['bfloat16']:g}",
     )

@@ -9,6 +9,7 @@ from saejax.preflight.results import PreflightResults
 from saejax.runner.registry import all_stages
 from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages import identities
+from saejax.stages.preflight.needs import describe_needs
 from saejax.stages.preflight.run import run_preflight
 from saejax.stages.preflight.settings import PreflightConfig
 from saejax.training.settings import TrainConfig
@@ -59,4 +60,5 @@ PREFLIGHT = Stage(
     needs_decoder=True,
     settings=_settings,
     inputs=_inputs,
+    foresee=describe_needs,
 )

@@ -7,7 +7,7 @@ from saejax.dictionaries.names import folder_name
 from saejax.interventions.probing import ProbeResults
 from saejax.interventions.settings import ProbeConfig
 from saejax.models.settings import ModelConfig
-from saejax.runner.stage import Input, Stage, inputs_of, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, list_folders, train_units
 from saejax.stages import identities
 from saejax.stages.probe.report import sections
 from saejax.stages.probe.run import run_probe
@@ -38,6 +38,7 @@ PROBE = Stage(
     follows=("ablate",),
     inputs=_inputs,
     names=_names,
+    places=list_folders("probe", "dictionary"),
     revision=7,  # no difference from the dense probe where few prompts judge
     processes="items",
     section=sections,

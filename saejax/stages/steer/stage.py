@@ -1,17 +1,18 @@
 """The stage ``steer``."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from saejax.config import Configs
+from saejax.config import Configs, counted
 from saejax.dictionaries.names import folder_name
 from saejax.interventions.settings import SteerConfig
 from saejax.interventions.steering import SteerResults
 from saejax.models.settings import ModelConfig
-from saejax.runner.stage import Input, Stage, inputs_of, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, list_folders, train_units
 from saejax.stages import identities
 from saejax.stages.steer.report import sections
 from saejax.stages.steer.run import run_steer
-from saejax.tasks.settings import CorpusConfig, TaskConfig
+from saejax.tasks.settings import CorpusConfig, TaskConfig, held_out_settings
 
 
 def _names(configs: Configs) -> Sequence[str]:
@@ -30,6 +31,11 @@ def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     )
 
 
+def _settings(configs: Configs, name: str) -> dict[str, Any]:
+    read = counted(configs[ModelConfig], configs[SteerConfig])
+    return read | held_out_settings(configs[CorpusConfig])
+
+
 STEER = Stage(
     name="steer",
     summary="steers prompts to another answer by features and differences of means, if --steer.dictionary is set",
@@ -38,8 +44,10 @@ STEER = Stage(
     groups=(ModelConfig, CorpusConfig, SteerConfig),
     reads=("baseline", "train"),
     follows=("ablate",),
+    settings=_settings,
     inputs=_inputs,
     names=_names,
+    places=list_folders("steer", "dictionary"),
     revision=7,  # fewer than 6 prompts are not steered
     processes="items",
     section=sections,

@@ -3,17 +3,20 @@
 from saejax.config import Configs
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.names import is_folder
-from saejax.errors import one_of
+from saejax.errors import UserError, one_of
 from saejax.files import fingerprint
 from saejax.interventions.settings import BASES, StudyConfig
 from saejax.models.settings import ModelConfig
-from saejax.runner.stage import Input, Stage, inputs_of, settings_of, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, list_folders, settings_of, train_units
 from saejax.stages import identities
+from saejax.stages.study.measure import split_items
 from saejax.stages.study.report import sections
 from saejax.stages.study.results import StudyResults
 from saejax.stages.study.run import run_study
 from saejax.tasks import corpora
+from saejax.tasks.benchmarks import check_items
 from saejax.tasks.settings import OF_BEHAVIOURS, CorpusConfig, TaskConfig
+from saejax.tasks.text_sources import text_sources
 
 
 def _dictionaries(configs: Configs) -> tuple[str, ...]:
@@ -38,6 +41,13 @@ def _check(configs: Configs) -> None:
     for name in configs[StudyConfig].baselines:
         if not is_folder(name):
             one_of(name, BASES, "basis (--study.baselines), and no folder of a dictionary:")
+    study, task = configs[StudyConfig], configs[TaskConfig]
+    check_items(study.benchmarks, task, lambda name, items: split_items(items, study, name))
+    if study.falsify and study.falsify_text:
+        try:
+            text_sources(CorpusConfig(path=study.falsify_text), task)
+        except UserError as error:
+            raise UserError(str(error).replace("--corpus.path", "--study.falsify_text")) from None
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
@@ -65,6 +75,7 @@ STUDY = Stage(
     inputs=_inputs,
     names=lambda configs: configs[StudyConfig].benchmarks,
     check=_check,
+    places=list_folders("study", "dictionary", "repeats", "baselines"),
     revision=15,  # of a transcoder the site that is edited, not the one that is read
     processes="items",
     section=sections,

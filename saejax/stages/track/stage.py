@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.config import Configs
+from saejax.dictionaries.formats.place import is_address
 from saejax.dictionaries.names import folder_name
 from saejax.errors import UserError
-from saejax.files import file_sha256, fingerprint
+from saejax.files import fingerprint
 from saejax.matching.track.results import TrackResults
 from saejax.matching.track.settings import TrackConfig
 from saejax.matching.track.texts import name_text, read_problems
+from saejax.models.identity import content_sha256
 from saejax.models.settings import ModelConfig
-from saejax.runner.stage import Input, Stage, inputs_of, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, list_folders, train_units
 from saejax.stages import identities
 from saejax.stages.track.report import sections
 from saejax.stages.track.run import run_track
@@ -41,8 +43,14 @@ def _files(configs: Configs) -> str:
     """Return the hash of the files that flags name: texts, dictionaries and their labels."""
     config = configs[TrackConfig]
     files = [Path(name) for name in (config.prompts, config.lens) if name]
-    marks = [file_sha256(path) for path in files if path.is_file()]  # what is missing is said when it runs
+    # A lens has gigabytes. What is missing is said before.
+    marks = [content_sha256(path) for path in files if path.is_file()]
     return fingerprint([*marks, *identities.hash_folders(config.dictionaries)])
+
+
+def _places(configs: Configs) -> dict[str, Sequence[str]]:
+    lens = configs[TrackConfig].lens
+    return {**_dictionaries(configs), "track.lens": [lens] if lens and not is_address(lens) else []}
 
 
 def _check(configs: Configs) -> None:
@@ -50,6 +58,8 @@ def _check(configs: Configs) -> None:
     if configs[TrackConfig].prompts:
         read_problems(configs[TrackConfig])
 
+
+_dictionaries = list_folders("track", "dictionaries")
 
 TRACK = Stage(
     name="track",
@@ -64,5 +74,6 @@ TRACK = Stage(
     revision=17,  # sinks of a transcoder's target are not followed
     processes="items",
     check=_check,
+    places=_places,
     section=sections,
 )

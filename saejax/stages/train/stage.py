@@ -1,11 +1,11 @@
 """The stage ``train``."""
 
-from pathlib import Path
 from typing import Any
 
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Configs, counted
 from saejax.dictionaries.cross_layer import FORMS
+from saejax.dictionaries.formats.place import is_address
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.dictionaries.kinds import PRETRAINED
 from saejax.errors import UserError
@@ -33,14 +33,20 @@ def _initial(configs: Configs) -> str:
 
 
 def _check(configs: Configs) -> None:
-    folder, sites = configs[TrainConfig].init_from, configs[TrainConfig].sites
+    sites = configs[TrainConfig].sites
     for site in sites if sites != ("all",) else ():
         for part in site_parts(site):
             parse_site(part)
-    if folder and "://" not in folder and not Path(folder).exists():
-        raise UserError(f"--train.init_from={folder} does not exist: name the folder of a dictionary")
     if configs[TrainConfig].kl_steps:
         _check_finetuning(configs)
+
+
+def _places(configs: Configs) -> dict[str, list[str]]:
+    """Return the folders that training starts from, and of dictionaries that are taken as they are."""
+    train = configs[TrainConfig]
+    taken = train.pretrained if PRETRAINED in train.kinds else ()
+    named = {"train.init_from": (train.init_from,), "train.pretrained": taken}
+    return {name: [each for each in some if each and not is_address(each)] for name, some in named.items()}
 
 
 def _check_finetuning(configs: Configs) -> None:
@@ -91,6 +97,7 @@ TRAIN = Stage(
     inputs=_inputs,
     names=lambda configs: configs[TrainConfig].kinds,
     check=_check,
+    places=_places,
     members=units_of_members,
     revision=3,  # thresholds of BatchTopK lie below the smallest activation that training keeps
     processes="all",

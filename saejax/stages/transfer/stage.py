@@ -1,25 +1,39 @@
 """The stage ``transfer``."""
 
-from saejax.config import Configs
+from typing import Any
+
+from saejax.config import Configs, counted
 from saejax.matching.transfer.results import TransferResults
 from saejax.matching.transfer.settings import TransferConfig
 from saejax.models.settings import ModelConfig
-from saejax.runner.stage import Input, Stage, inputs_of, train_units
+from saejax.runner.stage import Input, Stage, inputs_of, list_folders, train_units
 from saejax.stages import identities
 from saejax.stages.transfer.report import sections
 from saejax.stages.transfer.run import run_transfer
-from saejax.tasks.settings import CorpusConfig
+from saejax.tasks.settings import CorpusConfig, held_out_settings
+
+
+def _reads_text(config: TransferConfig) -> bool:
+    return "activity" in config.measures or config.reconstruction
+
+
+def _settings(configs: Configs, name: str) -> dict[str, Any]:
+    """Return the settings that are read; of the corpus where models read its text, how long its pieces are, too."""
+    read, corpus = counted(configs[ModelConfig], configs[TransferConfig]), configs[CorpusConfig]
+    text = held_out_settings(corpus) | {"corpus.context": corpus.context}
+    return read | (text if _reads_text(configs[TransferConfig]) else {})
 
 
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     names = configs[TransferConfig].dictionaries
+    text = dict(corpus=identities.corpus) if _reads_text(configs[TransferConfig]) else {}
     return inputs_of(
         configs,
         *train_units(*names),
         *identities.units_of_labels(configs, names),  # chains of features have their names
         model=identities.model,
-        corpus=identities.corpus,
         folders=identities.dictionaries("transfer"),
+        **text,
     )
 
 
@@ -31,9 +45,11 @@ TRANSFER = Stage(
     groups=(ModelConfig, CorpusConfig, TransferConfig),
     reads=("train", "interpret", "atlas"),
     follows=("ablate",),
+    settings=_settings,
     inputs=_inputs,
     revision=5,  # firing rates and labels are of the compared dictionary, whatever DIR/evaluate stands for
     names=lambda configs: ("",) if configs[TransferConfig].dictionaries else (),
+    places=list_folders("transfer", "dictionaries"),
     processes="items",
     section=sections,
 )
