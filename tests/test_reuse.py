@@ -126,6 +126,8 @@ EXPLAINED = dict(interpret__dictionaries="topk", explain__dictionaries="topk", e
             dict(task__behaviours="capital,agreement,capital"),
             ["baseline", "ablate/topk", "probe/topk"],
         ),
+        (dict(train__kinds="batchtopk"), dict(train__batchtopk__across_layers=True), ["train/batchtopk"]),
+        (dict(truth__features=32), dict(train__buffer_rows=999), ["ground_truth/topk"]),
         (dict(ablate__baselines="neurons,pca"), dict(ablate__baselines="pca,neurons"), ["ablate/topk"]),
     ],
     ids=[
@@ -137,6 +139,8 @@ EXPLAINED = dict(interpret__dictionaries="topk", explain__dictionaries="topk", e
         "a sample that named features replace",
         "the order of scores",
         "the order of behaviours",
+        "layers that SAEs do not have",
+        "windows of stored rows",
         "the order of bases",
     ],
 )

@@ -346,6 +346,7 @@ class TrainConfig(Config):
             "expansion": not self.features,
             "kl_learning_rate": self.kl_steps > 0,
             "target": self.form != "sae",
+            "batchtopk.across_layers": self.form in FORMS,  # those whose features are of all layers
         }
         values = counted(self, but=[f"train.{name}" for name, is_read in conditions.items() if not is_read])
         prefix = f"train.{kind}."  # settings of other kinds are not read

@@ -47,8 +47,8 @@ def _settings(configs: Configs, name: str) -> dict[str, Any]:
     train = configs[TrainConfig]
     kind = _kinds(configs)[0] if name == CONTROLS else name
     read = train.read_by(kind) | {"train.kinds": [kind]}
-    # The world takes the place of a model's sites.
-    of_models = ("train.sites", "train.source")
+    # The world takes the place of a model's sites and of stored rows, which are shuffled by windows.
+    of_models = ("train.sites", "train.source", "train.buffer_rows")
     return counted(configs[TruthConfig]) | {name: value for name, value in read.items() if name not in of_models}
 
 
