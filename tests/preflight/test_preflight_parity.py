@@ -6,6 +6,7 @@ from tiny_models import save_tiny_llama, save_tiny_tokenizer
 from saejax.models import parity
 from saejax.models.sites import KINDS, NEURONS
 from saejax.runner import command
+from saejax.stages.preflight.settings import PreflightConfig
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,11 @@ def test_it_passes_and_prints_every_kind(tmp_path, folder, capsys):
         for kind in (*KINDS, NEURONS, "logits"):
             (line,) = (line for line in output.splitlines() if tokens in line and f" {kind} " in line)
             assert 0 <= float(line.split(kind)[1].split()[0]) < 1e-5
+
+
+def test_the_help_says_what_fails():
+    help = PreflightConfig.__dataclass_fields__["parity"].metadata["help"]
+    assert all(f"{error:g}" in help for error in parity.TOLERANCE.values())
 
 
 def test_above_the_tolerance_the_status_is_1(tmp_path, folder, capsys, monkeypatch):
