@@ -373,7 +373,7 @@ def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, caps
     for wrong, message in (
         (["--graph.transcoders=set", named], "--graph.transcoders and --graph.dictionaries: expected one of them"),
         (["--graph.transcoders=set", "--graph.direct=true"], "are for SAEs"),
-        (["--graph.dictionaries=nowhere/at/all"], "nowhere/at/all holds no dictionary"),
+        (["--graph.dictionaries=nowhere/at/all"], "nowhere/at/all does not exist"),
     ):
         assert command.run(["attribute"], "", ["attribute", *flags, *wrong]) == 2
         error = capsys.readouterr().err
