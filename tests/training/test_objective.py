@@ -48,6 +48,13 @@ def loss_of(stack, x, y, hyper, dead=None):
     return lambda params: member_loss(stack, params, MemberBatch(x, y, hyper, jnp.int32(1000), dead))[0]
 
 
+def first_loss(stack, params, x, y, hyper):
+    """The loss and the metrics at the first step, without dead features."""
+    batch = MemberBatch(x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    loss, (metrics, _) = jax.jit(functools.partial(member_loss, stack))(params, batch)
+    return loss, metrics
+
+
 def slope(function, params, direction, step=1e-6):
     def moved(by):
         return jax.tree.map(lambda p, d: p + by * d, params, direction)
@@ -93,7 +100,7 @@ def test_the_gates_own_error_reaches_the_encoder_only():
         batch = EncodedBatch(member, x, y, pre, member.encode(x), none, None, {}, None)
         return member.kind.losses(batch)["gate_error"]
 
-    gradient = jax.grad(gate_error)(params)
+    gradient = jax.jit(jax.grad(gate_error))(params)
     centred = np.asarray(x) - np.asarray(params["b_dec_D"])
     pre = centred @ np.asarray(params["W_enc_DxF"]) + np.asarray(params["b_enc_F"])
     error = np.maximum(pre, 0) @ np.asarray(params["W_dec_FxD"]) + np.asarray(params["b_dec_D"]) - np.asarray(y)
@@ -108,9 +115,10 @@ def test_the_gates_own_error_reaches_the_encoder_only():
 @pytest.mark.parametrize("penalty", ["step", "target"])
 def test_the_l0_penalty_moves_thresholds_only(penalty):
     stack, params, x, y, hyper = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, target_l0=(8.0,))
-    with_penalty = jax.grad(loss_of(stack, x, y, hyper))(params)
+    with_penalty = jax.jit(jax.grad(loss_of(stack, x, y, hyper)))(params)
     without, *_ = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, l0_coefficient=(0.0,), target_l0=(8.0,))
-    plain = jax.grad(loss_of(without, x, y, jax.tree.map(lambda a: jnp.asarray(a[0]), without.hyperparams)))(params)
+    plain_loss = loss_of(without, x, y, jax.tree.map(lambda a: jnp.asarray(a[0]), without.hyperparams))
+    plain = jax.jit(jax.grad(plain_loss))(params)
     for name in params:
         changed = np.abs(with_penalty[name] - plain[name]).max() > 1e-12 * np.abs(plain[name]).max()
         assert changed == (name == "threshold_F"), name
@@ -127,7 +135,7 @@ def test_the_l0_penalty_moves_thresholds_only(penalty):
 def test_the_target_is_of_all_features_also_where_groups_of_them_are_nested():
     changes = dict(l0_penalty="target", target_l0=(8.0,), nested=(0.25, 0.5, 1.0))
     stack, params, x, y, hyper = setting("jumprelu", **changes)
-    _, (metrics, _) = member_loss(stack, params, MemberBatch(x, y, hyper, jnp.int32(0), jnp.zeros(F, bool)))
+    _, metrics = first_loss(stack, params, x, y, hyper)
     weight = float(hyper.kind_params["l0_coefficient"]) * float(penalty_schedule(stack.config, stack.steps)(0))
     np.testing.assert_allclose(metrics["sparsity"], weight * (metrics["l0"] / 8 - 1) ** 2, rtol=1e-6)
 
@@ -139,7 +147,7 @@ def test_the_tanh_penalty_is_its_formula_times_its_coefficient(nested):
     for coefficient in (0.0, 0.03):
         changes = dict(l0_penalty="tanh", l0_coefficient=(coefficient,), nested=nested)
         stack, params, x, y, hyper = setting("jumprelu", **changes)
-        values.append(float(loss_of(stack, x, y, hyper)(params)))
+        values.append(float(jax.jit(loss_of(stack, x, y, hyper))(params)))
     f_BxF = np.asarray(_member(stack, params).encode(x))
     norm_F = np.linalg.norm(params["W_dec_FxD"], axis=1)
     weight_F = np.repeat([3, 2, 1], [F // 4, F // 4, F // 2]) if nested else np.ones(F)
@@ -173,6 +181,12 @@ def test_auxk_reaches_dead_features_and_no_others(k, metric):
     np.testing.assert_allclose(to_pre, np.where(kept, to_output @ W_dec.T, 0), rtol=1e-9, atol=1e-12)
 
 
+@functools.partial(jax.jit, static_argnums=4)
+def auxk_and_slopes(pre_BxF, W_dec_FxD, error_BxD, dead_F, form):
+    """AuxK, and its gradients by the first two: one program for all that differ in the features that are dead."""
+    return jax.value_and_grad(lambda *of: auxk(of[0], dead_F, of[1], error_BxD, form), (0, 1))(pre_BxF, W_dec_FxD)
+
+
 @pytest.mark.parametrize("dead", [0, 1, 128, 129, 1024])  # there is room for 128
 @pytest.mark.parametrize("k", [1, 20])
 def test_auxk_of_few_dead_features_is_that_of_all_columns(dead, k):
@@ -180,12 +194,8 @@ def test_auxk_of_few_dead_features_is_that_of_all_columns(dead, k):
     assert dead_columns(features, k) == 128
     arrays = [jnp.asarray(rng.normal(size=shape)) for shape in ((B, features), (features, D), (B, D))]
     dead_F = jnp.asarray(np.isin(np.arange(features), rng.permutation(features)[:dead]))
-
-    def both(pre_BxF, W_dec_FxD, all_columns):
-        return auxk(pre_BxF, dead_F, W_dec_FxD, arrays[2], AuxKForm(k, all_columns=all_columns))
-
     (short, to_short), (whole, to_whole) = (
-        jax.value_and_grad(both, argnums=(0, 1))(*arrays[:2], every) for every in (False, True)
+        auxk_and_slopes(*arrays, dead_F, AuxKForm(k, all_columns=every)) for every in (False, True)
     )
     np.testing.assert_allclose(short, whole, rtol=1e-13)
     assert bool(dead) == bool(whole)
@@ -266,7 +276,8 @@ def test_a_further_term_is_in_every_loss_by_its_coefficient(name):
         decorrelation=lambda: losses.decorrelation(member.encode(x)),
         alignment=lambda: alignment(params["W_enc_DxF"], params["W_dec_FxD"]),
     )
-    change = loss_of(stack, x, y, hyper, dead)(params) - loss_of(plain, x, y, hyper, dead)(params)
+    whole, without = (jax.jit(loss_of(each, x, y, hyper, dead))(params) for each in (stack, plain))
+    change = whole - without
     assert change > 0
     np.testing.assert_allclose(change, 0.3 * terms[name](), rtol=1e-8)
 
@@ -274,7 +285,7 @@ def test_a_further_term_is_in_every_loss_by_its_coefficient(name):
 @pytest.mark.parametrize(("kind", "changes"), [("matryoshka", {}), ("jumprelu", dict(nested=(0.25, 0.5, 1.0)))])
 def test_nested_kinds_sum_the_errors_of_their_groups(kind, changes):
     stack, params, x, y, hyper = setting(kind, **changes)
-    loss, (metrics, _) = member_loss(stack, params, MemberBatch(x, y, hyper, jnp.int32(0), jnp.zeros(F, bool)))
+    loss, metrics = first_loss(stack, params, x, y, hyper)
     member, sizes = _member(stack, params), (16, 32, F)
     batch_topk = sparsity.batch_topk(member.encoder_inputs(x).pre_xF, 4)
     f, W_dec = np.asarray(batch_topk if kind == "matryoshka" else member.encode(x)), np.asarray(params["W_dec_FxD"])
@@ -306,7 +317,7 @@ def test_a_whitened_error_is_measured_after_its_matrix():
     stack, params, x, y, hyper = setting("topk")
     metric = np.random.default_rng(8).normal(size=(D, D))
     hyper = dataclasses.replace(hyper, metric_DxD=jnp.asarray(metric))
-    loss, (metrics, _) = member_loss(stack, params, MemberBatch(x, y, hyper, jnp.int32(0), jnp.zeros(F, bool)))
+    loss, metrics = first_loss(stack, params, x, y, hyper)
     error = np.asarray(y) - np.asarray(_member(stack, params)(x))
     np.testing.assert_allclose(loss, np.square(error @ metric).sum(1).mean(), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], np.square(error).sum(1).mean(), rtol=1e-10)
@@ -343,10 +354,18 @@ def test_matching_pursuit_is_the_loop_over_its_steps():
         member = _member(stack, params)
         return member.kind.encode_in_training(member, member.encoder_inputs(x), hyper.kind_params, None)
 
-    expected = np.asarray(loop(params))
-    np.testing.assert_allclose(encode(params), expected, rtol=1e-5, atol=1e-9)
+    def values_and_gradients(function):
+        def weighted(params):
+            f_BxF = function(params)
+            return jnp.vdot(weights, f_BxF), f_BxF
+
+        gradients, f_BxF = jax.jit(jax.grad(weighted, has_aux=True))(params)
+        return np.asarray(f_BxF), gradients
+
+    (found, *gradients), (expected, of_loop) = values_and_gradients(encode), values_and_gradients(loop)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
     assert 8 < (expected > 0).sum(1).min() < 14
-    gradients = [jax.grad(lambda params, f=f: jnp.vdot(weights, f(params)))(params) for f in (encode, loop)]
+    gradients.append(of_loop)
     assert np.abs(gradients[1]["W_dec_FxD"]).max() > 0.1
     for name in params:
         np.testing.assert_allclose(gradients[0][name], gradients[1][name], rtol=1e-5, atol=1e-9, err_msg=name)
@@ -356,8 +375,8 @@ def test_the_pre_activation_loss_is_its_formula_over_dead_features():
     stack, params, x, y, hyper = setting("jumprelu", pre_activation=0.3)
     without, *_ = setting("jumprelu")
     dead = jnp.asarray(np.random.default_rng(5).random(F) < 0.2)
-    losses_and_gradients = [jax.value_and_grad(loss_of(each, x, y, hyper, dead))(params) for each in (stack, without)]
-    (value, gradient), (plain, plain_gradient) = jax.tree.map(np.asarray, losses_and_gradients)
+    both = [jax.jit(jax.value_and_grad(loss_of(each, x, y, hyper, dead)))(params) for each in (stack, without)]
+    (value, gradient), (plain, plain_gradient) = jax.tree.map(np.asarray, both)
     missing_BxF = np.asarray(params["threshold_F"]) - np.asarray(_member(stack, params).encoder_inputs(x).pre_xF)
     norms_F = np.linalg.norm(params["W_dec_FxD"], axis=1)
     expected = 0.3 * (np.maximum(missing_BxF, 0) * norms_F * np.asarray(dead)).sum(1).mean()
