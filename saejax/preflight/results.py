@@ -51,7 +51,8 @@ class PreflightResults:
     disk_free_bytes: int | None = None  #: free bytes in the workdir
     host_bytes: int | None = None  #: memory of the host for buffers and checkpoints while dictionaries are trained
     matmul_flops_per_second: Mapping[str, float] | None = None  #: measured speed of matrix products, by dtype
-    #: expected time of the compiled programs of each stage, at the measured speed
+    #: expected time of each stage at the measured speed: of its compiled programs, or of the rows or tokens that
+    #: `study`, `interpret`, `patch` and `steer` run
     seconds: Mapping[str, float] | None = None
     device_hours: float | None = None  #: those seconds, times the devices
     #: model -> kind of tokens -> kind of site -> the largest relative error (`preflight.parity`)

@@ -198,7 +198,11 @@ def without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callabl
     if not runs_in_torch(model):
         return stages
     left_out = [stage for stage in stages if all_stages()[stage].needs_decoder]
-    say(f"{model.path} runs in PyTorch; skipped, since they need a model of a JAX family: {', '.join(left_out)}")
+    unknown = "; how long the run takes is not estimated" if "preflight" in left_out else ""
+    say(
+        f"{model.path} runs in PyTorch; skipped, since they need a model of a JAX family: {', '.join(left_out)}"
+        f"{unknown}"
+    )
     return [stage for stage in stages if stage not in left_out]
 
 
@@ -225,6 +229,9 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
         if pipeline.leads:
             workspace.point(unit, mark)
             pipeline.say(f"{unit}: done before, {done}")
+            if ((folder := workspace.folder(unit, mark)) / SUMMARY).exists():
+                say = lambda line: pipeline.say(f"  {unit}: {line}")  # noqa: E731
+                all_stages()[stage].recall(Run(stage, unit.partition("/")[2], folder, plan.configs, {}, say))
         return
     inputs = {need: _input_folder(pipeline, unit, need) for need in plan.needs(unit)}
     stack = None

@@ -56,6 +56,8 @@ class Stage:
     #: lines about what is left to do, for ``--dry_run``, such as its disk, found in seconds: takes the settings, the
     #: workdir, and the names of the stages that have units to make.
     foresee: Callable[[Configs, Path, Collection[str]], Sequence[str]] = lambda configs, workdir, stages: ()
+    #: says again what a user should know of a unit that was done before; its folder has the results.
+    recall: Callable[[Run], None] = lambda run: None
     #: writes its part of the report: takes ``Findings`` and ``Draw``, returns sections.
     section: Callable[[Any, Any], Sequence[Any]] | None = None
     results: Any = None  #: the class of the results; None: they are plain JSON data

@@ -8,10 +8,12 @@ import pytest
 from preflight_setup import axes, make_stack, on_mesh, plan_run, shape
 
 from saejax.errors import UserError
+from saejax.flops import pass_flops
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.preflight import rates, topology
 from saejax.preflight.plan import check_dictionaries, disk_bytes, stage_programs, stage_seconds
+from saejax.preflight.uncompiled import count_flops
 from saejax.runner.registry import all_stages
 from saejax.stages.capture.plan import recorded_rows, store_bytes
 from saejax.stages.train.plan import checkpoint_bytes, host_bytes, resident_bytes, train_programs
@@ -92,6 +94,36 @@ def test_more_is_expected_of_longer_runs(lm):
     studied = seconds(task__benchmarks=("gsm8k",), study__benchmarks=("gsm8k",))["benchmark"]
     # Clean, the top features by zero and by resampling, 19 random, placebo and untrained sets, on 100 of 500 items.
     assert studied / generated[0] == pytest.approx(1 + 100 * (1 + 2 + 3 * 19) / 500), "items times conditions"
+
+
+def test_stages_without_compiled_programs_are_counted(lm):
+    def flops(stage: str, **changes) -> float:
+        base = dict(train__kinds=("topk",), task__test_prompts=20, task__examples=100)
+        plan = plan_run(lm.config, "resid_post.0", text=(1000, 100_000), **base | changes)
+        return count_flops(plan, [stage])[stage]
+
+    model, width = lm.config, 4 * lm.config.d_model
+    passes = pass_flops(model, 1, model.context, model.n_layers)
+    by_choice = flops("study", study__benchmarks=("word_problems",))
+    unscored = flops("study", study__benchmarks=("word_problems",), task__score="likelihood")
+    # 50 items judge; 4 choices of each under 60 conditions are whole passes of at most the context.
+    scored = (by_choice - unscored) / (50 * 4 * 60)
+    assert 0.1 * model.context * passes < scored <= model.context * passes
+    few = flops("study", study__benchmarks=("word_problems",), study__items=50)
+    assert by_choice == pytest.approx(2 * few, rel=0.1)  # at most so many train items choose features
+    interpret = dict(interpret__dictionaries=("topk",), train__expansion=(4,))
+    of_text = 3 * 2 * 100_000 * model.d_model * width  # the dictionary and both controls
+    assert flops("interpret", **interpret) == pytest.approx(of_text)
+    assert flops("interpret", **interpret, train__k=(4, 8)) == pytest.approx(2 * of_text)
+    by_position, at_once = (
+        flops("patch", patch__kinds=("mlp_out",), patch__positions=where) for where in ("each", "all")
+    )
+    assert by_position > 3 * at_once > 0
+    assert flops("patch", patch__kinds=("attn_z",)) == pytest.approx(model.n_heads * at_once)
+    assert flops("patch", patch__dictionary="topk") > 0
+    steer = [flops("steer", steer__dictionary="topk", steer__random_sets=sets) for sets in (1, 41)]
+    assert steer[1] > 2 * steer[0] > 0
+    assert flops("benchmark", task__benchmarks=("logic",)) > 0 == flops("benchmark", task__benchmarks=("gsm8k",))
 
 
 def test_a_plan_of_several_processes_has_their_meshes():

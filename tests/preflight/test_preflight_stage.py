@@ -94,6 +94,20 @@ def test_one_model_is_planned(tmp_path, inputs, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_long_run_is_told_at_every_start(tmp_path, inputs, capsys, monkeypatch):
+    monkeypatch.setattr(checks.rates, "matmul_rates", lambda: dict(float32=1e5, bfloat16=1e5))
+    changes = dict(study__benchmarks="word_problems", study__scored_sets=40, task__examples=40, task__behaviours="")
+    flags = runs.small_flags(*inputs, tmp_path, **changes, interpret__dictionaries="topk", cluster__dictionaries="topk")
+    for found in ("preflight: started", "preflight: done before, unchanged"):
+        assert preflight(*flags) == 0
+        output = capsys.readouterr().out
+        last = [line for line in output.splitlines() if "done in" not in line][-1]
+        assert found in output and re.search(r"this run will take about .* in study: --study.items shortens it", last)
+        assert ("; not estimated: cluster" in output) == ("started" in found)
+    results = json.loads((tmp_path / "preflight" / "done.json").read_text())["results"]
+    assert set(results["seconds"]) == {"capture", "train", "evaluate", "study", "interpret"}
+
+
 def test_a_machine_without_bfloat16(tmp_path, inputs, capsys, monkeypatch):
     monkeypatch.setattr(checks.rates, "matmul_rates", lambda: dict(float32=1e11, bfloat16=5e10))
     changes = dict(capture__dtype="bfloat16", train__input="resident")

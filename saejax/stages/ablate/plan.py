@@ -39,10 +39,10 @@ from saejax.tasks.settings import TaskConfig
 from saejax.training.settings import TrainConfig
 
 PROMPT_TOKENS = 32  # of a prompt of a behaviour; the built-in ones have 7 to 32
-_FIRING = 0.85  # share of the rows that are run: a set that changes nothing on a prompt is not
+FIRING = 0.85  # share of the rows that are run: a set that changes nothing on a prompt is not
 # Share of the time of rows of PROMPT_TOKENS that edited prompts take, in the demo: prompts are shorter, rows begin
 # where they change, and share tokens. A fifth of the tokens are left, in smaller programs, and not all are planned.
-_SHORTER = 0.5
+SHORTER = 0.5
 
 
 def prompt_length(plan: PlannedRun) -> int:
@@ -176,7 +176,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     # Rows that share no tokens, each changed from its start on: batches are full.
     test = [Prompt("", "test", "", "", "")] * task.test_prompts
     named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
-    edited_rows = _SHORTER * _FIRING * behaviours * expected_rows(ablate, named, "0", split.used.n_features)
+    edited_rows = SHORTER * FIRING * behaviours * expected_rows(ablate, named, "0", split.used.n_features)
     batch = ablate.batch_rows
     flops = split.suffix_flops(batch) + 2.0 * batch * split.length * gathered * split.used.d_out
     edited = _edited_rows(split, prompts, gathered, batch)
@@ -212,7 +212,7 @@ def _slope_programs(
     sloped = split.point, split.params, past, stream, value_SxNxD, rows, targets_CxSxRx2
     scored = split.point, split.dictionary, sides, tree, slope_CxSxNxD, split.source
     flops = [(1 + targets) * flops_of(count * shards) for flops_of in (split.suffix_flops, split.encode_flops)]
-    runs = _SHORTER * count_all_behaviours(plan.configs[TaskConfig]) * ranking / (count * shards)
+    runs = SHORTER * count_all_behaviours(plan.configs[TaskConfig]) * ranking / (count * shards)
     size = f"{count * shards} prompts of {length} tokens"
     return [
         split.program(f"{name}slopes", size, slopes.target_slopes, sloped, flops[0], runs * points),

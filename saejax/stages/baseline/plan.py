@@ -64,17 +64,34 @@ def _placed_state(state: Any, mesh: Mesh) -> Any:
 
 def _batches(plan: PlannedRun) -> float:
     """Return the number of batches of generated answers: of benchmarks, and of studies under all their conditions."""
+    return sum(_generated_answers(plan)) / plan.configs[TaskConfig].batch
+
+
+def studied_share(plan: PlannedRun) -> float:
+    """Return which share of the generated answers studies ask for; 0 where none are generated."""
+    of_benchmarks, of_studies = _generated_answers(plan)
+    return of_studies / max(of_benchmarks + of_studies, 1)
+
+
+def _generated_answers(plan: PlannedRun) -> tuple[int, int]:
+    """Return how many answers are generated for benchmarks, and for studies of them."""
     task, study = plan.configs[TaskConfig], plan.configs[StudyConfig]
     answers = sum(
         task.examples or definition(name).examples for name in task.benchmarks if way(name, task) == "generate"
     )
-    for name in study.benchmarks:
-        if way(name, task) == "generate":
-            # Unedited, top features zeroed and resampled, control sets.
-            conditions = 3 + (2 + (study.untrained_dictionaries > 0)) * study.scored_sets
-            items = min(study.items, task.examples or definition(name).examples)
-            answers += (items - items // 2) * conditions
-    return answers / task.batch
+    judging = [count_judging(study, task, name) for name in study.benchmarks if way(name, task) == "generate"]
+    return answers, sum(judging) * count_conditions(study)
+
+
+def count_conditions(study: StudyConfig) -> int:
+    """Return under how many conditions a study scores answers: unedited, top features in two ways, control sets."""
+    return 3 + (2 + (study.untrained_dictionaries > 0)) * study.scored_sets
+
+
+def count_judging(study: StudyConfig, task: TaskConfig, name: str) -> int:
+    """Return how many items of a benchmark judge features in a study: half of them."""
+    items = min(study.items, task.examples or definition(name).examples)
+    return items - items // 2
 
 
 def generates(plan: PlannedRun) -> bool:

@@ -10,6 +10,7 @@ import psutil
 from saejax.activations.chunker import check_context
 from saejax.costs.plan import PlannedRun
 from saejax.errors import CheckFailed, Interrupted, UserError
+from saejax.files import read_object
 from saejax.flops import parameters, peak_flops
 from saejax.models import parity
 from saejax.models.loading import load_model
@@ -28,12 +29,14 @@ from saejax.preflight.plan import (
 from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResults
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.topology import GPUS, Place, compile_for, find_place
+from saejax.preflight.uncompiled import count_flops
 from saejax.results import MeshShape
 from saejax.runner.checks import check_stages
 from saejax.runner.plan import REUSED, plan_units
 from saejax.runner.registry import all_stages
 from saejax.runner.workplan import Workplan
-from saejax.runner.workspace import Run, Workspace
+from saejax.runner.workspace import SUMMARY, Run, Workspace
+from saejax.stages.baseline.plan import studied_share
 from saejax.stages.preflight.settings import PreflightConfig
 from saejax.stages.train.plan import host_bytes, resident_bytes
 from saejax.tasks import corpora
@@ -53,7 +56,12 @@ SHORTENING = dict(
     evaluate="--evaluate.ce_documents",
     ablate="--task.test_prompts",
     benchmark="--task.examples",
+    study="--study.items",
+    interpret="--corpus.max_tokens",
+    patch="--task.test_prompts",
+    steer="--causal.random_sets",
 )
+_SHORT = ("baseline", "tokenize", "atlas", "export", "report")  # stages whose time is not told: minutes
 
 
 def run_preflight(run: Run) -> PreflightResults:
@@ -114,6 +122,15 @@ def _stages_left(run: Run, stages: set[str]) -> set[str]:
     except UserError:  # said when that unit's turn comes
         return stages
     return {unit.name.partition("/")[0] for unit in planned if unit.todo != REUSED}
+
+
+def recall_long_run(run: Run) -> None:
+    """Say again of a finished preflight that what is left of the run will take more than an hour."""
+    seconds = read_object(run.folder / SUMMARY, "results")["results"].get("seconds") or {}
+    if describe_long_run(seconds):
+        left = _stages_left(run, {stage.name for stage in all_stages().values() if not stage.first})
+        if long := describe_long_run({stage: value for stage, value in seconds.items() if stage in left}):
+            run.say(long)
 
 
 def describe_long_run(seconds: Mapping[str, float]) -> str:
@@ -218,9 +235,15 @@ def _with_resources(
     """
     measured, programs = rates.matmul_rates(), results.models[0].programs
     train = plan.configs[TrainConfig]
-    dtypes = dict.fromkeys(("evaluate", "ablate", "benchmark"), plan.dtype)
+    dtypes = dict.fromkeys(("evaluate", "ablate", "benchmark", "study", "patch", "steer"), plan.dtype)
     dtypes |= dict(capture=plan.capture_dtype, train=train.matmul)
     seconds = stage_seconds(programs, measured, dtypes)
+    # The programs of benchmarks generate the answers of studies, too.
+    generated, share = seconds.pop("benchmark", 0.0), studied_share(plan)
+    more = dict(study=share * generated, benchmark=(1 - share) * generated)
+    flops = count_flops(plan, stages)
+    for stage in (stage for stage in {**more, **flops} if stage in stages):
+        seconds[stage] = more.get(stage, 0.0) + flops.get(stage, 0.0) / measured[dtypes.get(stage, "float32")]
     needed, free = disk_bytes(plan, stages), psutil.disk_usage(str(run.folder)).free
     on_host, host_free = host_bytes(plan) if "train" in stages else 0, free_host_bytes()
     shown = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in measured.items())
@@ -237,8 +260,10 @@ def _with_resources(
         run.say(f"activations that stay on the devices: {stored / GIB:.2f} GiB on each, besides the training step")
     devices = 1 if plan.platform == "cpu" else plan.mesh.size
     hours = devices * sum(seconds.values()) / 3600
-    stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
-    run.say(f"at the measured speed the programs take {hours:.2f} device-hours: {stages}")
+    listed = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    others = [stage for stage in all_stages() if stage in stages and stage not in (*seconds, *_SHORT)]
+    unknown = f"; not estimated: {', '.join(others)}" if others else ""
+    run.say(f"at the measured speed the programs take {hours:.2f} device-hours: {listed}{unknown}")
     if needed > free:
         raise UserError(
             f"the run needs about {needed / GIB:.1f} GiB of disk, but {free / GIB:.1f} are free for {run.folder}: "

@@ -10,7 +10,7 @@ from saejax.runner.registry import all_stages
 from saejax.runner.stage import Input, Stage, inputs_of
 from saejax.stages import identities
 from saejax.stages.preflight.needs import describe_needs
-from saejax.stages.preflight.run import run_preflight
+from saejax.stages.preflight.run import recall_long_run, run_preflight
 from saejax.stages.preflight.settings import PreflightConfig
 from saejax.training.settings import TrainConfig
 
@@ -61,4 +61,5 @@ PREFLIGHT = Stage(
     settings=_settings,
     inputs=_inputs,
     foresee=describe_needs,
+    recall=recall_long_run,
 )
