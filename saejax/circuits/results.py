@@ -33,3 +33,5 @@ class CircuitsResults:
 
     behaviours: Mapping[str, CircuitResults]  #: by behaviour
     left_out: Mapping[str, str]  #: behaviours that the model does not have, and why
+    #: behaviours with circuits of which the model is unsure, and why
+    weak: Mapping[str, str] = dataclasses.field(default_factory=dict)

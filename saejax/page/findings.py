@@ -2,15 +2,17 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from saejax.page.blocks import Picture
 from saejax.page.strips import Example
+from saejax.page.words import behaviour, mark_weak
 from saejax.results import Settings
 from saejax.runner.results import Summary, load_summary
+from saejax.tasks.results import BaselineResults
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +44,15 @@ class Findings:
     def first(self, results: type[T]) -> T:
         """Return the results of the first unit whose results are of a class; at least one unit must have them."""
         return next(iter(self.each(results).values()))
+
+    def weak(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the weak points of those of some behaviours of which the model itself is unsure, in words."""
+        every = {name: why for each in self.each(BaselineResults).values() for name, why in each.weak.items()}
+        return {name: every[name] for name in names if name in every}
+
+    def title(self, name: str) -> str:
+        """Return a behaviour's title, marked where it is weak."""
+        return mark_weak(behaviour(name), self.weak([name]))
 
     def address(self, file: Path) -> str:
         """Return a file's address for the report's links: relative to the report, percent-encoded."""

@@ -19,6 +19,8 @@ BEHAVIOURS = {
 }
 
 
+WEAK = "Weak: the model itself is unsure of the behaviour, so that the answers of its rows prove little."
+
 _SITES = {
     "resid_pre": "the residual stream before layer {}",
     "resid_mid": "the residual stream between attention and MLP of layer {}",
@@ -33,6 +35,16 @@ _SITES = {
 def behaviour(name: str) -> str:
     """Return a behaviour's title; an unknown one's name in words."""
     return BEHAVIOURS[name][0] if name in BEHAVIOURS else name.replace("_", " ").capitalize()
+
+
+def mark_weak(title: str, weak: object) -> str:
+    """Return the title of a row, marked where its behaviour is weak."""
+    return f"{title} (weak)" if weak else title
+
+
+def warn_weak(why: str) -> str:
+    """Return the line that says why a behaviour is weak."""
+    return f"Weak, so that the answers prove little: {signed(why)}."
 
 
 def place(site: str) -> str:

@@ -40,7 +40,12 @@ def part_file(run: Run, part: str, ending: str = ".json") -> Path:
 
 
 def each_part(
-    run: Run, parts: Sequence[str], begin: Callable[[], Measure], results: Any, unit: str = "tokens"
+    run: Run,
+    parts: Sequence[str],
+    begin: Callable[[], Measure],
+    results: Any,
+    unit: str = "tokens",
+    mark: Callable[[str], str] = lambda part: "",
 ) -> dict[str, Any]:
     """Return the results of all parts, in their order: those kept from an earlier run, and the others measured.
 
@@ -53,6 +58,7 @@ def each_part(
         other files.
       results: the class of a part's results.
       unit: unit of the progress messages, such as "tokens".
+      mark: what the line about a part's results says behind its name, such as ``Tested.mark``.
 
     Raises:
       Interrupted: the run is to stop; finished parts are kept.
@@ -73,7 +79,7 @@ def each_part(
         by_part[part], message = measure()(part, on_progress)
         if is_first_process():
             write_json(part_file(run, part), to_json(by_part[part]))  # written last: it marks the part as done
-        run.say(f"{label}: {message}")
+        run.say(f"{label}{mark(part)}: {message}")
 
     if run.share.processes:
         run.each(parts, functools.partial(part_file, run), make)

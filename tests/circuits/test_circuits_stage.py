@@ -59,6 +59,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     assert run(tmp_path / "run", *flags) == 0, capsys.readouterr().err
+    assert "circuits: sides (1 of 1) (weak: accuracy " in capsys.readouterr().out
     unit = tmp_path / "run" / "circuits"
     results = load_results(tmp_path / "run", "circuits")
     circuit = results.behaviours["sides"]
@@ -77,7 +78,10 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     assert page.index("<figure") < page.index("<table") and 'class="contexts"' in page and "promotes" in page
     assert "does not fire" not in page  # at the latest in the prompts that were traced
     assert all(f"Group: {group.name}" in page for group in circuit.groups)
+    # The model is random, and so unsure of its behaviour.
     index = (unit / "index.html").read_text()
+    assert "Circuit: Sides (weak)" in page and "Weak, so that the answers prove little: accuracy" in page
+    assert "Sides (weak)" in index and "Weak: the model itself is unsure" in index
     assert 'href="sides.html"' in index and all(claim.id in index for claim in compare_claims(results))
     circuits, claims = sections(read_findings({"circuits": unit}, tmp_path / "run" / "report", {}), None)
     # On four prompts nothing is denied that is not drawn.

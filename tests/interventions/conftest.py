@@ -16,6 +16,7 @@ from saejax.models.settings import ModelConfig
 from saejax.parallel.settings import MeshConfig
 from saejax.runner.workspace import Run
 from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
+from saejax.tasks.gate import write_gate
 
 N_FEATURES = 160
 _SUBJECTS = ("cat", "dogs", "water", "year", "war", "capital", "way", "she", "France", "3 + 4", "Paris")
@@ -157,6 +158,7 @@ def save_inputs(make_dictionary):
         baseline, train = folder / "baseline", folder / "train" / "topk"
         baseline.mkdir()
         write_prompts(baseline / "prompts.jsonl", prompts, [PromptScore(1.0, True, None)] * len(prompts))
+        write_gate(baseline, {}, dict(first="one answer is right in every prompt"))
         save_dictionary(train, dictionary or make_dictionary("resid_post.1"))
         write_members(train, "")
         return {"baseline": baseline, "train/topk": train}

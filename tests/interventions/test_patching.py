@@ -234,6 +234,7 @@ def assert_is_json(results):
 def test_sites(make_run):
     whole = make_run("resid_post", "whole")
     results = run_patch(whole)
+    assert any("first (1 of 2) (weak: one answer is right" in line for line in whole.say.__self__)
     assert_is_json(results)
     first = results.behaviours["first"]
     assert first.prompts + sum(first.left_out.values()) == 8 and first.left_out["no counterpart"] == 1

@@ -203,6 +203,7 @@ def test_the_stage_end_to_end(make_run, monkeypatch):
     monkeypatch.setattr(probing, "LEAST_PROMPTS", 4)  # so many test prompts has a class here
     whole, lines = make_run("whole")
     results = stage.run_probe(whole)
+    assert sum(" (weak: one answer is right in every prompt): " in line for line in lines) == 2  # of two labels
     assert from_json(probing.ProbeResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     assert (results.dictionary, results.site) == ("topk", "resid_post.1")
     answer, again, first, second = results.labels
@@ -213,7 +214,8 @@ def test_the_stage_end_to_end(make_run, monkeypatch):
     ]
     for label in (first, second):
         assert label.reason == "fewer than two classes with 5 train prompts: right 14" and not label.probes
-    assert any("correct-first (3 of 4): no probe: fewer than two classes" in line for line in lines)
+    mark = "(weak: one answer is right in every prompt)"
+    assert any(f"correct-first (3 of 4) {mark}: no probe: fewer than two classes" in line for line in lines)
 
     dense = answer.probes[-1]
     for probe in answer.probes[:-1]:

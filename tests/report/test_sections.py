@@ -5,16 +5,19 @@ from pathlib import Path
 
 from saejax.interventions.patching import FeaturePatchResults
 from saejax.interventions.probing import ProbeResults
+from saejax.interventions.steering import SteerResults
 from saejax.matching.track.results import LensLayers, TrackedText, TrackResults
 from saejax.page.blocks import Picture
 from saejax.page.findings import Findings
+from saejax.page.words import WEAK
 from saejax.results import Interval
 from saejax.stages.baseline import report as tasks
 from saejax.stages.patch import report as patching
 from saejax.stages.probe import report as probes
+from saejax.stages.steer import report as steering
 from saejax.stages.track import report as tracks
 from saejax.stages.train import report as dictionaries
-from saejax.tasks.results import BenchmarkResults
+from saejax.tasks.results import BaselineResults, BenchmarkResults
 from saejax.training.results import TrainResults
 
 some = types.SimpleNamespace
@@ -112,6 +115,37 @@ def test_probes_are_shown_and_labels_without_one_named():
     without = findings(settings, topk=partly(ProbeResults, **results | dict(labels=labels[1:])))
     assert [block.kind for block in probes.sections(without, lambda *drawn: None)[0].blocks] == ["text", "terms"]
     assert probes.sections(findings(), lambda *drawn: None) == []
+
+
+def test_weak_behaviours_are_marked_where_they_stand():
+    flags = ("one answer is right in every prompt",)
+    baseline = partly(BaselineResults, behaviours=dict(capital=some(flags=flags), agreement=some(flags=())))
+    effect = {"logit_diff": some(sentence="Ablating.", effect=interval(2.0))}
+    verdict = some(ablation=effect, random=some(sentence="."), placebo=some(sentence="."), fooled=None, placebo_sets=0)
+    behaviours = {name: some(interchange=None, restored=interval(0.4)) for name in ("capital", "agreement")}
+    fields = dict(dictionary="topk", site="resid_post.15", k=7, unpatched={}, behaviours=behaviours)
+    patched = partly(
+        FeaturePatchResults, **fields, verdict=some(dictionaries=dict(tested=dict.fromkeys(behaviours, verdict)))
+    )
+    table, terms, note = patching.sections(findings(baseline=baseline, topk=patched), draw)[0].blocks
+    assert [row[0] for row in table.rows] == ["Capital of a country (weak)", "Subject-verb agreement"]
+    assert terms.items[0][0] == "Capital of a country (weak)" and note.text == WEAK
+
+    point = some(strength=1.0, dose=1.0, drop=interval(0.5))
+    method = some(points=[point], chosen=0, controls=(0.1, 0.2), answer=some(sentence="Yes."))
+    steered = {name: some(reason=None, methods=dict(add=method)) for name in ("capital", "agreement")}
+    results = partly(SteerResults, dictionary="topk", site="resid_post.15", behaviours=steered)
+    _, picture, terms, note = steering.sections(findings(baseline=baseline, topk=results), draw)[0].blocks
+    assert "Capital of a country (weak): features added" in picture.alt and note.text == WEAK
+    assert [name for name, _ in terms.items] == [
+        "Capital of a country (weak), features added", "Subject-verb agreement, features added"
+    ]  # fmt: skip
+    assert steering.sections(findings(topk=results), draw)[0].blocks[-1].kind == "terms"  # nothing is known to be weak
+
+    label = some(label="answer", behaviour="capital", congruent=0, reason="right 80", probes=[], selected=None)
+    probed = partly(ProbeResults, dictionary="topk", site="resid_post.15", labels=[label])
+    _, without = probes.sections(findings(baseline=baseline, topk=probed), draw)[0].blocks
+    assert without.items[0][0] == "Answer: Capital of a country (weak)"
 
 
 def test_a_table_of_more_dictionaries_than_are_shown_says_so():

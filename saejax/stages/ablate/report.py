@@ -31,7 +31,7 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.strips import Strips
 from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, panels, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
-from saejax.page.words import behaviour, sentence, signed
+from saejax.page.words import WEAK, behaviour, mark_weak, sentence, signed, warn_weak
 from saejax.results import Interval
 from saejax.runner.labels import labels_in
 from saejax.tasks.results import BaselineResults
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN = 4  # top features of a behaviour that have a card: a screen holds them
-_WEAK = "Weak: the model itself is unsure of the behaviour, so that the answers of its rows prove little."
 _MARKERS = "s^vPX*"
 _STRIPS = dict(random="random lists", placebo="placebo sets", untrained="untrained")
 _COLOURS = dict(random=GREY, placebo=BLUE, untrained=style.VIOLET, bases=style.GREEN)
@@ -51,14 +50,14 @@ def answer(findings: Findings, draw: Draw) -> Section:
     """Write the opening: a sentence and a picture for each behaviour, the table of answers, the rule."""
     ablate = findings.first(AblateResults)
     tested = ablate.verdict.dictionaries.get(TESTED, {})
-    weak = {name: words for name, words in findings.first(BaselineResults).weak.items() if name in tested}
+    weak = findings.weak(tested)
     unit = next(unit for unit, summary in findings.summaries.items() if summary.stage == "ablate")
     table = load_effects(findings.folders[unit])
     blocks: list[Block] = []
     for name, result in tested.items():
         blocks.append(Text(headline(behaviour(name), result), strong=True))
         if name in weak:
-            blocks.append(Text(f"Weak, so that the answers prove little: {signed(weak[name])}.", alarm=True))
+            blocks.append(Text(warn_weak(weak[name]), alarm=True))
         blocks.append(control_picture(f"ablation_{name}", behaviour(name), table, name, result, draw))
     for name, reason in (ablate.verdict.untested or {}).items():
         blocks.append(Text(f"{behaviour(name)} is not testable: {reason}.", alarm=True))
@@ -73,7 +72,7 @@ def answer(findings: Findings, draw: Draw) -> Section:
     )
     caption = f"The six questions, for the {counted(ablate.k, 'top feature')} of each behaviour"
     if weak:
-        note += f" {_WEAK}"
+        note += f" {WEAK}"
     rows = {_titled(name, weak): result for name, result in tested.items()}
     blocks.append(table_of_answers(caption, "Behaviour", rows, note))
     blocks += seed_table("Behaviour", ablate.verdict.dictionaries, ablate.dictionary, weak)
@@ -85,7 +84,7 @@ def answer(findings: Findings, draw: Draw) -> Section:
 
 def _titled(name: str, weak: Container[str]) -> str:
     """Return a behaviour's title, with a mark if it is weak."""
-    return f"{behaviour(name)}{' (weak)' if name in weak else ''}"
+    return mark_weak(behaviour(name), name in weak)
 
 
 def headline(title: str, result: BehaviourVerdict) -> str:
@@ -358,7 +357,7 @@ def seed_table(
         "answer that differs between seeds is about a dictionary, not about the model."
     )
     if any(name in weak for name in dictionaries[TESTED]):
-        note += f" {_WEAK}"
+        note += f" {WEAK}"
     return (Table.of("The questions in dictionaries of other seeds", rows, columns, words=set(columns), note=note),)
 
 

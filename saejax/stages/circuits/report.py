@@ -29,6 +29,7 @@ from saejax.page.document import Section, to_html
 from saejax.page.findings import Draw, Findings
 from saejax.page.strips import Example, Strips
 from saejax.page.tables import Table, answer, interval, number, percent
+from saejax.page.words import WEAK, mark_weak, warn_weak
 from saejax.page.words import behaviour as title
 from saejax.runner.labels import names_of_layers
 from saejax.stages.circuits import figure
@@ -56,7 +57,6 @@ _EDGE_COLUMNS: dict[str, Callable[[Edge], str]] = {
     "Drawn": lambda edge: answer(edge.drawn if edge.is_testable else None, "not testable"),
 }
 _COLUMNS: dict[str, Callable[[str, CircuitResults], str]] = {
-    "Behaviour": lambda name, circuit: title(name),
     "Logit difference": lambda name, circuit: number(circuit.logit_diff),
     "Features that return": lambda name, circuit: str(len(circuit.returning)),
     "Groups": lambda name, circuit: str(len(circuit.groups)),
@@ -80,6 +80,7 @@ def write_behaviour(
     prompt: Prompt,
     transcoders: str,
     by_hand: Mapping[Feature, str],
+    weak: str = "",
 ) -> None:
     """Write all files of a behaviour.
 
@@ -91,6 +92,7 @@ def write_behaviour(
       prompt: an example.
       transcoders: name of the set of transcoders.
       by_hand: labels that people have given; in the sheet, automatic labels are in another column.
+      weak: why the behaviour is weak; "": it is not.
     """
     write_text(folder / f"{name}-groups.json", as_json(name, circuit.groups))
     keys = [(group, key) for group in circuit.groups for key in group.members]
@@ -102,6 +104,8 @@ def write_behaviour(
         "all other groups keep their activations. Differing words are those that differ between a prompt and its "
         "counterpart, which asks for the wrong answer."
     ]
+    if weak:
+        lead.insert(0, warn_weak(weak))
     if not circuit.drawn():
         direct = [edge.is_testable for edge in circuit.edges if edge.edit == "direct"]
         lead.append(
@@ -120,7 +124,7 @@ def write_behaviour(
         f"Groups: {name}-groups.json; edited, they go to --circuits.groups. Labels: fill in review/{name}.csv and give "
         "it to --graph.labels. Made by saejax."
     )
-    write_text(folder / f"{name}.html", to_html(f"Circuit: {title(name)}", lead, parts, footer))
+    write_text(folder / f"{name}.html", to_html(f"Circuit: {mark_weak(title(name), weak)}", lead, parts, footer))
 
     dictionaries = names_of_layers([transcoders], {key.layer for _, key in keys})
     rows: list[dict[str, Any]] = []
@@ -223,8 +227,11 @@ def circuit_sections(results: CircuitsResults, address: Callable[[str], str]) ->
         "without control sets of the same dose. Carry: groups that move the answer to the counterpart's when they take "
         "its activations."
     )
+    if results.weak:
+        note += f" {WEAK}"
+    columns = {"Behaviour": lambda name, circuit: mark_weak(title(name), results.weak.get(name))} | _COLUMNS
     blocks: list[Block] = [
-        Table.of("Circuits", results.behaviours.items(), _COLUMNS, note=note),
+        Table.of("Circuits", results.behaviours.items(), columns, note=note),
         Links("Pages of the circuits", tuple((title(name), address(f"{name}.html")) for name in results.behaviours)),
     ]
     if results.left_out:

@@ -83,9 +83,8 @@ def run_circuits(run: Run) -> CircuitsResults:
                 on_progress=on_progress,
             )
             if is_first_process():
-                write_behaviour(
-                    run.folder, name, results, details, measured[name][0], graph_config.transcoders, by_hand
-                )
+                weak, prompt = tested.weak.get(name, ""), measured[name][0]
+                write_behaviour(run.folder, name, results, details, prompt, graph_config.transcoders, by_hand, weak)
             message = (
                 f"{len(results.returning)} features return over {results.traced} prompts; {len(results.groups)} "
                 f"groups, {len(results.drawn())} edges drawn; {len(results.drawn('total'))} groups are needed for the "
@@ -95,8 +94,8 @@ def run_circuits(run: Run) -> CircuitsResults:
 
         return measure
 
-    behaviours = each_part(run, list(tested.prompts), begin, CircuitResults, "prompts")
-    results = CircuitsResults(behaviours, tested.left_out)
+    behaviours = each_part(run, list(tested.prompts), begin, CircuitResults, "prompts", tested.mark)
+    results = CircuitsResults(behaviours, tested.left_out, tested.weak)
     if is_first_process():
         write_index(run.folder, results)
     return results

@@ -22,7 +22,7 @@ from saejax.page.blocks import Block, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, answer, interval, number, percent
-from saejax.page.words import behaviour
+from saejax.page.words import WEAK, behaviour
 from saejax.unicode import visible_token
 from saejax.wording import counted
 
@@ -43,26 +43,32 @@ _INTRO = (
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return the section on patching; none if nothing was patched."""
     blocks: list[Block] = []
+    weak: dict[str, str] = {}
     for unit, summary in findings.summaries.items():
         results = summary.results
         if isinstance(results, SitePatchResults):
             for name, result in results.behaviours.items():
                 grid = PatchGrid.load(PatchGrid.file(findings.folders[unit], name))
-                blocks.append(_picture(results, name, result, grid, draw))
+                blocks.append(_picture(results, name, findings.title(name), result, grid, draw))
                 blocks += [_published_table(result.published)] if result.published else []
         elif isinstance(results, FeaturePatchResults):
-            blocks += [_carried_table(results), Terms(tuple(_answers(results).items()))]
+            blocks += [_carried_table(results, findings), Terms(tuple(_answers(results, findings).items()))]
         else:
             continue
+        weak |= findings.weak(results.behaviours)
         if results.unpatched:
             reasons = results.unpatched.items()
             blocks.append(Terms(tuple((behaviour(name), f"not patched: {reason}.") for name, reason in reasons)))
     if any(isinstance(block, Picture) for block in blocks):
         blocks.insert(0, Text(_INTRO))
+    if weak:
+        blocks.append(Text(WEAK))
     return [Section("Activation patching", tuple(blocks))] if blocks else []
 
 
-def _picture(results: SitePatchResults, name: str, result: PatchedSites, grid: PatchGrid, draw: Draw) -> Picture:
+def _picture(
+    results: SitePatchResults, name: str, title: str, result: PatchedSites, grid: PatchGrid, draw: Draw
+) -> Picture:
     scale = "as a share of clean - corrupted" if result.is_normalised else "in logits"
     where, labels = f"of one {'head' if results.kind in HEAD_KINDS else 'layer'} at", ""
     if results.positions == EACH:
@@ -74,7 +80,7 @@ def _picture(results: SitePatchResults, name: str, result: PatchedSites, grid: P
     else:
         where += f" positions {results.positions} together"
     caption = (
-        f"{behaviour(name)}: {results.kind} {where} is replaced by its value in the other run, on "
+        f"{title}: {results.kind} {where} is replaced by its value in the other run, on "
         f"{counted(result.prompts, 'pair')} of prompts. Colour is the mean effect on the logit difference, {scale}."
         f"{labels}"
     )
@@ -136,10 +142,10 @@ def _published_table(heads: Sequence[PublishedHead]) -> Table:
     return Table.of("Published heads", [(head,) for head in heads], columns, frozenset({"Role"}), note=note)
 
 
-def _carried_table(results: FeaturePatchResults) -> Table:
+def _carried_table(results: FeaturePatchResults, findings: Findings) -> Table:
     verdicts = results.verdict.dictionaries[TESTED]
     columns = {
-        "Behaviour": lambda name, row: behaviour(name),
+        "Behaviour": lambda name, row: findings.title(name),
         "Pairs": lambda name, row: str(row.interchange.prompts if row.interchange else 0),
         "Top features, %": lambda name, row: interval(row.interchange and row.interchange.top, 0, 100),
         "Random lists, %": lambda name, row: percent(row.interchange and row.interchange.random),
@@ -160,11 +166,11 @@ def _carried_table(results: FeaturePatchResults) -> Table:
     return Table.of(caption, results.behaviours.items(), columns, note=note)
 
 
-def _answers(results: FeaturePatchResults) -> dict[str, str]:
+def _answers(results: FeaturePatchResults, findings: Findings) -> dict[str, str]:
     """Return the answers of the verdict, for each behaviour; ablation here means taking the counterpart's values."""
     answers = {}
     for name, result in results.verdict.dictionaries[TESTED].items():
         answer = [result.ablation["logit_diff"].sentence, result.random.sentence]
         answer += [fooled_sentence(result.fooled, result.placebo_sets), result.placebo.sentence]
-        answers[behaviour(name)] = " ".join(answer).replace("Ablating the", "Patching the")
+        answers[findings.title(name)] = " ".join(answer).replace("Ablating the", "Patching the")
     return answers

@@ -105,7 +105,9 @@ def run_patch(run: Run) -> PatchResults:
         return measure
 
     kind: Any = PatchedSites if dictionary is None else PatchedFeatures
-    results = parts.each_part(run, list(prompts), begin, str | kind, "rows")  # a text: why it is not patched
+    tested = read_tested(run.inputs["baseline"])
+    # A text: why it is not patched.
+    results = parts.each_part(run, list(prompts), begin, str | kind, "rows", tested.mark)
     unpatched = {name: result for name, result in results.items() if isinstance(result, str)}
     behaviours = {name: result for name, result in results.items() if name not in unpatched}
     if not behaviours:
@@ -118,7 +120,6 @@ def run_patch(run: Run) -> PatchResults:
         return SitePatchResults(run.name, positions_of(run.name, config), behaviours, unpatched)
     tables = [load_effects(run.folder / f"{name}-effects") for name in behaviours]
     answers = verdict(merge_tables(tables), VerdictConfig(resamples=config.bootstrap, seed=config.seed))
-    tested = read_tested(run.inputs["baseline"])
     for name in behaviours:
         run.say(f"{name}{tested.mark(name)}: {summarise(answers, name)}")
     site = dictionary.config.target or dictionary.site
@@ -172,19 +173,7 @@ def _measure_features(
 ) -> parts.Measured:
     config, tests = run.configs[PatchConfig], pairs[name].tests
     prompts = {behaviour: [*theirs.train, *theirs.tests] for behaviour, theirs in pairs.items() if theirs.tests}
-    # Features take the activations that they have in the counterpart.
-    settings = AblateConfig(
-        top=config.top,
-        replacement="counterpart",
-        random_sets=config.random_sets,
-        placebo_targets=config.placebo_targets,
-        untrained_dictionaries=0,
-        baselines=(),
-        seed=config.seed,
-        bootstrap=config.bootstrap,
-        batch_rows=config.batch_rows,
-    )
-    ablations = begin_ablation(lm, {TESTED: dictionary}, name, prompts, settings, on_progress)
+    ablations = begin_ablation(lm, {TESTED: dictionary}, name, prompts, ablation_settings(config), on_progress)
     ablation = ablations[TESTED]
     if not ablation.top():
         reason = explain_no_top_features([name])
@@ -222,6 +211,21 @@ def _measure_features(
         interchange=interchange,
     )
     return parts.Measured(results, line)
+
+
+def ablation_settings(config: PatchConfig) -> AblateConfig:
+    """Return the settings of the ablation that patches features: they take their activations in the counterpart."""
+    return AblateConfig(
+        top=config.top,
+        replacement="counterpart",
+        random_sets=config.random_sets,
+        placebo_targets=config.placebo_targets,
+        untrained_dictionaries=0,
+        baselines=(),
+        seed=config.seed,
+        bootstrap=config.bootstrap,
+        batch_rows=config.batch_rows,
+    )
 
 
 def _weights(prompts: Sequence[Prompt], config: PatchConfig) -> np.ndarray:

@@ -11,7 +11,7 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.style import BLUE, GREY, INK, ORANGE, error_lengths, legend, panels, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent
-from saejax.page.words import behaviour, place
+from saejax.page.words import WEAK, place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def _section(results: ProbeResults, findings: Findings, draw: Draw) -> Section:
     blocks: list[Block] = [Text(intro)]
     if learned:
         shuffles = findings.settings()["probe"]["shuffles"]
-        shown = {_title(label): label.probes for label in learned}
+        shown = {_title(label, findings): label.probes for label in learned}
         caption = (
             "Probe accuracy on test prompts against the number of features, or raw dimensions, that the probe sees, "
             "with 95 % Wilson intervals. Grey: probes fitted on shuffled labels, 5th to 95th percentile over "
@@ -63,16 +63,18 @@ def _section(results: ProbeResults, findings: Findings, draw: Draw) -> Section:
             if row.k is None
         ]
         alt = " ".join(["Probe accuracy of probes of all inputs.", *dense])
-        blocks += [draw("probes", probes(shown), caption, alt), _table(learned, shuffles)]
+        blocks += [draw("probes", probes(shown), caption, alt), _table(learned, shuffles, findings)]
     if selected := [label for label in learned if label.selected]:
-        blocks.append(_selected_table(selected))
-    if without := [(_title(label), f"no probe: {label.reason}.") for label in results.labels if label.reason]:
+        blocks.append(_selected_table(selected, findings))
+    if findings.weak(label.behaviour for label in learned):
+        blocks.append(Text(WEAK))
+    if without := [(_title(label, findings), f"no probe: {label.reason}.") for label in results.labels if label.reason]:
         blocks.append(Terms(tuple(without)))
     return Section("Linear probes", tuple(blocks))
 
 
-def _title(label: ProbedLabel) -> str:
-    of_behaviour = f": {behaviour(label.behaviour)}" if label.behaviour else ""
+def _title(label: ProbedLabel, findings: Findings) -> str:
+    of_behaviour = f": {findings.title(label.behaviour)}" if label.behaviour else ""
     return f"{_LABELS.get(label.label, label.label)}{of_behaviour}"
 
 
@@ -118,9 +120,9 @@ def probes(labels: Mapping[str, Sequence[ProbeFit]]) -> "Figure":
     return figure
 
 
-def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
+def _table(learned: Sequence[ProbedLabel], shuffles: int, findings: Findings) -> Table:
     columns = {
-        "Label": lambda label, row: _title(label),
+        "Label": lambda label, row: _title(label, findings),
         "Probe sees": lambda label, row: f"{_INPUTS[row.input]}: {row.k or 'all'}",
         "Probe accuracy, %": lambda label, row: interval(row.accuracy, 0, 100),
         "F1": lambda label, row: number(row.f1),
@@ -144,10 +146,10 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
     return Table.of("Probes", rows, columns, {"Probe sees", "Inputs"}, stack=False, note=note)
 
 
-def _selected_table(labels: Sequence[ProbedLabel]) -> Table:
+def _selected_table(labels: Sequence[ProbedLabel], findings: Findings) -> Table:
     """Return the table that says whether the features that probes select are those whose ablation has an effect."""
     columns = {
-        "Label": lambda label, row: _title(label),
+        "Label": lambda label, row: _title(label, findings),
         "Feature": lambda label, row: str(row.feature),
         "Drop when ablated": lambda label, row: interval(row.drop),
         "p": lambda label, row: number(row.p_holm, 4),

@@ -34,6 +34,7 @@ from saejax.stages.benchmark.run import FILE
 from saejax.tasks.behaviours import SPLITS, Prompt, read_logit_diffs, read_prompts
 from saejax.tasks.benchmark_definitions import way
 from saejax.tasks.benchmarks import read_items
+from saejax.tasks.gate import read_tested
 from saejax.tasks.scored_items import WAYS, GeneratedItem
 from saejax.tasks.settings import TaskConfig
 
@@ -85,7 +86,9 @@ def run_probe(run: Run) -> ProbeResults:
 
         return measure
 
-    measured = parts.each_part(run, list(wanted), begin, ProbedLabel)
+    tested = read_tested(run.inputs["baseline"]) if "baseline" in run.inputs else None
+    mark = (lambda name: tested.mark(wanted[name].behaviour)) if tested else (lambda name: "")
+    measured = parts.each_part(run, list(wanted), begin, ProbedLabel, mark=mark)
     return ProbeResults(config.dictionary, dictionary.site, correct(tuple(measured.values())))
 
 

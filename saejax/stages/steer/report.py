@@ -11,7 +11,7 @@ from saejax.page.blocks import Block, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import number
-from saejax.page.words import behaviour, place, signed
+from saejax.page.words import WEAK, behaviour, place, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,11 +29,11 @@ _CAPTION = (
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return the section on steering; none if it was not asked for."""
-    return [_section(results, draw) for results in findings.each(SteerResults).values()]
+    return [_section(results, findings, draw) for results in findings.each(SteerResults).values()]
 
 
-def _section(results: SteerResults, draw: Draw) -> Section:
-    steered = {behaviour(name): result for name, result in results.behaviours.items() if not result.reason}
+def _section(results: SteerResults, findings: Findings, draw: Draw) -> Section:
+    steered = {findings.title(name): result for name, result in results.behaviours.items() if not result.reason}
     intro = (
         f"Prompts that the model answers correctly are steered to the answer of their counterpart by changing "
         f"{place(results.site)} at every position. Three methods are compared. Features added: the top features of "
@@ -64,6 +64,8 @@ def _section(results: SteerResults, draw: Draw) -> Section:
             for method, curve in result.methods.items()
         }
         blocks += [draw("steering", steering(steered), _CAPTION, alt), Terms(tuple(answers.items()))]
+    if findings.weak(name for name, result in results.behaviours.items() if not result.reason):
+        blocks.append(Text(WEAK))
     reasons = {behaviour(name): result.reason for name, result in results.behaviours.items() if result.reason}
     if reasons:
         blocks.append(Terms(tuple((title, f"not steered: {reason}.") for title, reason in reasons.items())))

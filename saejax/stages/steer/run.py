@@ -7,6 +7,7 @@ from saejax.progress import OnProgress
 from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.stages import inputs as run_inputs
+from saejax.tasks.gate import read_tested
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 
 MAX_PROMPTS = 40  # test prompts of a behaviour that the stage steers: 99 controls at 9 strengths are run on each
@@ -38,7 +39,8 @@ def run_steer(run: Run) -> SteerResults:
 
         return measure
 
-    measured = parts.each_part(run, list(prompts), begin, BehaviourSteering, "tokens")
+    mark = read_tested(run.inputs["baseline"]).mark
+    measured = parts.each_part(run, list(prompts), begin, BehaviourSteering, "tokens", mark)
     site = dictionary.config.target or dictionary.site
     return SteerResults(config.dictionary, site, judge(measured))
 
