@@ -6,6 +6,7 @@
 4. Judge which effects are edges.
 """
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from saejax.errors import UserError
 from saejax.interventions.controls import token_pairs
 from saejax.interventions.slopes import neutral_tokens
 from saejax.models.language_model import LanguageModel
+from saejax.parallel.collectives import process_count
 from saejax.progress import OnProgress, silent
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import SPLITS, Prompt
@@ -78,7 +80,11 @@ def find_circuit(
         on_progress(number, total)
         # Both targets in one graph: a second row costs little, a second graph as much as the first.
         targets = [_answer_ids(model, prompt), pair]
-        graph = trace_prompt(model, transcoders, prompt.text, targets=targets, max_features=max_features).graph
+        # Asked in a pool of threads, which several processes would do at different places.
+        ask = functools.partial(_ask_again, on_progress, number, total) if process_count() == 1 else silent
+        graph = trace_prompt(
+            model, transcoders, prompt.text, targets=targets, max_features=max_features, on_progress=ask
+        ).graph
         roles = _roles(model, prompt)
         answers.append(influence_by_key(graph, roles, 0))
         # Over all traced prompts: of a prompt alone, placebo features would be few.
@@ -117,6 +123,11 @@ def find_circuit(
         sum(swapped_diffs) / len(swapped_diffs) if swapped_diffs else None,
     )  # fmt: skip
     return results, details
+
+
+def _ask_again(on_progress: OnProgress, number: int, total: int, *rows: int) -> None:
+    """Say how many prompts are done once more, which may raise to stop."""
+    on_progress(number, total)
 
 
 def _answer_ids(model: LanguageModel, prompt: Prompt) -> tuple[int, int]:

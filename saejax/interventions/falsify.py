@@ -17,7 +17,7 @@ Features drawn at random, and features of a random dictionary, are tested in the
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -32,6 +32,7 @@ from saejax.interventions.answers import LEAST_PROMPTS, mean_interval
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.tokens import Tokens, token_piece
+from saejax.progress import OnProgress, show_progress
 from saejax.results import Interval
 from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
@@ -119,6 +120,7 @@ def falsify(
     test_texts: Sequence[str] = (),
     random_dictionary: Dictionary | None = None,
     seed: int = 456,
+    on_progress: OnProgress | None = None,
 ) -> Falsification:
     """Test whether features that seem to reason fire on words alone, by injecting these into ordinary text.
 
@@ -135,6 +137,8 @@ def falsify(
       test_texts: texts of the same kind that show the activation on real text; empty: every second one of ``texts``.
       random_dictionary: a control at the same site, of which as many features are tested.
       seed: seed of places, random tokens, random features and the bootstrap.
+      on_progress: takes the features that are injected and all; may raise to stop. None: a bar, where somebody looks
+        on.
 
     Returns:
       The class of every feature, and the shares of each group.
@@ -165,8 +169,15 @@ def falsify(
         drawn = _draw_live(lm, random_dictionary, kinds[0], (), count, rng)
         groups.append((CONTROL_GROUPS[1], random_dictionary, drawn))
     rows: list[FalsifiedFeature] = []
-    for group, owner, members in groups:
-        rows += _test_group(lm, owner, group, members, kinds, seed) if members else []
+    # Each feature is injected twice, with its tokens and with its contexts.
+    done, total = itertools.count(1), 2 * sum(len(members) for _, _, members in groups)
+    with show_progress("falsify") as bar:
+
+        def count_one() -> None:
+            (on_progress or bar)(next(done), total)
+
+        for group, owner, members in groups:
+            rows += _test_group(lm, owner, group, members, kinds, seed, count_one) if members else []
     return Falsification(
         rule=RULE,
         texts=len(kinds[1]),
@@ -208,10 +219,12 @@ def _test_group(
     features: Sequence[int],
     kinds: Sequence[Sequence[list[int]]],
     seed: int,
+    count_one: Callable[[], None],
 ) -> Iterator[FalsifiedFeature]:
     """Yield the test of K features of one dictionary.
 
     ``kinds`` are token ids of training texts, test texts, ordinary texts that give random tokens, and ordinary ones.
+    ``count_one`` is called whenever a feature was injected.
     """
     train, test, drawn_from, ordinary = kinds
     read = functools.partial(_activations, lm, dictionary, np.asarray(features, np.int32))
@@ -234,6 +247,7 @@ def _test_group(
             mixed = [_insert(ids, snippets[k][kind], at) for ids, at in zip(ordinary, places, strict=True)]
             alone = _activations(lm, dictionary, np.array([feature], np.int32), mixed)
             injected_2xNxK[kind, :, k] = [acts_Tx1.max() for acts_Tx1 in alone]
+            count_one()
     weight_RxN, weight_RxM = (
         resampling_weights(np.zeros(len(texts)), _RESAMPLES, seed + number)
         for number, texts in enumerate((ordinary, test))

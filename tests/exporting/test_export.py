@@ -13,7 +13,7 @@ import known_dictionaries as known
 
 from saejax.config import Configs
 from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary
-from saejax.errors import UserError
+from saejax.errors import Interrupted, UserError
 from saejax.files import write_json
 from saejax.runner import command
 from saejax.runner.workspace import STARTED, Run
@@ -32,7 +32,7 @@ def unit(folder, dictionaries):
     return folder
 
 
-def run(tmp_path, source, format="saelens", **settings):
+def run(tmp_path, source, format="saelens", stopping=lambda: False, **settings):
     folder = tmp_path / "export" / f"{format}-{source.name}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STARTED, {})
@@ -44,6 +44,7 @@ def run(tmp_path, source, format="saelens", **settings):
         configs,
         {f"{name}/{source.name}": source for name in ("train", "evaluate")},
         say=lambda line: None,
+        stopping=stopping,
     )
     return folder, lambda: run_export(stage)
 
@@ -95,6 +96,18 @@ def test_all_of_a_stack_or_nothing(tmp_path):
         with pytest.raises(UserError, match=message):
             go()
         assert [path.name for path in folder.iterdir()] == [STARTED]
+
+
+@pytest.mark.parametrize("format", ["saelens", "circuit_tracer"])
+def test_a_run_that_is_to_stop_stops_between_dictionaries_and_leaves_nothing(tmp_path, format):
+    role = "transcoder" if format == "circuit_tracer" else "sae"
+    site = "mlp_in" if role == "transcoder" else "resid_post"
+    members = {f"{site}.{layer}": known.make("standard", role, layer) for layer in range(12)}
+    asked = iter([False, True])
+    folder, go = run(tmp_path, unit(tmp_path / "standard", members), format, stopping=lambda: next(asked))
+    with pytest.raises(Interrupted, match="run the same command to start again"):
+        go()
+    assert [path.name for path in folder.iterdir()] == [STARTED]
 
 
 @pytest.mark.parametrize(

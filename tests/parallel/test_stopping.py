@@ -1,5 +1,6 @@
 """Processes agree on where they stop, and a run under a cluster's launcher hears of SIGTERM like any other."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import types
@@ -15,6 +17,9 @@ from pathlib import Path
 import pytest
 import runs
 from test_processes import WIDE
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "interpret"))
+import protocol
 
 import saejax.parallel.processes
 from saejax.errors import Interrupted, OtherFailed, UserError
@@ -303,20 +308,27 @@ def test_a_signal_to_one_of_two_processes_that_share_a_stage_stops_both(inputs, 
     assert not list((tmp_path / "run" / stage).rglob("done.json"))
 
 
-#: stages whose units take moments, or that write one file from what others measured.
-MOMENTS = {"tokenize", "report"}
+#: stages whose units take moments and write one file from what others measured.
+MOMENTS = {"report"}
+#: stages that run by themselves, and their settings.
+ALONE = dict(
+    tokenize=dict(corpus__stream=True),
+    algorithm=dict(algorithm__names=("addition",), algorithm__steps=20),
+    known_circuits=dict(known__circuits=("logic",), known__prompts=10, known__graphs=1),
+    ground_truth=dict(
+        truth__features=32, truth__dimensions=16, truth__samples=640, truth__held_out=100, truth__roots=0
+    ),
+)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_every_stage_asks_whether_to_stop_and_goes_on(inputs, single_device, tmp_path):
+def test_every_stage_asks_whether_to_stop_and_goes_on(inputs, trained, tmp_path):
     rows = [dict(question=f"What is {n} plus {n}?", answer=f"{n} + {n} = {2 * n}\n#### {2 * n}") for n in range(12)]
     (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    workdir = tmp_path / "run"
-    flags = runs.small_flags(*inputs, workdir, **WIDE | dict(task__path=tmp_path / "gsm8k.jsonl"))
-    configs = command_line.read_configs(command_line.stage_flags(), ["program", *flags])
     stopped, deaf = set(), set()
-    for stage in all_stages().values():
+
+    def ask_and_go_on(stage, configs, workdir):
         for unit in stage.units(configs):
             answers, options = itertools.chain([False], itertools.repeat(True)), RunOptions(only=unit)
             try:  # the first question is asked before the unit is begun
@@ -325,5 +337,23 @@ def test_every_stage_asks_whether_to_stop_and_goes_on(inputs, single_device, tmp
             except Interrupted:
                 stopped.add(stage.name)
             run_stages([stage.name], configs, workdir, options=options)
-    print("stopped:", *sorted(stopped))
-    assert deaf <= MOMENTS and len(stopped) > 10
+
+    with protocol.Server(lambda prompt: "yes") as server:
+        more = dict(
+            task__path=tmp_path / "gsm8k.jsonl", study__falsify=4, export__dictionaries="topk",
+            explain__dictionaries="topk", explain__url=server.url, explain__model="judge", explain__sample=2,
+            track__prompt="The river follows the teacher. The garden finds the engine.", track__dictionaries="topk",
+            graph__transcoders=trained[1]["graph__transcoders"], graph__behaviours="agreement",
+            circuits__behaviours="agreement", circuits__traced=2,
+        )  # fmt: skip
+        arguments = ["program", *runs.small_flags(*inputs, tmp_path / "run", **WIDE | more)]
+        configs = command_line.read_configs(command_line.stage_flags(), arguments)
+        for stage in all_stages().values():
+            ask_and_go_on(stage, configs, tmp_path / "run")
+    for name, changes in ALONE.items():
+        alone = configs
+        for setting, value in changes.items():
+            group, field = setting.split("__")
+            alone |= dataclasses.replace(alone.named(group), **{field: value})
+        ask_and_go_on(all_stages()[name], alone, tmp_path / name)
+    assert deaf <= MOMENTS and stopped >= set(all_stages()) - MOMENTS

@@ -7,7 +7,7 @@ character (parts of one character) the last is used, which has read all of it. S
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +141,22 @@ class Activity:
             return cls(sparse.csr_array(arrays, shape=tuple(parts["shape"])), parts["real_N"])
 
 
-def site_values(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_tokens: int) -> Mapping[str, np.ndarray]:
-    """Return the values of some sites at every token of the texts, special tokens left out, fp32 [N, D] each."""
+def site_values(
+    lm: LanguageModel,
+    read: ReadText,
+    sites: Sequence[str],
+    batch_tokens: int,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Mapping[str, np.ndarray]:
+    """Return the values of some sites at every token of the texts, special tokens left out, fp32 [N, D] each.
+
+    ``check_stop`` is called before each batch; it may raise to stop.
+    """
     starts = np.cumsum([0, *(len(piece) - read.front for piece in read.pieces)])
     values: dict[str, np.ndarray] = {}
     lengths = np.array([round_length(len(piece)) for piece in read.pieces], np.int64)
     for chosen, rows, length in even_batches(lengths, batch_tokens, document_devices(lm.mesh), _PROGRAM):
+        check_stop()
         filled = pad([*(read.pieces[i].tolist() for i in chosen), *[[0]] * (rows - len(chosen))])
         ids_BxT = np.pad(filled.ids_BxT, ((0, 0), (0, length - filled.ids_BxT.shape[1])))
         output = lm(Tokens(ids_BxT, filled.lengths_B), capture=sites, logits=False)

@@ -68,6 +68,7 @@ def read_shared_text(
     batch_tokens: int,
     keep_values: bool,
     say: Callable[[str], None],
+    check_stop: Callable[[], None] = lambda: None,
 ) -> SharedText:
     """Run every model that dictionaries belong to, one after the other, on the same texts.
 
@@ -81,6 +82,7 @@ def read_shared_text(
       batch_tokens: tokens in a batch.
       keep_values: whether values of sites are written, too.
       say: takes a line for each model.
+      check_stop: called before each batch; may raise to stop.
 
     Raises:
       UserError: a model does not exist, or it is not the one that a dictionary belongs to.
@@ -99,7 +101,7 @@ def read_shared_text(
         # All sites of a model in as few passes as memory allows.
         at_once = max(1, _VALUE_BYTES // max(4 * len(read.text_N) * lm.config.d_model, 1))
         for these in _split_pairs(pairs, at_once):
-            values = site_values(lm, read, [*dict.fromkeys(itertools.chain(*these))], batch_tokens)
+            values = site_values(lm, read, [*dict.fromkeys(itertools.chain(*these))], batch_tokens, check_stop)
             for index, entry in members:
                 if (entry.config.site, entry.target) not in these:
                     continue

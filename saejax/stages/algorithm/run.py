@@ -88,9 +88,13 @@ def run_algorithm(run: Run) -> AlgorithmResults:
     lm = load_model(str(run.folder / "model"), mesh=make_mesh(run.configs[MeshConfig]))
     dictionaries = _dictionaries(run, lm, texts, config.seed)
     tests = [prompt for prompt in prompts if prompt.split == "test"]
-    features = compare({name: ablate_each(lm, dictionary, tests) for name, dictionary in dictionaries.items()})
-    for name, ablated in features.items():
-        run.say(f"{name}: {100 * ablated.changing.mean:.1f} % of {ablated.live} features change an answer")
+    ablated = {}
+    for name, dictionary in dictionaries.items():
+        _check_stop(run)
+        ablated[name] = ablate_each(lm, dictionary, tests)
+    features = compare(ablated)
+    for name, changed in features.items():
+        run.say(f"{name}: {100 * changed.changing.mean:.1f} % of {changed.live} features change an answer")
     variables = match_variables(lm, dictionaries, prompts)
     for match in variables:
         about = f"feature {match.feature}, AUC {match.auc:.2f}, p {match.p_holm:.3f}"
@@ -105,12 +109,16 @@ def _train(run: Run, algorithm: Algorithm, model: DecoderConfig, rng_of: RngOf) 
     params = transformer.initial(model, config.seed)
     state, step = optimizer.init(params), transformer.trainer(model, optimizer)
     for number in range(1, config.steps + 1):
-        if run.stopping():
-            raise Interrupted(f"{run.name}: stopped; training restarts from the beginning")
+        _check_stop(run)
         params, state, loss = step(params, state, algorithm.batch(_BATCH, rng_of(_TRAIN, number)))
         if number % _LOG_EVERY == 0:
             run.say(f"step {number:,} of {config.steps:,}, loss {float(loss):.3f}")
     return params
+
+
+def _check_stop(run: Run) -> None:
+    if run.stopping():
+        raise Interrupted(f"{run.name}: stopped; training restarts from the beginning")
 
 
 def _texts(algorithm: Algorithm, rng: np.random.Generator) -> list[str]:
@@ -124,8 +132,13 @@ def _texts(algorithm: Algorithm, rng: np.random.Generator) -> list[str]:
 
 def _dictionaries(run: Run, lm: LanguageModel, texts: Sequence[str], seed: int) -> dict[str, Dictionary]:
     """Return a dictionary trained on the texts, and the control."""
+
+    def say(line: str) -> None:
+        _check_stop(run)
+        run.say(line)
+
     acts = capture(lm, texts, _SITE)
-    trained = train(acts, folder=run.folder / "train", mesh=lm.mesh, on_progress=run.say, seed=seed, **_DICTIONARY)
+    trained = train(acts, folder=run.folder / "train", mesh=lm.mesh, on_progress=say, seed=seed, **_DICTIONARY)
     random_FxD = independent_rows(np.asarray(trained.W_dec_FxD[...]), [seed])
     control = Dictionary(trained.config, **trained.arrays | dict(W_dec_FxD=jnp.asarray(random_FxD)))
     return {TRAINED: trained, RANDOM: control}

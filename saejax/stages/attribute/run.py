@@ -32,7 +32,7 @@ from saejax.attribution.trace.prompt import (
 )
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.parallel.collectives import from_first_process, is_first_process
+from saejax.parallel.collectives import from_first_process, is_first_process, process_count
 from saejax.progress import OnProgress, silent
 from saejax.runner.parts import Measure, Measured, each_part, part_file
 from saejax.runner.workspace import Run
@@ -65,7 +65,7 @@ def run_attribute(
     Args:
       run: of the stage.
       opened: gives the model and the dictionaries, as ``open_parts`` does.
-      trace: in place of ``trace_request``, with its arguments; None: that itself.
+      trace: in place of ``trace_request``, with its first four arguments; None: that itself.
 
     Returns:
       The results, with a graph for each prompt.
@@ -170,7 +170,12 @@ def _measure(
         run.say(f"{request.slug}: traced before, in {saved.parent.name}")
     else:
         start = time.monotonic()
-        traced = (trace or trace_request)(*parts(), request, config)
+        if trace:
+            traced = trace(*parts(), request, config)
+        else:
+            # Asked in a pool of threads, which several processes would do at different places.
+            ask = (lambda done, rows: on_progress(0, 0)) if process_count() == 1 else silent
+            traced = trace_request(*parts(), request, config, ask)
         # Tracing alone: how long pruning and pages take depends on other settings.
         graph, seconds = traced.graph, time.monotonic() - start
         run_of = lambda: traced.local  # noqa: E731

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
         return next((path for path in files if not path.exists()), files[-1])
 
     def score(members: Sequence[TrainedMember]) -> None:
-        if run.stopping():
-            raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
+        _check_stop(run)
         names = [member.name for member in members if not (run.member_folder(member.name) / SCORES).exists()]
         sites = members[0].site, members[0].target
         _score_site(run, store, models(), sites, {name: member_folder(trained, name) for name in names})
@@ -117,7 +116,9 @@ def _evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
         )
     lm = load_configured_model(model, mesh)
     store.check_model(lm.source)
+    _check_stop(run)
     scores = reconstruct_layers(loaded, store, mesh, config.batch_tokens)
+    _check_stop(run)
     losses = replaced_losses(lm, loaded, store, config)
     write_array(run.folder / "firing_rate.npy", np.stack([score.firing_rate_F for score in scores]).astype(np.float32))
     active_LxF = np.stack([score.mean_activation_F for score in scores])
@@ -130,6 +131,11 @@ def _evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
         f"{described.ce.reconstructed:.3f}, clean {described.ce.clean:.3f}, means {described.ce.mean_ablated:.3f}"
     )
     return EvaluateResults(run.name, (), described)
+
+
+def _check_stop(run: Run) -> None:
+    if run.stopping():
+        raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
 
 
 def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
@@ -157,7 +163,12 @@ def _score_site(
     loaded = (load_dictionary(folder, mesh=mesh) for folder in folders.values())
     dictionaries = [dictionary.with_sink_norms(store.max_norm, True) for dictionary in loaded]
     store = with_joined(store, [site], {site: dictionaries[0].config.scales})
-    read = functools.partial(read_blocks, store, "held_out", sites, config.batch_tokens)
+
+    def read() -> Iterator[list[np.ndarray]]:
+        for block in read_blocks(store, "held_out", sites, config.batch_tokens):
+            _check_stop(run)
+            yield block
+
     scores = reconstruct(dictionaries, read(), mesh, config.batch_tokens)
     documents = scored_documents(store, config)
     roles = find_roles(models[0], store, sites)

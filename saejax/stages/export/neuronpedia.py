@@ -26,7 +26,7 @@ from saejax.dictionaries.formats.hooks import bare_model_name, to_hook
 from saejax.dictionaries.labels import LABELS, Label, load_labels
 from saejax.dictionaries.names import full_name
 from saejax.dictionaries.results import TrainedMember
-from saejax.errors import UserError
+from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, whole_file, write_text
 from saejax.interpret.feature_record import FEATURES, FeatureRecord, LogitHistogram
 from saejax.interpret.records import GROUPS, LOWEST, PER_OCTAVE
@@ -88,6 +88,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
 
     Raises:
       UserError: Neuronpedia does not take a name, or two members would get the same name.
+      Interrupted: asked to stop.
     """
     config = run.configs[ExportConfig]
     kind, store = run.name.partition("-")[2], Store.open(run.inputs["capture"])
@@ -106,10 +107,17 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
         described = sorted((member_folder(run.inputs[f"interpret/{kind}"], member.name) / FEATURES).glob("*.json"))
         _write_about(run.folder / folder, source, store.manifest.documents.train)
         for number, path in enumerate(described):
+            check_stop(run)
             records = read_json(path)
             _write_batch(run.folder / folder, number, source, records, labels, W_dec_FxD)
         run.say(f"{full_name(kind, member.name)}: {len(W_dec_FxD):,} features, {len(labels):,} of them labelled")
     return folders
+
+
+def check_stop(run: Run) -> None:
+    """Raise ``Interrupted`` where an export is asked to stop."""
+    if run.stopping():
+        raise Interrupted("stopped; nothing is kept of a part: run the same command to start again")
 
 
 def _model_id(config: ExportConfig, store: Store) -> str:

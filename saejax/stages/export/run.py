@@ -21,7 +21,7 @@ from saejax.parallel.mesh import on_host
 from saejax.runner import stacks
 from saejax.runner.results import load_results
 from saejax.runner.workspace import CLAIM, STARTED, Run
-from saejax.stages.export.neuronpedia import setting_of, write_bundle
+from saejax.stages.export.neuronpedia import check_stop, setting_of, write_bundle
 from saejax.stages.export.results import ExportedMember, ExportResults
 from saejax.stages.export.settings import ExportConfig
 from saejax.wording import counted
@@ -32,6 +32,7 @@ def run_export(run: Run) -> ExportResults:
 
     Raises:
       UserError: the format has nothing like these dictionaries.
+      Interrupted: asked to stop; the next run starts from the beginning.
     """
     config = run.configs[ExportConfig]
     (unit,) = (folder for name, folder in run.inputs.items() if name.startswith("train/"))
@@ -52,7 +53,7 @@ def run_export(run: Run) -> ExportResults:
             folders = write_bundle(run, unit, members)
         else:
             write = _write_sets if config.format == "circuit_tracer" else _write_folders
-            folders = write(run.folder, unit, members, described)
+            folders = write(run, unit, members, described)
         if config.push:
             _push(run, config.push, dict(zip(folders, members, strict=True)), described)
     except BaseException:
@@ -66,15 +67,16 @@ def run_export(run: Run) -> ExportResults:
 
 
 def _write_folders(
-    out: Path, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]
+    run: Run, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]
 ) -> list[str]:
     """Write SAELens folders; returns their names, by member."""
     for config in configs:
         saelens.check(config)
     folders = [member.name or member.site for member in members]
     for member, folder in zip(members, folders, strict=True):
+        check_stop(run)
         with on_host():
-            saelens.save(out / folder, load_dictionary(member_folder(unit, member.name)))
+            saelens.save(run.folder / folder, load_dictionary(member_folder(unit, member.name)))
     return folders
 
 
@@ -99,7 +101,7 @@ def _push(run: Run, name: str, members: Mapping[str, TrainedMember], configs: Se
     run.say(f"pushed: {commit}")
 
 
-def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]) -> list[str]:
+def _write_sets(run: Run, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]) -> list[str]:
     """Write circuit-tracer sets; returns their folders, by member."""
     settings = [setting_of(member) for member in members]
     sets = {setting: [i for i, of in enumerate(settings) if of == setting] for setting in settings}
@@ -109,11 +111,12 @@ def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs
         folders = [member_folder(unit, members[i].name) for i in indices]
 
         def load(index: int, folders: Sequence[Path] = folders) -> Dictionary:
+            check_stop(run)
             return load_dictionary(folders[index])
 
         # One at a time, and on the host: all layers may be larger than the memory, and one larger than a device's.
         with on_host():
-            circuit_tracer.save_each(out / setting, [configs[i] for i in indices], load)
+            circuit_tracer.save_each(run.folder / setting, [configs[i] for i in indices], load)
     return [setting or "." for setting in settings]
 
 

@@ -41,9 +41,17 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
     by_behaviour = itertools.groupby(tests, lambda test: test.behaviour)
     traced = [prompt for _, some in by_behaviour for prompt in [*some][: config.graphs]]
     judged = {}
-    for name, folder in write_sets(run.folder, case, model, config.seed, mesh, run.say).items():
+
+    def check_stop() -> None:
         if run.stopping():
-            raise Interrupted("stopped while transcoders were tested: run the same command again to continue")
+            raise Interrupted("stopped while transcoders were made or tested: run the same command again to continue")
+
+    def say(line: str) -> None:
+        check_stop()
+        run.say(line)
+
+    for name, folder in write_sets(run.folder, case, model, config.seed, mesh, say).items():
+        check_stop()
         transcoders = open_transcoders(folder)
         neuron_of, recovered = matched_neurons(case, transcoders, config.seed)
         edges = judge_edges(model, transcoders, case.model, traced, neuron_of)

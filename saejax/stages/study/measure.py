@@ -211,7 +211,7 @@ def _mean_read(ablation: BehaviourAblation[References]) -> np.ndarray:
 
 
 def falsify_top(
-    items: BenchmarkItems, dictionary: Dictionary, chosen: ChosenFeatures, config: StudyConfig
+    run: Run, items: BenchmarkItems, dictionary: Dictionary, chosen: ChosenFeatures, config: StudyConfig
 ) -> Falsification:
     """Return what drives the top features: tokens from train items, the level on test items, both with solutions."""
     train, test = (list(_item_texts(half).values()) for half in (items.train, items.test))
@@ -226,6 +226,7 @@ def falsify_top(
         test_texts=test,
         random_dictionary=bases.untrained(dictionary, round(chosen.activations.l0), config.seed),
         seed=config.seed,
+        on_progress=Progress(run, "injections").of_part(f"falsify: {run.name}", 0),
     )
 
 

@@ -104,7 +104,7 @@ def run_study(run: Run) -> StudyResults:
     if config.falsify:
 
         def refute(_: str) -> None:
-            write_json(run.folder / FALSIFIED, to_json(falsify_top(items, dictionary, chosen, config)))
+            write_json(run.folder / FALSIFIED, to_json(falsify_top(run, items, dictionary, chosen, config)))
 
         run.each([FALSIFIED], lambda name: run.folder / name, refute, last=False)
     chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0

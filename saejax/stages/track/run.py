@@ -100,12 +100,14 @@ def follow_text(
         answer = int(lm.lens(tokens, top=1, seed=config.seed).ids_LxBxTxC[-1, 0, text.position, 0])
     reading = lm.lens(tokens, answers=[answer], top=_LENS_TOP, seed=config.seed, jacobians=jacobians)
     read_T = text.ids_T[: text.position + 1]
+    on_progress(0, 0)  # asks whether to stop
     links = find_links(stack, shown)
     chosen = [step_features(layer_firings, text.segment_T, _STEP_FEATURES) for layer_firings in firings]
     # The dictionary in the middle: to test all of them would take as many times as long.
     middle = len(stack) // 2
     numbers = [[feature.feature for feature in part] for part in chosen[middle]]
     tests, untested = ablate_steps(StepTester(lm, stack[middle], text, config), text, numbers, on_progress)
+    on_progress(0, 0)
     as_text = token_text(lm.tokenizer)
     chains, left_out = measure_chains(lm, stack, read_T, answer, links, firings, as_text, config.seed)
     results = TrackedText(

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from saejax.activations.store import Store
 from saejax.dictionaries.formats import folders_of, read_config
 from saejax.dictionaries.names import is_folder
-from saejax.errors import UserError
+from saejax.errors import Interrupted, UserError
 from saejax.evaluation.reconstruction import read_blocks, reconstruct
 from saejax.links import resolve_links
 from saejax.matching.transfer.activity import first_texts
@@ -70,7 +70,13 @@ def read_run_text(
 
     Raises:
       UserError: there is no text, a model does not exist, or it is not the one that a dictionary belongs to.
+      Interrupted: asked to stop.
     """
+
+    def check_stop() -> None:
+        if run.stopping():
+            raise Interrupted("stopped while text was read, which is read anew: run the same command to go on")
+
     corpus = run.configs[CorpusConfig]
     held_out = corpora.held_out_documents(corpus, run.configs[TaskConfig])
     order = np.random.default_rng(seed).permutation(len(held_out))
@@ -86,6 +92,7 @@ def read_run_text(
         batch_tokens=batch_tokens,
         keep_values=keep_values,
         say=run.say,
+        check_stop=check_stop,
     )
 
 
