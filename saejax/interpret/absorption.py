@@ -39,6 +39,7 @@ from saejax.errors import UserError
 from saejax.interventions.bases import untrained
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens, continuation_ids, token_text
+from saejax.progress import OnProgress, show_progress, silent
 from saejax.short_reprs import has_short_repr
 
 _F1_JUMP, _MOST_SPLIT = 0.03, 10
@@ -110,7 +111,8 @@ def measure_absorption(
     # Activations and what they add along the probe have to be in the units of the site.
     lm, dictionary = follow_bos(lm, [dictionary.config]), to_output_units(dictionary)
     ids_N, letter_N = draw_words(lm, words, seed)
-    x_NxD = _read_words(lm, dictionary.site, ids_N, letter_N)
+    with show_progress("measure_absorption") as on_progress:
+        x_NxD = _read_words(lm, dictionary.site, ids_N, letter_N, on_progress)
     if x_NxD.shape[1] != dictionary.config.d_in:
         raise UserError(
             f"{dictionary!r} reads {dictionary.config.d_in} values, and {dictionary.site} of {lm.source.name} has "
@@ -325,7 +327,9 @@ def draw_words(lm: LanguageModel, words: Sequence[str] | None, seed: int) -> tup
     return drawn_N, letter_N
 
 
-def _read_words(lm: LanguageModel, site: str, ids_N: np.ndarray, letter_N: np.ndarray) -> np.ndarray:
+def _read_words(
+    lm: LanguageModel, site: str, ids_N: np.ndarray, letter_N: np.ndarray, on_progress: OnProgress = silent
+) -> np.ndarray:
     """Return activations [N, D] at the tokens of words, each after the same few words with their letters."""
     chosen = np.linspace(0, len(ids_N) - 1, _EXAMPLES).astype(int)
     text_of = token_text(lm.tokenizer)
@@ -339,6 +343,7 @@ def _read_words(lm: LanguageModel, site: str, ids_N: np.ndarray, letter_N: np.nd
         tokens = Tokens(ids_BxT, np.full(_BATCH, ids_BxT.shape[1], np.int32))
         value_BxTxD = lm(tokens, capture=site, logits=False).sites[site]
         read.append(np.asarray(value_BxTxD[:, -1], np.float32))
+        on_progress(min(first + _BATCH, len(ids_N)), len(ids_N))
     return np.concatenate(read)[: len(ids_N)]
 
 

@@ -1,5 +1,6 @@
 """The contexts in which a feature fires: the strongest, chosen to differ, and the tokens around any firing."""
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from saejax.dictionaries import Dictionary
 from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block, blocks, record
 from saejax.interpret.text import CodedText
+from saejax.progress import OnProgress, silent
 from saejax.unicode import join_pieces
 
 BEFORE, AFTER = 10, 5  # tokens of a context before and after the firing
@@ -20,7 +22,13 @@ _BATCH = 4096
 
 
 def top_contexts(
-    store: Store, dictionary: Dictionary, features: Sequence[int], count: int, pieces: Sequence[str], mesh: Mesh
+    store: Store,
+    dictionary: Dictionary,
+    features: Sequence[int],
+    count: int,
+    pieces: Sequence[str],
+    mesh: Mesh,
+    on_progress: OnProgress = silent,
 ) -> dict[int, list[FeatureContext]]:
     """Return the contexts of the strongest firings of some features on a store's training text, strongest first.
 
@@ -34,12 +42,20 @@ def top_contexts(
       count: contexts of each.
       pieces: text of every token id, as ``saejax.models.tokens.token_piece`` gives it.
       mesh: devices that encode.
+      on_progress: called with the tokens that are encoded and all.
     """
+    done, total = itertools.count(1), len(store.rows("train", dictionary.site))
+
+    def on_tokens(count: int) -> None:
+        on_progress(min(next(done) * _BATCH, total), total)
+
     coded, is_stored = CodedText(store.documents, pieces), np.zeros(len(store.documents.ids_T), bool)
     contexts_of: dict[int, list[FeatureContext]] = {feature: [] for feature in features}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        is_stored[record(store, "train", {folder: dictionary}, mesh, _BATCH, features=features)] = True
+        is_stored[
+            record(store, "train", {folder: dictionary}, mesh, _BATCH, features=features, on_tokens=on_tokens)
+        ] = True
         for block in blocks(folder, dictionary.config.n_features):
             for feature in contexts_of.keys() & set(range(block.first, block.first + block.size)):
                 index = feature - block.first

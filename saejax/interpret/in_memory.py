@@ -1,7 +1,7 @@
 """The contexts and labels of features, from activations in memory."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from saejax.interpret.rule_labels import RuleLabels, search_labels
 from saejax.interpret.text import CodedText
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import token_piece
+from saejax.progress import show_progress
 
 
 @check_classes
@@ -45,7 +46,8 @@ def top_contexts(
     pieces = _pieces(lm)
     with tempfile.TemporaryDirectory(prefix="saejax-contexts-") as folder:
         store = acts if isinstance(acts, Store) else acts.save(folder)
-        return contexts.top_contexts(store, dictionary, chosen, count, pieces, lm.mesh)
+        with show_progress("top_contexts") as on_progress:
+            return contexts.top_contexts(store, dictionary, chosen, count, pieces, lm.mesh, on_progress)
 
 
 @check_classes
@@ -74,8 +76,20 @@ def label_features(lm: LanguageModel, acts: Activations | Store, dictionary: Dic
             if count < 3:
                 raise UserError(f"there are {count} texts: give at least 3, of which a third judges the labels")
             store = acts.save(Path(name) / "capture", held_out=count // 3)
-        text = CodedText(store.documents, _pieces(lm))
-        return search_labels(lm, store, text, dictionary, Path(name) / "firings", seed=seed).labels
+        text, folder = CodedText(store.documents, _pieces(lm)), Path(name) / "firings"
+        with show_progress("label_features") as bar:
+
+            def begin_progress(doing: str, total: int, unit: str) -> Callable[[int], None]:
+                done = 0
+
+                def on_done(count: int) -> None:
+                    nonlocal done
+                    done += count
+                    bar(done, total)
+
+                return on_done
+
+            return search_labels(lm, store, text, dictionary, folder, seed=seed, begin_progress=begin_progress).labels
 
 
 def _pieces(lm: LanguageModel) -> list[str]:

@@ -1,6 +1,9 @@
 """Features of dictionaries in memory: matched one to one, and grouped by the tokens on which they fire."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +16,7 @@ from saejax.matching.match import Matched, match, measure_pairs
 from saejax.matching.rows import CentredRows, independent_rows, weight_rows
 from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, encode
 from saejax.parallel.mesh import make_mesh
+from saejax.progress import show_progress
 
 _BATCH_TOKENS = 2048
 
@@ -55,7 +59,7 @@ def match_features(
             f"rows have the widths {first_FxD.shape[1]} and {second_GxD.shape[1]}: expected dictionaries of one width"
         )
     problems = [("pairs", first_FxD, second_GxD), ("null", first_FxD, independent_rows(second_GxD, [seed]))]
-    return MatchedFeatures(**dict(match(problems, make_mesh())))
+    return MatchedFeatures(**dict(_match(problems)))
 
 
 def _live_rows(by: str, dictionary: Dictionary, acts: Activations | None) -> np.ndarray:
@@ -84,8 +88,17 @@ def _match_activities(first: Dictionary, second: Dictionary, acts: Activations |
         other = np.roll(half, len(half) // 2) if side == "null" else half
         return pair[0].rows(half, live_F), pair[1].rows(other, live_G)
 
-    matched = match([(side, *rows(side, halves[0])) for side in ("pairs", "null")], make_mesh())
+    matched = _match([(side, *rows(side, halves[0])) for side in ("pairs", "null")])
     return MatchedFeatures(**{side: measure_pairs(assignment, *rows(side, halves[1])) for side, assignment in matched})
+
+
+def _match(problems: Sequence[tuple[str, Any, Any]]) -> Iterator[tuple[str, Matched]]:
+    """Yield the matching of each side, and show how many are done."""
+    with show_progress("match_features") as on_progress:
+        on_progress(0, len(problems))
+        for done, matched in enumerate(match(problems, make_mesh()), 1):
+            on_progress(done, len(problems))
+            yield matched
 
 
 @check_classes
@@ -109,7 +122,9 @@ def group_features(
       UserError: the dictionary's site was not captured, or it reads several, or there are fewer than five texts.
     """
     firings = Coactivation.of(_encode(acts, dictionary), _texts_of_rows(acts))
-    groups, _ = find_groups(firings, smallest, resamples, [seed])
+    done, total = itertools.count(1), 1 + 3 * resamples
+    with show_progress("group_features") as on_progress:
+        groups, _ = find_groups(firings, smallest, resamples, [seed], lambda: on_progress(next(done), total))
     return firings.feature_F, groups
 
 

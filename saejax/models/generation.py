@@ -1,7 +1,7 @@
 """Text generation: where a continuation ends, and its text. The tokens come from ``decoding`` or from another model."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from saejax.errors import UserError
 from saejax.files import read_json
 from saejax.models.tokens import continuation_text, special_tokens
+from saejax.progress import OnProgress
 
 CHUNK = 16  # new tokens between two looks for stop strings
 
@@ -101,6 +102,15 @@ class StopCondition:
         if end == len(ids):
             return None
         return Generated(tuple(ids[:end]), self.decode(ids[:end]), "eos" if ids[end] in self._eos else "stop")
+
+
+def count_tokens(chunks: Iterable[np.ndarray], total: int, on_progress: OnProgress) -> Iterator[np.ndarray]:
+    """Yield chunks of new tokens [B, n], and report how many tokens there are of each prompt."""
+    done = 0
+    for chunk_BxN in chunks:
+        done += chunk_BxN.shape[1]
+        on_progress(done, total)
+        yield chunk_BxN
 
 
 def collect(chunks: Iterable[np.ndarray], prompts: int, condition: StopCondition) -> list[Generated]:

@@ -35,6 +35,7 @@ from saejax.models.sites import PATTERN, AnySite, Site, readable_site
 from saejax.models.source import ModelSource
 from saejax.models.tokens import BOS, Tokens, as_tokens, encode, pad, single_token_id, tokenize
 from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding, sharding
+from saejax.progress import show_progress
 from saejax.short_reprs import has_short_repr
 
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
@@ -229,7 +230,9 @@ class LanguageModel:
         eos = generation.eos_ids(self.source.folder, self.tokenizer)
         condition = generation.StopCondition(self.tokenizer, eos, stop)
         chunks = self._decode(tokens, new, sampling, condition, edits)
-        return generation.collect(chunks, len(tokens.lengths_B), condition)
+        with show_progress("generate") as on_progress:
+            counted = generation.count_tokens(chunks, new, on_progress)
+            return generation.collect(counted, len(tokens.lengths_B), condition)
 
     def _length_with_cache(self, tokens: Tokens) -> int:
         """Return the length to which prompts are padded before generation."""

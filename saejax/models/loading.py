@@ -12,6 +12,7 @@ from saejax.models.families import has_family, read_config
 from saejax.models.language_model import LanguageModel
 from saejax.models.settings import ModelConfig
 from saejax.parallel.mesh import check_mesh, make_mesh
+from saejax.progress import show_progress
 
 
 def load_model(
@@ -63,7 +64,8 @@ def load_model(
     config = weights.untie_stored_head(model_source.folder, read_config(read_json(config_file), str(config_file)))
     tokenizer = source.find_tokenizer(model_source)
     mesh = mesh or make_mesh()
-    params = weights.load_params(model_source.folder, config, mesh, dtype)
+    with show_progress("load_model") as on_progress:
+        params = weights.load_params(model_source.folder, config, mesh, dtype, on_progress=on_progress)
     lm = LanguageModel(config, params, tokenizer, model_source, mesh)
     if check or (check is None and parity.needs_check(model_source, dtype)):
         parity.check_parity(lm, dtype)

@@ -24,6 +24,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, Weight
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.parallel.mesh import fitting_sharding, read_parts
+from saejax.progress import OnProgress, silent
 
 _LISTED = 30  # problems of a checkpoint that a message lists
 _CHECKED = 1 << 20  # numbers at once, for NaN and infinity
@@ -32,7 +33,12 @@ _PART_BYTES = 1 << 26  # of the layers that are read at once, unless the shard o
 
 
 def load_params(
-    folder: Path, config: DecoderConfig, mesh: Mesh, dtype: str, layers: int | None = None
+    folder: Path,
+    config: DecoderConfig,
+    mesh: Mesh,
+    dtype: str,
+    layers: int | None = None,
+    on_progress: OnProgress = silent,
 ) -> dict[str, jax.Array]:
     """Read the checkpoint in ``folder`` into the parameters of ``parameters.parameter_table``.
 
@@ -47,6 +53,7 @@ def load_params(
       dtype: "float32" or "bfloat16".
       layers: read only the first so many, 1 to ``config.n_layers``: the parameters "layers.*" then have so many rows,
         which is enough for a pass that ends there. None: all. All tensors are checked either way.
+      on_progress: called with the numbers that are on the devices and all.
 
     Raises:
       UserError: tensors are missing, of another shape, or not floats, or hold NaN or infinity; all are listed.
@@ -67,7 +74,7 @@ def load_params(
             shape = (min(layers or shape[0], shape[0]), *shape[1:])
         where = fitting_sharding(mesh, shape, *spec)
         readers.append(_Reader(name, weights[name], tensors[name], shape, np.dtype(jnp.dtype(dtype)), where))
-    params, damaged = _read_params(readers)
+    params, damaged = _read_params(readers, on_progress)
     if damaged:
         # Tensors of the files, where these hold NaN; where they do not, the dtype's range was too small.
         files = {tensor.name for name in damaged for tensor in tensors[name] if not np.isfinite(tensor.map()).all()}
@@ -213,10 +220,11 @@ class _Reader:
         return _Part(self.name, values, _is_finite(values))
 
 
-def _read_params(readers: list[_Reader]) -> tuple[dict[str, jax.Array], list[str]]:
+def _read_params(readers: list[_Reader], on_progress: OnProgress = silent) -> tuple[dict[str, jax.Array], list[str]]:
     """Return the parameters on their devices, and the names of parameters with numbers that are not finite."""
     params: dict[str, jax.Array] = {}
     damaged: list[str] = []
+    done, total = 0, sum(math.prod(reader.shape) for reader in readers)
 
     def take(index: tuple[slice, ...]) -> np.ndarray:
         """Return the next shard, which ``mesh.read_parts`` asks for in the order of ``_Reader.shards``."""
@@ -236,6 +244,8 @@ def _read_params(readers: list[_Reader]) -> tuple[dict[str, jax.Array], list[str
                     array = _put_layers(params[reader.name], array, start)
                 # Until a shard is on its device it takes memory of the host.
                 params[reader.name] = jax.block_until_ready(array)
+                done += math.prod(shape)
+                on_progress(done, total)
     return params, damaged
 
 

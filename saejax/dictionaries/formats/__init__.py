@@ -18,6 +18,7 @@ the conventions of its training in ``DictionaryConfig``. Written are our own for
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from saejax.errors import UserError, one_of
 from saejax.loaded_units import compare_dictionary
 from saejax.models.sites import parse_site, site_parts
 from saejax.parallel.mesh import check_mesh
+from saejax.progress import show_progress
 
 WRITERS = {"saejax": own.save, "saelens": saelens.save}
 
@@ -189,10 +191,18 @@ def load_transcoders(
       UserError: no transcoders are there, or two of one layer, or they are damaged.
     """
     folder = resolve_path(path)
+    loads: list[Callable[[], Dictionary]]
     if circuit_tracer.is_set(folder):
         opened = circuit_tracer.open_transcoders(folder, site, target)
-        return [opened.load(layer, matmul_dtype, dtype) for layer in range(len(opened.layers))]
-    return [entry.load(matmul_dtype, dtype, None) for entry in locate_transcoders(folder)]
+        loads = [functools.partial(opened.load, layer, matmul_dtype, dtype) for layer in range(len(opened.layers))]
+    else:
+        loads = [functools.partial(entry.load, matmul_dtype, dtype, None) for entry in locate_transcoders(folder)]
+    loaded: list[Dictionary] = []
+    with show_progress("load_transcoders") as on_progress:
+        for load in loads:
+            loaded.append(load())
+            on_progress(len(loaded), len(loads))
+    return loaded
 
 
 def locate_transcoders(folder: Path) -> list[Located]:
