@@ -20,9 +20,10 @@ autodoc_typehints = "signature"
 autodoc_use_type_comments = False  # there are none, and looking for them takes a twelfth of the time
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
-napoleon_custom_sections = [("Attributes", "params_style")]  # the fields of dataclasses are their arguments
+# The fields of dataclasses are their arguments, and settings are a function's.
+napoleon_custom_sections = [("Attributes", "params_style"), ("Settings", "params_style")]
 napoleon_use_rtype = False
-_SECTION = re.compile(r"\s*(Args|Attributes|Returns|Raises|Yields|References|Example|Note):\s*$", re.MULTILINE)
+_SECTION = re.compile(r"\s*(Args|Attributes|Settings|Returns|Raises|Yields|References|Example|Note):\s*$", re.MULTILINE)
 _DRAWN = re.compile(r"^ {4}|\S {3,}\S|^====", re.MULTILINE)
 
 

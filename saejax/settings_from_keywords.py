@@ -1,17 +1,22 @@
 """Settings as a function's keywords."""
 
 import dataclasses
+import inspect
 import os
+import textwrap
 import typing
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from saejax.config import Config
+from saejax.config import Config, nested_groups
 from saejax.errors import UserError, nearest_names
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+P = ParamSpec("P")
+R = TypeVar("R")
 _TAKES: dict[Any, Any] = {bool: bool | np.bool_, int: Integral, float: Real, str: str | os.PathLike}
 _WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 _SIZE = ("features", "expansion")
@@ -68,3 +73,51 @@ def make_config(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
         plain = tuple(kind(item) if kind in _TAKES else item for item in (listed if takes_list else (value,)))
         values[name] = plain if takes_list else plain[0]
     return cls(**values)
+
+
+def lists_settings(cls: type[Config], but: Collection[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let ``help`` and editors show the settings that a function takes as ``**settings``: a decorator.
+
+    Args:
+      cls: the group whose fields they are.
+      but: names of fields that it does not take; its own parameters are none either.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        taken = [entry for entry in signature.parameters.values() if entry.kind is not entry.VAR_KEYWORD]
+        settings = _settings_of(cls, {*but, *signature.parameters})
+        keywords = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+            for name, (hint, default, _) in settings.items()
+        ]
+        lines = [
+            textwrap.fill(f"{name}: {words}", 100, initial_indent="  ", subsequent_indent="    ")
+            for name, (_, _, words) in settings.items()
+        ]
+        shown: Any = function
+        shown.__signature__ = signature.replace(parameters=[*taken, *keywords])
+        shown.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Settings:", *lines, ""])
+        return function
+
+    return decorate
+
+
+def _settings_of(cls: type[Config], but: Collection[str]) -> dict[str, tuple[Any, Any, str]]:
+    """Return of each setting its type, its default, and what it is, those of groups inside the group last."""
+    settings: dict[str, tuple[Any, Any, str]] = {}
+    for unit, group in (("", cls), *((name, inner) for _, name, inner in nested_groups(cls))):
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            if "nested" in field.metadata or field.name in but:
+                continue
+            hint, default = hints[field.name], field.default
+            if typing.get_origin(hint) is tuple:  # or a single value
+                hint = typing.get_args(hint)[0] | hint
+            words = f"{field.metadata.get('help', 'no flag sets it')}; default {default!r}"
+            words = f"of the kind {unit}: {words}" if unit else words
+            _, _, before = settings.get(field.name, (hint, default, ""))
+            settings.setdefault(field.name, (hint, default, words))
+            if before:  # several kinds have one of this name
+                settings[field.name] = (*settings[field.name][:2], f"{before}. {words[:1].upper()}{words[1:]}")
+    return settings

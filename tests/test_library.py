@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import pydoc
 import re
 import tomllib
 from pathlib import Path
@@ -14,14 +15,16 @@ import pytest
 from tiny_models import TINY_TEXT
 
 import saejax
-from saejax import cli
+from saejax import cli, progress
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.config import to_json
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.temporal import TemporalSAE
 from saejax.errors import UserError
+from saejax.interpret import absorption
 from saejax.interpret.jacobian_lens import JacobianLens
 from saejax.interventions.edits import mask
+from saejax.interventions.settings import AblateConfig, ProbeConfig, SteerConfig
 from saejax.interventions.table import EffectsTable
 from saejax.models.tokens import bos_tokens
 from saejax.parallel.mesh import make_mesh
@@ -40,6 +43,9 @@ LINES = [
     ("test", "One day, the cat near the", " cat", " runs"),
     ("test", "The war lasted from the", " year", " way"),
 ]
+#: functions that take settings as keywords.
+SETTINGS = dict(train=TrainConfig, train_all=TrainConfig, finetune=TrainConfig)
+SETTINGS |= dict(ablate=AblateConfig, steer=SteerConfig, probe=ProbeConfig)
 PROMPTS = [saejax.Prompt("animal", *line) for line in LINES]
 
 
@@ -82,7 +88,7 @@ def test_the_library_has_what_it_promises():
 
 
 def test_signatures_name_what_a_function_takes():
-    """Of keywords that are a config's fields, the docstring names the config or the function that does."""
+    """Keywords that are a config's fields are listed with their defaults, as ``help`` and editors show them."""
     functions = {name: member for name in saejax.__all__ if callable(member := getattr(saejax, name))}
     for name in [name for name in functions if inspect.isclass(functions[name])]:
         members = inspect.getmembers(functions[name], callable)
@@ -90,11 +96,71 @@ def test_signatures_name_what_a_function_takes():
     for name, function in functions.items():
         if inspect.isclass(function) or not str(getattr(function, "__module__", "")).startswith("saejax"):
             continue
-        starred = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
-        assert starred in ([], ["settings"]), name
-        if starred:
-            said = r"\*\*settings: .*(``saejax\.[\w.]+Config``|as for ``\w+``)"
-            assert re.search(said, function.__doc__, re.DOTALL), name
+        parameters = inspect.signature(function).parameters
+        assert not any(entry.kind is entry.VAR_KEYWORD for entry in parameters.values()), name
+        if config := SETTINGS.get(name):
+            defaults = {field.name: field for field in dataclasses.fields(config) if field.name in parameters}
+            listed = function.__doc__.partition("Settings:\n")[2]
+            given = {
+                entry: parameters[entry].default
+                for entry, field in defaults.items()
+                if parameters[entry].default == field.default and f"\n  {entry}: " in f"\n{listed}"
+            }
+            assert len(given) >= 4 and config(**given) == config() and make_config(config, **given)
+            assert f"default {given['seed']!r}" in " ".join(listed.split())
+    assert {name for name, function in functions.items() if "**settings:" in function.__doc__} == set(SETTINGS)
+    assert inspect.signature(saejax.train).parameters["k"].default == (32,)
+    assert "bandwidth" in inspect.signature(saejax.train).parameters
+    assert not {"kinds", "sites", "settings"} & set(inspect.signature(saejax.train).parameters)
+    assert "  random_sets: " in help_of(saejax.ablate) and "random_sets" in help_of(saejax.ablate).partition("->")[0]
+
+
+def help_of(function) -> str:
+    return pydoc.plain(pydoc.render_doc(function))
+
+
+def test_calls_that_take_long_show_how_far_they_are(lm, acts, sae, tiny_llama, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar:
+        """In place of tqdm's, which draws nothing where nobody looks on."""
+
+        def __init__(self, desc, disable, delay, leave):
+            assert disable and not leave
+            self.title, self.n, self.total = desc, 0, None
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, count):
+            self.n += count
+
+    monkeypatch.setattr(progress, "tqdm", Bar)
+    monkeypatch.setattr(absorption, "score_letters", lambda *words: ())  # there are too few
+    settings = dict(k=8, expansion=1, batch=64, max_steps=1, on_progress=None, form="transcoder")
+    saejax.save_dictionary(tmp_path / "set" / "layer1", saejax.train(acts, "mlp_in.1", **settings))
+    calls = dict(
+        load_model=lambda: saejax.load_model(str(tiny_llama)),
+        load_transcoders=lambda: saejax.load_transcoders(tmp_path / "set"),
+        capture=lambda: saejax.capture(lm, TEXTS, SITE),
+        evaluate=lambda: saejax.evaluate(lm, sae, TEXTS[:5]),
+        label_features=lambda: saejax.label_features(lm, acts, sae),
+        top_contexts=lambda: saejax.top_contexts(lm, acts, sae, 0),
+        measure_absorption=lambda: saejax.measure_absorption(lm, sae),
+        match_features=lambda: saejax.match_features(sae, sae),
+        group_features=lambda: saejax.group_features(acts, sae, resamples=2),
+        falsify=lambda: saejax.falsify(lm, sae, [1], TEXTS, TEXTS),
+        generate=lambda: lm.generate(lm.tokenize(TEXTS[:1]), 4, stop=["no such text"]),
+    )
+    for name, call in calls.items():
+        bars.clear()
+        call()
+        shown = [bar for bar in bars if bar.title == name]
+        assert shown and all(bar.n == bar.total > 0 for bar in shown), name
 
 
 @pytest.mark.parametrize(

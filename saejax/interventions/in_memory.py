@@ -40,7 +40,7 @@ from saejax.interventions.verdict import verdict
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import Readout
 from saejax.progress import show_progress
-from saejax.settings_from_keywords import make_config
+from saejax.settings_from_keywords import lists_settings, make_config
 from saejax.short_reprs import has_short_repr
 from saejax.tasks import draw
 from saejax.tasks.behaviours import Prompt
@@ -115,6 +115,7 @@ def load_prompts(lm: LanguageModel, path: str | Path, train: int = 80, test: int
     return [prompt for prompts in read_own_prompts(task, lm.tokenizer).values() for prompt in prompts]
 
 
+@lists_settings(AblateConfig, but=("joined", "text_documents"))
 @check_classes
 def ablate(
     lm: LanguageModel,
@@ -252,6 +253,7 @@ def patch(
         return patch_sites(lm, kind, pairs, positions, layers, on_progress=on_progress)
 
 
+@lists_settings(SteerConfig)
 @check_classes
 def steer(
     lm: LanguageModel,
@@ -290,6 +292,7 @@ def steer(
     return judge(measured)
 
 
+@lists_settings(ProbeConfig, but=("benchmarks",))
 @check_classes
 def probe(
     lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[Prompt], labels: str | Sequence[str], **settings: Any

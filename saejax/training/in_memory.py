@@ -33,7 +33,7 @@ from saejax.models.sites import OtherSite, decoder_site
 from saejax.models.tokens import tokenize_in_pieces
 from saejax.parallel.mesh import check_mesh, make_mesh
 from saejax.progress import show_progress
-from saejax.settings_from_keywords import make_config
+from saejax.settings_from_keywords import lists_settings, make_config
 from saejax.short_reprs import has_short_repr
 from saejax.training.finetune import CleanBatches, check_can_finetune, finetune_member, finetuning_stack
 from saejax.training.init_from import with_unit_rows
@@ -57,6 +57,7 @@ _NOT_HERE = dict(
 )
 
 
+@lists_settings(TrainConfig, but=(*_NOT_HERE, "kl_learning_rate"))
 @check_classes
 def train(
     acts: Activations | Store | str | Path,
@@ -99,6 +100,7 @@ def train(
     return dictionary
 
 
+@lists_settings(TrainConfig, but=(*_NOT_HERE, "kl_learning_rate"))
 @check_classes
 def train_all(
     acts: Activations | Store | str | Path,
@@ -348,6 +350,7 @@ class Finetuning:
     explained_variance_S: np.ndarray  #: explained variance on each step's text before the step
 
 
+@lists_settings(TrainConfig, but=(*_NOT_HERE, "form", "target", "features", "expansion", "kl_learning_rate"))
 @check_classes
 def finetune(
     lm: LanguageModel,
