@@ -12,6 +12,11 @@ import re
 from collections.abc import Iterable, Iterator
 
 _TOLD, _NAMED = 20, 100  # faults of a file that a message tells; further places that it names
+# What a file system refuses, whichever code asks: a user can mend all of these, and a missing file may be a bug.
+REFUSED = {
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
+}
 NO_ROOM = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 
@@ -89,6 +94,18 @@ def out_of_room(error: BaseException) -> str:
         if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
             return reason
     return ""
+
+
+@contextlib.contextmanager
+def file_errors() -> Iterator[None]:
+    """Turn what a file system refuses, such as a file without permission, into a ``UserError`` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSED or not error.filename:
+            raise
+        reason = str(error.strerror).lower()
+        raise UserError(f"{error.filename} cannot be used ({reason}): expected a file that can be read") from error
 
 
 def nearest_names(wanted: str, names: Iterable[str]) -> list[str]:

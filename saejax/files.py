@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 WRITING = "writing-"  # in names of what is being written, before a random mark
+_LONGEST = 100  # characters of a name that a user gives: names of files have more around it
 _LOCK = ".lock"  # ending of the lock file of a folder that is being written
 
 
@@ -26,6 +28,19 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def explain_bad_name(name: Any, marks: str = "._-") -> str:
+    """Return what a name that a user gives has to be, so that files and folders can have it; "" if it is so.
+
+    Args:
+      name: the name.
+      marks: signs that it may have besides letters and digits, but not first.
+    """
+    if isinstance(name, str) and len(name) <= _LONGEST and re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9{marks}]*", name):
+        return ""
+    *first, last = ["letters", "digits", *map(repr, marks)]
+    return f"use {', '.join(first)} and {last}, at most {_LONGEST} in all, a letter or digit first"
 
 
 def unfinished_path(path: Path) -> Path:
@@ -168,14 +183,46 @@ def write_array(path: Path, array: "np.ndarray") -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
+def _read_text(path: Path) -> str:
+    """Return the text of a file; a ``UserError`` if there is none, or it cannot be read."""
+    try:
+        if Path(path).is_fifo():  # which would wait for somebody to write
+            raise UserError(f"{path} is a pipe: expected a file")
+        return Path(path).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        reason = str(error.strerror).lower()
+        raise UserError(f"{path} cannot be read ({reason}): expected a file that can be read") from error
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; a missing or damaged file is a ``UserError`` that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} does not exist") from None
+        return json.loads(_read_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{path} is not valid JSON: it is damaged; delete its folder and run the stage again") from None
+
+
+def read_foreign(path: Path, expected: str) -> dict[str, Any]:
+    """Return the JSON object in a file that people or other programs wrote.
+
+    Args:
+      path: the file.
+      expected: what it should hold, for messages, such as "a model's settings".
+
+    Raises:
+      UserError: the file is missing, is not valid JSON, or holds another value.
+    """
+    try:
+        content = json.loads(_read_text(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise UserError(f"{path} is not valid JSON: expected {expected}; fetch it again") from None
+    if not isinstance(content, dict):
+        kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+        held = kinds.get(type(content), "a number")
+        raise UserError(f"{path} holds {held}, no JSON object: expected {expected}; fetch it again")
+    return content
 
 
 def read_object(path: Path, *keys: str) -> dict[str, Any]:

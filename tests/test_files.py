@@ -47,8 +47,14 @@ def test_bad_json(tmp_path):
         (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=r"a\.json is not valid JSON"):
             read_json(tmp_path / "a.json")
-    with pytest.raises(UserError, match="does not exist"):
-        read_json(tmp_path / "b.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    for path, message in (
+        (tmp_path / "b.json", "b.json does not exist"),
+        (tmp_path, "cannot be read .is a directory.: expected a file"),
+        (tmp_path / "pipe.json", "pipe.json is a pipe: expected a file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_json(path)
 
 
 def test_what_a_killed_process_left_is_no_hindrance_and_does_not_stay(tmp_path):

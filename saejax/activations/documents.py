@@ -15,6 +15,7 @@ import numpy as np
 from saejax.activations.chunker import SPLITS, Chunker, TextPiece
 from saejax.tasks.corpora import read_corpus, split
 from saejax.tasks.settings import CorpusConfig, TaskConfig
+from saejax.wording import counted
 
 COLUMNS = ("split", "group", "source", "start")
 FILES = ("ids.npy", "starts.npy", "lengths.npy", "table.npy")
@@ -71,12 +72,13 @@ class Documents:
 
         Of packed ones the number of pieces alone is known.
         """
+        pieces = f"{counted(len(self), 'piece')} of at most {self.lengths_N.max(initial=0):,} tokens"
         if packed:
-            return f"{len(self):,} pieces of at most {self.lengths_N.max(initial=0):,} tokens, packed with texts"
+            return f"{pieces}, packed with texts"
         texts = len(np.unique(self.column("source")))
         if texts == len(self):
-            return f"{texts:,} documents"
-        return f"{texts:,} documents in {len(self):,} pieces of at most {self.lengths_N.max(initial=0):,} tokens"
+            return counted(texts, "document")
+        return f"{counted(texts, 'document')} in {pieces}"
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of the table."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.errors import UserError
+from saejax.errors import UserError, file_errors
 from saejax.links import resolve_links
 
 
@@ -105,6 +105,7 @@ class StoredActivations(Mapping[str, SiteActivations]):
         return chosen[np.lexsort((self.position_N[chosen], self.document_N[chosen]))]
 
 
+@file_errors()
 def open_store(folder: str | Path) -> StoredActivations:
     """Open the activations that the stage ``capture`` or ``Activations.save`` has stored.
 

@@ -29,7 +29,7 @@ from saejax.dictionaries.formats import saelens, tensors
 from saejax.dictionaries.formats.place import resolve_path
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
-from saejax.errors import UserError
+from saejax.errors import UserError, file_errors
 
 _EPSILON = 1e-6  # added to the norm of a prediction, as in SAELens
 _PROJECTIONS = ("k_ctx", "q_target", "v_ctx", "c_proj")  # SAELens' names
@@ -127,6 +127,7 @@ def _attend(layer: Mapping[str, jax.Array], f_BxTxF: jax.Array, n_heads: int) ->
     return project("c_proj", mixed.reshape(f_BxTxF.shape)).reshape(f_BxTxF.shape)
 
 
+@file_errors()
 def load_temporal(path: str | os.PathLike, site: str = "") -> TemporalSAE:
     """Load a temporal SAE of SAELens.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from saejax.errors import UserError
+from saejax.errors import UserError, file_errors
 from saejax.files import read_json
 from saejax.links import resolve_links
 from saejax.unicode import visible
@@ -180,6 +180,7 @@ class InterpretedFeature:
         return "\n".join([head, *(f"  {visible(example)[-110:]}" for example in self.examples()[:20])])
 
 
+@file_errors()
 def load_feature(folder: str | Path, feature: int) -> InterpretedFeature:
     """Return what the stage ``interpret`` found of a feature.
 

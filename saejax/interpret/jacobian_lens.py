@@ -20,7 +20,7 @@ from jax import lax
 
 from saejax.arguments import check_classes, suggests_names
 from saejax.dictionaries.formats import place
-from saejax.errors import UserError
+from saejax.errors import UserError, file_errors
 from saejax.files import whole_file
 from saejax.models import decoder, lens
 from saejax.models.config import DecoderConfig, TorchConfig
@@ -84,6 +84,7 @@ class JacobianLens:
 
 
 @check_classes
+@file_errors()
 def load_jacobian_lens(lm: LanguageModel, path: str | Path) -> JacobianLens:
     """Load a lens that ``JacobianLens.save`` or the reference implementation wrote, such as Neuronpedia's.
 

@@ -297,7 +297,7 @@ def too_few_prompts(count: int, least: int) -> str:
       count: number of prompts.
       least: number that is needed.
     """
-    return f"not testable with {count} prompts, {least} are needed" if count < least else ""
+    return f"not testable with {counted(count, 'prompt')}, {least} are needed" if count < least else ""
 
 
 def among_sentence(
@@ -321,16 +321,18 @@ def among_sentence(
     if answer.answer == "not testable" and count < needed:
         return f"Not testable: {count} {words} of {needed} needed; raise their number."
     if answer.answer == "not testable":
+        pool = round(numbers["pool"])
         return (
-            f"Not testable: the {numbers['pool']:.0f} other features that lists are drawn from make fewer than ten "
-            f"lists of {numbers['features']:.0f}, which are nearly the same; use a smaller k."
+            f"Not testable: the {counted(pool, 'other feature')} that lists are drawn from make{'s' * (pool == 1)} "
+            f"fewer than ten lists of {numbers['features']:.0f}, which are nearly the same; use a smaller k."
         )
     unit = ABLATION_READOUTS[objective][2]
     # p = (1 + controls that lower the objective at least as much) / (1 + controls); see ``ranks.rank_p``.
     reaching = round(numbers["p_controls"] * (count + 1)) - 1
     text = (
-        f"The {counted(k, 'top feature')} cost {numbers['top']:z.2f} {unit}; {count} {words} of the same dose cost "
-        f"{numbers['median']:z.2f} in the median and {numbers['high']:z.2f} at the 95th percentile"
+        f"The {counted(k, 'top feature')} cost{'s' * (k == 1)} {numbers['top']:z.2f} {unit}; "
+        f"{count} {words} of the same dose cost {numbers['median']:z.2f} in the median and "
+        f"{numbers['high']:z.2f} at the 95th percentile"
     )
     if ratio := over_controls(numbers):
         text += f" (ratio {ratio:.1f})"
@@ -338,9 +340,9 @@ def among_sentence(
     if "uncentred" in numbers:
         text += f"; around zero in place of its centre they cost {numbers['uncentred']:z.2f} in the median"
     if group == "placebo" and answer.parts:
-        share = answer.parts["share"]
+        share, takes = answer.parts["share"], "It takes" if k == 1 else "They take"
         text += (
-            f". They take {100 * share.mean:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}] of this logit "
+            f". {takes} {100 * share.mean:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}] of this logit "
             f"difference, of other likely tokens' {100 * numbers['share_median']:.0f} % in the median and "
             f"{100 * numbers['share_high']:.0f} % at the 95th percentile; p = {numbers['p_controls']:.2g} against "
             f"placebo sets, {numbers['p_shares']:.2g} against other tokens"

@@ -15,7 +15,7 @@ import numpy as np
 from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import follow_bos
-from saejax.errors import UserError, one_of
+from saejax.errors import UserError, file_errors, one_of
 from saejax.interventions.ablation import (
     TEXT_LENGTH,
     begin_ablation,
@@ -95,6 +95,7 @@ def make_prompts(
 
 
 @check_classes
+@file_errors()
 def load_prompts(lm: LanguageModel, path: str | Path, train: int = 80, test: int = 20, seed: int = 42) -> list[Prompt]:
     """Read prompts of your own from a file, as the stage ``baseline`` does with ``--task.prompts``.
 

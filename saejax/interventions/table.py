@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from saejax.arguments import suggests_names
-from saejax.errors import UserError
+from saejax.errors import UserError, file_errors
 from saejax.files import read_json, whole_file, write_json
 from saejax.links import resolve_links
 from saejax.short_reprs import has_short_repr
@@ -311,6 +311,7 @@ def save_effects(folder: str | Path, table: EffectsTable) -> None:
     write_json(folder / _FILES[2], [dataclasses.asdict(prompt) for prompt in table.prompts])
 
 
+@file_errors()
 def load_effects(folder: str | Path) -> EffectsTable:
     """Read the effects table of a finished unit.
 

@@ -388,7 +388,7 @@ def _without_controls(measured: MeasuredBehaviour, group: str) -> _Test:
     if group != "random" or not pool:
         return _not_tested(f"no {wording.CONTROLS[group]} were measured")
     return _unanswered(
-        f"Not testable: all {len(pool[0].features)} other features that fire change the site less than the "
+        f"Not testable: all {len(pool[0].features):,} other features that fire change the site less than the "
         f"{counted(measured.k, 'top feature')}; use a smaller k or a wider dictionary."
     )
 
@@ -482,7 +482,9 @@ def _test_basis(measured: MeasuredBehaviour, edit: EditDefinition, config: Verdi
         # All directions together may change the site less than the features do: then there is nothing to compare.
         if not reason and numbers["dose"] < 0.99:
             share = f"{100 * numbers['dose']:.0f} %"
-            reason = f"not testable, because its {len(edit.features)} directions change the site by {share} of the dose"
+            count = len(edit.features)
+            some = f"{counted(count, 'direction')} change{'s' * (count == 1)}"
+            reason = f"not testable, because its {some} the site by {share} of the dose"
         if reason:
             answer = "not testable"
         elif is_significant and difference.low > 0:

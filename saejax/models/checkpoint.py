@@ -12,14 +12,16 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 
 from saejax.errors import UserError
+from saejax.wording import counted
 
 _INDEX = ".index.json"
 ADAPTER = "adapter_config.json"
@@ -30,6 +32,10 @@ _INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "
 _UNKNOWN = np.dtype(np.void)
 _STATE = ("state_dict", "model_state_dict", "model")  # names under which a training checkpoint nests its tensors
 _LISTED = 10  # names that a message lists
+_NUMBERED = re.compile(r"(?:[^.]+\.)*?(\d+)\.")  # the beginning of names of tensors of one layer
+_COMPUTED = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|[._])inv_freq$|rotary_emb\.|position_ids$")
+_OTHER_PARTS = re.compile("vision|visual|audio|image|multi_modal|speech|talker|2wav")  # than the language model
+_PREDICTION = re.compile(r"mtp|nextn|\.(eh_proj|enorm|hnorm|shared_head)\.")
 _LFS_POINTER = b"version https://git-lfs"
 _FLOAT_DTYPES = {np.dtype(dtype) for dtype in _FLOATS.values()}
 
@@ -124,7 +130,7 @@ def weight_files(folder: Path) -> list[Path]:
     if chosen is None:
         raise UserError(f"{folder} has no weights{_describe_contents(folder)}")
     names = list_shards(folder) or [chosen]
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} has no {', '.join(missing)}, which {chosen} names: fetch the model again")
     return [folder / name for name in names]
@@ -134,6 +140,41 @@ def check_no_adapter(folder: Path) -> None:
     """Raise a ``UserError`` if a folder holds an adapter: transformers may put it on weights beside it."""
     if (folder / ADAPTER).exists():
         raise UserError(f"{folder} holds an adapter ({ADAPTER}): merge it into its base model, and save that alone")
+
+
+def find_unread(names: Iterable[str], n_layers: int) -> tuple[list[str], int]:
+    """Return which tensors of a checkpoint, of those that are not read, could count for what a model computes.
+
+    Masks and frequencies, which are computed, do not, nor do towers for images and sound, nor layers that predict
+    further tokens (multi-token prediction), as DeepSeek-V3 and GLM-4.5 have behind all others.
+
+    Args:
+      names: of the tensors that are not read.
+      n_layers: layers of the model.
+
+    Returns:
+      The names of those outside of layers, or in layers of the model; and the number of layers that the checkpoint has
+      beyond the model's.
+    """
+    layer_of = {
+        name: _NUMBERED.match(name) for name in names if not (_COMPUTED.search(name) or _OTHER_PARTS.search(name))
+    }
+    predicting = {match[0] if match else name for name, match in layer_of.items() if _PREDICTION.search(name)}
+    left = {name: match for name, match in layer_of.items() if (match[0] if match else name) not in predicting}
+    inside = [name for name, match in left.items() if not match or int(match[1]) < n_layers]
+    return inside, len({match[1] for match in left.values() if match and int(match[1]) >= n_layers})
+
+
+def warn_of_unread(folder: Path, names: Sequence[str], beyond: int, n_layers: int) -> None:
+    """Log in a line each which tensors are not read, and how many layers; see ``find_unread``."""
+    if names:
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        logging.warning("%s holds weights that are not read: %s%s", folder, ", ".join(names[:_LISTED]), more)
+    if beyond:
+        logging.warning(
+            "%s holds weights of %s beyond the %d that config.json says (num_hidden_layers): they are not read",
+            *(folder, counted(beyond, "layer"), n_layers),
+        )
 
 
 def not_finite_error(what: str, names: Sequence[str], dtype: str) -> UserError:
@@ -166,6 +207,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file by name; their values are mapped when they are used."""
     from safetensors import SafetensorError, safe_open
 
+    file.open("rb").close()  # an error that says why: safetensors' own would read as if it were damaged
     try:
         with safe_open(file, "numpy") as opened:  # it also checks that the values fill the file without gaps
             facts = {}
@@ -221,7 +263,7 @@ def _describe_contents(folder: Path) -> str:
 
 def _chosen_file(folder: Path) -> str | None:
     """Return the name of the weight file or index that is read; None: there is none."""
-    return next((name for name in WEIGHT_FILES if (folder / name).exists()), None)
+    return next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
 
 
 def list_shards(folder: Path) -> list[str]:
@@ -268,6 +310,7 @@ def read_pickled_tensors(file: Path, classes: Collection[str] = (), remedy: str 
 
     if not file.is_file():
         raise UserError(f"{file} is missing: fetch it again")
+    file.open("rb").close()  # likewise
     try:
         with torch.serialization.safe_globals(_named_classes(file, classes, remedy)):
             try:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.files import read_json
+from saejax.files import read_foreign
 from saejax.models.tokens import continuation_text, special_tokens
 from saejax.progress import OnProgress
 
@@ -29,7 +29,8 @@ class Generated:
 def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """Return the ids that end a text, from generation_config.json, else from config.json, else from the tokenizer."""
     for name in ("generation_config.json", "config.json"):
-        ids = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
+        fields = read_foreign(folder / name, "a model's settings") if (folder / name).is_file() else {}
+        ids = fields.get("eos_token_id")
         if ids is not None:
             return tuple(ids) if isinstance(ids, list) else (ids,)
     return () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

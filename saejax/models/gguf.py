@@ -18,7 +18,7 @@ from saejax.errors import UserError
 from saejax.models.identity import content_sha256
 from saejax.models.model_cache import cached_model, save_pretrained
 
-_CONVERSION = 5  # raise it when the conversion changes, so that old caches are left behind
+_CONVERSION = 6  # raise it when the conversion changes, so that old caches are left behind
 # Settings of a file, below its architecture, that cannot change the result: sizes that the tensors show, or facts of
 # the training.
 _INERT = {"vocab_size", "feed_forward_length", "tensor_data_layout", "rope.scaling.finetuned"}
@@ -28,6 +28,8 @@ _OTHER_SCALE = {("gemma2", 46), ("gemma3", 62)}
 # word: those that are the same, and those that set each digit apart before.
 _AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"}
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+# Rules of tokenizers that bring text into Unicode's form NFC before they cut it; transformers leaves that out.
+_COMPOSED = {"qwen2", "qwen35", "deepseek-r1-qwen", "command-r", "olmo", "mpt"}
 _RULE = "tokenizer.ggml.pre"
 _ONE_AT_A_TIME = threading.Lock()  # conversions, which change the package gguf while they run
 
@@ -130,17 +132,19 @@ def _plain(architecture: str) -> str:
 
 
 def _cut_as_trained(gguf: Path, tokenizer: Any) -> None:
-    """Give a tokenizer the rule by which its file says that text is cut.
+    """Give a tokenizer the rule by which its file says that text is cut, and what the rule's models do before that.
 
     Raises:
       UserError: neither transformers nor saejax knows the rule.
     """
     from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
+    from tokenizers import normalizers, pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     fields = GGUFReader(gguf).fields
     kind, rule = (fields[name].contents() if name in fields else None for name in ("tokenizer.ggml.model", _RULE))
+    if kind == "gpt2" and rule in _COMPOSED:  # a file says only how text is cut, and llama.cpp does not compose either
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     if kind != "gpt2" or rule in _AS_GPT2 or rule in GGUF_PRE_TOKENIZER_SPLITS:
         return
     if rule not in _DIGITS_APART:

@@ -37,6 +37,7 @@ from saejax.models.tokens import BOS, Tokens, as_tokens, encode, pad, single_tok
 from saejax.parallel.mesh import BY_DOCUMENT, fitting_sharding, sharding
 from saejax.progress import show_progress
 from saejax.short_reprs import has_short_repr
+from saejax.wording import counted
 
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
 
@@ -104,9 +105,9 @@ class LanguageModel:
     def __repr__(self) -> str:
         config, dtype = self.config, self.params["embed_VxD"].dtype
         return (
-            f"<{type(self).__name__} {self.source.name}: {config.family}, {config.n_layers} layers of width "
-            f"{config.d_model}, {config.n_heads} heads, {config.vocab:,} token ids, context {config.context:,}, "
-            f"{dtype}>"
+            f"<{type(self).__name__} {self.source.name}: {config.family}, {counted(config.n_layers, 'layer')} of width "
+            f"{config.d_model}, {counted(config.n_heads, 'head')}, {config.vocab:,} token ids, "
+            f"context {config.context:,}, {dtype}>"
         )
 
     def with_bos(self, bos: str) -> "LanguageModel":

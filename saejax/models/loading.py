@@ -5,7 +5,7 @@ import os
 from absl import logging
 from jax.sharding import Mesh
 
-from saejax.errors import UserError, one_of
+from saejax.errors import UserError, file_errors, one_of
 from saejax.files import read_json
 from saejax.models import parity, source, weights
 from saejax.models.families import has_family, read_config
@@ -15,6 +15,7 @@ from saejax.parallel.mesh import check_mesh, make_mesh
 from saejax.progress import show_progress
 
 
+@file_errors()
 def load_model(
     path: str | os.PathLike = "smollm2",
     revision: str = "main",

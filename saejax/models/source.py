@@ -6,18 +6,24 @@ Whatever the source, the result is a folder in the hub's format (config.json, sa
 import contextlib
 import dataclasses
 import importlib.util
-import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saejax.errors import UserError
+from saejax.files import read_foreign
 from saejax.models.checkpoint import (
     ADAPTER,
     WEIGHT_FILES,
+    Tensor,
     check_no_adapter,
+    find_unread,
     list_shards,
     not_finite_error,
     read_checkpoint,
+    warn_of_unread,
     weight_files,
 )
 from saejax.models.families import check_family, has_family, read_config
@@ -128,20 +134,14 @@ def _local(path: str) -> Path | None:
     else:
         return None
     check_no_adapter(folder)
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: expected a folder in the hub's format")
     return folder
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of a model's ``config.json``; a ``UserError`` if it is damaged."""
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise UserError(f"{folder / 'config.json'} is not valid JSON: expected a model's settings; fetch it again")
-    return fields
+    """Return the fields of a model's ``config.json``; a ``UserError`` if it is missing, damaged or something else."""
+    return read_foreign(folder / "config.json", "a model's settings")
 
 
 def other_model(config: ModelConfig) -> ModelConfig | None:
@@ -217,7 +217,7 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
     from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
-    read_checkpoint(source.folder)  # transformers' own errors name neither file nor remedy
+    stored = read_checkpoint(source.folder)  # transformers' own errors name neither file nor remedy
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=getattr(torch, dtype), output_loading_info=True, **LOCAL
@@ -228,10 +228,36 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
         ) from error
     if loaded["missing_keys"]:
         raise UserError(f"{source.folder} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:5])}")
+    _check_unread(source.folder, model, loaded["unexpected_keys"], stored)
     if damaged := _damaged_parameters(model):
         raise not_finite_error(f"the weights in {source.folder}", damaged, dtype)
     model.config.return_dict = True  # some files say False, for which outputs have no names
     return model.eval()
+
+
+def _check_unread(folder: Path, model: Any, unread: Collection[str], stored: Mapping[str, Tensor]) -> None:
+    """Warn of tensors that transformers did not read; see ``find_unread``.
+
+    Raises:
+      UserError: some are biases, not all zero, of modules that the configuration leaves without.
+    """
+    modules = dict(model.named_modules())
+    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None) or len(modules)
+    names, beyond = find_unread(sorted(unread), n_layers)
+    biases = [
+        name
+        for name in names
+        if name.endswith(".bias")
+        and getattr(modules.get(name.removesuffix(".bias")), "bias", name) is None
+        and name in stored
+        and np.any(stored[name].map())
+    ]
+    if biases:
+        raise UserError(
+            f"the weights in {folder} do not fit its config.json: {', '.join(biases[:5])} is there, and config.json "
+            "says that the model has none"
+        )
+    warn_of_unread(folder, names, beyond, n_layers)
 
 
 def _damaged_parameters(model: Any) -> list[str]:

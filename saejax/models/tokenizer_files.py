@@ -5,7 +5,6 @@ normaliser of a class in place of the file's. Digits, newlines and contractions 
 than in the model's training.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from absl import logging
 
 from saejax.errors import UserError
-from saejax.files import read_object
+from saejax.files import read_foreign
 
 # How transformers reads a folder. Unless it is told not to, it asks on the terminal whether to run a model's own code.
 LOCAL: dict[str, bool] = dict(local_files_only=True, trust_remote_code=False)
@@ -102,7 +101,7 @@ def _tokenizer_class(folder: Path) -> Any:
     """Return ``AutoTokenizer``, whose import loads torch for seconds, or the class that it would choose."""
     settings = _read_settings(folder)
     plain = settings.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in settings
-    if plain and read_object(folder / "config.json").get("model_type") in _PLAIN:
+    if plain and read_foreign(folder / "config.json", "a model's settings").get("model_type") in _PLAIN:
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast
@@ -114,4 +113,4 @@ def _tokenizer_class(folder: Path) -> Any:
 def _read_settings(folder: Path) -> dict[str, Any]:
     """Return the content of ``tokenizer_config.json``; empty without the file."""
     path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_foreign(path, "a tokenizer's settings") if path.is_file() else {}

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.errors import UserError
-from saejax.models.checkpoint import Tensor, not_finite_error, read_checkpoint
+from saejax.models.checkpoint import Tensor, find_unread, not_finite_error, read_checkpoint, warn_of_unread
 from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, Weight
 from saejax.models.parameters import LAYERS, parameter_table
@@ -43,8 +44,8 @@ def load_params(
     """Read the checkpoint in ``folder`` into the parameters of ``parameters.parameter_table``.
 
     Each process reads the shards of its devices, one by one and some layers at a time, in several threads. So the host
-    holds, for each thread, a device's shard of one layer or at most 64 MiB of several layers. Tensors that the family
-    does not use are never looked at.
+    holds, for each thread, a device's shard of one layer or at most 64 MiB of several layers. Of tensors of the model's
+    body that are not read, a warning names those that could count.
 
     Args:
       folder: a folder in the hub's format.
@@ -56,14 +57,18 @@ def load_params(
       on_progress: called with the numbers that are on the devices and all.
 
     Raises:
-      UserError: tensors are missing, of another shape, or not floats, or hold NaN or infinity; all are listed.
+      UserError: tensors are missing, of another shape, or not floats, hold NaN or infinity, or are parameters that the
+        configuration leaves out, such as biases; all are listed.
     """
-    sources = _find_sources(config, read_checkpoint(folder))
-    problems = _mismatches(config, sources)
+    stored = read_checkpoint(folder)
+    sources = _find_sources(config, stored)
+    superfluous, unread = _find_unread(config, stored, sources)
+    problems = _mismatches(config, sources) + superfluous
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         listed = "; ".join(problems[:_LISTED]) + more
         raise UserError(f"the weights in {folder} do not fit its config.json: {listed}")
+    warn_of_unread(folder, *unread, config.n_layers)
     weights, table = FAMILIES[config.family].weights, parameter_table(config)
     tensors = {name: [tensor for _, tensor in stored if tensor is not None] for name, stored in sources.items()}
     readers: list[_Reader] = []
@@ -170,6 +175,29 @@ def _mismatches(config: DecoderConfig, sources: Sources) -> list[str]:
                 except ValueError as error:
                     problems.append(f"{source} {error}")
     return list(dict.fromkeys(problems))  # several parameters may be parts of one tensor
+
+
+def _find_unread(
+    config: DecoderConfig, tensors: Mapping[str, Tensor], sources: Sources
+) -> tuple[list[str], tuple[list[str], int]]:
+    """Return what the model's body holds beyond what is read.
+
+    Returns:
+      A message for each parameter of the family that the configuration leaves out and that would change results; and
+      other tensors, and the number of layers, as ``find_unread`` has them.
+    """
+    weights, table = FAMILIES[config.family].weights, parameter_table(config)
+    prefix, start = _prefixes(tensors, weights)
+    read = {tensor.name for pairs in sources.values() for _, tensor in pairs if tensor is not None}
+    of_body = [name for name in tensors if name.startswith(start) and name not in read and not name.endswith(_HEADS)]
+    names, beyond = find_unread(of_body, config.n_layers)
+    left_out = {weight.name for weight in weights.values()} - {weights[name].name for name in table}
+    patterns = {name: re.sub(r"(?<=\.)\d+(?=\.)", "{}", prefix + name.removeprefix(start)) for name in names}
+    excess = [name for name, pattern in patterns.items() if pattern in left_out]
+    # A bias of zeros is the same as none.
+    superfluous = [name for name in excess if not name.endswith("bias") or np.any(tensors[name].map())]
+    messages = [f"{name} is there, and config.json says that the model has none" for name in superfluous]
+    return messages, ([name for name in names if name not in excess], beyond)
 
 
 class _Part(NamedTuple):

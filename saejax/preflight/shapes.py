@@ -1,18 +1,19 @@
 """The models to check, known by their ``config.json`` alone: no weights are fetched or read."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from saejax.config import Configs
 from saejax.errors import UserError
-from saejax.files import fingerprint
+from saejax.files import fingerprint, read_foreign
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
 from saejax.models.settings import ModelConfig
 from saejax.stages.preflight.settings import PreflightConfig
+
+_EXPECTED = "a model's shape, a config.json of the hub"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,28 +49,16 @@ def identity(configs: Configs) -> str:
 def _read(path: str, model: ModelConfig) -> Shape:
     file = Path(path).expanduser()
     if file.suffix == ".json":
-        return Shape(path, read_config(_json_object(file), path), has_weights=False)
+        return Shape(path, read_config(read_foreign(file, _EXPECTED), path), has_weights=False)
     try:
         config_file = source.find_config(named(path, model))
     except UserError as error:
         raise UserError(
             f"{error}; preflight also takes a file of the shape alone: --preflight.models=FILE.json"
         ) from None
-    return Shape(path, read_config(_json_object(config_file), str(config_file)), has_weights=True)
+    return Shape(path, read_config(read_foreign(config_file, _EXPECTED), str(config_file)), has_weights=True)
 
 
 def named(path: str, model: ModelConfig) -> ModelConfig:
     """Return the settings for another model: a revision belongs to the model it was given for."""
     return dataclasses.replace(model, path=path, revision=model.revision if path == model.path else "main")
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): expected a model's shape, a config.json") from None
-    except ValueError:
-        data = None
-    if not isinstance(data, dict):
-        raise UserError(f"{file} is not a JSON object: expected a model's shape, a config.json of the hub")
-    return data

@@ -6,7 +6,6 @@ status 143, so a batch system may restart exactly the jobs that end with it.
 """
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from typing import NoReturn, TextIO
 
 from absl import flags
 
-from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
+from saejax.errors import REFUSED, CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
 from saejax.models.settings import ModelConfig
 from saejax.parallel.cluster import joined_processes, process_label
 from saejax.runner import command_line, environment, pipeline
@@ -30,11 +29,6 @@ _asked = threading.Event()  # set when the main thread has learned of a signal, 
 _pipe: list[int] = []  # into which the system writes the numbers of signals
 _PATIENCE = 20.0  # seconds for which a signal waits to be asked for
 _STOPPED = "stopped; finished units are kept: run the same command to go on"
-# What a file system refuses, whichever code asks: a user can mend all of these, and a missing file may be a bug.
-_REFUSED = {
-    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
-    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
-}
 
 
 def leave(status: int) -> NoReturn:
@@ -128,7 +122,7 @@ def run_and_report(work: Callable[[], None], flag_values: flags.FlagValues) -> i
             flag_values,
         )
     except OSError as error:
-        if error.errno not in _REFUSED and not out_of_room(error):  # copies of folders say it in words
+        if error.errno not in REFUSED and not out_of_room(error):  # copies of folders say it in words
             raise
         reason = f"{room}: free space, then run again" if (room := out_of_room(error)) else str(error.strerror).lower()
         return _refuse(f"{error.filename or flag_values['workdir'].value}: {reason}", flag_values)

@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import logging
 
-from saejax.errors import UserError
+from saejax.errors import UserError, file_errors
 from saejax.files import read_json, read_object
 from saejax.links import resolve_links
 from saejax.loaded_units import compare_results
@@ -46,6 +46,7 @@ class Summary:
     device_hours: float | None = None  #: of all attempts and processes together; None of a member of a stack
 
 
+@file_errors()
 def load_results(folder: str | Path, unit: str = "") -> Any:
     """Return the results of a finished unit, as the class that its stage returned.
 

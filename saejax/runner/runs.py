@@ -17,6 +17,7 @@ from saejax.links import linked_folder
 from saejax.runner import command, command_line
 from saejax.runner.flag_files import read_flag_files
 from saejax.runner.workspace import CHECKPOINTS, CLAIM, STACK, STARTED, SUMMARY, Workspace, hold_claim
+from saejax.wording import counted
 
 ABOUT = """\
 runs: lists the units of a workdir: size, date, whether DIR/<unit> stands for it (current) or for another (obsolete),
@@ -157,7 +158,7 @@ def describe_units(units: Sequence[KeptUnit]) -> list[str]:
         lines.append(
             f"{unit.name:{width}}  {unit.fingerprint}  {unit.state:10}  {size:>10}  {date:16}  {readers}".rstrip()
         )
-    return [*lines, f"{len(units)} units, {_words(sum(unit.size for unit in units))}"]
+    return [*lines, f"{counted(len(units), 'unit')}, {_words(sum(unit.size for unit in units))}"]
 
 
 def _words(size: float) -> str:

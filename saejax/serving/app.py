@@ -67,7 +67,7 @@ def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphCon
             id=graph.id,
             address=address(graph.id),
             prompt=metadata["prompt"],
-            about=", ".join([*describe_sources(metadata), f"{len(metadata['prompt_tokens'])} tokens"]),
+            about=", ".join([*describe_sources(metadata), counted(len(metadata["prompt_tokens"]), "token")]),
         )
         for graph in graphs
         for metadata in [graph.metadata]

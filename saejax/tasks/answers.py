@@ -7,7 +7,8 @@ case. The flexible rule compares values: "$29.00" is 29, as is "29" where the ri
 
 Formulas are compared by the library math-verify, which knows that 1/2 and 0.5 are the same: *strict* takes the last
 ``\boxed{}``, *flexible* what math-verify finds in the whole text. math-verify drops subscripts, so numbers with a base
-are compared before: 2516_9 is not 2516_8.
+are compared before: 2516_9 is not 2516_8. It takes a pair for a set, which is told apart here: (2, 1) is neither
+{1, 2} nor "1, 2". Inequalities are the intervals that they stand for, which it compares one way round alone.
 
 The flexible rule judges; that the strict rule finds nothing is a failure of format, and is counted. An answer that
 cannot be found is None, and counts as wrong.
@@ -15,6 +16,7 @@ cannot be found is None, and counts as wrong.
 
 import dataclasses
 import functools
+import itertools
 import re
 import threading
 from collections.abc import Sequence
@@ -39,6 +41,11 @@ _LAST_POINT = re.compile(r"(?<=[0-9])\.(?=\s*\})")  # \boxed{5.}
 _BOX = re.compile(r"\\(?:boxed|fbox)(?=[\s{])\s*")
 _PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _OVER_ZERO = re.compile(r"/\s*0+(?![0-9.])|\}\s*\{\s*0+\s*\}")
+# Spaces between thousands (10\,000); signs that math-verify does not know, and its own.
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;:! ]|\{,\}|~)+[0-9]{3})+(?![0-9])")
+_SAME_SIGN = {r"\varnothing": r"\emptyset", r"\degree": r"^\circ", "~": " "}
+_SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])|\\[,;:! ]|[\s$]")  # of brackets, and spaces
+_OR = re.compile(r"\bor\b")
 _SECONDS = 5  # for one formula; a tower of powers could take for ever
 
 
@@ -158,9 +165,6 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
       text: what the model wrote.
       answer: the right formula in LaTeX, without a box around it.
     """
-    import math_verify
-
-    is_same = functools.partial(math_verify.verify, timeout_seconds=_limit())
     # Boxed again, so that math-verify reads the answer as it reads the model's.
     gold, boxed, anywhere = _parsed(f"\\boxed{{{answer}}}"), last_boxed(text), _parsed(text)
     in_box = _parsed(f"\\boxed{{{boxed}}}") if boxed else []
@@ -174,10 +178,66 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
         rule: Verdict(
             extracted,
             extracted is not None
-            and (extracted == answer or (_has_same_base(written[rule] or "", answer) and is_same(gold, reading))),
+            and (
+                extracted == answer
+                or (
+                    _has_same_base(written[rule] or "", answer)
+                    and _means_same(gold, answer, reading, boxed or extracted)
+                )
+            ),
         )
         for rule, (extracted, reading) in readings.items()
     }
+
+
+def _means_same(gold: list[Any], answer: str, reading: list[Any], written: str) -> bool:
+    """Return whether two formulas mean the same; each as math-verify reads it, and as it is written."""
+    if not gold or not reading:
+        return False
+    import math_verify
+    from sympy import FiniteSet
+
+    is_same = functools.partial(math_verify.verify, timeout_seconds=_limit())
+    (around_right, is_list), (around_answer, is_list_too) = _bracket(answer), _bracket(written)
+    if is_list and is_list_too and around_right != around_answer:
+        if "{" in (around_right, around_answer) and {"(", "["} & {around_right, around_answer}:
+            return False
+        if not around_right and around_answer == "(":  # a list without brackets in the order of a pair is a pair
+            gold = _parsed(f"\\boxed{{({answer})}}")
+    sets = [_numbers(gold[0], answer), _numbers(reading[0], written)]
+    if sets == [None, None]:
+        return is_same(gold, reading)
+    if any(numbers is None and isinstance(of[0], FiniteSet) for numbers, of in zip(sets, (gold, reading), strict=True)):
+        return False  # 2 < x < 5 is not 2, 5
+    if None not in sets and gold[0].free_symbols != reading[0].free_symbols:
+        return False
+    return is_same(sets[0] or gold, sets[1] or reading)
+
+
+def _bracket(text: str) -> tuple[str, bool]:
+    """Return the bracket around all of a formula, "" without one, and whether commas separate what is within."""
+    text = _SIZE.sub("", text).replace(r"\{", "{").replace(r"\}", "}")
+    depths = list(itertools.accumulate((char in "{([") - (char in "})]") for char in text))
+    around = text[:1] if text[:1] in ("{", "(", "[") and 0 not in depths[:-1] else ""
+    return around, any(char == "," and depth == bool(around) for char, depth in zip(text, depths, strict=True))
+
+
+def _numbers(formula: Any, written: str) -> Any:
+    """Return the set of the numbers that inequalities stand for; None where a formula is none of one variable."""
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
+    from sympy import And, FiniteSet, GreaterThan, LessThan, StrictGreaterThan, StrictLessThan, Union
+
+    # math-verify makes a list of "x < 2 or x > 3".
+    parts = list(formula.args) if isinstance(formula, FiniteSet) and _OR.search(written) else [formula]
+    simple = [each for part in parts for each in (part.args if isinstance(part, And) else [part])]
+    kinds = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
+    if not all(isinstance(each, kinds) for each in simple) or len(formula.free_symbols) != 1:
+        return None
+    try:
+        return timeout(timeout_seconds=_limit())(lambda: Union(*(part.as_set() for part in parts)))()
+    except (Exception, TimeoutException):  # sympy raises many kinds for what it cannot solve
+        return None
 
 
 def _has_same_base(written: str, answer: str) -> bool:
@@ -223,6 +283,9 @@ def _parsed(text: str) -> list[Any]:
     """Parse a text with math-verify; return its formula and the formula's text, or nothing if there is none."""
     # math-verify knows one way to write a base, and no full stop at the end of a number.
     text = _LAST_POINT.sub("", _BASED.sub(_tidy_number, text))
+    text = _THOUSANDS.sub(lambda number: re.sub("[^0-9]", "", number[0]), text)
+    for sign, own_sign in _SAME_SIGN.items():
+        text = text.replace(sign, own_sign)
     # Here, because math-verify loads sympy, which benchmarks of numbers do not need.
     import math_verify
     from math_verify.errors import TimeoutException

@@ -29,6 +29,8 @@ def opened(path: Path, flag: str, advice: str) -> Iterator[IO[bytes]]:
       UserError: the file is missing, cannot be read, or is not whole; also while it is read in the block.
     """
     try:
+        if path.is_fifo():  # what several stages read, and what is hashed first
+            raise UserError(f"{flag}={path} is a pipe, which can be read only once: name a file")
         with open(path, "rb") as file:
             if file.peek(64).startswith(b"version https://git-lfs"):
                 raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull where it is")

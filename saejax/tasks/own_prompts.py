@@ -12,7 +12,6 @@ up to the user.
 
 import hashlib
 import json
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,13 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import Faults, UserError
+from saejax.files import explain_bad_name
 from saejax.tasks.answer_tokens import fault
 from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.files import decode, read_bytes, read_lines, shown
 from saejax.tasks.recipes import Recipe, ioi_recipe
 from saejax.tasks.settings import BEHAVIOURS, PROBE_LABELS, TaskConfig
+from saejax.wording import counted
 
 _FLAG = "--task.prompts"
 _TAKEN = (*BEHAVIOURS, "started", "summary", "index")  # behaviours of our own, and files of every stage
@@ -59,7 +60,7 @@ def _read_lines(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[dict[
     lines: dict[str, list[dict[str, Any]]] = {}
     if not task.prompts:
         return lines
-    path, texts = Path(task.prompts), set()
+    path, texts, names = Path(task.prompts), set(), dict[str, str]()
 
     def read(record: Any, where: str) -> None:
         """Keep a line if it is a prompt."""
@@ -68,6 +69,11 @@ def _read_lines(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[dict[
         if text in texts:
             raise UserError(f"{where} has the text of an earlier line of {text[0]!r}: remove one of them")
         texts.add(text)
+        if (other := names.setdefault(text[0].lower(), text[0])) != text[0]:
+            raise UserError(
+                f"{where} has the behaviour {text[0]!r}, and an earlier line {other!r}: some disks take their files "
+                "for the same; give it another name"
+            )
         if tokenizer is not None and (why := fault(tokenizer, _prompt("train", fields))):
             raise UserError(
                 f"{where}: {fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}: {why}, "
@@ -138,15 +144,13 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: {name!r} is {shown(value)}: expected a string that is not blank")
     for name in labels:
-        if name in PROBE_LABELS or not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        if name in PROBE_LABELS or explain_bad_name(name, "_"):
             raise UserError(
-                f"{where}: the label {shown(name)} names files: use letters, digits and _, and none of "
+                f"{where}: the label {shown(name)} names files: {explain_bad_name('', '_')}, and none of "
                 f"{', '.join(PROBE_LABELS)}"
             )
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", record["behaviour"]):
-        raise UserError(
-            f"{where}: the behaviour {shown(record['behaviour'])} names files: use letters, digits, _ and -"
-        )
+    if wanted := explain_bad_name(record["behaviour"], "_-"):
+        raise UserError(f"{where}: the behaviour {shown(record['behaviour'])} names files: {wanted}")
     if record["behaviour"].lower() in _TAKEN:
         raise UserError(
             f"{where}: the name {shown(record['behaviour'])} is taken: expected none of {', '.join(_TAKEN)}"
@@ -166,13 +170,14 @@ def _prompts(name: str, lines: Sequence[Mapping[str, Any]], task: TaskConfig) ->
         chosen = {split: [line for line in lines if line["split"] == split] for split in SPLITS}
         for split, split_lines in chosen.items():
             if len(split_lines) < 2:
-                raise UserError(f"{path} has {len(split_lines)} {split} prompts of {name!r}: expected at least 2")
+                count = counted(len(split_lines), f"{split} prompt")
+                raise UserError(f"{path} has {count} of {name!r}: expected at least 2")
     else:
         wanted = dict(train=task.train_prompts, test=task.test_prompts)
         if len(lines) < sum(wanted.values()):
             raise UserError(
-                f"{path} has {len(lines)} prompts of {name!r}, but {wanted['train']} train and {wanted['test']} test "
-                "prompts were asked for: lower --task.train_prompts or --task.test_prompts"
+                f"{path} has {counted(len(lines), 'prompt')} of {name!r}, but {wanted['train']} train and "
+                f"{wanted['test']} test prompts were asked for: lower --task.train_prompts or --task.test_prompts"
             )
         pairs: dict[frozenset[str], list[Mapping[str, Any]]] = {}
         order = np.random.default_rng((task.seed, zlib.crc32(name.encode()))).permutation(len(lines))

@@ -201,9 +201,10 @@ def test_damaged_files_are_refused(tmp_path):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-5])
     with pytest.raises(UserError, match="truncated"):
         load_dictionary(folder)
-    (folder / CFG).write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        load_dictionary(folder)
+    for text, wrong in (("{", "is not valid JSON"), ("[]", "holds a list"), ("null", "holds null")):
+        (folder / CFG).write_text(text)
+        with pytest.raises(UserError, match=f"{wrong}.*: expected the description of a dictionary; fetch it again"):
+            load_dictionary(folder)
     (folder / WEIGHTS).unlink()
     with pytest.raises(UserError, match="description alone: sae_weights.safetensors"):
         load_dictionary(folder)

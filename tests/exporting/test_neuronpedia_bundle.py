@@ -18,13 +18,16 @@ from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments
 from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import FOUND, Label
+from saejax.dictionaries.names import full_name
 from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.results import to_json
 from saejax.runner.workspace import STARTED, Run
+from saejax.stages.atlas.settings import AtlasConfig
 from saejax.stages.export import neuronpedia
 from saejax.stages.export.run import run_export
 from saejax.stages.export.settings import ExportConfig
+from saejax.stages.interpret.settings import InterpretConfig
 
 # Columns of prisma/schema.prisma that a row must give, with their types, and those that it may give.
 NUMBER = (int, float)
@@ -85,15 +88,14 @@ def make_unit(tmp_path, members=("",), **settings):
     names = [member or "resid_post.3" for member in members]
     config = ExportConfig(format="neuronpedia", dictionaries=("topk",), **settings)
     for member in members:
-        folders = [tmp_path / stage / "topk" / member for stage in ("train", "interpret", "atlas")]
+        folders = [tmp_path / stage / "topk" / member for stage in ("train", "interpret")]
         save_dictionary(folders[0] / "dictionary", known.make("topk"))
         (folders[1] / "features").mkdir(parents=True)
-        folders[2].mkdir(parents=True)
         records = [record(i, fires=0 if i == 2 else 12) for i in range(known.make("topk").config.n_features)]
         write_json(folders[1] / "features" / "00000.json", records[:3])
         write_json(folders[1] / "features" / "00001.json", records[3:])
         labels = {"1": Label("“ Paris”", FOUND, f1=0.9), "3": Label(f"a city {BAD}", "Ada", "seen")}
-        write_json(folders[2] / "labels.json", {key: to_json(label) for key, label in labels.items()})
+        write_json(folders[1] / "labels.json", {key: to_json(label) for key, label in labels.items()})
     sites = [name.split("-")[0] for name in names]
     write_members(tmp_path / "train" / "topk", *zip(members, sites, sites, strict=True))
     (tmp_path / "capture").mkdir()
@@ -103,9 +105,13 @@ def make_unit(tmp_path, members=("",), **settings):
     folder = tmp_path / "export" / "neuronpedia-topk"
     folder.mkdir(parents=True)
     write_json(folder / STARTED, {})
-    units = ("train/topk", "interpret/topk", "atlas/topk", "capture")
+    units = ("train/topk", "interpret/topk", "capture")  # without the atlas, and so without ablate
+    by_hand = tmp_path / "by_hand.csv"
+    lines = [f"{full_name('topk', member)},4,a river,,Bea\n" for member in members]
+    by_hand.write_text("".join(["dictionary,feature,label,note,reviewer\n", *lines]))
     inputs = {unit: tmp_path / unit for unit in units}
-    return folder, Run("export", folder.name, folder, Configs(config), inputs, say=lambda line: None)
+    configs = Configs(config, AtlasConfig(labels=str(by_hand)), InterpretConfig(dictionaries=("topk",)))
+    return folder, Run("export", folder.name, folder, configs, inputs, say=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +153,7 @@ def test_rows_hold_what_was_found(source):
     assert bins[0] == bins[1] == (-1, 2.5, -1) and bins[3] == pytest.approx((0.9, 2.5, 0.0012))
     assert [(row["index"], row["description"], row["notes"]) for row in explanations] == [
         ("1", "“ Paris”", "by detector, F1 0.90 on held-out text"), ("3", f"a city {BAD}", "by Ada: seen"),
+        ("4", "a river", "by Bea"),
     ]  # fmt: skip
 
 

@@ -8,7 +8,13 @@ import pytest
 from effect_worlds import attribution, planted_world, top_features, world_table
 
 from saejax.errors import UserError
-from saejax.interventions.answers import BehaviourVerdict, VerdictConfig, enough_sentence
+from saejax.interventions.answers import (
+    BehaviourVerdict,
+    VerdictConfig,
+    among_sentence,
+    enough_sentence,
+    too_few_prompts,
+)
 from saejax.interventions.table import (
     BASIS,
     RANKS,
@@ -158,6 +164,16 @@ def test_effects_by_hand():
     assert result.placebo.sentence.endswith("(p = 0.05): specific to this answer.")
     # Without another behaviour nothing is said of selectivity, without untrained dictionaries nothing of training.
     assert judge(with_basis(1.0)).selective.answer == result.trained.answer == "not tested"
+
+
+def test_one_feature_is_told_in_the_singular():
+    rows = make_rows()
+    rows.add_ranks(0.2)
+    result = judge(rows)
+    assert among_sentence(result.random, "random", 1, 1).startswith("The 1 top feature costs 3.00 logits; 19 random")
+    few = dataclasses.replace(result.random, answer="not testable", numbers=result.random.numbers | dict(pool=1.0))
+    assert "the 1 other feature that lists are drawn from makes fewer" in among_sentence(few, "random", 1, 1)
+    assert too_few_prompts(1, 5) == "not testable with 1 prompt, 5 are needed"
 
 
 def test_random_sets_by_hand():

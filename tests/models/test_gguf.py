@@ -220,6 +220,15 @@ def test_what_transformers_would_leave_out_is_refused(tokenizer, cache, tmp_path
     assert names_in(cache) == []
 
 
+def test_text_for_qwen_is_composed_first(tokenizer, cache, tmp_path):
+    """As in Qwen's own tokenizer, with which the models were trained: an "e" and its accent are "é", one character."""
+    for rule, composes in (("qwen2", True), ("smollm", False)):
+        write_gguf(tmp_path / f"{rule}.gguf", tokenizer, rule=rule)
+        read = source.load_tokenizer(resolve(tmp_path / f"{rule}.gguf"))
+        one, two = (read(text, add_special_tokens=False)["input_ids"] for text in ("caf\u00e9", "cafe\u0301"))
+        assert (one == two) == composes, rule
+
+
 def test_settings_that_agree_are_accepted_and_text_is_cut_by_the_files_rule(tokenizer, cache, tmp_path):
     """SmolLM2's rule sets digits apart first: what stands before one is cut as at a text's end."""
     settings = {"attention.key_length": 16, "attention.value_length": 16, "rope.dimension_count": 16}

@@ -1,11 +1,14 @@
 """Finding models in folders, their fingerprints, tokenizers and torch models. (The hub: test_hub.py.)"""
 
+import errno
 import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,9 +165,12 @@ def test_folders_that_hold_no_model(copy, tmp_path):
     (copy / "model.safetensors").rename(copy / "weights.safetensors")
     with pytest.raises(UserError, match="has no weights: expected model.safetensors"):
         resolve(copy)
-    for text in ("{", "[]", "\xff"):
+    for text, wrong in (
+        *(("{", "is not valid JSON"), ("\xff", "is not valid JSON"), ("[" * 100_000, "is not valid JSON")),
+        *(("[]", "holds a list"), ("null", "holds null"), ('"x"', "holds a text"), ("3", "holds a number")),
+    ):
         (copy / "config.json").write_text(text, encoding="latin-1")
-        with pytest.raises(UserError, match="config.json is not valid JSON: expected a model's settings; fetch it"):
+        with pytest.raises(UserError, match=rf"config.json {wrong}.*: expected a model's settings; fetch it"):
             resolve(copy)
     for folder in (tmp_path, copy):  # alone, and beside weights, on which transformers puts it if it can
         (folder / "adapter_config.json").write_text("{}")
@@ -255,6 +261,56 @@ def test_torch_models_that_do_not_fit_their_files(copy):
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:-1])
     with pytest.raises(UserError, match="is truncated or not a safetensors file"):
         source.load_torch_model(found)
+
+
+def test_settings_that_are_no_json_objects(copy):
+    for name, read, expected in (
+        ("tokenizer_config.json", lambda: source.find_tokenizer(resolve(copy)), "a tokenizer's settings"),
+        ("generation_config.json", lambda: eos_ids(copy, None), "a model's settings"),
+    ):
+        for text in ("[]", "null", '"x"'):
+            (copy / name).write_text(text)
+            with pytest.raises(UserError, match=f"{name} holds .*, no JSON object: expected {expected}; fetch it"):
+                read()
+        (copy / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json"])
+def test_files_without_permission(copy, monkeypatch, name):
+    opened = Path.open
+
+    def refuse(path, *mode, **how):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *mode, **how)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=f"copy/{name} cannot be (read|used) .permission denied.: expected a file that"):
+        saejax.load_model(str(copy))
+
+
+def test_what_is_no_file(copy):
+    """A folder in a file's place, a pipe, which would wait for ever, and a link to nothing."""
+    for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")):
+        for name, message in (("model.safetensors", "has no weights: expected"), ("config.json", "has no config.json")):
+            (copy / name).rename(copy / "away")
+            make(copy / name)
+            with pytest.raises(UserError, match=f"copy {message}"):
+                saejax.load_model(str(copy))
+            shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
+            (copy / "away").rename(copy / name)
+
+
+def test_what_transformers_does_not_read(copy, caplog):
+    """It runs models without it, and says so in a table or not at all."""
+    bias, beyond = "model.layers.0.self_attn.q_proj.bias", "model.layers.9.mlp.up_proj.weight"
+    change_weights(copy, **{bias: np.zeros(64, np.float32), beyond: np.zeros(4, np.float32)})
+    source.load_torch_model(resolve(copy))
+    assert f"{copy} holds weights that are not read: {bias}" in caplog.messages
+    assert any("weights of 1 layer beyond the 4 that config.json says (num_" in line for line in caplog.messages)
+    change_weights(copy, **{bias: np.ones(64, np.float32)})
+    with pytest.raises(UserError, match=f"{bias} is there, and config.json says that the model has none"):
+        source.load_torch_model(resolve(copy))
 
 
 def test_architectures_that_are_not_known(copy):

@@ -91,6 +91,45 @@ def test_all_mismatches_are_listed_in_one_error(copy):
     ]
 
 
+def test_weights_that_are_not_read(tiny, copy, caplog):
+    """Layers beyond those of the configuration; tensors that no parameter has; biases that it leaves out."""
+    beyond = "2 layers beyond the 2 that config.json says (num_hidden_layers): they are not read"
+    logged = [f"{copy} holds weights of {beyond}"]
+    change_config(copy, num_hidden_layers=2)
+    for prefix in ("", "language_model."):
+        tensors = {prefix + name: value for name, value in load_file(tiny / "model.safetensors").items()}
+        save_file(tensors, copy / "model.safetensors")
+        assert load(copy)[1]["layers.up_DxF"].shape[0] == 2
+        assert caplog.messages == logged
+        caplog.clear()
+    change_config(copy, num_hidden_layers=4)
+    silent = ("rotary_emb.inv_freq", "layers.0.self_attn.rotary_emb.inv_freq", "mtp_layers.0.mlp.up_proj.weight")
+    silent += ("layers.4.eh_proj.weight", "layers.4.enorm.weight", "layers.4.mlp.up_proj.weight")  # DeepSeek-V3's
+    silent += ("vision_tower.layers.9.mlp.up_proj.weight",)
+    added = [f"model.{name}" for name in silent] + ["score.weight"]
+    save_file(load_file(tiny / "model.safetensors") | dict.fromkeys(added, np.ones(2)), copy / "model.safetensors")
+    load(copy)
+    assert caplog.messages == []
+    named = ["model.layers.3.self_attn.sinks", "model.per_layer.weight"]
+    change(copy, lambda tensors: tensors.update(dict.fromkeys(named, np.ones(2))))
+    load(copy)
+    assert caplog.messages == [f"{copy} holds weights that are not read: {', '.join(named)}"]
+
+
+def test_parameters_that_the_configuration_leaves_out_are_refused(tiny, copy):
+    bias = "model.layers.2.self_attn.q_proj.bias"
+    change_config(copy, attention_bias=False)
+    with pytest.raises(UserError, match=rf"do not fit its config.json: .*; {bias} is there, and config.json says that"):
+        load(copy)
+    zeros = {name: 0 * value for name, value in load_file(tiny / "model.safetensors").items() if name.endswith("bias")}
+    change(copy, lambda tensors: tensors.update({name: value for name, value in zeros.items() if "attn" in name}))
+    assert "layers.q_bias_HxK" not in load(copy)[1]  # zeros change nothing
+    norm = "model.layers.1.self_attn.q_norm.weight"  # of Qwen 3
+    change(copy, lambda tensors: tensors.update({norm: np.ones(16)}))
+    with pytest.raises(UserError, match=f"{norm} is there"):
+        load(copy)
+
+
 def test_parts_of_one_tensor_are_named_once(tmp_path):
     save_tiny(tmp_path, "gpt2")
     name = "transformer.h.1.attn.c_attn.weight"

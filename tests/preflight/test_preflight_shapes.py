@@ -72,9 +72,9 @@ def test_the_identity_follows_the_file_not_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read"),
-        ("[1]", "is not a JSON object"),
-        ("{", "is not a JSON object"),
+        (None, "does not exist"),
+        ("[1]", "holds a list, no JSON object: expected a model's shape"),
+        ("{", "is not valid JSON: expected a model's shape"),
         ('{"model_type": "t5"}', "does not have the family 't5'"),
         ('{"model_type": "llama", "hidden_size": 64}', "has no field"),
     ],

@@ -1,18 +1,22 @@
 """The report over a made-up workspace: complete in itself, says what was found, and says no when it is no."""
 
+import dataclasses
+import itertools
 import re
 
 import pytest
 from absl import flags
-from made_up_workspace import copy_inputs, make_workspace
+from made_up_workspace import copy_inputs, made_up_contexts, make_run, make_workspace
 from report_page import Report
 
-from saejax.errors import UserError
+from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, write_json
+from saejax.page import style
 from saejax.runner import registry
 from saejax.runner.flags import define_flags, from_flags
 from saejax.runner.results import load_results
 from saejax.runner.workspace import SUMMARY
+from saejax.stages.report import run as stage
 from saejax.tasks.settings import TaskConfig
 
 
@@ -58,6 +62,19 @@ def test_both_say_the_answers_figures_scores_and_settings(report):
             assert f"{result.fooled} of {result.placebo_sets}" in text
 
 
+@pytest.mark.parametrize("answers", [0, 1, 5])
+def test_a_report_stops_between_its_parts(report, tmp_path, monkeypatch, answers):
+    asked = itertools.count()
+    run = dataclasses.replace(
+        make_run(tmp_path, copy_inputs(report.root, tmp_path)), stopping=lambda: next(asked) >= answers
+    )
+    monkeypatch.setattr(stage, "contexts", lambda run, name, features, count: made_up_contexts(features, count))
+    monkeypatch.setattr(style, "save", lambda *figure: '<svg width="1pt" viewBox="0 0 1 1"></svg>')
+    with pytest.raises(Interrupted, match="report: stopped; run the same command to write it"):
+        stage.run_report(run)
+    assert next(asked) == answers + 1 and not (run.folder / "index.html").exists()
+
+
 def test_a_report_without_a_specific_behaviour_says_so_first_and_names_those_without_top_features(report, tmp_path):
     inputs = copy_inputs(report.root, tmp_path)
     summary = read_json(inputs["ablate/topk"] / SUMMARY)
@@ -72,6 +89,18 @@ def test_a_report_without_a_specific_behaviour_says_so_first_and_names_those_wit
         assert "Capital of a city's state or country is not testable: no feature of the dictionary fires." in text
         sites = [f"the residual stream after layer {layer} (resid_post.{layer})" for layer in (5, 15)]
         assert f"only {' and '.join(sites)} were tested" in text and "Few sites" in text and "One site" not in text
+
+
+def test_one_top_feature_is_told_in_the_singular(report, tmp_path):
+    inputs = copy_inputs(report.root, tmp_path)
+    summary = read_json(inputs["ablate/topk"] / SUMMARY)
+    summary["results"]["k"] = 1
+    for name, top in summary["results"]["top"].items():
+        summary["results"]["top"][name] = top[:1]
+    write_json(inputs["ablate/topk"] / SUMMARY, summary)
+    for text in Report(tmp_path, inputs).texts:
+        assert "the one with the largest attribution was chosen on train prompts and ablated on 20 test" in text
+        assert "Ablated alone, 1 of 1 feature lowers the logit difference" in text
 
 
 def test_the_settings_can_be_used_as_a_flag_file(report, tmp_path):

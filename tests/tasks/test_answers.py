@@ -123,6 +123,41 @@ def test_formulas_are_compared_by_what_they_mean(text, answer, strict, flexible)
         assert (verdicts[rule].answer is None) == (right is None), rule
 
 
+@pytest.mark.parametrize(
+    ("answer", "same", "different"),
+    [
+        ("10000", [r"10\,000", r"10{,}000", r"10\ 000", r"\$10{,}000", "10,000"], ["10, 000", "1000", r"100{,}00"]),
+        (r"1,\!000", [r"1\,000", "1000"], ["1.000"]),
+        (
+            "[2,5)",
+            [r"x \in [2, 5)", r"2 \le x < 5", r"5 > x \geq 2", r"\left[2,5\right)"],
+            [r"2\le x\le 5", "(2,5]", "2,5"],
+        ),
+        (r"2\le x<5", ["[2,5)", r"5 > x \ge 2"], ["(2,5)", "2<x<5", r"2 \le y < 5", "2,5", r"\{2,5\}"]),
+        ("2<x<5", ["(2,5)"], ["2,5", r"\{2,5\}", "x<5"]),
+        (r"x \le 5", [r"(-\infty,5]", r"5 \ge x"], [r"(-\infty,5)", "x<5", "5"]),
+        (
+            r"(-\infty,2)\cup(3,\infty)",
+            [r"x<2 \text{ or } x>3", r"\left(3,+\infty\right) \cup (-\infty, 2)"],
+            [r"x<2 \text{ and } x>3", r"(-\infty,2]\cup(3,\infty)", "(2,3)"],
+        ),
+        (r"\{1,2\}", ["2,1", r"\{2,1\}"], ["(1,2)", "(2,1)", "[1,2]"]),
+        ("1,2", ["2,1", r"\{2,1\}", r"1 \text{ and } 2"], ["(2,1)", "[1,2]", "12", "1.2"]),
+        ("(1,2)", [r"\left(1,2\right)", "(x,y)=(1,2)"], ["(2,1)", r"\{1,2\}", "2,1", "[1,2]"]),
+        (r"\frac12", [r"\frac{1}{2}", r"\dfrac12", ".5", "0.5", r"50\%"], ["2", "12"]),
+        (r"1\frac12", [r"\frac{3}{2}", "1.5"], [r"\frac{11}{2}", r"\frac12"]),
+        (r"50\%", ["50", "50%", r"\frac12"], ["5", "5000"]),
+        (r"90^\circ", ["90", r"90\degree", r"90^{\circ}"], [r"\frac{\pi}{2}"]),
+        (r"5\text{ cm}", ["5", r"5~\text{cm}", r"5\,\mathrm{cm}"], [r"6\text{ cm}"]),
+        (r"\emptyset", [r"\varnothing"], ["0"]),
+    ],
+)
+def test_answers_that_are_written_otherwise(answer, same, different):
+    for written in (*same, *different):
+        right = [verdict.correct for verdict in formula_verdicts(rf"Hence $\boxed{{{written}}}$.", answer).values()]
+        assert right == 2 * [written in same], written
+
+
 def test_a_formula_without_end_is_given_up(monkeypatch):
     monkeypatch.setattr("saejax.tasks.answers._SECONDS", 1)
     start = time.process_time()  # a busy machine takes longer, but no more of this

@@ -30,7 +30,7 @@ import numpy as np
 from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries.formats.place import fetch_file, full_name, split_address
 from saejax.errors import UserError
-from saejax.files import read_json, whole_file, write_json
+from saejax.files import read_foreign, whole_file, write_json
 from saejax.models.hub import hub_errors
 from saejax.models.identity import cache_folder, content_sha256
 from saejax.unicode import replace_surrogates, visible_token
@@ -297,7 +297,7 @@ def _read_single(places: Sequence[Path], feature: Feature, fetch: bool) -> Mappi
     for name in (f"{cantor_pair(*feature)}.json", "{}_{}.json".format(*feature)):
         for place in places:
             if (place / name).is_file():
-                return read_json(place / name)
+                return read_foreign(place / name, "a feature of circuit-tracer or Neuronpedia")
     return None
 
 

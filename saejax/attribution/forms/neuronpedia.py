@@ -5,7 +5,6 @@ a folder of graphs, a file for each, and a list of them.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.dictionaries.formats.hooks import bare_model_name
 from saejax.errors import UserError
-from saejax.files import write_json, write_text
+from saejax.files import explain_bad_name, write_json, write_text
 from saejax.versions import package_versions
 
 _TYPES = {
@@ -183,8 +182,10 @@ def _scan(graph: Graph, source_set: str) -> str:
 
 def check_slug(slug: str) -> None:
     """Raise ``UserError`` for a slug that cannot be the name of a graph's file."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) or slug == "graph-metadata":
-        raise UserError(f"{slug!r} cannot name a graph: use letters, digits, '.', '_' and '-', as in a file's name")
+    if slug == "graph-metadata":
+        raise UserError(f"{slug!r} cannot name a graph: it names the list of graphs")
+    if wanted := explain_bad_name(slug):
+        raise UserError(f"{slug!r:.60} cannot name a graph: {wanted}")
 
 
 def write_graph(folder: Path, document: GraphDocument) -> None:

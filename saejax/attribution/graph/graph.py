@@ -38,7 +38,7 @@ from saejax.attribution.graph.data import (
 from saejax.attribution.graph.pruning import prune_each, score_subgraph, scores
 from saejax.attribution.settings import GraphConfig
 from saejax.dictionaries.formats import tensors
-from saejax.errors import UserError
+from saejax.errors import UserError, file_errors
 from saejax.files import file_sha256, read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -302,6 +302,7 @@ class Graph(GraphData):
             write_json(temporary / DESCRIPTION, description | dict(sha256=file_sha256(temporary / ARRAYS)))
 
     @classmethod
+    @file_errors()
     def load(cls, folder: str | os.PathLike, tokenizer: Any = None) -> Self:
         """Read what ``save`` wrote, or a file of circuit-tracer, whose classes have to be installed for that.
 

@@ -24,7 +24,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, formats, rescale
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, load_all, place
 from saejax.dictionaries.formats.circuit_tracer import TranscoderSet
 from saejax.dictionaries.kinds import by_name
-from saejax.errors import UserError, one_of
+from saejax.errors import UserError, file_errors, one_of
 from saejax.models import hub
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
@@ -363,6 +363,7 @@ class LayerTranscoders(LayerDictionaries):
         return super().describe() | dict(reads=self.reads) | (dict(cross_layer=True) if self.cross_layer else {})
 
 
+@file_errors()
 def open_transcoders(
     path: str | Path, revision: str = "main", subfolder: str = "", choice: Sequence[str] = ()
 ) -> LayerTranscoders:
@@ -509,6 +510,7 @@ class LayerSaes(LayerDictionaries):
         return super().describe() | dict(sites=list(map(str, self.sites)))
 
 
+@file_errors()
 def open_saes(saes: Saes, estimate: str = "gradient", direct: bool = False) -> LayerSaes:
     """Return SAEs of some of a model's sites, for ``trace``.
 

@@ -55,6 +55,7 @@ from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
 from saejax.progress import OnProgress
 from saejax.short_reprs import has_short_repr
+from saejax.wording import counted
 
 AnySet = LayerTranscoders | Sequence[Dictionary] | str | Path
 
@@ -100,8 +101,8 @@ class LocalModel(LocalState):
 
     def __repr__(self) -> str:
         return (
-            f"<LocalModel of {self.model.source.name} and {self.dictionaries.name}: {len(self.ids_P)} tokens, "
-            f"{len(self.active):,} active features>"
+            f"<LocalModel of {self.model.source.name} and {self.dictionaries.name}: "
+            f"{counted(len(self.ids_P), 'token')}, {counted(len(self.active), 'active feature')}>"
         )
 
     @functools.cached_property

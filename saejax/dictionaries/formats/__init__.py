@@ -34,7 +34,7 @@ from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, own,
 from saejax.dictionaries.formats.place import REGISTRY, registry_overrides, resolve_path
 from saejax.dictionaries.formats.tensors import DTYPES, Published, description_errors
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
-from saejax.errors import UserError, one_of
+from saejax.errors import UserError, file_errors, one_of
 from saejax.loaded_units import compare_dictionary
 from saejax.models.sites import parse_site, site_parts
 from saejax.parallel.mesh import check_mesh
@@ -84,6 +84,7 @@ class Located:
     load: Callable[[str, str, Mesh | None], Dictionary]  #: reads it, given ``matmul_dtype``, ``dtype`` and ``mesh``
 
 
+@file_errors()
 def load_dictionary(
     path: str | os.PathLike,
     matmul_dtype: str = "float32",
@@ -174,6 +175,7 @@ def load_all(path: str | os.PathLike) -> dict[str, Dictionary]:
     return {str(folder): load_dictionary(folder) for folder in folders_of(path)}
 
 
+@file_errors()
 def load_transcoders(
     path: str | os.PathLike, matmul_dtype: str = "float32", site: str = "", target: str = "", dtype: str = "float32"
 ) -> list[Dictionary]:

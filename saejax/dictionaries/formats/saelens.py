@@ -31,7 +31,7 @@ from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
-from saejax.files import read_json, write_json
+from saejax.files import read_foreign, write_json
 from saejax.parallel.collectives import to_host
 
 DESCRIPTION, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -120,8 +120,8 @@ def parse(folder: Path, site: str = "", overrides: Mapping[str, Any] | None = No
 
 def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a ``cfg.json`` of any version in one flat mapping, under the names of version 6."""
-    settings = read_json(file)
-    is_object = isinstance(settings, dict) and isinstance(settings.get("metadata", {}), dict)
+    settings = read_foreign(file, "the description of a dictionary")
+    is_object = isinstance(settings.get("metadata", {}), dict)
     if not is_object or not {"architecture", "d_in"} & settings.keys():  # the first versions have no architecture
         raise UserError(f"{file} is not the description of a dictionary: expected an object with 'architecture'")
     if "metadata" not in settings:

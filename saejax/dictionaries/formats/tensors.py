@@ -29,7 +29,7 @@ from safetensors import safe_open
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table, placements
 from saejax.errors import UserError, one_of
-from saejax.files import read_json, unfinished_folder
+from saejax.files import read_foreign, unfinished_folder
 from saejax.models.checkpoint import Tensor, file_dtype, not_finite_error, read_header
 from saejax.parallel.collectives import host_pieces, local_parts
 from saejax.parallel.mesh import read_parts
@@ -138,6 +138,7 @@ def open_tensors(file: Path) -> dict[str, Tensor]:
     """
     if not file.is_file():
         raise UserError(f"{file} is missing: fetch the dictionary again")
+    file.open("rb").close()  # an error that says why, such as of a file without permission
     state = _open_npz(file) if file.suffix == ".npz" else read_header(file)
     # Again and again: a model that was compiled may also have run on several devices.
     while prefix := next((prefix for prefix in _WRAPPERS if state and all(n.startswith(prefix) for n in state)), ""):
@@ -273,10 +274,7 @@ def describe(
 
 def read_settings(file: Path) -> dict[str, Any]:
     """Return the settings of a JSON file that holds an object."""
-    settings = read_json(file)
-    if not isinstance(settings, dict):
-        raise UserError(f"{file} is not the description of a dictionary: expected an object")
-    return settings
+    return read_foreign(file, "the description of a dictionary")
 
 
 @contextlib.contextmanager

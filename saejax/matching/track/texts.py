@@ -115,7 +115,7 @@ def read_problems(config: TrackConfig) -> list[Problem]:
     def read(record: Any, where: str) -> None:
         """Keep a line if it is a text."""
         problem = _problem(record, where)
-        if problem.slug in problems:
+        if problem.slug.lower() in map(str.lower, problems):  # some disks take names that differ in case for one
             raise UserError(f"{where} has the slug {problem.slug!r} of an earlier line")
         problems[problem.slug] = problem
 

@@ -31,6 +31,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
 from saejax.models.settings import ModelConfig
 from saejax.models.source import resolve
+from saejax.wording import counted
 
 SCORES, NULL, CEILING = "scores", "null", "ceiling"  # rows of two dictionaries, of chance, of one with itself
 _MIN_SHARED = 64  # tokens that two models must share in each half
@@ -117,7 +118,8 @@ def read_shared_text(
             for site in {entry.config.site, entry.target}:
                 shared.sink_norms[model, site] = float(lm.sink_norm(site))
         sites = {*itertools.chain(*pairs)}
-        say(f"{lm.source.name}: {len(read.text_N):,} tokens of {len(texts)} texts, {len(sites)} sites")
+        of = f"{counted(len(texts), 'text')}, {counted(len(sites), 'site')}"
+        say(f"{lm.source.name}: {len(read.text_N):,} tokens of {of}")
         del lm  # before the next model is loaded
     return shared
 

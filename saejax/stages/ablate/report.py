@@ -461,9 +461,9 @@ def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) 
     }
     above = sum(item.drop.low > 0 for item in top)
     note = (
-        f"In order of attribution. Ablated alone, {above} of {len(top)} features lower the logit difference with an "
-        "interval above zero; of features without effect about one in forty would. Fires on: share of the tokens of "
-        "the test prompts."
+        f"In order of attribution. Ablated alone, {above} of {counted(len(top), 'feature')} "
+        f"{'lowers' if len(top) == 1 else 'lower'} the logit difference with an interval above zero; of features "
+        "without effect about one in forty would. Fires on: share of the tokens of the test prompts."
     )
     return Table.of("Features ablated one by one", [(item,) for item in top], columns, stack=False, note=note)
 

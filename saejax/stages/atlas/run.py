@@ -11,13 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels, unused_labels
+from saejax.dictionaries.labels import EXPLAINED, LABELS, Label
 from saejax.dictionaries.names import full_name
-from saejax.errors import Interrupted, UserError
+from saejax.errors import Interrupted
 from saejax.files import read_json, write_json, write_text
 from saejax.interpret.feature_record import FeatureRecord, TokenMap, iterate_records, read_records, top_tokens
 from saejax.interpret.heatmaps import MAPS
-from saejax.interpret.labels import label_files, read_explanations, read_labels, unused_lines
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.review import write_sheets
 from saejax.links import member_folder
@@ -25,8 +24,7 @@ from saejax.page.scripts import ELEMENTS, elements_script, embedded
 from saejax.results import to_json
 from saejax.runner.results import load_results
 from saejax.runner.workspace import Run
-from saejax.stages.atlas.settings import AtlasConfig
-from saejax.stages.interpret.settings import InterpretConfig
+from saejax.stages.atlas.labels import read_member_labels
 
 CHUNK = 32  # features of a file that is loaded at once
 _VIEWER = Path(__file__).parent / "viewer"
@@ -41,31 +39,15 @@ def run_atlas(run: Run) -> AtlasResults:
       Interrupted: asked to stop.
     """
     interpreted: InterpretResults = load_results(run.inputs[f"interpret/{run.name}"])
-    path, several = Path(run.configs[AtlasConfig].labels), len(interpreted.members) > 1
-    several = several or len(run.configs[InterpretConfig].dictionaries) > 1
-    names = [full_name(run.name, member.name) for member in interpreted.members]
-    sheets, exported = label_files(path) if run.configs[AtlasConfig].labels else ([], [])
-    if exported and several:
-        raise UserError(
-            f"--atlas.labels={path} has explanations from Neuronpedia, which are of one dictionary: interpret one "
-            "alone, with --interpret.dictionaries"
-        )
-    by_hand = [
-        read_labels(path, name, member.features, several) if sheets else {}
-        for name, member in zip(names, interpreted.members, strict=True)
-    ]  # all of them before anything is written
-    others = [kind for kind in run.configs[InterpretConfig].dictionaries if kind != run.name]
-    if unused := unused_lines(path, names, others) if sheets else ():
-        run.say(f"warning: {unused_labels(f'--atlas.labels={path}', unused, names)}")
+    # All of them before anything is written.
+    labels = read_member_labels(run, run.name, {member.name: member.features for member in interpreted.members})
     ablated = [load_results(folder) for unit, folder in run.inputs.items() if unit.startswith("ablate/")]
     pages = []
-    for name, member, hand_labels in zip(names, interpreted.members, by_hand, strict=True):
+    for member in interpreted.members:
+        name, (automatic, hand_labels) = full_name(run.name, member.name), labels[member.name]
         folder, source = run.folder / member.name, member_folder(run.inputs[f"interpret/{run.name}"], member.name)
-        automatic, judged = load_labels(source / LABELS), dict[str, Any]()
-        if explained := run.inputs.get(f"explain/{run.name}"):
-            automatic |= load_labels(explained / member.name / LABELS)
-            judged = read_json(explained / member.name / EXPLAINED)
-        automatic |= read_explanations(exported, member.features)
+        explained = run.inputs.get(f"explain/{run.name}")
+        judged = read_json(explained / member.name / EXPLAINED) if explained else {}
         every = ablated[0].top if ablated and ablated[0].dictionary == name else {}
         top = {behaviour: tuple(item for item in items if not item.site) for behaviour, items in every.items()}
         effects: dict[int, dict[str, float]] = {}

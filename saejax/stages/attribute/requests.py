@@ -15,7 +15,7 @@ from saejax.config import counted
 from saejax.dictionaries.formats.place import is_address, resolve_path
 from saejax.dictionaries.labels import COLUMNS, labels_of_sheets, read_sheet, sheets_in
 from saejax.errors import Faults, UserError
-from saejax.files import fingerprint
+from saejax.files import explain_bad_name, fingerprint
 from saejax.models.identity import content_sha256
 from saejax.runner.labels import labels_of_folders, names_and_sites
 from saejax.tasks.behaviours import Prompt
@@ -72,7 +72,7 @@ def unit_name(config: GraphConfig) -> str:
         return _checked_slug(config.slug, "--graph.slug")
     if config.prompts:
         name = Path(config.prompts).name.removesuffix(".jsonl")
-        return name if _is_slug(name) and len(name) <= _LONGEST else _add_fingerprint(name)
+        return name if not _explain_bad_slug(name) and len(name) <= _LONGEST else _add_fingerprint(name)
     if config.behaviours:
         return "behaviours"
     return _slug_of(config.prompt)
@@ -149,7 +149,8 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     targets = (target,) if config.target else ()
     if config.behaviours:
         assert behaviours is not None
-        return [of_behaviour(name, prompts, targets) for name, prompts in behaviours.items()]
+        names = [_checked_slug(name, "--graph.behaviours") for name in behaviours]
+        return [of_behaviour(name, behaviours[name], targets) for name in names]
     if not config.prompts:
         return [Request(unit_name(config), config.prompt, targets)]
     path, requests = Path(config.prompts), list[Request]()
@@ -158,7 +159,8 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
     def read(record: Any, where: str) -> None:
         """Keep a line if it is a request."""
         request = _of_line(record, targets, where)
-        if request.slug in {earlier.slug for earlier in requests}:
+        # Some disks take names that differ in case alone for one.
+        if request.slug.lower() in {earlier.slug.lower() for earlier in requests}:
             raise UserError(
                 f"{where} has the slug {request.slug!r} of an earlier line: give it another, as in {_EXAMPLE}"
             )
@@ -326,14 +328,14 @@ def _words(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:_LONGEST].strip("-")
 
 
-def _is_slug(slug: str) -> bool:
-    """Return whether a text can be the name of a graph and of its files."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) is not None and slug not in _TAKEN
+def _explain_bad_slug(slug: Any) -> str:
+    """Return why a value cannot be the name of a graph and of its files; "" if it can."""
+    return explain_bad_name(slug) or (f"use none of {', '.join(_TAKEN)}" if slug.lower() in _TAKEN else "")
 
 
 def _checked_slug(slug: Any, where: str) -> str:
-    if not isinstance(slug, str) or not _is_slug(slug):
-        raise UserError(f"{where}: {slug!r} cannot name a graph: use the letters a to z, digits, '.', '_' and '-'")
+    if wanted := _explain_bad_slug(slug):
+        raise UserError(f"{where}: {slug!r:.60} cannot name a graph: {wanted}")
     return slug
 
 

@@ -47,6 +47,7 @@ from saejax.stages.attribute.traces import (
 )
 from saejax.stages.inputs import load_run_model, read_behaviours
 from saejax.tasks.answer_tokens import answer_ids
+from saejax.wording import counted
 
 
 def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
@@ -249,8 +250,9 @@ def _message(results: GraphResults) -> str:
     """Return a graph's results in a line."""
     traced, empty = results.traced / max(results.active, 1), f". {results.empty}" if results.empty else ""
     return (
-        f"{results.active:,} active features, {results.traced:,} traced in {results.seconds:.1f} s; kept "
-        f"{results.features} features, {results.errors} errors, {results.edges:,} edges; replacement "
-        f"{results.scores.replacement:.2f}, completeness {results.scores.completeness:.2f} with "
+        f"{counted(results.active, 'active feature')}, {results.traced:,} traced in {results.seconds:.1f} s; kept "
+        f"{counted(results.features, 'feature')}, {counted(results.errors, 'error')}, "
+        f"{counted(results.edges, 'edge')}; replacement {results.scores.replacement:.2f}, "
+        f"completeness {results.scores.completeness:.2f} with "
         f"{traced:.0%} of the active features traced ({results.untraced:.1%} untraced input){empty}"
     )

@@ -30,6 +30,7 @@ from saejax.stages.circuits.settings import CircuitsConfig
 from saejax.tasks.corpora import read_corpus
 from saejax.tasks.gate import read_tested
 from saejax.tasks.settings import CorpusConfig
+from saejax.wording import counted
 
 _DOCUMENTS = 40  # of the embedded corpus, in which contexts of features without files of their own are looked for
 _PROMOTED = 5  # tokens that a page shows
@@ -85,10 +86,11 @@ def run_circuits(run: Run) -> CircuitsResults:
             if is_first_process():
                 weak, prompt = tested.weak.get(name, ""), measured[name][0]
                 write_behaviour(run.folder, name, results, details, prompt, graph_config.transcoders, by_hand, weak)
+            total, swap = len(results.drawn("total")), len(results.drawn("swap"))
             message = (
-                f"{len(results.returning)} features return over {results.traced} prompts; {len(results.groups)} "
-                f"groups, {len(results.drawn())} edges drawn; {len(results.drawn('total'))} groups are needed for the "
-                f"answer, {len(results.drawn('swap'))} carry which one it is"
+                f"returning over {counted(results.traced, 'prompt')}: {counted(len(results.returning), 'feature')}, in "
+                f"{counted(len(results.groups), 'group')}; {counted(len(results.drawn()), 'edge')} drawn; needed for "
+                f"the answer: {counted(total, 'group')}, carrying which one it is: {swap}"
             )
             return Measured(results, message)
 

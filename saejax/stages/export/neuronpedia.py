@@ -22,8 +22,9 @@ import numpy as np
 
 from saejax.activations.store import Store
 from saejax.dictionaries import load_dictionary
+from saejax.dictionaries.formats import own
 from saejax.dictionaries.formats.hooks import bare_model_name, to_hook
-from saejax.dictionaries.labels import LABELS, Label, load_labels
+from saejax.dictionaries.labels import Label
 from saejax.dictionaries.names import full_name
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
@@ -34,6 +35,7 @@ from saejax.links import member_folder
 from saejax.models.sites import Site
 from saejax.parallel.mesh import on_host
 from saejax.runner.workspace import Run
+from saejax.stages.atlas.labels import read_member_labels
 from saejax.stages.export.settings import ExportConfig
 from saejax.unicode import replace_surrogates
 
@@ -44,7 +46,7 @@ _LONGEST = 512  # characters of an explanation, at most
 _SHORT = dict(resid_pre="res", resid_mid="res", resid_post="res", attn_out="att", mlp_in="transcoder", mlp_out="mlp")
 _SHORT |= dict(attn_z="att")
 _MODEL_ID = re.compile(r"(?!.*(--|\.\.))[a-z][a-z0-9.-]{0,30}[a-z0-9]")
-_SET = re.compile(r"(?!neurons$)(?!.*--)[a-z][a-z0-9-]*")
+_SET = re.compile(r"(?!neurons$)(?!.*--)(?!.{101})[a-z][a-z0-9-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
     """Write the bundles of all members of a train unit.
 
     Args:
-      run: of the stage, which reads the capture, and ``interpret`` and ``atlas`` of the dictionaries.
+      run: of the stage, which reads the capture, and ``interpret`` and perhaps ``explain`` of the dictionaries.
       unit: the train unit.
       members: its dictionaries.
 
@@ -87,7 +89,8 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
       The folder of each member's bundle.
 
     Raises:
-      UserError: Neuronpedia does not take a name, or two members would get the same name.
+      UserError: Neuronpedia does not take a name, two members would get the same name, or labels of the user's own
+        cannot be read.
       Interrupted: asked to stop.
     """
     config = run.configs[ExportConfig]
@@ -100,10 +103,12 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
             f"members of {kind} would be one source of Neuronpedia: {ids}; export one at a time, with --train.sites"
         )
     folders = [f"v1/{model}/{source.id}" for source in sources]
+    configs = {member.name: own.read_config(member_folder(unit, member.name) / "dictionary") for member in members}
+    labels_of = read_member_labels(run, kind, {name: config.n_features for name, config in configs.items()})
     for member, source, folder in zip(members, sources, folders, strict=True):
         with on_host():
             W_dec_FxD = np.asarray(load_dictionary(member_folder(unit, member.name)).W_dec_FxD[...])
-        labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
+        labels = labels_of[member.name].automatic | labels_of[member.name].by_hand
         described = sorted((member_folder(run.inputs[f"interpret/{kind}"], member.name) / FEATURES).glob("*.json"))
         _write_about(run.folder / folder, source, store.manifest.documents.train)
         for number, path in enumerate(described):
@@ -137,8 +142,8 @@ def _source(member: TrainedMember, kind: str, model: str, config: ExportConfig) 
     name = "-".join(filter(None, [config.source_set or by_site, setting]))
     if not _SET.fullmatch(name):
         raise UserError(
-            f"--neuronpedia.source_set makes a set {name!r}: Neuronpedia takes small letters, digits and single "
-            "dashes, a letter first"
+            f"--neuronpedia.source_set makes a set {name!r:.120}: Neuronpedia takes small letters, digits and single "
+            "dashes, at most 100, a letter first"
         )
     return NeuronpediaSource(model, name, site.layer, hook)
 

@@ -6,6 +6,13 @@ from saejax.config import Configs, counted
 from saejax.errors import UserError
 from saejax.models.hub import require_token
 from saejax.runner.stage import Input, Stage, inputs_of
+from saejax.stages.atlas.labels import (
+    check_label_files,
+    hash_label_files,
+    must_name_dictionaries,
+    units_of_labels,
+)
+from saejax.stages.atlas.settings import AtlasConfig
 from saejax.stages.export.results import ExportResults
 from saejax.stages.export.run import run_export
 from saejax.stages.export.settings import ExportConfig
@@ -21,13 +28,21 @@ def _settings(configs: Configs, name: str) -> dict[str, Any]:
 def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     """Return the units of the dictionaries; for Neuronpedia also of descriptions and labels, for the hub of scores."""
     format, _, kind = name.partition("-")
-    explained = ("capture", f"interpret/{kind}", f"atlas/{kind}") if format == "neuronpedia" else ()
     scored = (f"evaluate/{kind}",) if configs[ExportConfig].push else ()
-    return inputs_of(trained_sites(configs), f"train/{kind}", *explained, *scored)
+    if format != "neuronpedia":
+        return inputs_of(trained_sites(configs), f"train/{kind}", *scored)
+    return inputs_of(
+        trained_sites(configs),
+        f"train/{kind}",
+        "capture",
+        *units_of_labels(configs, kind),
+        labels=hash_label_files,
+        several=must_name_dictionaries,
+    )
 
 
 def _check(configs: Configs) -> None:
-    """Raise a ``UserError`` for a push that cannot be, before anything is trained for it."""
+    """Raise a ``UserError`` for a push or labels that cannot be, before anything is trained for it."""
     config = configs[ExportConfig]
     if config.push and config.format != "saelens":
         raise UserError(
@@ -35,6 +50,8 @@ def _check(configs: Configs) -> None:
         )
     if config.push and config.dictionaries:
         require_token()
+    if config.dictionaries and config.format == "neuronpedia":
+        check_label_files(configs)
 
 
 EXPORT = Stage(
@@ -43,8 +60,8 @@ EXPORT = Stage(
     "Neuronpedia's features",
     run=run_export,
     results=ExportResults,
-    groups=(ExportConfig,),
-    reads=("capture", "train", "evaluate", "interpret", "atlas"),
+    groups=(ExportConfig, AtlasConfig),
+    reads=("capture", "train", "evaluate", "interpret", "explain"),
     follows=("ablate",),
     settings=_settings,
     inputs=_inputs,

@@ -42,6 +42,7 @@ from saejax.stages.train.plan import host_bytes, resident_bytes
 from saejax.tasks import corpora
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 from saejax.training.settings import TrainConfig
+from saejax.wording import counted
 
 GIB = 2**30
 _RESIDENT = 0.4  # share of a device's memory up to which --train.input=auto keeps the rows of a store there
@@ -172,7 +173,8 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
 def _check_model(run: Run, plan: PlannedRun, place: Place, stages: Collection[str]) -> ModelNeeds:
     """Compile the programs of stages on a model, with a line for each."""
     model = plan.model
-    run.say(f"{plan.name}: {parameters(model) / 1e6:,.1f} M parameters, {model.n_layers} layers, {plan.dtype}")
+    size = f"{parameters(model) / 1e6:,.1f} M parameters, {counted(model.n_layers, 'layer')}"
+    run.say(f"{plan.name}: {size}, {plan.dtype}")
     check_dictionaries(plan)
     if any(all_stages()[stage].units(plan.configs) for stage in ("tokenize", "capture", "train")):
         check_context(plan.configs[CorpusConfig], model.context)
@@ -247,7 +249,7 @@ def _with_resources(
     needed, free = disk_bytes(plan, stages), psutil.disk_usage(str(run.folder)).free
     on_host, host_free = host_bytes(plan) if "train" in stages else 0, free_host_bytes()
     shown = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in measured.items())
-    run.say(f"text: {plan.documents:,} documents, about {plan.tokens:,} tokens; matrix products: {shown}")
+    run.say(f"text: {counted(plan.documents, 'document')}, about {plan.tokens:,} tokens; matrix products: {shown}")
     if measured["bfloat16"] < measured["float32"]:
         for flag, dtype in (("--capture.dtype", plan.capture_dtype), ("--train.matmul", train.matmul)):
             if dtype == "bfloat16":

@@ -40,11 +40,12 @@ def lead(findings: Findings) -> tuple[str, ...]:
     path = findings.settings()["model"]["path"]
     model = _MODELS.get(path) or (Path(path).name if path.startswith(("/", ".", "~")) else path)
     features = f"{len(held_out(findings, 'firing_rate')):,} " if findings.each(EvaluateResults) else ""
+    several = f"the {ablate.k} with the largest attribution were chosen on train prompts and ablated together"
+    chosen = several if ablate.k > 1 else "the one with the largest attribution was chosen on train prompts and ablated"
     return (
         f"{model} was given prompts that ask for: {wanted}. Of the {features}features of the dictionary "
-        f"{ablate.dictionary}, which writes {place(ablate.site)} as a sum of a few features, the {ablate.k} with the "
-        f"largest attribution were chosen on train prompts and ablated together on {prompt_count(findings)} test "
-        "prompts.",
+        f"{ablate.dictionary}, which writes {place(ablate.site)} as a sum of a few features, {chosen} on "
+        f"{prompt_count(findings)} test prompts.",
     )
 
 

@@ -5,8 +5,9 @@ Written to the unit's folder: ``index.html`` (complete in itself), ``report.md``
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from saejax.activations.joined import with_joined
 from saejax.activations.store import Store
 from saejax.config import to_json
 from saejax.dictionaries.names import is_folder
+from saejax.errors import Interrupted
 from saejax.evaluation.results import EvaluateResults
 from saejax.files import write_text
 from saejax.interpret.contexts import top_contexts
@@ -43,6 +45,7 @@ from saejax.stages.report.results import ReportResults
 from saejax.stages.report.settings import ReportConfig
 from saejax.stages.train import report as training
 from saejax.versions import package_versions
+from saejax.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +58,9 @@ def run_report(run: Run) -> ReportResults:
 
     Raises:
       UserError: a file of an input is missing or damaged.
+      Interrupted: asked to stop, while contexts are searched or between two figures or sections.
     """
+    ask = functools.partial(_stop_if_asked, run)
     config = run.configs[ReportConfig]
     tested = run.configs[AblateConfig].dictionary
     trained, name = trained_in(tested) if is_folder(tested) else ({}, tested)
@@ -71,15 +76,16 @@ def run_report(run: Run) -> ReportResults:
     tops = ablate.top.values() if ablate else ()
     wanted = [item.feature for top in tops for item in top[: ablation.SHOWN] if not item.site]
     if ablate:
-        run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
+        run.say(f"looking for the strongest contexts of {counted(len(set(wanted)), 'feature')}")
         findings = dataclasses.replace(findings, examples=contexts(run, findings, wanted, _EXAMPLES))
     (run.folder / "figures").mkdir(exist_ok=True)
 
     def draw(name: str, figure: "Figure", caption: str, alt: str) -> Picture:
+        ask()
         svg = style.save(figure, run.folder / "figures", name)
         return Picture(name, style.inline(svg, name, alt), caption, alt)
 
-    parts = sections(findings, draw)
+    parts = sections(findings, draw, ask)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
     lead = (*(overview.lead(findings) if ablate else ()), *(part.lead for part in parts if part.lead))
     title = config.title
@@ -97,6 +103,12 @@ def run_report(run: Run) -> ReportResults:
         contexts={feature: len(findings.examples.get(feature, ())) for feature in wanted},
         html_bytes=len(page.encode()),
     )
+
+
+def _stop_if_asked(run: Run) -> None:
+    """Raise ``Interrupted`` if a run is asked to stop."""
+    if run.stopping():
+        raise Interrupted("report: stopped; run the same command to write it")
 
 
 def trained_in(folder: str) -> tuple[dict[str, Path], str]:
@@ -122,12 +134,13 @@ def trained_in(folder: str) -> tuple[dict[str, Path], str]:
     return {}, folder
 
 
-def sections(findings: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw, ask: Callable[[], None] = lambda: None) -> list[Section]:
     """Return all sections of the report; sections of optional stages stand before the features.
 
     Args:
       findings: the results to write about; without behaviours they have no tested dictionary.
       draw: saves a figure and returns its block.
+      ask: called before each stage's sections; it may raise to stop.
     """
     tested = next((results.dictionary for results in findings.each(AblateResults).values()), "")
     is_evaluated = bool(findings.each(EvaluateResults))  # False for a dictionary that was trained elsewhere
@@ -139,6 +152,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     if is_evaluated:
         written.append(training.section(findings, draw, tested))
     for stage in all_stages().values():
+        ask()
         written += stage.section(findings, draw) if stage.section else ()
     if tested:
         written += ablation.features(findings)
@@ -167,7 +181,9 @@ def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) 
         as_piece = token_piece(load_tokenizer(resolve(run.configs[ModelConfig])))
         pieces = list(map(as_piece, range(int(store.documents.ids_T.max()) + 1)))
         store = with_joined(store, [dictionary.site], {dictionary.site: dictionary.config.scales})
-        searched = top_contexts(store, dictionary, features, count, pieces, mesh)
+        searched = top_contexts(
+            store, dictionary, features, count, pieces, mesh, lambda done, total: _stop_if_asked(run)
+        )
     return {feature: [as_example(context, store.documents) for context in some] for feature, some in searched.items()}
 
 

@@ -62,7 +62,9 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     for name, results in studies.items():
         if results.falsification:
             blocks += falsification_tables(name, results.falsification)
-    at_chance = [f"{name} ({results.items.test} items)" for name, results in studies.items() if results.at_chance]
+    at_chance = [
+        f"{name} ({counted(results.items.test, 'item')})" for name, results in studies.items() if results.at_chance
+    ]
     if at_chance:
         chance = (
             f"The unedited model is not shown to be above chance on {', '.join(at_chance)}, so only log-likelihoods "
@@ -135,4 +137,4 @@ def _score_table(name: str, results: StudyResults) -> Table:
         }
         note += " Accuracy is by the flexible rule, which takes the last number or formula of the text."
     rows: list[tuple[AnswerScores]] = [(row,) for row in results.scores]
-    return Table.of(f"Answers to {name} ({results.items.test} items)", rows, columns, stack=False, note=note)
+    return Table.of(f"Answers to {name} ({counted(results.items.test, 'item')})", rows, columns, stack=False, note=note)

@@ -56,6 +56,7 @@ from saejax.tasks.benchmark_definitions import Item, way
 from saejax.tasks.benchmarks import origin
 from saejax.tasks.scored_items import WAYS, ScoredItem
 from saejax.tasks.settings import TaskConfig
+from saejax.wording import counted
 
 FALSIFIED = "falsification.json"
 ANSWERS = "answers"  # folder of the scored answers, a file for each condition
@@ -274,7 +275,7 @@ def _score_answers(
     at_chance = accuracy.low <= chance if chance else accuracy.mean == 0
     if at_chance:
         run.say(
-            f"{name}: the unedited model is not shown to be above chance ({len(right_N)} items), so only "
+            f"{name}: the unedited model is not shown to be above chance ({counted(len(right_N), 'item')}), so only "
             "log-likelihoods are compared"
         )
     else:

@@ -82,7 +82,7 @@ def test_what_the_document_says(graph):
 def test_what_cannot_be_written_is_refused(graph):
     with pytest.raises(UserError, match="not pruned"):
         to_document(make_graph(), "a")
-    for slug in ("", "../up", "a b", "graph-metadata"):
+    for slug in ("", "../up", "a b", "graph-metadata", 300 * "b", None):
         with pytest.raises(UserError, match="cannot name a graph"):
             to_document(graph, slug)
     with pytest.raises(UserError, match="the supernode 'pair' names '9_9_9'"):
