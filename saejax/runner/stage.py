@@ -118,7 +118,7 @@ def list_folders(stage: str, *fields: str) -> Callable[[Configs], dict[str, list
         values = {name: getattr(configs.named(stage), name) for name in fields}
         named = {name: [value] if isinstance(value, str) else value for name, value in values.items()}
         return {
-            f"{stage}.{name}": [each for each in some if each and is_folder(each) and not is_address(each)]
+            f"{stage}.{name}": [place for place in some if place and is_folder(place) and not is_address(place)]
             for name, some in named.items()
         }
 

@@ -46,7 +46,7 @@ def _places(configs: Configs) -> dict[str, list[str]]:
     train = configs[TrainConfig]
     taken = train.pretrained if PRETRAINED in train.kinds else ()
     named = {"train.init_from": (train.init_from,), "train.pretrained": taken}
-    return {name: [each for each in some if each and not is_address(each)] for name, some in named.items()}
+    return {name: [place for place in some if place and not is_address(place)] for name, some in named.items()}
 
 
 def _check_finetuning(configs: Configs) -> None:
