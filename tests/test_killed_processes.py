@@ -75,7 +75,7 @@ from saejax.parallel.cluster import joined_processes
 def fail(run):
     if joined_processes().rank == 1:
         raise RuntimeError("UNAVAILABLE: NCCL, says a bug that comes every time")
-    run.each(range(2), lambda item: run.folder / str(item), lambda item: (run.folder / str(item)).touch())
+    run.make_each(range(2), lambda item: run.folder / str(item), lambda item: (run.folder / str(item)).touch())
 
 pipeline.all_stages()["baseline"] = dataclasses.replace(pipeline.all_stages()["baseline"], run=fail)
 main("baseline")

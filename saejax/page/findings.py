@@ -32,7 +32,7 @@ class Findings:
     #: feature of the tested dictionary -> its strongest contexts.
     examples: Mapping[int, Sequence[Example]] = dataclasses.field(default_factory=dict)
 
-    def each(self, results: type[T]) -> dict[str, T]:
+    def select(self, results: type[T]) -> dict[str, T]:
         """Return the results of all units whose results are of a class, by the name of the unit after its stage."""
         results_by_unit = ((unit, summary.results) for unit, summary in self.summaries.items())
         return {
@@ -43,11 +43,11 @@ class Findings:
 
     def first(self, results: type[T]) -> T:
         """Return the results of the first unit whose results are of a class; at least one unit must have them."""
-        return next(iter(self.each(results).values()))
+        return next(iter(self.select(results).values()))
 
     def weak(self, names: Iterable[str]) -> dict[str, str]:
         """Return the weak points of those of some behaviours of which the model itself is unsure, in words."""
-        every = {name: why for each in self.each(BaselineResults).values() for name, why in each.weak.items()}
+        every = {name: why for baseline in self.select(BaselineResults).values() for name, why in baseline.weak.items()}
         return {name: every[name] for name in names if name in every}
 
     def title(self, name: str) -> str:

@@ -75,8 +75,8 @@ def _patch(plan: PlannedRun) -> float:
     patch, task, length, flops = plan.configs[PatchConfig], plan.configs[TaskConfig], prompt_length(plan), 0.0
     behaviours, layers = count_all_behaviours(task), plan.model.n_layers
     for kind in patch.kinds:
-        each = SHORTER * length if positions_of(kind, patch) == EACH else 1
-        places = each * (count_heads(plan.model, kind) if kind in HEAD_KINDS else 1)
+        positions = SHORTER * length if positions_of(kind, patch) == EACH else 1
+        places = positions * (count_heads(plan.model, kind) if kind in HEAD_KINDS else 1)
         # Both ways, and from the row's layer on: through half of the layers in the mean.
         rows = 2 * layers * places * behaviours * task.test_prompts
         flops += pass_flops(plan.model, round(SHORTER * rows * length), length, layers / 2)

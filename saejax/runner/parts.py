@@ -49,7 +49,7 @@ def each_part(
 ) -> dict[str, Any]:
     """Return the results of all parts, in their order: those kept from an earlier run, and the others measured.
 
-    Parts are items of ``Run.each``: where processes share them, only the first process uses the returned results.
+    Parts are items of ``Run.make_each``: where processes share them, only the first process uses the returned results.
 
     Args:
       run: the unit.
@@ -82,7 +82,7 @@ def each_part(
         run.say(f"{label}{mark(part)}: {message}")
 
     if run.share.processes:
-        run.each(parts, functools.partial(part_file, run), make)
+        run.make_each(parts, functools.partial(part_file, run), make)
     else:
         for part in left:
             make(part)

@@ -67,8 +67,8 @@ class Stage:
     #: version of its results, raised when a code change alters them; units of an earlier revision are made
     #: anew.
     revision: int = 1
-    #: what several processes do with a unit: the first "one" does it alone; they split its "items" (``Run.each``), and
-    #: the first one joins these; or they run "all" of it together, on the devices of all.
+    #: what several processes do with a unit: the first "one" does it alone; they split its "items" (``Run.make_each``),
+    #: and the first one joins these; or they run "all" of it together, on the devices of all.
     processes: Literal["one", "items", "all"] = "one"
 
     def units(self, configs: Configs) -> list[str]:

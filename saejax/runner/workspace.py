@@ -464,7 +464,9 @@ class Run:
         """Return the folder in which a member's files are; the unit's own for the one member ""."""
         return self.stack.folders[name] if self.stack else self.folder / name
 
-    def each(self, items: Sequence[T], file: Callable[[T], Path], make: Callable[[T], None], last: bool = True) -> None:
+    def make_each(
+        self, items: Sequence[T], file: Callable[[T], Path], make: Callable[[T], None], last: bool = True
+    ) -> None:
         """Make every item whose file is not there; of several processes each makes a fixed part.
 
         Args:

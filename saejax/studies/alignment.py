@@ -91,7 +91,7 @@ def alignments(rows: Mapping[str, Findings], read: Mapping[str, Mapping[str, Rea
     comparisons = [
         comparison
         for first, second in itertools.combinations(rows, 2)
-        for benchmark in rows[first].each(StudyResults).keys() & rows[second].each(StudyResults).keys()
+        for benchmark in rows[first].select(StudyResults).keys() & rows[second].select(StudyResults).keys()
         for comparison in _pair((first, second), benchmark, rows, read.get(benchmark, {}))
     ]
     comparisons.sort(key=lambda comparison: (comparison.by, comparison.benchmark))
@@ -109,7 +109,7 @@ def _pair(
     pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings], read: Mapping[str, ReadBenchmark]
 ) -> Iterator[AlignmentFigures]:
     folders = [rows[name].folders[f"study/{benchmark}"] for name in pair]
-    results = [rows[name].each(StudyResults)[benchmark] for name in pair]
+    results = [rows[name].select(StudyResults)[benchmark] for name in pair]
     (first_items, first_losses), (second_items, second_losses) = (_losses(folder, benchmark) for folder in folders)
     same = results[0].origin == results[1].origin
     shared = [item for item in first_items if item in second_items] if same else []

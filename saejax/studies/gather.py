@@ -69,7 +69,7 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         done = [state.unit for state in states if state.row == row.name and state.state == "done"]
         findings[row.name] = read_findings({unit: root / ROWS / row.name / unit for unit in done}, root, {})
     # Benchmarks on which any row ablated features.
-    benchmarks = dict.fromkeys(name for some in findings.values() for name in some.each(StudyResults))
+    benchmarks = dict.fromkeys(name for some in findings.values() for name in some.select(StudyResults))
     read = {name: gather_features.read_benchmarks(findings, name) for name in benchmarks}
     figures = StudyFigures(
         fingerprint=mark,
@@ -106,7 +106,7 @@ def _collect(read: Callable[[str, Findings], Iterable[T]], findings: Mapping[str
 def _model(row: StudyRow, findings: Findings, states: Sequence[UnitState]) -> ModelFigures:
     model, task, train = row.configs[ModelConfig], row.configs[TaskConfig], row.configs[TrainConfig]
     row_states = [state for state in states if state.row == row.name]
-    checked = [model for results in findings.each(PreflightResults).values() for model in results.models]
+    checked = [model for results in findings.select(PreflightResults).values() for model in results.models]
     needs = checked[0] if checked else None  # of the row's model, the first of preflight's models
     return ModelFigures(
         row=row.name,
@@ -134,7 +134,7 @@ def _peak(values: Iterable[int | None]) -> int | None:
 
 
 def _baselines(row: str, findings: Findings) -> Iterator[BaselineFigures]:
-    for name, scores in findings.each(BenchmarkResults).items():
+    for name, scores in findings.select(BenchmarkResults).items():
         # The flexible rule judges what is generated: the strict one counts answers in another format as wrong.
         rules = scores.accuracy or {}
         value = rules.get("flexible", rules.get("raw")) or scores.log_likelihood_per_token
@@ -142,7 +142,7 @@ def _baselines(row: str, findings: Findings) -> Iterator[BaselineFigures]:
             yield BaselineFigures(
                 row=row, task=name, measure=_MEASURES[scores.score], value=value, chance=scores.chance, n=scores.n
             )
-    for results in findings.each(BaselineResults).values():
+    for results in findings.select(BaselineResults).values():
         for name, behaviour in results.behaviours.items():
             test = behaviour.test
             yield BaselineFigures(
@@ -152,8 +152,8 @@ def _baselines(row: str, findings: Findings) -> Iterator[BaselineFigures]:
 
 def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
     settings = findings.settings()
-    for kind, results in findings.each(EvaluateResults).items():
-        train = findings.each(TrainResults)[kind]
+    for kind, results in findings.select(EvaluateResults).items():
+        train = findings.select(TrainResults)[kind]
         for scores in results.members:
             yield DictionaryFigures(
                 row=row,
@@ -171,7 +171,7 @@ def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
 
 
 def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
-    for results in findings.each(CaptureResults).values():
+    for results in findings.select(CaptureResults).values():
         for site, statistics in results.sites.items():
             yield ActivationFigures(
                 row=row,
@@ -185,7 +185,7 @@ def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
                 firing=None,
                 explained_variance=None,
             )
-    for benchmark, study in findings.each(StudyResults).items():
+    for benchmark, study in findings.select(StudyResults).items():
         if read := study.activations:
             yield ActivationFigures(
                 row=row,
@@ -203,7 +203,7 @@ def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
 
 def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
     """Yield the effects of ablated features on each benchmark."""
-    for benchmark, results in findings.each(StudyResults).items():
+    for benchmark, results in findings.select(StudyResults).items():
         result = results.verdict.dictionaries[TESTED][benchmark]
         scores = {score.group: score for score in results.scores}
         answers = result.ablation
@@ -245,8 +245,8 @@ def _mean_of(answer: CausalAnswer) -> float | None:
 
 def _behaviours(row: str, findings: Findings) -> Iterator[BehaviourFigures]:
     """Yield the answers of the causal verdict for each behaviour."""
-    weak = {name: why for results in findings.each(BaselineResults).values() for name, why in results.weak.items()}
-    for results in findings.each(AblateResults).values():
+    weak = {name: why for results in findings.select(BaselineResults).values() for name, why in results.weak.items()}
+    for results in findings.select(AblateResults).values():
         for name, result in results.verdict.dictionaries[TESTED].items():
             yield BehaviourFigures(
                 row=row,
@@ -265,7 +265,7 @@ def _behaviours(row: str, findings: Findings) -> Iterator[BehaviourFigures]:
 
 def _gates(row: str, findings: Findings) -> Iterator[GateFigures]:
     """Yield the overall answer of each benchmark: what must hold before its effects are believed."""
-    for benchmark, results in findings.each(StudyResults).items():
+    for benchmark, results in findings.select(StudyResults).items():
         judged = results.verdict.dictionaries
         seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name != TESTED)]
         answers = [verdicts[benchmark] for verdicts in seeds if benchmark in verdicts]
@@ -288,7 +288,7 @@ def _domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
             p_holm=None,
         )
         for row, findings in rows.items()
-        for benchmark, results in findings.each(StudyResults).items()
+        for benchmark, results in findings.select(StudyResults).items()
         for chosen_on, transferred in (results.domains or {}).items()
     ]
     p_values = {number: effect.p_value for number, effect in enumerate(figures) if effect.p_value is not None}
@@ -298,7 +298,7 @@ def _domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
 
 def _drivers(row: str, findings: Findings) -> Iterator[DriverFigures]:
     """Yield what drives the features of each benchmark, by group."""
-    for benchmark, results in findings.each(StudyResults).items():
+    for benchmark, results in findings.select(StudyResults).items():
         for shares in results.falsification.shares if results.falsification else ():
             yield DriverFigures(
                 row=row,
@@ -313,7 +313,7 @@ def _drivers(row: str, findings: Findings) -> Iterator[DriverFigures]:
 
 def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
     """Yield, for each pair of dictionaries and each measure, how much they share, and how much by chance."""
-    for results in findings.each(TransferResults).values():
+    for results in findings.select(TransferResults).values():
         for pair in results.pairs:
             for measure, both in pair.measures.items():
                 yield TransferFigures(
@@ -330,7 +330,7 @@ def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
 
 def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
     """Yield the links of each tracked text between layers, and how many of its steps were hurt."""
-    for results in findings.each(TrackResults).values():
+    for results in findings.select(TrackResults).values():
         for slug, text in results.texts.items():
             tests = [step.test for step in text.steps if step.test]
             yield TrackingFigures(

@@ -23,7 +23,7 @@ _SEED = 456  # of permutations of names
 
 def associations(row: str, findings: Findings) -> Iterator[AssociationFigures]:
     """Yield the three answers for each tested feature."""
-    for benchmark, results in findings.each(StudyResults).items():
+    for benchmark, results in findings.select(StudyResults).items():
         for association in results.associations.top if results.associations else ():
             answers = {association.associated, association.probe, association.causal}
             agree = len(answers) == 1 if answers <= {"yes", "no"} else None
@@ -46,7 +46,7 @@ def associations(row: str, findings: Findings) -> Iterator[AssociationFigures]:
 
 def labels(row: str, findings: Findings) -> Iterator[LabelFigures]:
     """Yield how many features go with each label."""
-    for benchmark, results in findings.each(StudyResults).items():
+    for benchmark, results in findings.select(StudyResults).items():
         for label in results.associations.labels if results.associations else ():
             yield LabelFigures(
                 row=row,
@@ -91,7 +91,7 @@ def read_benchmarks(rows: Mapping[str, Findings], benchmark: str) -> dict[str, R
         folder = findings.folders.get(f"study/{benchmark}")
         if folder is not None and all((folder / file).exists() for file in (FEATURES_ON_ITEMS, ITEM_ATTRIBUTION)):
             read[name] = ReadBenchmark(
-                findings.each(StudyResults)[benchmark].origin,
+                findings.select(StudyResults)[benchmark].origin,
                 load_effects(folder),
                 ItemFeatures.load(folder / FEATURES_ON_ITEMS),
                 sparse.csr_array(sparse.load_npz(folder / ITEM_ATTRIBUTION)),
@@ -135,7 +135,7 @@ def primitives(
     every = {
         name: results.primitives
         for name, findings in rows.items()
-        if (results := findings.each(StudyResults).get(benchmark)) and results.primitives
+        if (results := findings.select(StudyResults).get(benchmark)) and results.primitives
     }
     shared = _shared_categories(rows, benchmark, read, [*every])
     for row, some in every.items():
@@ -181,7 +181,7 @@ def _shared_categories(
     """
     of_rows = []
     for name in names:
-        categories = rows[name].each(StudyResults)[benchmark].categories
+        categories = rows[name].select(StudyResults)[benchmark].categories
         chose = {prompt.id for prompt in read[name].prompts if prompt.split == "train"} if name in read else set()
         items = [item for item in categories if not chose or f"{benchmark}/{item}" in chose]
         of_rows.append({category for item in items for category in categories[item]})
@@ -217,7 +217,7 @@ def problems(
         return
     first = next(iter(read.values()))
     tests = {prompt.id for prompt in first.prompts if prompt.split == "test"}
-    results = rows[next(iter(read))].each(StudyResults)[benchmark]
+    results = rows[next(iter(read))].select(StudyResults)[benchmark]
     chosen = choose_problems(
         [item for item in first.features.ids if f"{benchmark}/{item}" in tests], results.categories
     )

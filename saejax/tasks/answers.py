@@ -230,9 +230,9 @@ def _numbers(formula: Any, written: str) -> Any:
 
     # math-verify makes a list of "x < 2 or x > 3".
     parts = list(formula.args) if isinstance(formula, FiniteSet) and _OR.search(written) else [formula]
-    simple = [each for part in parts for each in (part.args if isinstance(part, And) else [part])]
+    simple = [relation for part in parts for relation in (part.args if isinstance(part, And) else [part])]
     kinds = (GreaterThan, LessThan, StrictGreaterThan, StrictLessThan)
-    if not all(isinstance(each, kinds) for each in simple) or len(formula.free_symbols) != 1:
+    if not all(isinstance(relation, kinds) for relation in simple) or len(formula.free_symbols) != 1:
         return None
     try:
         return timeout(timeout_seconds=_limit())(lambda: Union(*(part.as_set() for part in parts)))()

@@ -17,7 +17,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section with tables of all graphs, and links to their pages; none if there are none."""
     tables: dict[str, list[Row]] = {}  # by the set that graphs were made with
     kinds, links = set[str](), list[tuple[str, str]]()
-    for unit, results in findings.each(AttributeResults).items():
+    for unit, results in findings.select(AttributeResults).items():
         kind, named = ("SAEs", results.dictionaries) if results.dictionaries else ("transcoders", [results.transcoders])
         kinds.add(kind)
         for slug, graph in results.graphs.items():

@@ -218,7 +218,9 @@ def list_places(config: GraphConfig) -> dict[str, list[str]]:
         features=[str(features)] if config.features and not is_address(config.features) else [],
         lens=[config.lens],
     )
-    return {f"graph.{name}": [place for place in some if place and not is_address(place)] for name, some in named.items()}
+    return {
+        f"graph.{name}": [place for place in some if place and not is_address(place)] for name, some in named.items()
+    }
 
 
 def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:

@@ -104,7 +104,7 @@ def baselines(scores: Mapping[str, BaselineBehaviour]) -> "Figure":
 
 def benchmark_sections(findings: Findings) -> list[Section]:
     """Return the section on the model's benchmark scores; no section if no benchmark was run."""
-    results = findings.each(BenchmarkResults)
+    results = findings.select(BenchmarkResults)
     if not results:
         return []
     rows = [row for name, scores in results.items() for row in _benchmark_rows(name, scores)]

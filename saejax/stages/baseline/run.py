@@ -59,7 +59,7 @@ def run_baseline(run: Run) -> BaselineResults:
         file(name).parent.mkdir(exist_ok=True)
         write_json(file(name), to_json(measured))
 
-    run.each(names, file, measure)
+    run.make_each(names, file, measure)
     measured_by_name = {name: from_json(_Measured, read_json(file(name)), file(name)) for name in names}
     outcomes = list(measured_by_name.values())
     behaviours = {name: outcome.result for name, outcome in measured_by_name.items() if outcome.result}

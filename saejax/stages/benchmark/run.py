@@ -1,6 +1,7 @@
 """The stage ``benchmark``: the model's answer to every item of a benchmark, and the figures over all items.
 
-A batch of items is an item of ``Run.each``: its rows are kept as soon as they are there, and put together at the end.
+A batch of items is an item of ``Run.make_each``: its rows are kept as soon as they are there, and put together at the
+end.
 """
 
 import functools
@@ -60,7 +61,7 @@ def run_benchmark(run: Run) -> BenchmarkResults:
 
     if any(file(first).exists() for first in starts):
         run.say(f"{done()} items were done before")
-    run.each(starts, file, score)
+    run.make_each(starts, file, score)
     rows = [from_json(WAYS[scored], row, file(first)) for first in starts for row in read_lines(file(first))]
     write_lines(run.folder / FILE, map(to_json, rows))
     results = summarize(name, rows, task, str(origin(name, task)))

@@ -208,7 +208,7 @@ def _feature_strips(key: Key, name: str, details: FeatureDetails) -> Strips:
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return what was measured in each behaviour, and a row for each published claim; nothing without circuits."""
-    units = findings.each(CircuitsResults)
+    units = findings.select(CircuitsResults)
     folder = findings.folders.get("circuits", Path())
     return circuit_sections(units[""], lambda file: findings.address(folder / file)) if units else []
 

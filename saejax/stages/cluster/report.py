@@ -12,7 +12,7 @@ _DICTIONARIES = 3  # dictionaries whose groups are shown
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on groups of features for each unit of the stage."""
-    return [_section(results) for results in findings.each(ClusterResults).values()]
+    return [_section(results) for results in findings.select(ClusterResults).values()]
 
 
 def _section(results: ClusterResults) -> Section:

@@ -87,7 +87,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
         _score_site(run, store, models(), sites, {name: member_folder(trained, name) for name in names})
 
     scored = [member for member in stack if not run.stack or member.name in run.stack.together]
-    run.each(_together(trained, scored), file, score)
+    run.make_each(_together(trained, scored), file, score)
     paths = {member.name: run.member_folder(member.name) / SCORES for member in stack}
     scores = {name: from_json(DictionaryScores, read_json(path), path) for name, path in paths.items()}
     if run.stack:  # where each has no name

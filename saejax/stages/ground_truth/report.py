@@ -58,7 +58,7 @@ _ABLATED_NOTE = (
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on what dictionaries recovered of the synthetic world, and controls; none if there is none."""
-    units = findings.each(TruthResults)
+    units = findings.select(TruthResults)
     if CONTROLS not in units:
         return []
     some = units[CONTROLS]
@@ -125,7 +125,7 @@ def _rows(name: str, judged: JudgedDictionary) -> Iterator[tuple[str, ...]]:
 
 def algorithm_sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on the trained transformers and their features; none if none was trained."""
-    units = findings.each(AlgorithmResults)
+    units = findings.select(AlgorithmResults)
     if not units:
         return []
     rows = [(results, kind, share) for results in units.values() for kind, share in results.accuracy.items()]

@@ -25,7 +25,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section with a table of the interpreted dictionaries; none if there are none."""
     members = [
         (full_name(results.kind, member.name), member)
-        for results in findings.each(InterpretResults).values()
+        for results in findings.select(InterpretResults).values()
         for member in results.members
     ]
     if not members:
@@ -88,7 +88,7 @@ def _categories(members: Sequence[tuple[str, InterpretedDictionary]]) -> list[Ta
 def links(findings: Findings, draw: Draw) -> list[Section]:
     """Return links to the pages of all features; none if there are none."""
     items, sheets = list[tuple[str, str]](), list[tuple[str, ReviewedFeatures]]()
-    for unit, results in findings.each(AtlasResults).items():
+    for unit, results in findings.select(AtlasResults).items():
         for member in results.members:
             address = findings.address(findings.folders[f"atlas/{unit}"] / member.folder / "index.html")
             items.append((f"{member.dictionary}: {counted(member.features, 'feature')}", address))
@@ -112,7 +112,7 @@ def links(findings: Findings, draw: Draw) -> list[Section]:
 
 def explain_sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section with a table of the judged dictionaries; none if there are none."""
-    units = list(findings.each(ExplainResults).values())
+    units = list(findings.select(ExplainResults).values())
     rows = [(full_name(results.kind, member.name), member) for results in units for member in results.members]
     names = dict.fromkeys(name for _, member in rows for name in member.scores)
     if not rows:

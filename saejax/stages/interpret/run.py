@@ -202,7 +202,7 @@ def run_interpret(run: Run) -> InterpretResults:
         write_json(path[member.name], to_json(dataclasses.replace(results, name="")))  # as of a run of it alone
         run.say(_line(results))
 
-    run.each(stack, lambda member: path[member.name], interpret)
+    run.make_each(stack, lambda member: path[member.name], interpret)
     interpreted = {name: from_json(InterpretedDictionary, read_json(done), done) for name, done in path.items()}
     if run.stack:
         for name in run.stack.missing:

@@ -35,7 +35,7 @@ _CAUSAL_NOTE = (
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on the transformers set by hand, with two tables for each; none if there are none."""
-    units = findings.each(KnownCircuitResults)
+    units = findings.select(KnownCircuitResults)
     if not units:
         return []
     verdict = line(units)

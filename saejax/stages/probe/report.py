@@ -30,7 +30,7 @@ _INPUTS = {"features": "features", "raw": "raw dimensions"}
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return the section on probes; none if none was asked for."""
-    return [_section(results, findings, draw) for results in findings.each(ProbeResults).values()]
+    return [_section(results, findings, draw) for results in findings.select(ProbeResults).values()]
 
 
 def _section(results: ProbeResults, findings: Findings, draw: Draw) -> Section:

@@ -39,7 +39,7 @@ def lead(findings: Findings) -> tuple[str, ...]:
     )
     path = findings.settings()["model"]["path"]
     model = _MODELS.get(path) or (Path(path).name if path.startswith(("/", ".", "~")) else path)
-    features = f"{len(held_out(findings, 'firing_rate')):,} " if findings.each(EvaluateResults) else ""
+    features = f"{len(held_out(findings, 'firing_rate')):,} " if findings.select(EvaluateResults) else ""
     several = f"the {ablate.k} with the largest attribution were chosen on train prompts and ablated together"
     chosen = several if ablate.k > 1 else "the one with the largest attribution was chosen on train prompts and ablated"
     return (

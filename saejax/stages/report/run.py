@@ -65,7 +65,7 @@ def run_report(run: Run) -> ReportResults:
     tested = run.configs[AblateConfig].dictionary
     trained, name = trained_in(tested) if is_folder(tested) else ({}, tested)
     findings = read_findings(trained | dict(run.inputs), run.folder, {"report": to_json(config)})
-    ablate = next(iter(findings.each(AblateResults).values()), None)  # None in a run without behaviours
+    ablate = next(iter(findings.select(AblateResults).values()), None)  # None in a run without behaviours
     if ablate and trained:  # the report then names the dictionary as its workdir does, not by its path
         ablate = dataclasses.replace(ablate, dictionary=name)
         renamed = {
@@ -90,7 +90,7 @@ def run_report(run: Run) -> ReportResults:
     lead = (*(overview.lead(findings) if ablate else ()), *(part.lead for part in parts if part.lead))
     title = config.title
     if not ablate and title == ReportConfig().title:  # which asks what such a run does not answer
-        model = findings.each(EvaluateResults) and findings.settings()["model"]
+        model = findings.select(EvaluateResults) and findings.settings()["model"]
         title = f"The dictionaries of {model['path']}" if model else "What this run found"
     page = to_html(title, lead, parts, footer)
     write_text(run.folder / "report.md", to_markdown(title, lead, parts, footer))
@@ -142,8 +142,8 @@ def sections(findings: Findings, draw: Draw, ask: Callable[[], None] = lambda: N
       draw: saves a figure and returns its block.
       ask: called before each stage's sections; it may raise to stop.
     """
-    tested = next((results.dictionary for results in findings.each(AblateResults).values()), "")
-    is_evaluated = bool(findings.each(EvaluateResults))  # False for a dictionary that was trained elsewhere
+    tested = next((results.dictionary for results in findings.select(AblateResults).values()), "")
+    is_evaluated = bool(findings.select(EvaluateResults))  # False for a dictionary that was trained elsewhere
     written: list[Section] = []
     if tested:
         written += [ablation.answer(findings, draw), *ablation.details(findings)]

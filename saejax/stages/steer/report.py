@@ -29,7 +29,7 @@ _CAPTION = (
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return the section on steering; none if it was not asked for."""
-    return [_section(results, findings, draw) for results in findings.each(SteerResults).values()]
+    return [_section(results, findings, draw) for results in findings.select(SteerResults).values()]
 
 
 def _section(results: SteerResults, findings: Findings, draw: Draw) -> Section:

@@ -30,7 +30,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
       findings: what the report is written from.
       draw: draws a figure.
     """
-    studies = findings.each(StudyResults)
+    studies = findings.select(StudyResults)
     if not studies:
         return []
     settings = findings.settings()["study"]

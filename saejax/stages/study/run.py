@@ -95,7 +95,7 @@ def run_study(run: Run) -> StudyResults:
     if config.min_accuracy_drop:
         run.say(f"{run.name}: {describe_power(len(test), config.min_accuracy_drop)}")
 
-    run.each(
+    run.make_each(
         [FEATURES], lambda name: run.folder / name, lambda _: measure_items(run, items, dictionary, repeats), last=False
     )
     # A run that was killed while it removed what was measured has left the whole table, answers included.
@@ -107,10 +107,10 @@ def run_study(run: Run) -> StudyResults:
         def refute(_: str) -> None:
             write_json(run.folder / FALSIFIED, to_json(falsify_top(run, items, dictionary, chosen, config)))
 
-        run.each([FALSIFIED], lambda name: run.folder / name, refute, last=False)
+        run.make_each([FALSIFIED], lambda name: run.folder / name, refute, last=False)
     chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
     answers, at_chance = _score_answers(run, items, dictionary, chosen, table, chance)
-    run.each([], lambda _: run.folder, lambda _: None)  # the other processes leave the stage here
+    run.make_each([], lambda _: run.folder, lambda _: None)  # the other processes leave the stage here
     table = table if is_merged else merge_tables([table, *answers])
     judged = verdict(table, verdict_config(ablate_config(config)))
     if not is_merged:
@@ -259,7 +259,7 @@ def _score_answers(
             write_lines(file(condition), map(to_json, items.score(edits, scored, check_stop)))
             run.say(f"{name}: {prefix}{condition}: scored")
 
-        run.each(names, file, make, last=False)
+        run.make_each(names, file, make, last=False)
         for condition in names:
             rows: list[ScoredItem] = [
                 from_json(WAYS[scored], fields, file(condition)) for fields in read_lines(file(condition))

@@ -15,7 +15,7 @@ _UNTESTED = "not testable"
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a table of the texts, and links to their pages; no section if there are none."""
-    units = findings.each(TrackResults)
+    units = findings.select(TrackResults)
     if not units:
         return []
     intro = (

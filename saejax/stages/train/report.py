@@ -59,7 +59,7 @@ _MORE_MEASURES: dict[str, Callable[[DictionaryScores], str]] = {
 
 def scores_of(findings: Findings) -> dict[str, tuple[DictionaryScores, ...]]:
     """Return the held-out scores of the members of each kind, cross-layer transcoders left out."""
-    return {kind: results.members for kind, results in findings.each(EvaluateResults).items() if results.members}
+    return {kind: results.members for kind, results in findings.select(EvaluateResults).items() if results.members}
 
 
 def section(findings: Findings, draw: Draw, tested: str) -> Section:
@@ -73,12 +73,12 @@ def section(findings: Findings, draw: Draw, tested: str) -> Section:
     scores = scores_of(findings)
     stacks = {kind: members for kind, members in scores.items() if len(members) > 1}
     layers = {
-        kind: results.cross_layer for kind, results in findings.each(EvaluateResults).items() if results.cross_layer
+        kind: results.cross_layer for kind, results in findings.select(EvaluateResults).items() if results.cross_layer
     }
     pictures = [_frontier(scores, draw)] if stacks else []
     curves = {
         kind: training_curves(findings.folders[f"train/{kind}"])
-        for kind, trained in findings.each(TrainResults).items()
+        for kind, trained in findings.select(TrainResults).items()
         if trained.steps  # none of what was there already
     }
     pictures += [_training(curves, draw, bool(stacks or layers))] if curves else []
@@ -107,7 +107,7 @@ def _intro(scores: Mapping[str, Sequence[DictionaryScores]], tested: str) -> str
 def _table(findings: Findings, tested: str) -> Table:
     """Return a table with a column for every dictionary that is no member of a stack, and for the tested one."""
     shown = {
-        full_name(kind, member.name): (member, findings.each(TrainResults)[kind])
+        full_name(kind, member.name): (member, findings.select(TrainResults)[kind])
         for kind, members in scores_of(findings).items()
         for member in members
         if len(members) == 1 or full_name(kind, member.name) == tested
@@ -131,7 +131,7 @@ def finetuning_tables(findings: Findings) -> list[Table]:
     """Return a table with a row for every dictionary that was fine-tuned through the model; none without any."""
     rows = [
         (full_name(kind, member.name), *member.finetuned)
-        for kind, trained in findings.each(TrainResults).items()
+        for kind, trained in findings.select(TrainResults).items()
         for member in trained.members
         if member.finetuned
     ]

@@ -25,7 +25,7 @@ _MEASURES = dict(decoder="decoder rows", encoder="encoder rows", activity="activ
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on what dictionaries share for each unit of the stage."""
-    return [_section(results, draw) for results in findings.each(TransferResults).values()]
+    return [_section(results, draw) for results in findings.select(TransferResults).values()]
 
 
 def _section(results: TransferResults, draw: Draw) -> Section:
