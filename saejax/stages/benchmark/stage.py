@@ -28,7 +28,7 @@ BENCHMARK = Stage(
     settings=settings_of(ModelConfig, TaskConfig, but=OF_BEHAVIOURS),
     inputs=_inputs,
     names=lambda configs: configs[TaskConfig].benchmarks,
-    revision=4,  # tokens that reach over the border of prompt and answer; percentages
+    revision=5,  # judges of MATH answers know intervals, unions and orders
     processes="items",
     check=_check,
 )

@@ -76,7 +76,7 @@ STUDY = Stage(
     names=lambda configs: configs[StudyConfig].benchmarks,
     check=_check,
     places=list_folders("study", "dictionary", "repeats", "baselines"),
-    revision=15,  # of a transcoder the site that is edited, not the one that is read
+    revision=16,  # judges of MATH answers know intervals, unions and orders; rotated controls turn about what is read
     processes="items",
     section=sections,
 )
