@@ -69,6 +69,6 @@ ABLATE = Stage(
     names=_names,
     check=_check,
     places=list_folders("ablate", "dictionary", "repeats", "joined", "baselines"),
-    revision=11,  # what controls change elsewhere, and untrained dictionaries around zero, stand beside
+    revision=12,  # sentences tell how many times the 95th percentile of their controls the top features cost
     processes="all",
 )

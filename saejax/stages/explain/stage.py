@@ -38,7 +38,7 @@ EXPLAIN = Stage(
     name="explain",
     summary="has a language model write labels of features and judge them on held-out text, if --explain.dictionaries "
     "names any",
-    revision=5,  # an intruder is marked as the contexts with the feature are
+    revision=6,  # nothing fires at sinks of a transcoder's target
     run=run_explain,
     results=ExplainResults,
     groups=(ExplainConfig,),
