@@ -45,7 +45,7 @@ def test_members_are_grouped(workdir):
 
 def test_the_report_has_them_and_nothing_is_done_twice(workdir, capsys):
     folder, flags = workdir
-    found = SimpleNamespace(each=lambda kind: {"": load_results(folder / "cluster")})
+    found = SimpleNamespace(select=lambda kind: {"": load_results(folder / "cluster")})
     (section,) = sections(found, None)
     assert "topk/resid_post.0-k8" in "\n".join(block.markdown() for block in section.blocks)
     assert command.run(["cluster"], "", ["test", *flags]) == 0

@@ -91,12 +91,12 @@ def test_texts_are_followed_and_kept(tracked, capsys):
     told = sum(step.test is not None and step.test.hurt != "not testable" for step in river.steps)
     assert f" of {told} tested steps" in text  # those that could not be tested are no evidence
     assert "river:" in text and "  resid_post.1  " in text and "\033" not in text
-    found = SimpleNamespace(each=lambda kind: {"prompts": results}, folders={"track/prompts": unit}, address=str)
+    found = SimpleNamespace(select=lambda kind: {"prompts": results}, folders={"track/prompts": unit}, address=str)
     (section,) = sections(found, None)
     assert "river" in "\n".join(block.markdown() for block in section.blocks)
     assert "no other active" not in "\n".join(block.markdown() for block in section.blocks)
     without = TrackResults(dict(river=dataclasses.replace(river, chains=(), chains_left_out=2)))
-    found = SimpleNamespace(each=lambda kind: {"prompts": without}, folders={"track/prompts": unit}, address=str)
+    found = SimpleNamespace(select=lambda kind: {"prompts": without}, folders={"track/prompts": unit}, address=str)
     (section,) = sections(found, None)
     page = "\n".join(block.markdown() for block in section.blocks)
     assert "no other active feature to compare with: river (2)." in page

@@ -184,7 +184,7 @@ def test_contexts_that_cannot_be_read_are_not_said_to_be_on_their_way(browser, s
     show(browser, site[1] + PAGE)
     click_node(browser, features[0])
     browser.wait("document.getElementById('missing').textContent.includes('could not be read')")
-    assert "is not valid JSON: it is damaged" in text(browser, "#failed")
+    assert "is not valid JSON: expected a feature of" in text(browser, "#failed")
     click_node(browser, features[1])
     assert "could not be read" not in text(browser, "#missing")
     broken.unlink()

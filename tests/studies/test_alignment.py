@@ -127,7 +127,7 @@ def test_items_of_two_rows_are_read_from_their_tables(tmp_path, monkeypatch):
         }
         results = {"gsm8k": SimpleNamespace(origin="one file", dictionary="topk", categories=kinds)}
         folders = {"study/gsm8k": tmp_path / name}
-        rows[name] = SimpleNamespace(each=lambda cls, results=results: results, folders=folders)
+        rows[name] = SimpleNamespace(select=lambda cls, results=results: results, folders=folders)
     (found,) = alignment.alignments(rows, {})
     wanted = align_items(first, second, KINDS_OF_TWO, [i % 7 for i in range(ITEMS)], seed=alignment._SEED)
     assert (found.by, found.n, found.aligned) == ("items", ITEMS, True)

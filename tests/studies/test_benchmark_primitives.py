@@ -89,7 +89,7 @@ def test_names_in_other_rows_are_compared_with_permuted_names():
         groups = tuple(FeaturePrimitive(name, (0, 1, 2), 0.9, 3.0, 0.01, ()) for name in names)
         found = SimpleNamespace(primitives=groups, effects=(), seeds={}, p_recurs=None)
         results = SimpleNamespace(primitives=found, categories={f"item {name}": (name,) for name in of_items})
-        return SimpleNamespace(each=lambda kind: dict(sums=results))
+        return SimpleNamespace(select=lambda kind: dict(sums=results))
 
     def show(*rows, of_second=categories):
         made = {row_name: row(names, categories) for row_name, names in zip("xyz", rows, strict=False)}

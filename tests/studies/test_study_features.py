@@ -68,7 +68,7 @@ def test_two_rows_are_matched_once(monkeypatch, tmp_path):
         sparse.save_npz(tmp_path / name / gather_features.ITEM_ATTRIBUTION, sparse.csr_array((2, 3)))
         results = {"sums": SimpleNamespace(origin="one file")}
         rows[name] = SimpleNamespace(
-            each=lambda kind, results=results: results, folders={"study/sums": tmp_path / name}
+            select=lambda kind, results=results: results, folders={"study/sums": tmp_path / name}
         )
     read_by_row = gather_features.read_benchmarks(rows, "sums")
     assert matched == [("a", "b"), ("a", "c"), ("b", "c")]
@@ -92,7 +92,7 @@ def show(partners, **changes):
             for name, pairs in partner.items()
         }
         read_by_row[row].matches.update(matches)
-    studied = SimpleNamespace(each=lambda kind: {"sums": SimpleNamespace(categories={"0": ("x",), "1": ("y",)})})
+    studied = SimpleNamespace(select=lambda kind: {"sums": SimpleNamespace(categories={"0": ("x",), "1": ("y",)})})
     return {(one.row, one.item): one for one in problems(dict.fromkeys("ab", studied), "sums", read_by_row)}
 
 

@@ -184,7 +184,7 @@ def test_a_folder_is_listed_once_for_all_features(tmp_path, monkeypatch):
 
 def test_a_feature_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "3_7.json").write_text("[]")
-    with pytest.raises(UserError, match=f"^{tmp_path}: feature 7 of layer 3: this is no feature of"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/3_7.json holds a list, no JSON object: expected a feature of"):
         read_details([], [tmp_path], [(3, 7)])
 
 
