@@ -291,8 +291,8 @@ def test_transcoders_are_read_without_the_sinks_of_their_targets(lm, tmp_path, m
     monkeypatch.setattr(reading, "load_model_of", lambda *arguments: lm)
     monkeypatch.setattr(reading, "_VALUE_BYTES", 1)
     shared = reading.read_shared_text(
-        texts, 64, compared, ModelConfig(), lm.mesh, folder=tmp_path / "text", batch_tokens=256, keep_values=True,
-        say=lines.append,
+        reading.TextsToRead(texts, 64, 256), compared, ModelConfig(), lm.mesh, folder=tmp_path / "text",
+        keep_values=True, say=lines.append,
     )  # fmt: skip
     assert shared.activity(0).real_N.tolist() == (norm_N <= limit).tolist() and (norm_N > limit).any()
     assert shared.activity(1).real_N.all() and [len(shared.values(each)) for each in compared] == [len(norm_N)] * 2

@@ -58,15 +58,21 @@ def _value_file(entry: Compared) -> str:
     return f"values-{entry.model_key or 'model'}-{entry.config.site.replace('/', '_')}.npy"
 
 
+class TextsToRead(NamedTuple):
+    """Texts, and how models read them."""
+
+    texts: Sequence[str]
+    context: int  #: tokens of a piece of a text at most
+    batch_tokens: int  #: tokens in a batch
+
+
 def read_shared_text(
-    texts: Sequence[str],
-    context: int,
+    text: TextsToRead,
     compared: Sequence[Compared],
     config: ModelConfig,
     mesh: Mesh,
     *,
     folder: Path,
-    batch_tokens: int,
     keep_values: bool,
     say: Callable[[str], None],
     check_stop: Callable[[], None] = lambda: None,
@@ -74,13 +80,11 @@ def read_shared_text(
     """Run every model that dictionaries belong to, one after the other, on the same texts.
 
     Args:
-      texts: that are read.
-      context: tokens of a text at most.
+      text: what is read.
       compared: the dictionaries.
       config: of the model that dictionaries belong to which state none.
       mesh: devices of models and dictionaries.
       folder: of the files, made here.
-      batch_tokens: tokens in a batch.
       keep_values: whether values of sites are written, too.
       say: takes a line for each model.
       check_stop: called before each batch; may raise to stop.
@@ -88,7 +92,7 @@ def read_shared_text(
     Raises:
       UserError: a model does not exist, or it is not the one that a dictionary belongs to.
     """
-    shared = SharedText(folder, {}, {})
+    (texts, context, batch_tokens), shared = text, SharedText(folder, {}, {})
     shared.folder.mkdir(parents=True, exist_ok=True)
     # Files of other tools have names of models alone: where all have one, it is the run's, however that is called.
     by_name = len({entry.model_name for entry in compared} - {""}) > 1

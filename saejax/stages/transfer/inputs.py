@@ -14,7 +14,7 @@ from saejax.evaluation.reconstruction import read_blocks, reconstruct
 from saejax.links import resolve_links
 from saejax.matching.transfer.activity import first_texts
 from saejax.matching.transfer.compared import Compared
-from saejax.matching.transfer.reading import SharedText, read_shared_text
+from saejax.matching.transfer.reading import SharedText, TextsToRead, read_shared_text
 from saejax.models.settings import ModelConfig
 from saejax.runner import stacks
 from saejax.runner.workspace import Run
@@ -83,13 +83,11 @@ def read_run_text(
     # Held-out text, because dictionaries fit the text that they were trained on.
     texts = first_texts([held_out[i].text for i in order], tokens)
     return read_shared_text(
-        texts,
-        corpus.context,
+        TextsToRead(texts, corpus.context, batch_tokens),
         compared,
         run.configs[ModelConfig],
         mesh,
         folder=run.folder / "text",
-        batch_tokens=batch_tokens,
         keep_values=keep_values,
         say=run.say,
         check_stop=check_stop,
