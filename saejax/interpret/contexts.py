@@ -1,6 +1,5 @@
 """The contexts in which a feature fires: the strongest, chosen to differ, and the tokens around any firing."""
 
-import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.interpret.feature_record import FeatureContext
-from saejax.interpret.firings import Block, blocks, record
+from saejax.interpret.firings import Block, blocks, record, used_rows
 from saejax.interpret.text import CodedText
 from saejax.progress import OnProgress, silent
 from saejax.unicode import join_pieces
@@ -44,10 +43,12 @@ def top_contexts(
       mesh: devices that encode.
       on_progress: called with the tokens that are encoded and all.
     """
-    done, total = itertools.count(1), len(store.rows("train", dictionary.site))
+    done, total = 0, len(used_rows(store, "train", dictionary.site, dictionary.config.target))
 
     def on_tokens(count: int) -> None:
-        on_progress(min(next(done) * _BATCH, total), total)
+        nonlocal done
+        done += count
+        on_progress(done, total)
 
     coded, is_stored = CodedText(store.documents, pieces), np.zeros(len(store.documents.ids_T), bool)
     contexts_of: dict[int, list[FeatureContext]] = {feature: [] for feature in features}

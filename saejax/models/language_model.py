@@ -232,8 +232,8 @@ class LanguageModel:
         condition = generation.StopCondition(self.tokenizer, eos, stop)
         chunks = self._decode(tokens, new, sampling, condition, edits)
         with show_progress("generate") as on_progress:
-            counted = generation.count_tokens(chunks, new, on_progress)
-            return generation.collect(counted, len(tokens.lengths_B), condition)
+            chunks = generation.count_tokens(chunks, new, on_progress)
+            return generation.collect(chunks, len(tokens.lengths_B), condition)
 
     def _length_with_cache(self, tokens: Tokens) -> int:
         """Return the length to which prompts are padded before generation."""
