@@ -224,7 +224,6 @@ def test_a_crosscoder_steers_new_tokens_at_all_its_sites(lm):
         assert edit.at_parts_of_new_tokens() == []
 
 
-@pytest.mark.slow  # programs for eight devices compile for minutes
 def test_edits_of_several_sites_are_the_same_on_eight_devices(llama):
     """Their sinks come from a run without edits, of which each device has a part."""
     late = make_dictionary(llama.lm, llama.tokens, "resid_post.2")
