@@ -108,8 +108,36 @@ def test_the_keyboard_finds_and_steps_through_features(browser, page):
     assert "0 tokens" in text(browser, "#feature") and "never fires" in text(browser, "#list a[data-feature='6']") + \
         text(browser, "#list a[data-feature='5']")  # fmt: skip
     browser.js("location.hash = '#topk/resid_post.5/999'")
-    browser.settle()
-    assert "no feature" in text(browser, "#feature") and browser.errors == []
+    browser.wait("document.getElementById('feature').innerText.includes('no feature')")
+    assert browser.errors == []
+
+
+@needs_chromium
+def test_a_missing_file_is_told_where_it_was_asked_for(browser, tmp_path):
+    """Not on another page that was opened before its end was known."""
+    one = dict(document=8, tokens=["The"], features=[0], acts=[[1.0]])
+    write_atlas(tmp_path, "topk", [made_up_record(0)], {}, {}, [one])
+    (tmp_path / "data" / "00000.js").unlink()
+    browser.open(f"{(tmp_path / 'index.html').as_uri()}#topk/0")
+    browser.wait("document.getElementById('feature').innerText.includes('00000.js is missing')")
+    browser.js("location.hash = '#topk/overview'")
+    browser.wait("atlas.painted === 'overview'")
+    browser.js(
+        """(() => {
+          document.head.append = (script) => {
+            delete document.head.append;
+            window.release = () => new Promise((done) => {
+              script.addEventListener('error', () => done(true));
+              document.head.append(script);
+            });
+          };
+          location.hash = '#topk/0';
+        })()"""
+    )
+    browser.wait("window.release")
+    browser.js("location.hash = '#topk/maps'")
+    browser.wait("document.querySelector('#feature .heat')")
+    assert browser.js("release()") and browser.js("document.querySelectorAll('#feature .heat').length") == 1
 
 
 @needs_chromium

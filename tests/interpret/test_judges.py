@@ -47,7 +47,8 @@ def test_answers_come_in_their_places_however_many_are_asked_at_once(monkeypatch
 def test_what_may_succeed_later_is_asked_again(trouble, waits):
     with protocol.Server(lambda prompt: "yes", [trouble, trouble]) as server:
         assert ask(server, ASK[:1], timeout=1.0 if trouble == "slow" else 60.0)[0].text == "yes"
-        assert len(server.tries) == 3 and len(waits) == 2 and all(0 < wait <= 8 for wait in waits)
+        # On a busy machine the answer, too, may take longer than "slow" is given.
+        assert 3 <= len(server.tries) == len(waits) + 1 and all(0 < wait <= 8 for wait in waits)
 
 
 def test_a_server_that_asks_for_a_pause_gets_it(waits):
@@ -201,13 +202,13 @@ def test_line_separators_and_unpaired_surrogates_are_kept_in_answers(tmp_path):
 
 
 def test_a_run_that_is_told_to_stop_does_not_wait_long_for_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "_LAST", 0.5)
-    told, never = threading.Event(), threading.Event()
+    monkeypatch.setattr(judges, "_LAST", 2.0)
+    told, heard, never = threading.Event(), threading.Event(), threading.Event()
 
     def answer(question):
         if question.text.endswith("5"):
             told.set()
-            time.sleep(0.3)  # it comes soon, and is kept
+            heard.wait(60)  # it comes soon after the run has heard of it, and is kept
         elif question.text.endswith("4"):
             never.wait(60)
         return Answer(question.text[-1], 1)
@@ -215,7 +216,8 @@ def test_a_run_that_is_told_to_stop_does_not_wait_long_for_answers(tmp_path, mon
     start = time.monotonic()
     with pytest.raises(Interrupted):
         judge = SimpleNamespace(ask=answer)
-        answers_of(tmp_path, judge, stopping=told.is_set, concurrency=2).all(ASK, "labels")
+        stopping = lambda: told.is_set() and not heard.set()  # noqa: E731
+        answers_of(tmp_path, judge, stopping=stopping, concurrency=2).all(ASK, "labels")
     assert time.monotonic() - start < 30
     kept = [json.loads(line)["answer"] for line in (tmp_path / ANSWERS).read_text().splitlines()]
     assert sorted(kept) == list("01235")

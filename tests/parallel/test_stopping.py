@@ -115,11 +115,11 @@ def test_whoever_waits_hears_of_failures_and_signals(monkeypatch, what, ended_by
     monkeypatch.setattr(capture, "joined_processes", lambda: second)
     monkeypatch.setattr(capture, "wait_for_all", lambda place: None)
     timer = threading.Timer(0.3, is_told.set if ended_by == "a signal" else lambda: first.put("failed", "7"))
-    timer.start()
     start = time.monotonic()
+    timer.start()
     with pytest.raises(Interrupted if ended_by == "a signal" else OtherFailed) as error:
         WAITS[what](second)
-    assert 0.2 < time.monotonic() - start < 5
+    assert 0.2 < time.monotonic() - start < 60
     assert ended_by == "a signal" or error.value.status == 7
 
 
@@ -216,7 +216,7 @@ def test_who_does_not_ask_is_interrupted(tmp_path):
             output.append(next(process.stdout))
         said = "stopped; finished units are kept: run the same command to go on\n"
         assert output[-2:] == [said, "ended: 143\n"], (where, output)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60
     assert runs.finish(process) == ""
 
 
@@ -238,7 +238,7 @@ def test_a_process_that_waits_for_others_to_start_hears_of_the_signal(inputs, tm
     start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert "stopped while waiting for other processes to start" in runs.finish(process, 143)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.slow  # processes that stop together, and one of a whole run that is told, are tested above and elsewhere

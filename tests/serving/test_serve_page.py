@@ -108,12 +108,18 @@ def opened(browser, site):
     assert browser.errors == [] and not browser.js("window.hacked")
 
 
+def open_feature(browser, node):
+    """Clicks a feature's node and waits until what is known of it has come, with which the page is drawn again."""
+    click_node(browser, node)
+    browser.wait("!document.getElementById('missing').textContent.includes('being read')")
+
+
 def fill(browser, selector, value):
     browser.js(f"document.querySelector({json.dumps(selector)}).value = {json.dumps(value)}")
 
 
 def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site, features):
-    click_node(opened, features[0])
+    open_feature(opened, features[0])
     opened.click_on("#change-form button")
     click_node(opened, features[1], modifiers=8)
     click_node(opened, features[2], modifiers=8)
@@ -206,8 +212,74 @@ def test_by_keys_alone_with_cancel(opened, site, features):
     assert text(opened, "#failed") == "Cancelled." and opened.js("document.getElementById('job').hidden")
 
 
-def test_the_graph_is_pruned_again(opened, site, features):
+# Questions about features wait until ``release``, which gives their number.
+HELD = """(() => {
+  const [ask, held] = [window.fetch, []];
+  window.answered = 0;
+  window.fetch = async (path, options) => {
+    if (path === 'api/feature') await new Promise((done) => held.push(done));
+    const answer = await ask(path, options);
+    await answer.clone().text();
+    window.answered++;
+    return answer;
+  };
+  window.release = () => held.splice(0).map((done) => done()).length;
+})()"""
+
+
+def test_what_is_chosen_and_typed_stays_when_what_is_known_of_a_feature_comes_late(opened, features):
+    opened.js(HELD)
+    for node in features[1:3]:
+        click_node(opened, node, modifiers=8)
+    for number in (1, 2):
+        opened.click_on(f"#pins li:nth-child({number}) input[type=checkbox]")
+    opened.click_on("#pin-tools button")
+    opened.js("scrollTo(0, 0)")
     click_node(opened, features[0])
+    opened.js("(what => { what.value = what.options.length - 1; })(document.getElementById('change-what'))")
+    assert opened.js("release()") == 1
+    opened.wait("!document.getElementById('missing').textContent.includes('being read')")
+    assert opened.js("document.getElementById('change-what').selectedOptions[0].text").startswith("All pinned")
+    click_node(opened, features[3])
+    opened.click_on("#pins .group-name")
+    opened.key("End")
+    opened.type(" of my own")
+    name = opened.js("document.activeElement.value")
+    assert name.endswith(" of my own") and opened.js("release()") == 1
+    opened.wait("answered === 2")
+    opened.settle()
+    assert opened.js("document.activeElement.value") == name
+    opened.key("Enter")
+    assert state(opened, "supernodes")[0][0] == name
+
+
+def test_of_two_labels_the_one_saved_last_stays(opened, features, place):
+    """Also where the first takes longer on its way."""
+    open_feature(opened, features[4])
+    opened.js(
+        """(() => {
+          const ask = window.fetch;
+          let count = 0;
+          window.answered = 0;
+          window.fetch = async (...all) => {
+            if (!count++) await new Promise((done) => setTimeout(done, 300));
+            const answer = await ask(...all);
+            window.answered++;
+            return answer;
+          };
+        })()"""
+    )
+    for label in ("older", "newer"):
+        fill(opened, ".label-form input", label)
+        opened.click_on(".label-form button")
+    opened.wait("answered === 2")
+    (file,) = (place / "serve").rglob("labels.csv")
+    assert "newer" in file.read_text() and "older" not in file.read_text()
+    opened.wait("document.querySelector('#panel h2').textContent === 'newer'")
+
+
+def test_the_graph_is_pruned_again(opened, site, features):
+    open_feature(opened, features[0])
     before = state(opened, "clickedId")
     fill(opened, "#prune-nodes", "0.5")
     opened.click_on("#prune-form button")
@@ -233,7 +305,7 @@ def test_the_difference_of_two_outputs_is_explained(opened, site, place):
 
 
 def test_labels_groups_pins_and_places_are_saved(opened, site, features, place):
-    click_node(opened, features[0])
+    open_feature(opened, features[0])
     fill(opened, ".label-form input", EVIL)
     for pressed in ("true", "false"):  # which draws the panel again
         opened.click_on("#pin")
@@ -258,7 +330,7 @@ def test_labels_groups_pins_and_places_are_saved(opened, site, features, place):
     opened.wait("document.getElementById('saved').textContent.includes('groups.json')")
     opened.wait("document.getElementById('save-groups').disabled")  # with the page's next painting
     show(opened, site[1] + PAGE)
-    click_node(opened, features[0])
+    open_feature(opened, features[0])
     assert text(opened, "#panel h2") == EVIL
     (group,) = state(opened, "supernodes")
     assert group[0] == "<i>pair</i>" and set(group[1:]) == set(features[1:3])
@@ -294,8 +366,9 @@ def test_the_list_opens_graphs_and_keeps_what_is_typed(browser, site):
     assert browser.js("document.querySelectorAll('#graphs li').length") == 2
     browser.click_on("#prompt")
     browser.type("The war & <b>")
-    browser.js("location.reload()")
-    browser.wait("document.getElementById('prompt') && document.getElementById('prompt').value === 'The war & <b>'")
+    browser.js("window.isOld = true, location.reload()")
+    kept = "document.getElementById('prompt') && document.getElementById('prompt').value === 'The war & <b>'"
+    browser.wait(f"!window.isOld && {kept}")
     browser.click_on("#graphs a")
     browser.wait("window.attributionGraph && attributionGraph.painted")
     assert browser.errors == []

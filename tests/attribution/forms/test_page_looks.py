@@ -89,6 +89,7 @@ def test_a_phone_shows_all_of_it(browser, page, document):
     place = place_of(browser, node)
     browser.tap(place["x"], place["y"])
     browser.wait(f"attributionGraph.state.clickedId === {json.dumps(node)}")
+    browser.settle()
     assert browser.js("document.getElementById('tip').hidden")
     assert browser.js("document.querySelector('#panel').getBoundingClientRect().width") > 340
     assert browser.js("document.querySelector('#selected').getBoundingClientRect().bottom") <= 741

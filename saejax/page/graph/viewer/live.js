@@ -30,10 +30,13 @@ function makeLive(graph, { live, labels, details }, app) {
       ...features(pinned).map((i) => ["Pinned: ", [i]]),
       ["All pinned: ", features(pinned)],
     ];
+    const old = JSON.stringify(choices);
     choices = named.filter(([, members]) => members.length);
+    const chosen = old === JSON.stringify(choices) ? what.value : ""; // names alone may have changed
     const options = choices.map(([before, members], k) => element("option", { value: k }, clip(before + nameOf(members), 60)));
     const none = element("option", { value: "" }, "Select or pin features first");
     what.replaceChildren(...(options.length ? options : [none]));
+    if (chosen) what.value = chosen;
     at("change-form").querySelector("button").disabled = !choices.length;
   };
   const showChanges = () => {
@@ -101,7 +104,9 @@ function makeLive(graph, { live, labels, details }, app) {
   });
   at("all-outputs").hidden = !live.difference;
   at("all-outputs").querySelector("a").href = `graph?${new URLSearchParams({ id: live.graph })}`;
-  const saving = async (path, body, done) => {
+  let last = Promise.resolve(); // each saving waits for the one before it, or the older could be written last
+  const saving = (...all) => (last = last.then(() => save(...all)));
+  const save = async (path, body, done) => {
     at("saved").textContent = "";
     try {
       const answer = await ask(path, { graph: live.graph, ...body });
@@ -143,8 +148,8 @@ function makeLive(graph, { live, labels, details }, app) {
         if (app.state.clicked === i) at("missing").textContent = "What is known of this feature could not be read.";
         return job.fail(error.message);
       }
-      const field = document.querySelector(".label-form input");
-      const untouched = !field || (field.value === field.defaultValue && field !== document.activeElement);
+      const fields = [...document.querySelectorAll(".label-form input, .group-name")];
+      const untouched = fields.every((one) => one.value === one.defaultValue && one !== document.activeElement);
       if (untouched) renamed(); // what is being typed stays
     },
     /** A field with a feature's label, which is saved for all its positions. */

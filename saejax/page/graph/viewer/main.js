@@ -97,11 +97,14 @@ at("save-graph").onclick = () => {
   saveJson(`${slug}.json`, { ...given.document, qParams: qParamsOf(graph, app.state), links: linksOf(graph) });
 };
 at("open-state").onclick = () => at("state-file").click();
+let chosen = null; // the file that is opened
 at("state-file").onchange = async ({ target }) => {
   const [file] = target.files;
   if (!file) return;
-  const text = await file.text();
   target.value = ""; // or the same file could not be opened again
+  chosen = file;
+  const text = await file.text();
+  if (file !== chosen) return; // another one was chosen before all of it was read
   const patch = savedState(graph, app.state, listIn(text));
   at("not-opened").hidden = Boolean(patch);
   at("not-opened").textContent = `${visibleText(file.name)} holds no state of a page: expected a file that Save state wrote.`;

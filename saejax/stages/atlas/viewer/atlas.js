@@ -34,14 +34,15 @@ const atlas = (() => {
     if (chunks.has(number)) return then(chunks.get(number));
     if (waiting.has(number)) return waiting.get(number).push(then);
     waiting.set(number, [then]);
-    fetchScript(`data/${String(number).padStart(5, '0')}.js`, () => waiting.delete(number));
+    const isAsked = () => waiting.delete(number) && Math.floor(current() / about.chunk) === number;
+    fetchScript(`data/${String(number).padStart(5, '0')}.js`, isAsked);
   }
 
-  function fetchScript(source, onMissing) {
+  function fetchScript(source, isAsked) {
     const script = document.createElement('script');
     script.src = source;
     script.onload = () => script.remove();
-    script.onerror = () => { onMissing(); say(`The file ${script.src} is missing.`); };
+    script.onerror = () => isAsked() && say(`The file ${script.src} is missing.`);
     document.head.append(script);
   }
 
@@ -64,7 +65,7 @@ const atlas = (() => {
     const feature = current();
     if (onMaps()) {
       if (texts) at('feature').replaceChildren(mapsPage(texts, about.dictionary, labelOf));
-      else fetchScript('data/maps.js', () => undefined);
+      else fetchScript('data/maps.js', onMaps);
       atlas.painted = 'maps';
       return mark();
     }
