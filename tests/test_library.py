@@ -631,5 +631,12 @@ def test_contexts_matches_and_groups_in_memory(lm, acts, sae):
     other = sae.with_config(dataclasses.replace(sae.config, site="resid_post.0"))
     with pytest.raises(UserError, match="unknown site of these activations 'resid_post.0'"):
         saejax.group_features(acts, other)
+    for call, message in (
+        (lambda: saejax.group_features(acts, sae, smallest=1), "smallest is 1: expected a whole number, 2 or more"),
+        (lambda: saejax.group_features(acts, sae, resamples=0), "resamples is 0: expected a whole number, 1 or more"),
+        (lambda: saejax.top_contexts(lm, acts, sae, fired, count=-1), "count is -1: expected a whole number, 1 or"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
     feature_F, groups = saejax.group_features(acts, sae, resamples=2)
     assert len(groups.group_F) == len(feature_F) and len(groups.overlap_U) == groups.group_F.max(initial=-1) + 1

@@ -97,6 +97,11 @@ def test_checkpoints_of_finished_units_go(workdir):
     assert line.endswith(", 5 kB") and not (folder / "checkpoints").exists() and go(workdir, **CHANGED) == []
 
 
+def test_sizes_are_in_words():
+    sizes = [runs._words(size) for size in (7, 999.4e3, 999.6e3, 999.7e6, 1.5e12)]
+    assert sizes == ["7 B", "999 kB", "1 MB", "1.0 GB", "1,500.0 GB"]
+
+
 def test_nothing_goes_while_a_run_goes_on(workdir):
     """It may come to units later that read what is obsolete, or a store whose readers so far are finished."""
     workspace, mark = Workspace(workdir), "0" * 16

@@ -5,6 +5,7 @@ import numpy as np
 from saejax.interpret.feature_record import TokenMap
 from saejax.interpret.firings import Block, priority
 from saejax.interpret.text import CodedText
+from saejax.unicode import join_pieces
 
 MAPS = "heatmaps.json"
 TOKENS, SHOWN = 48, 24  # first tokens of a document, features of a heatmap
@@ -59,10 +60,9 @@ class TokenMaps:
             best = best[excess_F[best] > 0]
             acts_FxT = np.zeros((len(mean_F), len(places)), np.float32)
             acts_FxT[feature[in_document], place[in_document] - places[0]] = value[in_document]
-            rows = [
-                [float(f"{act:.3g}") if has_act else None for act, has_act in zip(row, is_encoded, strict=True)]
-                for row in acts_FxT[best].tolist()
-            ]
-            tokens = [self._text.texts[i] for i in self._text.back(places, 0)]
+            tokens, firsts = join_pieces([self._text.pieces[i] for i in self._text.back(places, 0)])
+            # As in contexts, a character that several tokens spell is as active as the most active of these.
+            shown_RxC = np.fmax.reduceat(np.where(is_encoded, acts_FxT[best], np.nan), firsts, axis=1)
+            rows = [[None if np.isnan(act) else float(f"{act:.3g}") for act in row] for row in shown_RxC.tolist()]
             token_maps.append(TokenMap(document=document, tokens=tokens, features=best.tolist(), acts=rows))
         return token_maps

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ def top_contexts(
       UserError: a feature does not exist or is named twice, or there are no activations of the dictionary's site.
     """
     chosen = dictionary.feature_indices(features).tolist()
+    if not isinstance(count, Integral) or count < 1:
+        raise UserError(f"count is {count!r}: expected a whole number, 1 or more")
     pieces = _pieces(lm)
     with tempfile.TemporaryDirectory(prefix="saejax-contexts-") as folder:
         store = acts if isinstance(acts, Store) else acts.save(folder)

@@ -122,6 +122,8 @@ class ExplainedDictionary:
     scores: Mapping[str, MeanLabelScore]  #: by the names of ``label_scores``
     unparsed: float  #: share of the replies about labels, controls left aside, that could not be parsed
     tokens: int  #: of all questions and answers, as the endpoint counts them, or else estimated from their length
+    #: of the judged, features without a label, a detection score or another label to compare with; None: there are none
+    untold: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -327,7 +327,7 @@ def _encode_texts(lm: LanguageModel, texts: Sequence[str], length: int) -> list[
 def _activations(
     lm: LanguageModel, dictionary: Dictionary, features_K: np.ndarray, texts: Sequence[list[int]]
 ) -> Iterator[np.ndarray]:
-    """Yield the activations of K features at every token of each text, [T, K]; 0 at attention sinks.
+    """Yield the sizes of the activations of K features at every token of each text, [T, K]; 0 at attention sinks.
 
     Of a transcoder, those at its target are sinks, too: injected tokens could make one that no edit would touch.
     """
@@ -358,7 +358,7 @@ def _activations(
 
 @jax.jit
 def _encode(dictionary: Dictionary, x_BxTxD: jax.Array, y_BxTxO: jax.Array, features_K: jax.Array) -> jax.Array:
-    acts_BxTxK = dictionary.encode_features(x_BxTxD, features_K)
+    acts_BxTxK = jnp.abs(dictionary.encode_features(x_BxTxD, features_K))  # a signed dictionary fires below 0, too
     return jnp.where(dictionary.is_not_sink(x_BxTxD, y_BxTxO)[..., None], acts_BxTxK, 0.0)
 
 

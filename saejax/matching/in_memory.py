@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,9 @@ def group_features(
     Raises:
       UserError: the dictionary's site was not captured, or it reads several, or there are fewer than five texts.
     """
+    for name, number, least in (("smallest", smallest, 2), ("resamples", resamples, 1)):
+        if not isinstance(number, Integral) or number < least:
+            raise UserError(f"{name} is {number!r}: expected a whole number, {least} or more")
     firings = Coactivation.of(_encode(acts, dictionary), _texts_of_rows(acts))
     done, total = itertools.count(1), 1 + 3 * resamples
     with show_progress("group_features") as on_progress:

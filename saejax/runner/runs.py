@@ -163,7 +163,7 @@ def describe_units(units: Sequence[KeptUnit]) -> list[str]:
 
 def _words(size: float) -> str:
     for unit in ("B", "kB", "MB"):
-        if size < 1000:
+        if size < 999.5:  # above, three digits are 1e+03
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.1f} GB"

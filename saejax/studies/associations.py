@@ -12,9 +12,10 @@
 5. The causal answer: ablating the feature alone lowers the answers to items with the label more than those to others.
    Labels are permuted over items; the statistic is Welch's t, for which the spread of both kinds may differ.
 
-Of a feature that is silent on nearly all test items nothing can be told, and neither where even the smallest p-value
-that the items and permutations allow is above the level after correction: the p-value that it would have if the items
-with the label were those on which it is most active, or whose drop is largest. Such answers are not testable.
+Of a feature that is silent on nearly all test items, or goes with no label on train items, nothing can be told, and
+neither where even the smallest p-value that the items and permutations allow is above the level after correction: the
+p-value that it would have if the items with the label were those on which it is most active, or whose drop is largest.
+Such answers are not testable.
 
 What is correlated need be neither readable on new items nor used, so the three answers stand beside each other.
 """
@@ -145,6 +146,7 @@ def associate(
     rows, least = [], []
     for feature in tested:
         name = names[int(trained_FxC[feature].argmax())]
+        goes_with = trained_FxC[feature].max() > 1e-9  # or it has no label: silent on the questions of train items
         seen = seen_FxL[feature, list(kept).index(name)]
         best, _ = label_correlations(test_QxF[:, [feature]], _top(test_QxF[:, feature], kept[name])[:, None])
         p_value, p_best = (
@@ -163,13 +165,13 @@ def associate(
                 items=int(kept[name].sum()),
                 correlation=_correlation(test_QxF[:, feature], kept[name], weight_RxQ),
                 p_value=p_value,
-                associated=_answer(p_value) if live_F[feature] and p_best <= LEVEL else _UNTESTABLE,
+                associated=_answer(p_value) if goes_with and live_F[feature] and p_best <= LEVEL else _UNTESTABLE,
                 auc=auc,
                 p_probe=p_probe,
-                probe="no" if np.ptp(train_PxF[:, feature]) and np.ptp(test_QxF[:, feature]) else _UNTESTABLE,
+                probe="no" if goes_with and np.ptp(test_QxF[:, feature]) else _UNTESTABLE,
                 causal_drop=None if drop_Q is None else _contrast(drop_Q, kept[name], weight_RxQ),
                 p_causal=p_causal,
-                causal="not tested" if drop_Q is None else "no" if np.ptp(drop_Q) else _UNTESTABLE,
+                causal="not tested" if drop_Q is None else "no" if goes_with and np.ptp(drop_Q) else _UNTESTABLE,
             )
         )
     return BenchmarkAssociations(labels, _corrected(rows, least, items))

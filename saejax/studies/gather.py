@@ -214,7 +214,7 @@ def _effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
             dictionary=results.dictionary,
             top=results.k,
             items=results.items.test,
-            categories=len({name for some in results.categories.values() for name in some}),
+            categories=len(set(results.categories.values())),
             can_name=results.primitives is not None and results.primitives.can_name,
             at_chance=results.at_chance,
             accuracy=scores["clean"].accuracy if scores else None,
@@ -342,7 +342,7 @@ def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
                 output=text.output,
                 measured=sum(chain.holds is not None for chain in text.chains),
                 holding=sum(chain.holds is True for chain in text.chains),
-                left_out=text.chains_left_out,
+                left_out=text.chains_left_out + sum(chain.holds is None for chain in text.chains),
                 tests=sum(test.hurt != "not testable" for test in tests),
                 hurt=sum(test.hurt == "yes" for test in tests),
             )

@@ -96,11 +96,11 @@ def _primitives(groups: Sequence[PrimitiveFigures], can_name: bool) -> tuple[Ans
     """
     named = [group for group in groups if group.name]
     held = [group for group in named if holds(group)]
-    evidence = f"{len(held)} of {len(named)} groups named after a category, {counted(len(groups), 'stable group')}"
-    untold = [group.more == "not testable" or (group.more == "yes" and group.p_recurs is None) for group in named]
+    number = f"{len(held)} of {len(named)} groups" if named else "no group"
+    evidence = f"{number} named after a category, {counted(len(groups), 'stable group')}"
     if not can_name:
         return "cannot tell", f"{evidence}; there are too few items to name any"
-    if not held and any(untold):
+    if not held and any(map(is_untold, named)):
         return "cannot tell", evidence
     return plain(bool(held)), evidence
 
@@ -112,6 +112,11 @@ def holds(group: PrimitiveFigures) -> bool:
     """
     recurs = 0 < group.seeds <= 2 * group.recurs and group.p_recurs is not None and group.p_recurs <= LEVEL
     return bool(group.name) and group.more == "yes" and recurs
+
+
+def is_untold(group: PrimitiveFigures) -> bool:
+    """Return whether it cannot be told if a named group does more than its controls and recurs."""
+    return group.more == "not testable" or (group.more == "yes" and group.p_recurs is None)
 
 
 def _driven(drivers: DriverFigures, controls: Sequence[DriverFigures]) -> Answered:

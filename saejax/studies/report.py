@@ -19,7 +19,7 @@ from saejax.page.document import Section, to_html, to_markdown
 from saejax.page.tables import Table
 from saejax.results import to_json
 from saejax.studies.gate import RULES
-from saejax.studies.learned import answers_table, holds, overview
+from saejax.studies.learned import answers_table, holds, is_untold, overview
 from saejax.studies.pictures import draw_drivers, draw_drops, draw_models, draw_trends
 from saejax.studies.results import TABLES, StudyFigures
 from saejax.studies.sheet import as_csv, duration
@@ -130,7 +130,8 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
     """Yield the groups of features that matter for the same items."""
     if not figures.primitives:
         if figures.gates:
-            few = " Too few items chose features to name one." * (not any(row.can_name for row in figures.effects))
+            compared = [row.can_name for row in figures.effects if row.categories > 1]
+            few = " Too few items chose features to name one." * (bool(compared) and not any(compared))
             yield Text(f"No group of features was stable: no row has a primitive.{few}")
         return
     named = [primitive for primitive in figures.primitives if primitive.name]
@@ -140,7 +141,7 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
         f"{len(held)} also lower its answers more than both kinds of control sets and recur in at least half "
         "of the other seeds."
     )
-    if untold := sum(primitive.more == "not testable" for primitive in named):
+    if untold := sum(map(is_untold, named)):
         sentence += f" {counted(untold, 'group')} with a category could not be tested."
     if held:
         sentence += f" They are: {'; '.join(f'{primitive.name} in {primitive.row}' for primitive in held)}."

@@ -164,7 +164,7 @@ class EffectFigures(RowFigures):
     dictionary: str  #: whose features
     top: int  #: features that are ablated
     items: int  #: that judge them
-    categories: int  #: distinct categories of all items
+    categories: int  #: distinct sets of categories of all items: with one there is nothing to compare
     can_name: bool  #: whether a group of features could be named after one, with so few items that choose them
     at_chance: bool | None  #: whether accuracy before any edit is not shown to be above guessing's; None: not measured
     #: before any edit
@@ -389,7 +389,8 @@ class AssociationFigures(BenchmarkFigures):
     Each top feature with the category that it goes with most on train items, judged on test items. The correlation is
     corrected for all features and labels, the probe (of this feature alone) and the drop for all rows of a benchmark.
     Causes it: ablating the feature alone costs items with the label more than others. Not testable: the feature is
-    silent on nearly all items, or no p-value could be small enough with so few items or so many features.
+    silent on nearly all items or goes with no label on train items, or no p-value could be small enough with so few
+    items or so many features.
     """
 
     feature: int = joined("Feature", lambda row: f"{row.feature}, {row.label}", words=True)  #: its index
@@ -461,7 +462,7 @@ class TransferFigures(RowFigures):
 
 def _show_chains(row: "TrackingFigures") -> str:
     text = f"{row.measured}; {row.holding}"
-    return f"{text} ({row.left_out} without controls)" if row.left_out else text
+    return f"{text} ({row.left_out} not testable)" if row.left_out else text
 
 
 class TrackingFigures(RowFigures):
@@ -482,7 +483,7 @@ class TrackingFigures(RowFigures):
     #: chains of features whose links and effect on the answer were measured
     measured: int = joined("Chains; hold", _show_chains)
     holding: int  #: of them: chains that hold, each link above 19 random features at equal dose
-    left_out: int  #: others of the strongest, where no other feature is active to compare with
+    left_out: int  #: others of the strongest, where too few other features are active to compare with
     tests: int = column("Steps tested")  #: steps tested, at each site, with enough random sets
     hurt: int = column("Hurt")  #: of them: those whose features have a larger effect than random sets at equal dose
 

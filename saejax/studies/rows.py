@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from saejax.config import Configs
-from saejax.errors import UserError
+from saejax.errors import Faults, UserError
 from saejax.runner.command_line import flag_error, read_configs, stage_flags
 
 ENDING = ".flags"
@@ -35,9 +35,9 @@ def read_rows(paths: Sequence[str], common: Sequence[str]) -> list[StudyRow]:
       common: flags for every row, which win over its file's.
 
     Raises:
-      UserError: there is no such file, two have one name, or flags in one are wrong.
+      UserError: there is no such file, two have one name, or flags are wrong, of which all rows are named.
     """
-    files = [file for path in paths for file in _files(Path(path))]
+    files = [file for path in paths if path for file in _files(Path(path))]
     if not files:
         raise UserError("--rows names no flag file: give files that end in .flags, or a folder of them")
     counts = Counter(file.stem for file in files)
@@ -45,7 +45,12 @@ def read_rows(paths: Sequence[str], common: Sequence[str]) -> list[StudyRow]:
         if count > 1:
             places = ", ".join(str(file) for file in files if file.stem == name)
             raise UserError(f"{count} rows are called {name} ({places}): each needs a name of its own, rename a file")
-    return [_read_row(file, common) for file in files]
+    faults, rows = Faults("--rows", "cannot be run", "rows"), list[StudyRow]()
+    for file in files:
+        with faults.collect(file.stem):
+            rows.append(_read_row(file, common))
+    faults.refuse()
+    return rows
 
 
 def _files(path: Path) -> list[Path]:

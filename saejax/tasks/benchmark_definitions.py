@@ -174,7 +174,7 @@ def _question_and_options(row: Row) -> tuple[str, list[str], list[str]]:
             f"{row.where} has the columns {has}: expected 'question', 'choices' and 'answerKey', or 'text', "
             "'question', 'options' and 'answer'; fix or rename them"
         )
-    if not 2 <= len(options) == len(set(labels)) == len(labels):
+    if not 2 <= len(options) == len(set(labels)) == len(labels) <= len(_LETTERS):
         raise UserError(
             f"{row.where} has {len(options)} options with the labels {', '.join(labels) or '(none)'}: expected 2 to "
             f"{len(_LETTERS)} options, each with a label of its own; fix or remove the row"

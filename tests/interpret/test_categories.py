@@ -1,6 +1,7 @@
 """Prompt categories against planted features, scipy's exact test, and activations of the model."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,6 +10,9 @@ from scipy.stats import false_discovery_control, fisher_exact
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret.categories import CategorisedPrompt, active_on_prompts, associate, make_tests, read_prompts
+from saejax.interpret.results import CategoryCounts
+from saejax.page.tables import MISSING
+from saejax.stages.interpret.report import _categories
 
 
 @pytest.fixture
@@ -104,3 +108,10 @@ def test_prompts_come_from_the_baseline_and_benchmarks(tmp_path):
         CategorisedPrompt("d", "gsm8k", None),
         CategorisedPrompt("c", "logic", False),
     ]
+
+
+def test_without_a_test_no_feature_is_said_to_lack_a_category():
+    """One behaviour, on all of whose prompts the model is right."""
+    tested = [SimpleNamespace(categories=CategoryCounts(80, tests, 12, 0, 0)) for tests in (0, 3)]
+    (table,) = _categories(list(zip("ab", tested)))
+    assert [row[3:] for row in table.rows] == [(MISSING, MISSING), ("0 of 12", "0")]

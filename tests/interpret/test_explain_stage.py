@@ -1,5 +1,6 @@
 """Labels written and judged by a stand-in for a language model, on a store whose features are planted."""
 
+import dataclasses
 import json
 import re
 import zlib
@@ -231,3 +232,12 @@ def test_no_answer_that_can_be_read(workdir, tmp_path):
         member, found = go(workdir, tmp_path / "unit", server.url, sample=3)
     assert member.kept == 0 and all(one.label == "" and not one.kept for one in found.values())
     assert member.scores == {}
+
+
+def test_a_label_without_another_to_compare_with_is_not_testable(workdir, tmp_path):
+    with protocol.Server(judge(Place(workdir))) as server:
+        member, found = go(workdir, tmp_path / "unit", server.url, features=(0,))
+    assert (member.judged, member.kept, member.untold) == (1, 0, 1) and not found[0].kept
+    assert explain._line(member).startswith("0 of 1 features keep a label (1 not testable), detection 1.00")
+    nothing = dataclasses.replace(member, judged=0, untold=None, scores={})
+    assert explain._line(nothing) == "no feature fires often enough to be judged"

@@ -6,8 +6,9 @@ import numpy as np
 import planted
 import pytest
 
+from saejax.activations.documents import Documents
 from saejax.interpret import heatmaps
-from saejax.interpret.firings import blocks, priority, record
+from saejax.interpret.firings import Block, blocks, priority, record
 from saejax.interpret.heatmaps import TokenMaps
 from saejax.interpret.text import CodedText
 from saejax.parallel.mesh import make_mesh
@@ -47,3 +48,15 @@ def test_features_by_tokens(tmp_path, monkeypatch, documents):
             assert [value is None for value in row] == (~scored).tolist()
             there = [value for value in row if value is not None]
             np.testing.assert_allclose(there, acts[feature][scored], rtol=6e-3, atol=1e-5)
+
+
+def test_a_character_of_several_tokens_is_one_column():
+    """Three bytes spell a sign: the first is a sink, and the second excites the feature most."""
+    pieces = ["a", *(chr(0xDC00 + byte) for byte in "我".encode()), "b"]
+    ids_T = np.arange(10, dtype=np.int32) % 5
+    documents = Documents.contiguous(ids_T, [5, 5], np.zeros((2, 4), np.int32), ["text"])
+    maps = TokenMaps(CodedText(documents, pieces), np.delete(np.arange(10), 1), 2)
+    maps.add(Block(0, 1, np.array([0, 0]), np.array([2, 3]), np.array([2.0, 1.0], np.float32)))
+    made = {one["document"]: one for one in maps.maps(np.ones(1))}
+    assert made[0]["tokens"] == made[1]["tokens"] == ["a", "我", "b"]
+    assert made[0]["acts"] == [[0.0, 2.0, 0.0]] and made[1]["acts"] == []

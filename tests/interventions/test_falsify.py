@@ -117,6 +117,17 @@ def test_planted_detectors_of_words_are_told_from_features_of_context(worlds):
     assert share.tokens.low < share.tokens.mean < share.tokens.high
 
 
+def test_features_that_fire_below_zero_are_tested_by_size():
+    """Signed ones are the same with all activations turned around."""
+    world = World(3)
+    texts, dictionary = world.texts(np.random.default_rng(3)), world.dictionary(4, 4)
+    config = dataclasses.replace(dictionary.config, kind="topk", k=8, signed=True)
+    arrays = {name: -array if name in ("W_enc_DxF", "b_enc_F") else array for name, array in dictionary.arrays.items()}
+    turned = Dictionary(config, **arrays | dict(b_enc_F=0 * arrays["b_enc_F"]))
+    found = falsify(world, turned, range(4), *texts)
+    assert [row.test.driver for row in found.features if row.group == "tested"] == ["tokens"] * 4
+
+
 def test_the_tokens_are_those_that_were_planted(worlds):
     W_enc_DxF = np.asarray(World(0).dictionary(10, 10).W_enc_DxF[...])
     for row in worlds[0].features[:10]:

@@ -24,10 +24,13 @@ from saejax.matching.transfer import reading
 from saejax.matching.transfer.activity import MIN_FIRINGS, ReadText, encode, read_text, site_values
 from saejax.matching.transfer.compared import Compared, measures_of
 from saejax.matching.transfer.reading import SCORES, Reading, SharedText
+from saejax.matching.transfer.results import ComparedPair, ComparedRows
 from saejax.matching.transfer.settings import TransferConfig
 from saejax.models.settings import ModelConfig
+from saejax.page.tables import MISSING
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
+from saejax.stages.transfer import report
 from saejax.stages.transfer import run as transfer_run
 from saejax.stages.transfer.run import Comparison, score, select_pairs
 
@@ -228,6 +231,12 @@ def test_where_nothing_fires_there_are_no_partners_and_no_figure(tmp_path):
     found = made_reading(tmp_path, *((each, values_NxD, read_of()) for each in (dead, live)))
     scores = shared_share(found)
     assert scores.matched.mean == scores.shared.mean == 0 and not found.compared_features(0, 1)[0].any()
+    both = ComparedRows(scores, scores, compared=(0, 9), left_out=(24, 15), ceiling=0.0)
+    pair = ComparedPair("a", "b", dict(activity=both))
+    ((_, *cells, _),) = report._pairs_table([pair], dict(a="a", b="b")).rows
+    assert set(cells) == {MISSING} and np.isnan(report._share_matrix(["a", "b"], [pair], "activity", "scores")).all()
+    line = transfer_run._line(SimpleNamespace(name="a"), [pair])
+    assert line == "a, 1 pair: by activity, no feature could be compared"
 
 
 @pytest.mark.parametrize("sizes", [(3, 5), (5, 3)])

@@ -21,7 +21,7 @@ from saejax.matching.track.settings import TrackConfig
 from saejax.models.tokens import pad
 from saejax.runner import command
 from saejax.runner.registry import all_stages, default_configs
-from saejax.stages.track.page import write_page
+from saejax.stages.track.page import summary, write_page
 from saejax.stages.track.report import sections
 
 pytestmark = pytest.mark.usefixtures("single_device")
@@ -89,7 +89,9 @@ def test_texts_are_followed_and_kept(tracked, capsys):
     assert all(len(cell) <= 8 and cell[1::2] == sorted(cell[1::2], reverse=True) for row in rows for cell in row)
     text = (unit / "track.txt").read_text()
     told = sum(step.test is not None and step.test.hurt != "not testable" for step in river.steps)
-    assert f" of {told} tested steps" in text  # those that could not be tested are no evidence
+    # Those that could not be tested are no evidence.
+    assert (f" of {told} tested steps" if told else "no step could be tested") in text
+    assert summary(dataclasses.replace(river, steps=river.steps[:1])).endswith("; no step could be tested")
     assert "river:" in text and "  resid_post.1  " in text and "\033" not in text
     found = SimpleNamespace(select=lambda kind: {"prompts": results}, folders={"track/prompts": unit}, address=str)
     (section,) = sections(found, None)
@@ -150,6 +152,7 @@ def test_the_output_of_the_model_is_followed_and_a_jacobian_lens_reads_where_it_
     carried = follow_sentence(tracked, tmp_path / "two", "--track.generate=6", lens)
     assert plain.lens.answer[0] != carried.lens.answer[0] and plain.lens.answer[1] == carried.lens.answer[1]
     pages = [(tmp_path / name / "track/The-river/index.html").read_text() for name in ("one", "two")]
+    assert "`Logit lens; dashed" not in pages[0]  # its name is the lens's
     assert ["Jacobian lens" in page for page in pages] == [False, True]
 
 

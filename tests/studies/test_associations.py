@@ -131,6 +131,14 @@ def test_a_feature_is_not_said_to_go_with_a_label_that_it_avoids():
     assert (feature.associated, feature.probe) == ("no", "no") and feature.p_value > 0.5
 
 
+def test_a_feature_that_no_train_item_with_a_label_excites_has_no_label():
+    """It is silent on the questions of train items, and answers to additions rest on it."""
+    is_sum_P = np.arange(ITEMS) % 2 == 0
+    labels, noise = {"addition": is_sum_P, "logic": ~is_sum_P}, np.random.default_rng(0).random((ITEMS, 1))
+    (feature,) = associate(0 * noise, labels, noise + 3.0 * is_sum_P[:, None], labels, [0], {0: 1.0 * is_sum_P}, 0).top
+    assert (feature.associated, feature.probe, feature.causal) == ("not testable",) * 3
+
+
 def test_what_can_only_be_answered_no_is_not_testable():
     """A silent feature, too few items for a small p-value, and too many features for the permutations."""
     is_sum_P, rng = np.arange(ITEMS) % 2 == 0, np.random.default_rng(0)

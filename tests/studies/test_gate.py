@@ -26,7 +26,7 @@ from saejax.runner.results import Summary
 from saejax.stages.study.results import StudyResults
 from saejax.studies import gather, gather_features
 from saejax.studies.gate import overall_answer
-from saejax.studies.results import BehaviourFigures
+from saejax.studies.results import BehaviourFigures, TrackingFigures
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BenchmarkResults
 from saejax.training.results import TrainResults
 
@@ -183,6 +183,7 @@ def test_steps_and_chains_are_counted():
     (text,) = gather.tracking("row", Findings({"track/sum": summary_of(tracked(answers))}, {}, Path(), {}))
     assert (text.text, text.tests, text.hurt, text.links) == ("sum", 4, 2, 7)
     assert (text.measured, text.holding) == (3, 1)  # of the first four chains one cannot be tested
+    assert "3; 1 (1 not testable)" in TrackingFigures.table([text]).rows[0]
 
 
 def test_figures_are_the_fields_of_the_same_names():

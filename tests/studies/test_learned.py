@@ -1,6 +1,7 @@
 """What a study has learned: one answer for each question, and the known answers of control rows."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from saejax.interventions.falsify import CONTROL_GROUPS
 from saejax.results import Interval
 from saejax.statistics.intervals import wilson
 from saejax.studies.learned import QUESTIONS, _driven, answers_table, learned, overview
+from saejax.studies.report import _primitives
 from saejax.studies.results import (
     AlignmentFigures,
     BaselineFigures,
@@ -90,6 +92,13 @@ def figures():
             for row, by, answer, shared in aligned
         ),
     ))  # fmt: skip
+
+
+def page_of(figures):
+    """What the page says of groups of features, without its figure."""
+    unmeasured = [dataclasses.replace(some, effect=None) for some in figures.primitives]
+    some = _primitives(Path(), dataclasses.replace(figures, primitives=tuple(unmeasured)))
+    return next(block.markdown() for block in some)
 
 
 def by_row(**answers):
@@ -193,6 +202,7 @@ def test_a_group_must_recur_in_other_seeds(figures, recurs, seeds, p_recurs, ans
     figures = dataclasses.replace(figures, primitives=(dataclasses.replace(group("base", "yes"), **changes),))
     answers = {one.question: one.answer for one in learned(figures) if one.row == "base"}
     assert answers["primitives"] == answer
+    assert ("1 group with a category could not be tested" in page_of(figures)) == (answer == "cannot tell")
     # So few items that not even the best fit would be named contradict nothing.
     few = tuple(dataclasses.replace(effect, can_name=False) for effect in figures.effects)
     unnamed = dataclasses.replace(figures, effects=few, primitives=())
@@ -201,3 +211,7 @@ def test_a_group_must_recur_in_other_seeds(figures, recurs, seeds, p_recurs, ans
     # Of a benchmark of one category it is not asked.
     single = tuple(dataclasses.replace(effect, categories=1) for effect in figures.effects)
     assert "primitives" not in {one.question for one in learned(dataclasses.replace(figures, effects=single))}
+    # Nor is anything said of too few items where there is no category to name a group after.
+    nothing = dataclasses.replace(figures, primitives=())
+    told = [page_of(dataclasses.replace(nothing, effects=some)) for some in (few, single)]
+    assert ["Too few items chose features" in page for page in told] == [True, False]

@@ -188,6 +188,7 @@ def test_rows_whose_files_cannot_be_read(fake, monkeypatch, capsys):
         ({"a": ""}, ["--rows=nowhere.flags"], "--rows=nowhere.flags is no flag file"),
         ({"a": "--flagfile=nowhere.flags"}, [], "the flag file nowhere.flags cannot be read"),
         ({"a": "nonsense"}, [], "row a ("),
+        ({"a": "nonsense", "b": "--train.batch=0"}, [], "--rows: 2 rows cannot be run: row a ("),
     ],
 )
 def test_bad_input(tmp_path, capsys, files, flags, message):

@@ -223,6 +223,7 @@ def test_what_is_not_whole_is_refused(tmp_path):
         ("commonsense", dict(choices=5, answer="A"), "expected a list of texts"),
         ("commonsense", dict(choices=["a"], answer=0), "1 options .* expected 2 to 26"),
         ("commonsense", dict(choices=[*map(str, range(30))], answer=28), "30 options .* expected 2 to 26"),
+        ("commonsense", dict(choices=dict(label=[*map(str, range(27))], text=["a"] * 27), answer=1), "27 options"),
         ("commonsense", dict(choices=dict(label=["A", "A"], text=["a", "b"]), answerKey="A"), "a label of its own"),
         ("commonsense", dict(choices=["a", "b", "c"], answer="²"), "which is not one of A, B, C"),
         ("commonsense", dict(choices=["a", "b"], answer=True), "the right answer is true, which"),

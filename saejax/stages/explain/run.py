@@ -74,8 +74,12 @@ def _line(results: ExplainedDictionary) -> str:
         f"{score} {mean.value.mean:.2f}" + (f" (control {mean.control:.2f})" if mean.control is not None else "")
         for score, mean in results.scores.items()
     ]
+    if not results.judged:
+        return f"{name}no feature fires often enough to be judged"
     scored = ", ".join(scores or ["no reply could be parsed"])
-    return f"{name}{results.kept} of {results.judged} features keep a label, {scored}, {results.tokens:,} tokens"
+    kept = f"{results.kept} of {results.judged} features keep a label"
+    kept += f" ({results.untold} not testable)" if results.untold else ""
+    return f"{name}{kept}, {scored}, {results.tokens:,} tokens"
 
 
 def read_text(run: Run) -> tuple[Store, CodedText]:
@@ -129,6 +133,7 @@ def _explain(run: Run, member: str, store: Store, text: CodedText, endpoint: End
         scores=_mean_scores(scores, config.seed),
         unparsed=unparsed / max(count, 1),
         tokens=answers.tokens,
+        untold=sum("detection" not in scored or scored["detection"].control is None for scored in scores) or None,
     )
 
 

@@ -73,14 +73,17 @@ def _categories(members: Sequence[tuple[str, InterpretedDictionary]]) -> list[Ta
         "Dictionary": lambda name, counts: name,
         "Prompts": lambda name, counts: f"{counts.prompts:,}",
         "Tests per feature": lambda name, counts: str(counts.tests),
-        "Features with a category": lambda name, counts: f"{counts.features:,} of {counts.live:,}",
-        "Shuffled": lambda name, counts: f"{counts.shuffled:,}",
+        "Features with a category": lambda name, counts: (
+            f"{counts.features:,} of {counts.live:,}" if counts.tests else MISSING
+        ),
+        "Shuffled": lambda name, counts: f"{counts.shuffled:,}" if counts.tests else MISSING,
     }
     note = (
         "A feature has a category if it fires on more of the prompts of a behaviour or benchmark than of all others, "
         "or on more of its right than of its wrong answers or the reverse (Fisher's exact test, false discovery rate "
         "of 5 % over all features and tests). Shuffled: features with a category after categories and answers were "
-        "permuted. Prompts of a category share words: a category says what a feature fires on, not what it does."
+        "permuted. A dash: no category has enough prompts on both sides. Prompts of a category share words: a category "
+        "says what a feature fires on, not what it does."
     )
     return [Table.of("Prompt categories", rows, columns, note=note)] if rows else []
 
@@ -129,14 +132,17 @@ def explain_sections(findings: Findings, draw: Draw) -> list[Section]:
     )
     columns: dict[str, Callable[..., str]] = {
         "Dictionary": lambda name, member: name,
-        "Labels kept": lambda name, member: f"{member.kept} of {member.judged}",
+        "Labels kept": lambda name, member: (
+            f"{member.kept} of {member.judged}" + (f" ({member.untold} not testable)" if member.untold else "")
+        ),
         **{f"{name.capitalize()} [95 %]; control": functools.partial(_score_cell, name) for name in names},
         "Unparsed": lambda name, member: percent(member.unparsed),
     }
     note = (
         "Means over features: balanced accuracies, of intruder the accuracy, of simulation the correlation; intervals "
         "by bootstrap over features. Control: with the label of another feature that fires about as often, or guessing "
-        "the intruder. Unparsed replies are excluded."
+        "the intruder. Unparsed replies are excluded. Not testable: without a label, a reply that could be parsed, or "
+        "another label to compare with."
     )
     table = Table.of("Scores of the labels", rows, columns, note=note)
     return [Section("Labels by a language model", (Text(intro), table))]

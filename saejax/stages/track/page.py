@@ -143,10 +143,11 @@ def summary(text: TrackedText) -> str:
     """Return the figures of a text as one line."""
     tests = [step.test for step in text.steps if step.test and step.test.hurt != "not testable"]
     harmed, answer = sum(test.hurt == "yes" for test in tests), text.lens.answer[-1]
+    tested = f"{harmed} of {len(tests)} tested steps more than random sets"
     return (
         f"{counted(text.tokens, 'token')}, {counted(len(text.sites), 'layer')}, {counted(text.links, 'link')}; "
-        f"probability of {visible(text.answer)!r} {answer:.2f}; ablating its features lowers the log-likelihood of "
-        f"{harmed} of {len(tests)} tested steps more than random sets"
+        f"probability of {visible(text.answer)!r} {answer:.2f}; "
+        + (f"ablating its features lowers the log-likelihood of {tested}" if tests else "no step could be tested")
     )
 
 

@@ -61,6 +61,8 @@ def _shorten(names: Sequence[str]) -> dict[str, str]:
 
 def _with_null(both: ComparedRows, name: str, show: Callable[[float], str] = number) -> str:
     value: Interval = getattr(both.scores, name)
+    if not min(both.compared):
+        return MISSING  # none of no features is no figure
     return f"{show(value.mean)} [{show(value.low)}, {show(value.high)}]; {show(getattr(both.null, name).mean)}"
 
 
@@ -73,7 +75,7 @@ def _pairs_table(pairs: Sequence[ComparedPair], short: Mapping[str, str]) -> Tab
         "Nearest, reversed": lambda pair, measure, both: _with_null(both, "nearest_back"),
         "Pairs": lambda pair, measure, both: _with_null(both, "matched"),
         "Shared": lambda pair, measure, both: _with_null(both, "shared", lambda share: percent(share, 1)),
-        "Ceiling": lambda pair, measure, both: percent(both.ceiling, 1),
+        "Ceiling": lambda pair, measure, both: percent(both.ceiling if both.compared[0] else None, 1),
         "Compared (left out)": lambda pair, measure, both: " and ".join(
             f"{count:,} ({left_out:,})" for count, left_out in zip(both.compared, both.left_out, strict=True)
         ),
@@ -83,7 +85,7 @@ def _pairs_table(pairs: Sequence[ComparedPair], short: Mapping[str, str]) -> Tab
         "Each figure with its 95 % interval over features; after the semicolon, the null. Nearest: mean over features "
         "of the largest value with a feature of the other dictionary (MMCS). Pairs: mean value of the one-to-one pairs "
         "with the largest sum (PW-MCC). Ceiling: the share of features that the first dictionary shares with itself on "
-        "the same tokens."
+        "the same tokens. A dash: not measured, as where a dictionary has no feature to compare."
     )
     return Table.of("Pairs of dictionaries", rows, columns, note=note)
 
@@ -110,7 +112,7 @@ def _share_matrix(names: Sequence[str], pairs: Sequence[ComparedPair], measure: 
     """Return the shares of pairs by a measure, "scores" or under the "null", [N, N]; NaN where not compared."""
     values, index_of = np.full((len(names), len(names)), np.nan), {name: index for index, name in enumerate(names)}
     for pair in pairs:
-        if measure in pair.measures:
+        if measure in pair.measures and min(pair.measures[measure].compared):
             first, second = index_of[pair.first], index_of[pair.second]
             values[first, second] = values[second, first] = getattr(pair.measures[measure], side).shared.mean
     return values

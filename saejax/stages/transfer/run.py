@@ -265,6 +265,8 @@ def _line(first: Compared, pairs: Sequence[ComparedPair]) -> str:
         return f"{first.name}: no pairs"
     most = max(pairs, key=lambda pair: next(iter(pair.measures.values())).scores.shared.mean)
     measure, both = next(iter(most.measures.items()))
+    if not min(both.compared):
+        return f"{first.name}, {counted(len(pairs), 'pair')}: by {measure}, no feature could be compared"
     return (
         f"{first.name}, {counted(len(pairs), 'pair')}: by {measure}, shares most with {most.second}, "
         f"{both.scores.shared.mean:.1%} of the pairs of features (null {both.null.shared.mean:.1%}), mean "

@@ -67,7 +67,7 @@ function answerCurve(text) {
   const ends = [svg('text', {x: left, y: high - 4}, 'layer 0'), svg('text', {x: wide - 6, y: high - 4, 'text-anchor': 'end'}, `layer ${layers - 1}`)];
   return [make('h3', {}, 'Probability of ', token(text.answer), ` after position ${text.position}, by layer`),
     svg('svg', {viewBox: `0 0 ${wide} ${high}`, width: wide, height: high, role: 'img', 'aria-label': 'Probability of the answer by layer'}, ...axis, ...ends, ...lines),
-    make('p', {class: 'note'}, `Logit lens; dashed: on randomly rotated streams. At the last layer ${number(lens.answer[layers - 1])}; ${number(lens.rank[layers - 1], 9)} tokens are more likely.`)];
+    make('p', {class: 'note'}, `${text.reading.lens.replace(/^l/, "L")}; dashed: on randomly rotated streams. At the last layer ${number(lens.answer[layers - 1])}; ${number(lens.rank[layers - 1], 9)} tokens are more likely.`)];
 }
 
 // The measured chains: each feature of a chain, what is lost of it without the one below, and the answer; and how many
