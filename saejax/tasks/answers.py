@@ -43,6 +43,7 @@ _PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _OVER_ZERO = re.compile(r"/\s*0+(?![0-9.])|\}\s*\{\s*0+\s*\}")
 # Spaces between thousands (10\,000); signs that math-verify does not know, and its own.
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;:! ]|\{,\}|~)+[0-9]{3})+(?![0-9])")
+_REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")  # 0.1\overline{36}
 _SAME_SIGN = {r"\varnothing": r"\emptyset", r"\degree": r"^\circ", "~": " "}
 _SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])|\\[,;:! ]|[\s$]")  # of brackets, and spaces
 _OR = re.compile(r"\bor\b")
@@ -256,6 +257,12 @@ def _tidy_number(match: re.Match[str]) -> str:
     return f"{digits}_{{{_base(match)}}}"
 
 
+def _as_fraction(match: re.Match[str]) -> str:
+    whole, fixed, repeated = match.groups()
+    above = int(whole + fixed + repeated) - int(whole + fixed or "0")
+    return f"\\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(repeated) - 1)}}}"
+
+
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last closed ``\boxed{}`` or ``\fbox{}``; None if there is none or it is empty.
 
@@ -284,6 +291,7 @@ def _parsed(text: str) -> list[Any]:
     # math-verify knows one way to write a base, and no full stop at the end of a number.
     text = _LAST_POINT.sub("", _BASED.sub(_tidy_number, text))
     text = _THOUSANDS.sub(lambda number: re.sub("[^0-9]", "", number[0]), text)
+    text = _REPEATING.sub(_as_fraction, text)
     for sign, own_sign in _SAME_SIGN.items():
         text = text.replace(sign, own_sign)
     # Here, because math-verify loads sympy, which benchmarks of numbers do not need.
