@@ -6,6 +6,8 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -184,6 +186,16 @@ def test_steps_and_chains_are_counted():
     assert (text.text, text.tests, text.hurt, text.links) == ("sum", 4, 2, 7)
     assert (text.measured, text.holding) == (3, 1)  # of the first four chains one cannot be tested
     assert "3; 1 (1 not testable)" in TrackingFigures.table([text]).rows[0]
+
+
+@pytest.mark.parametrize(
+    ("categories", "count"),
+    [([("algebra", "level 3")] * 2, 1), ([("algebra",), ("logic",)], 2), ([("hard",), ()], 2), ([], 0)],
+)
+def test_categories_are_compared_where_items_differ(categories, count):
+    study = MagicMock(categories=dict(enumerate(categories)))
+    (effect,) = gather._effects("row", SimpleNamespace(select=lambda kind: dict(sums=study)))
+    assert effect.categories == count
 
 
 def test_figures_are_the_fields_of_the_same_names():

@@ -145,7 +145,11 @@ def test_formulas_are_compared_by_what_they_mean(text, answer, strict, flexible)
         ("1,2", ["2,1", r"\{2,1\}", r"1 \text{ and } 2"], ["(2,1)", "[1,2]", "12", "1.2"]),
         ("(1,2)", [r"\left(1,2\right)", "(x,y)=(1,2)"], ["(2,1)", r"\{1,2\}", "2,1", "[1,2]"]),
         (r"\frac12", [r"\frac{1}{2}", r"\dfrac12", ".5", "0.5", r"50\%"], ["2", "12"]),
-        (r"\frac{3}{22}", [r"0.1\overline{36}", r".1\overline{36}"], ["0.136", r"0.\overline{136}", r"-0.1\overline{36}"]),
+        (
+            r"\frac{3}{22}",
+            [r"0.1\overline{36}", r".1\overline{36}"],
+            ["0.136", r"0.\overline{136}", r"-0.1\overline{36}"],
+        ),
         (r"-2.\overline{3}", [r"-\frac73", r"-2.3\overline{3}"], ["-2.3", r"\frac73"]),
         (r"1\frac12", [r"\frac{3}{2}", "1.5"], [r"\frac{11}{2}", r"\frac12"]),
         (r"50\%", ["50", "50%", r"\frac12"], ["5", "5000"]),
