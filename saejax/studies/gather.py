@@ -316,15 +316,16 @@ def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
     for results in findings.select(TransferResults).values():
         for pair in results.pairs:
             for measure, both in pair.measures.items():
+                any_pair = min(both.compared) > 0
                 yield TransferFigures(
                     row=row,
                     first=pair.first,
                     second=pair.second,
                     measure=measure,
-                    matched=both.scores.matched,
-                    matched_null=both.null.matched,
-                    shared=both.scores.shared,
-                    shared_null=both.null.shared,
+                    matched=both.scores.matched if any_pair else None,
+                    matched_null=both.null.matched if any_pair else None,
+                    shared=both.scores.shared if any_pair else None,
+                    shared_null=both.null.shared if any_pair else None,
                 )
 
 

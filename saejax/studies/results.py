@@ -447,17 +447,20 @@ class TransferFigures(RowFigures):
     """Shared features of dictionaries.
 
     Pairs: mean cosine or correlation of the one-to-one pairs of features with the largest sum. Square brackets: 95 %
-    intervals over features.
+    intervals over features. A dash: a dictionary has no feature to compare.
     """
 
     first: str = joined("Dictionaries", lambda row: f"{row.first}, {row.second}", words=True)  #: dictionary
     second: str  #: dictionary
     measure: str = column("By")  #: decoder, encoder or activity
     #: mean value of the pairs of the one-to-one assignment with the largest sum
-    matched: Interval = column("Pairs", interval)
-    matched_null: Interval = column("By chance", lambda null: number(null.mean))  #: the same by chance
-    shared: Interval = column("Shared", lambda shared: f"{points(shared)} %")  #: share of these pairs that count as it
-    shared_null: Interval = column("Shared by chance", lambda null: percent(null.mean, 1))  #: the same by chance
+    matched: Interval | None = column("Pairs", interval)
+    #: the same by chance
+    matched_null: Interval | None = column("By chance", lambda null: number(null and null.mean))
+    #: share of these pairs that count as it
+    shared: Interval | None = column("Shared", lambda shared: f"{points(shared)} %" if shared else MISSING)
+    #: the same by chance
+    shared_null: Interval | None = column("Shared by chance", lambda null: percent(null and null.mean, 1))
 
 
 def _show_chains(row: "TrackingFigures") -> str:

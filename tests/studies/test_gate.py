@@ -28,7 +28,7 @@ from saejax.runner.results import Summary
 from saejax.stages.study.results import StudyResults
 from saejax.studies import gather, gather_features
 from saejax.studies.gate import overall_answer
-from saejax.studies.results import BehaviourFigures, TrackingFigures
+from saejax.studies.results import BehaviourFigures, TrackingFigures, TransferFigures
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BenchmarkResults
 from saejax.training.results import TrainResults
 
@@ -230,6 +230,11 @@ def test_figures_are_the_fields_of_the_same_names():
     assert (read.text, read.beyond_sinks) == ("sums", None)
     pair, both = next(gather.transfer("a", findings)), others[3].pairs[0].measures["tested"]
     assert (pair.measure, pair.matched, pair.shared_null) == ("tested", both.scores.matched, both.null.shared)
+    nothing = dataclasses.replace(
+        others[3].pairs[0], measures=dict(activity=dataclasses.replace(both, compared=(0, 9)))
+    )
+    some = SimpleNamespace(select=lambda kind: dict(a=dataclasses.replace(others[3], pairs=(nothing,))))
+    assert TransferFigures.table(list(gather.transfer("a", some))).rows[0][3:] == ("–",) * 4
 
 
 def test_generated_answers_are_judged_whatever_their_format():
