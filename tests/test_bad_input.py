@@ -355,6 +355,9 @@ def test_settings_that_do_not_fit_the_store(refuse, workdir):
             "train__kinds": "jumprelu",
             "train.jumprelu.target_l0": 8,
         },
+        "--train.freeze=encoder: a matching_pursuit dictionary has none": dict(
+            train__kinds="matching_pursuit", train__freeze="encoder"
+        ),
         "replaces what --train.freeze=decoder keeps": dict(train__resample_every=5, train__freeze="decoder"),
     }.items():
         assert message in refuse(["train"], **changes)

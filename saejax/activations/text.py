@@ -35,7 +35,13 @@ def check_vocabulary(model: source.ModelSource, vocabulary: int | None, ids_T: n
     """
     largest = int(ids_T.max())
     if vocabulary is not None and largest >= vocabulary:
+        tokenizer = source.load_tokenizer(model)
+        if largest >= len(tokenizer):
+            raise UserError(
+                f"the text holds the token id {largest}, and the model has embeddings for {vocabulary}: expected ids "
+                "of its own tokenizer; tokenize the text anew, or name text by --corpus.field"
+            )
         raise UserError(
-            f"the text holds {source.load_tokenizer(model).decode([largest])!r}, a special token for which the model "
+            f"the text holds {tokenizer.decode([largest])!r}, a special token for which the model "
             "has no embedding: remove it from the text"
         )

@@ -15,24 +15,30 @@ takes tokens one by one, as stages do, takes no temporal SAE.
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 
 from saejax.arguments import suggests_names
 from saejax.dictionaries import sparsity
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.formats import saelens, tensors
-from saejax.dictionaries.formats.place import resolve_path
+from saejax.dictionaries.formats.place import REGISTRY, find_release, resolve_path
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError, file_errors
 
 _EPSILON = 1e-6  # added to the norm of a prediction, as in SAELens
 _PROJECTIONS = ("k_ctx", "q_target", "v_ctx", "c_proj")  # SAELens' names
+_DESCRIPTION, _WEIGHTS = "conf.yaml", "latest_ckpt.safetensors"  # as the authors publish them
+_LAYER = re.compile(r"layer_(\d+)")
+_NAMES = dict(D="W_dec", E="W_enc", b="b_dec")  # the authors' -> SAELens'
 
 
 @suggests_names
@@ -132,15 +138,24 @@ def load_temporal(path: str | os.PathLike, site: str = "") -> TemporalSAE:
     """Load a temporal SAE of SAELens.
 
     Args:
-      path: a folder with ``cfg.json`` and ``sae_weights.safetensors``, here or on the hub (hf://ORG/NAME/FOLDER).
+      path: a folder with ``cfg.json`` and ``sae_weights.safetensors``, or with the files that its authors publish,
+        ``conf.yaml`` and ``latest_ckpt.safetensors``; here, on the hub (hf://ORG/NAME/FOLDER) or in SAELens' registry
+        (saelens:RELEASE/SAE_ID).
       site: the site that it reads, in place of the one that the folder names.
 
     Raises:
       UserError: it is no temporal SAE, it is damaged, or a setting is unknown.
     """
-    folder = resolve_path(path)
-    file, weights = folder / saelens.DESCRIPTION, folder / saelens.WEIGHTS
-    settings = saelens.read_settings(file, {})
+    address = os.fspath(path)
+    address, overrides = find_release(address, temporal=True) if address.startswith(REGISTRY) else (address, {})
+    folder = resolve_path(address)
+    published = (folder / _DESCRIPTION).is_file()
+    if published:
+        file, weights = folder / _DESCRIPTION, folder / _WEIGHTS
+        settings = _read_published(file) | overrides
+    else:
+        file, weights = folder / saelens.DESCRIPTION, folder / saelens.WEIGHTS
+        settings = saelens.read_settings(file, overrides)
     if settings.get("architecture") != saelens.TEMPORAL:
         raise UserError(f"{file}: architecture is {settings.get('architecture')!r}: use saejax.load_dictionary")
     norm = settings.get("normalize_activations", "none")
@@ -149,6 +164,7 @@ def load_temporal(path: str | os.PathLike, site: str = "") -> TemporalSAE:
     if (kind := settings.get("sae_diff_type", "topk")) not in ("topk", "relu"):
         raise UserError(f"{file}: sae_diff_type is {kind!r}: expected topk or relu")
     state = tensors.open_tensors(weights)
+    state = {_NAMES.get(name, name) if published else name: tensor for name, tensor in state.items()}
     arrays = {name: jnp.asarray(np.asarray(tensor.read(), np.float32)) for name, tensor in state.items()}
     tensors.check_finite(weights, arrays)
     heads = tensors.positive_int(file, "n_heads", settings.get("n_heads", 8))
@@ -177,7 +193,7 @@ def load_temporal(path: str | os.PathLike, site: str = "") -> TemporalSAE:
         for prefix in prefixes
     ]
     scaled: Any = settings.get("activation_normalization_factor", 1.0) if norm == "constant_scalar_rescale" else 1.0
-    return TemporalSAE(
+    sae = TemporalSAE(
         arrays["W_dec"].T if settings.get("tied_weights", True) else arrays["W_enc"],
         arrays["W_dec"],
         arrays["b_dec"],
@@ -185,4 +201,27 @@ def load_temporal(path: str | os.PathLike, site: str = "") -> TemporalSAE:
         config,
         heads,
         float(scaled),
+    )
+    try:
+        jax.eval_shape(sae, jax.ShapeDtypeStruct((1, 2, width), np.float32))
+    except (TypeError, ValueError):
+        raise UserError(f"{weights}: its tensors do not fit each other, or not {file}: fetch both again") from None
+    return sae
+
+
+def _read_published(file: Path) -> dict[str, Any]:
+    """Return the settings of the authors' description under SAELens' names; the layer is in the folder's name."""
+    try:
+        read = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings: dict[str, Any] = {**read["sae"]}
+        factor = float(settings["scaling_factor"])
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, ValueError):
+        raise UserError(f"{file} does not describe a temporal SAE, or is damaged: fetch it again") from None
+    layers = _LAYER.findall(file.absolute().as_posix())
+    return settings | dict(
+        architecture=saelens.TEMPORAL,
+        normalize_activations="constant_scalar_rescale",
+        activation_normalization_factor=factor,
+        hook_name=f"blocks.{layers[-1]}.hook_resid_post" if layers else None,
+        prepend_bos=None,
     )

@@ -360,6 +360,8 @@ def _check_settings(config: TrainConfig, kind: kinds.Kind, k: int, features: int
         raise UserError(f"--train.decoder_norm=free {kind.no_free_decoder}: use unit")
     if config.resample_every and config.freeze != "none":
         raise UserError(f"--train.resample_every replaces what --train.freeze={config.freeze} keeps: use one of them")
+    if config.freeze == "encoder" and kind.rebuilds_input:
+        raise UserError(f"--train.freeze=encoder: a {kind.name} dictionary has none: leave it out, or freeze decoder")
     if config.widen != "random" and (not config.init_from or config.form != "sae"):
         raise UserError(
             f"--train.widen={config.widen} looks for what the SAE of --train.init_from={config.init_from} lacks, with "

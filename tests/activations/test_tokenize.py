@@ -238,6 +238,8 @@ def test_what_cannot_be_tokenized(stream, tmp_path, monkeypatch):
         Chunker(CorpusConfig(), WordTokenizer(bos_token_id=None, adds=False), 256, TaskConfig(), "always")
     with pytest.raises(UserError, match="the held_out split has no text"):
         stream(["only one"])
+    with pytest.raises(UserError, match="the text holds the token id 70000, and the model has embeddings for"):
+        stream([[1, 2], [3, 70000], *([4, number] for number in range(20))])
     with pytest.raises(UserError, match="exceeds the model's context of 256"):
         stream(context=300)
     assert not list(tmp_path.glob("tokenize/*"))

@@ -288,6 +288,21 @@ def dictionary_learning_batch_topk(folder, w):
 
 
 @layout()
+def dictionary_learning_of_normalised_inputs(folder, w):
+    """As science-of-finetuning's version trains: inputs less a mean, times a factor, and outputs back."""
+    mean = np.linspace(-1, 1, D).astype(np.float32)
+    kept = dict(activation_mean=mean, activation_std=np.ones(D), activation_global_scale=0.25, target_rms=1.0)
+    path = learned(folder, "BatchTopKSAE", linears(w, bias="b_dec") | dict(k=K, threshold=0.75) | kept, k=K + 2)
+    compute = function(w, jump(0.75), inputs=0.25, outputs=0.25)
+
+    def shifted(x):
+        f, y = compute(x.astype(np.float64) - mean)
+        return f, y + mean
+
+    return path, shifted, dict(kind="batchtopk", k=K)
+
+
+@layout()
 def dictionary_learning_matryoshka(folder, w):
     path = learned(folder, "MatryoshkaBatchTopKSAE", w | dict(k=K, threshold=1.25, group_sizes=[10, 30]))
     return path, function(w, jump(1.25)), dict(kind="matryoshka", groups=(10, F))
@@ -303,23 +318,28 @@ def dictionary_learning_jumprelu(folder, w):
     )
 
 
-def test_jumprelus_of_dictionary_learning_whose_version_would_matter_are_refused(tmp_path):
-    learned(tmp_path / "long", "JumpReluAutoEncoder", arrays(threshold=(0, 1)))
-    with pytest.raises(UserError, match="by which only some versions of JumpReluAutoEncoder multiply"):
-        load_dictionary(tmp_path / "long")
-
-
-@layout(r_mag=(-0.5, 0.5), mag_bias=(-0.5, 0.5))
-def dictionary_learning_gated(folder, w):
+def gated_state(w):
     state = linears(w, bias="decoder_bias") | dict(gate_bias=w["b_enc"], r_mag=w["r_mag"], mag_bias=w["mag_bias"])
     del state["encoder__bias"]
-    length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
+    return state
 
+
+@layout(unit=True, r_mag=(-0.5, 0.5), mag_bias=(-0.5, 0.5))
+def dictionary_learning_gated(folder, w):
     def act(gate):
         magnitude = (gate - w["b_enc"]) * np.exp(w["r_mag"].astype(np.float64)) + w["mag_bias"]
-        return (gate > 0) * relu(magnitude) * length
+        return (gate > 0) * relu(magnitude)
 
-    return learned(folder, "GatedAutoEncoder", state), function(w | dict(W_dec=w["W_dec"] / length[:, None]), act), {}
+    return learned(folder, "GatedAutoEncoder", gated_state(w)), function(w, act), {}
+
+
+def test_classes_of_dictionary_learning_whose_version_would_matter_are_refused(tmp_path):
+    learned(tmp_path / "JumpReluAutoEncoder", "JumpReluAutoEncoder", arrays(threshold=(0, 1)))
+    state = gated_state(arrays(r_mag=(-0.5, 0.5), mag_bias=(-0.5, 0.5)))
+    learned(tmp_path / "GatedAutoEncoder", "GatedAutoEncoder", state)
+    for folder in tmp_path.iterdir():
+        with pytest.raises(UserError, match=f"by which only some versions of {folder.name} multiply"):
+            load_dictionary(folder)
 
 
 # --- Gemma Scope
@@ -586,6 +606,41 @@ def test_a_crosscoder_of_two_models(batch_topk, tmp_path):
     assert_computes(dictionary, x.reshape(20, -1), (f, y.reshape(20, -1)))
 
 
+def test_a_crosscoder_of_normalised_inputs(tmp_path):
+    """Whose tensors say what newer versions do: inputs less a mean and scaled, and by what activations are compared."""
+    folder, rng, scale_P = tmp_path / "gemma-2-2b-L13-k100-lr1e-04", np.random.default_rng(0), np.array([0.5, 0.25])
+    w = dict(encoder__weight=rng.standard_normal((2, D, F)), decoder__weight=rng.standard_normal((2, F, D)))
+    w |= dict(encoder__bias=rng.standard_normal(F), decoder__bias=rng.standard_normal((2, D)))
+    w |= dict(threshold=np.asarray(1.5), k=np.asarray(7.0), code_normalization_id=np.asarray(4))
+    kept = dict(activation_mean=rng.standard_normal((2, D)), activation_std=np.ones((2, D)), target_rms=np.asarray(1.0))
+    stored = write_tensors(folder / "model.safetensors", **w, **kept, activation_global_scale=scale_P)
+    write_json(folder / "config.json", dict(activation_dim=D, dict_size=F, num_layers=2, k=9))
+    dictionary, x_PxBxD = load_dictionary(folder), rng.standard_normal((2, 20, D)).astype(np.float32)
+    assert (dictionary.config.scales, dictionary.config.k) == ((0.5, 0.25), 7)
+    inputs = joined.join(dictionary.config, dict(zip(dictionary.site.split("+"), x_PxBxD, strict=True)))
+    mean_PxD = stored["activation_mean"].astype(np.float64)
+    scaled_PxBxD = (x_PxBxD - mean_PxD[:, None]) * scale_P[:, None, None]
+    pre = relu(np.einsum("pbd,pdf->bf", scaled_PxBxD, stored["encoder.weight"]) + stored["encoder.bias"])
+    f = pre * (pre > 1.5)
+    y_BxPxD = np.einsum("bf,pfd->bpd", f, stored["decoder.weight"]) + stored["decoder.bias"]
+    y_BxPxD = y_BxPxD / scale_P[:, None] + mean_PxD
+    assert_computes(dictionary, inputs, (f, (y_BxPxD * scale_P[:, None]).reshape(20, -1)))
+    for changes, message in (
+        (dict(code_normalization_id=np.asarray(2)), "code_normalization is SAE, which cannot be followed"),
+        (dict(activation_global_scale=np.zeros(2)), "the mean and scale of its inputs are not finite, or 0"),
+    ):
+        changed = w | kept | dict(activation_global_scale=scale_P) | changes
+        write_tensors(folder / "model.safetensors", **changed)
+        with pytest.raises(UserError, match=message):
+            load_dictionary(folder)
+    write_tensors(folder / "model.safetensors", **w, **kept)
+    with pytest.raises(UserError, match="lacks activation_global_scale of the normalisation of its inputs"):
+        load_dictionary(folder)
+    kept |= dict(activation_mean=np.full((2, D), np.nan), activation_global_scale=np.ones(2))  # there is none
+    write_tensors(folder / "model.safetensors", **w, **kept)
+    assert load_dictionary(folder).config.scales == (1.0, 1.0)
+
+
 def test_a_crosscoder_of_two_models_whose_scales_no_file_states(tmp_path, caplog):
     scales, rng = (0.2758961493232058, 0.24422852496546169), np.random.default_rng(0)
     w = dict(W_enc=(2, D, F), W_dec=(F, 2, D), b_enc=(F,), b_dec=(2, D))
@@ -842,6 +897,7 @@ OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_se
             lambda path: write_pickled(path / f"{NAME}.pth", **many),
             "w00, .*w11 and 28 more,",
         ),
+        (LEARNED, settings("config.json", k=K + 1), f"ae.pt: k is {K}, and its description says {K + 1}"),
         (LEARNED, settings("config.json", dict_class="Odd"), "dict_class is 'Odd', which cannot"),
         (LEARNED, lambda path: write_pickled(path / "ae.pt", k=3), "lacks decoder.weight, encoder"),
         (LEARNED, settings("config.json", dict_class=...), "of AutoEncoderTopK and BatchTopKSAE: fetch"),

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import yaml
 from safetensors.numpy import save_file
 
 import saejax
@@ -82,6 +83,39 @@ def test_features_and_reconstruction_are_those_of_the_formula(tmp_path, changes)
             assert np.abs(expected).max() > 0
 
 
+def test_the_authors_own_layout_is_read_and_named_as_in_saelens_registry(tmp_path, monkeypatch):
+    settings, w = save(tmp_path / "saelens")
+    folder = tmp_path / "canrager" / "temporalSAEs" / "gemma-2-2B" / "layer_12" / "temporal"
+    folder.mkdir(parents=True)
+    names = ("n_heads", "n_attn_layers", "bottleneck_factor", "sae_diff_type", "kval_topk", "tied_weights")
+    sae = {name: settings[name] for name in names} | dict(exp_factor=F // D, scaling_factor=0.3)
+    conf = dict(llm=dict(dimin=D), sae=sae, data=dict(dtype="float32"))
+    (folder / "conf.yaml").write_text(yaml.safe_dump(conf))
+    renamed = dict(W_dec="D", b_dec="b")
+    stored = {renamed.get(name, name): array.astype(np.float32) for name, array in w.items()}
+    save_file(stored, folder / "latest_ckpt.safetensors")
+    release = dict(repo_id="canrager/temporalSAEs", conversion_func="temporal")
+    release |= dict(saes=[dict(id="a", path="gemma-2-2B/layer_12/temporal")])
+    release |= dict(config_overrides=dict(model_name="gemma-2-2b"))
+    package = tmp_path / "site" / "sae_lens"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "pretrained_saes.yaml").write_text(yaml.safe_dump({"temporal-gemma": release}))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **wanted: str(tmp_path / name))
+    x_BxTxD = jnp.asarray(np.random.default_rng(1).normal(size=(2, 7, D)), jnp.float32)
+    expected = saejax.load_temporal(tmp_path / "saelens")(x_BxTxD)
+    for address, model in ((folder, ""), ("saelens:temporal-gemma/a", "gemma-2-2b")):
+        read = saejax.load_temporal(address)
+        assert (read.site, read.config.k, read.config.model) == ("resid_post.12", 5, model)
+        np.testing.assert_array_equal(read(x_BxTxD), expected)
+    with pytest.raises(UserError, match="saejax.load_temporal reads it"):
+        saejax.load_dictionary("saelens:temporal-gemma/a")
+    (folder / "conf.yaml").write_text("sae: 3")
+    with pytest.raises(UserError, match="conf.yaml does not describe a temporal SAE"):
+        saejax.load_temporal(folder)
+
+
 def test_it_is_scored_on_whole_texts(tmp_path, one_device):
     settings, w = save(tmp_path / "sae")
     lm = saejax.load_model(str(runs.save_model(tmp_path, hidden_size=D)), mesh=one_device)
@@ -117,6 +151,7 @@ def test_what_takes_single_tokens_refuses_it_by_name(tmp_path):
     for name, changes, message in (
         ("norm", dict(normalize_activations="layer_norm"), "normalize_activations is 'layer_norm'"),
         ("type", dict(sae_diff_type="nested"), "sae_diff_type is 'nested'"),
+        ("heads", dict(n_heads=3), "its tensors do not fit each other, or not .*cfg.json: fetch both again"),
         ("layers", dict(architecture="standard"), "architecture is 'standard': use saejax.load_dictionary"),
     ):
         save(tmp_path / name, **changes)

@@ -174,14 +174,15 @@ def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
                 groups.setdefault(quantile, []).append(cut_context(tokens, values))
         cut = sorted(itertools.chain(*groups.values()), key=lambda context: -max(context["activations"]))
         raised, lowered = (tuple(replace_surrogates(str(token)) for token in some or ()) for some in (up, down))
-        bars = (data.get(f"freq_hist_data_bar_{name}") or () for name in _BARS)
+        columns = (data.get(f"freq_hist_data_bar_{name}") or () for name in _BARS)
+        bars = [(float(value), float(height)) for value, height in zip(*columns, strict=False)]
         return FeatureDetails(
             tuple(cut[:EXAMPLES]),
             raised,
             lowered,
             replace_surrogates(str(label or "")),
             name_quantiles(groups),
-            tuple((float(value), float(height)) for value, height in zip(*bars, strict=False)),
+            tuple(bar for bar in bars if all(map(math.isfinite, bar))),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UserError(

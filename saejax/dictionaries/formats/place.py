@@ -163,11 +163,12 @@ def _fetch(address: str) -> Path:
     return root / prefix
 
 
-def find_release(address: str) -> tuple[str, dict[str, Any]]:
+def find_release(address: str, temporal: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the hub address of a dictionary of SAELens' registry, and the settings that the registry overrides.
 
     Args:
       address: saelens:RELEASE/SAE_ID.
+      temporal: whether it may be a temporal SAE.
 
     Raises:
       UserError: SAELens is not installed, or its registry has no such release or dictionary.
@@ -188,7 +189,7 @@ def find_release(address: str) -> tuple[str, dict[str, Any]]:
         ids = ", ".join(sae["id"] for sae in listed[:5]) or "none"
         raise UserError(f"{address}: the release {release} has no dictionary {sae_id!r}: expected one such as {ids}")
     conversion = "cross_layer" if "clt" in str(chosen.get("path")) else entry.get("conversion_func")
-    if conversion in _UNREAD:
+    if conversion in _UNREAD and not (temporal and conversion == "temporal"):
         raise UserError(f"{address} {_UNREAD[conversion]}")
     overrides = dict(entry.get("config_overrides") or {}) | dict(chosen.get("config_overrides") or {})
     if "norm_scaling_factor" in chosen:

@@ -125,6 +125,10 @@ _CLASSES: dict[str, tuple[str, dict[str, str], bool]] = {
 }
 _CLASSES["MatroyshkaBatchTopKSAE"] = _CLASSES["MatryoshkaBatchTopKSAE"]  # as it was spelled at first
 _WITH_K = ("topk", "batchtopk", "matryoshka")
+# Older versions multiply activations by the lengths of decoder rows, newer ones do not, and files do not tell.
+_BY_VERSION = ("JumpReluAutoEncoder", "GatedAutoEncoder")
+# What science-of-finetuning's classes keep of the normalisation of inputs; old ones keep nothing.
+_NORMALISER = ("activation_mean", "activation_std", "activation_global_scale", "target_rms")
 _UNIT_ROWS = 1e-3  # by how much the length of a row may differ from 1, as bfloat16 rounds
 
 
@@ -162,25 +166,27 @@ def parse_dictionary_learning(path: Path) -> tensors.Published:
     if kind == "matryoshka":
         sizes = state["group_sizes"].numbers() if "group_sizes" in state else trainer.get("group_sizes") or ()
 
+    normaliser = _normaliser(weights, state) if kind == "batchtopk" else None
+
     def fold(arrays: Arrays) -> Arrays:
+        if normaliser:
+            mean_D, scale = normaliser
+            arrays |= dict(W_enc_DxF=arrays["W_enc_DxF"] * scale, W_dec_FxD=arrays["W_dec_FxD"] / scale)
+            arrays |= dict(b_dec_D=mean_D + arrays["b_dec_D"] / scale)
         if "threshold_F" in arrays:  # a ReLU gives the activations, whatever the threshold
             arrays["threshold_F"] = np.maximum(np.broadcast_to(arrays["threshold_F"], arrays["b_enc_F"].shape), 0)
-        # It multiplies activations by the lengths of decoder rows, and divides by them again when it decodes.
-        if name == "GatedAutoEncoder":
-            return rescale.scale_features(by_name(kind), arrays, rescale.decoder_lengths(arrays["W_dec_FxD"]))
-        if name != "JumpReluAutoEncoder":
+        if name not in _BY_VERSION:
             return arrays
-        # Older versions of this class multiply activations by the lengths, newer ones do not, and files do not tell.
         length_F = rescale.decoder_lengths(arrays["W_dec_FxD"])
         if np.abs(length_F - 1).max() > _UNIT_ROWS:
             raise UserError(
                 f"{weights}: its decoder rows have lengths from {length_F.min():.3g} to {length_F.max():.3g}, by which "
-                "only some versions of JumpReluAutoEncoder multiply activations, and nothing says which version this "
-                "is: bring them to length 1 with the version that trained it"
+                f"only some versions of {name} multiply activations, and nothing says which version this is: bring "
+                "them to length 1 with the version that trained it"
             )
         return arrays
 
-    return tensors.describe(
+    parsed = tensors.describe(
         weights,
         state,
         layout,
@@ -193,15 +199,21 @@ def parse_dictionary_learning(path: Path) -> tensors.Published:
         centred=centred,
         model=model,
     )
+    # Its loader gives the k of the settings, and refuses another one.
+    if kind == "topk" and trainer.get("k") not in (None, parsed.config.k):
+        described = f"k is {parsed.config.k}, and its description says {trainer['k']!r}"
+        raise UserError(f"{weights}: {described}: fetch both again")
+    return parsed
 
 
 def _class_of(file: Path, state: Mapping[str, Any]) -> str:
     """Return the class of a folder without its description ``file``: the only one that has tensors of these names."""
     matching: dict[str, str] = {}  # by kind, as one class has two spellings
+    # Later versions of TopK keep a threshold, too, which is not used.
+    extra = dict(topk={"threshold"}, matryoshka={"group_sizes"}, batchtopk=set(_NORMALISER))
     for name, (kind, layout, _) in _CLASSES.items():
         needed = {tensor.removesuffix(".T") for tensor in layout.values()} | ({"k"} if kind in _WITH_K else set())
-        # Later versions of TopK keep a threshold, too, which is not used.
-        if needed <= set(state) <= needed | dict(topk={"threshold"}, matryoshka={"group_sizes"}).get(kind, set()):
+        if needed <= set(state) <= needed | extra.get(kind, set()):
             matching.setdefault(kind, name)
     if len(matching) != 1:
         whose = " and ".join(matching.values()) or "no class that can be read"
@@ -228,13 +240,27 @@ def _dictionary_learning_sites(folder: Path, settings: Mapping[str, Any], model:
 
 
 def _k(file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.Tensor]) -> int:
-    """Return k from the settings, or from the tensors, where some versions keep it."""
-    k = settings.get("k")
-    return tensors.positive_int(file, "k", int(state["k"].numbers()[0]) if k is None and "k" in state else k)
+    """Return k of the tensors, where most versions keep it, else of the settings, which may have that of the start."""
+    return tensors.positive_int(file, "k", int(state["k"].numbers()[0]) if "k" in state else settings.get("k"))
+
+
+def _normaliser(file: Path, state: Mapping[str, tensors.Tensor]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the mean that inputs are taken less, and the factor of the difference; outputs undo both. None: as is."""
+    if not set(_NORMALISER) & set(state):
+        return None
+    if missing := [name for name in _NORMALISER[:3] if name not in state]:
+        raise UserError(f"{file} lacks {', '.join(missing)} of the normalisation of its inputs: fetch it again")
+    mean, std, scale = (state[name].read() for name in _NORMALISER[:3])
+    if np.isnan(mean).any() or np.isnan(std).any():  # how its classes say that there is none
+        return None
+    if not (np.isfinite(mean).all() and np.isfinite(scale).all() and (scale > 0).all()):
+        raise UserError(f"{file}: the mean and scale of its inputs are not finite, or 0: fetch it again")
+    return mean, scale
 
 
 # --- crosscoders of science-of-finetuning, and of dictionary_learning
 
+_CODE_NORMALIZATIONS = ("CROSSCODER", "SAE", "MIXED", "NONE", "DECOUPLED")  # numbered from 1 in tensors
 _CROSSCODER = {name: tensor.removesuffix(".T") for name, tensor in (_LINEAR | {"b_dec_D": "decoder.bias"}).items()}
 
 
@@ -265,12 +291,16 @@ def _parse_crosscoder(
     count, width, features = shape
     _check_parts(weights, arranged, _CROSSCODER, W_dec_FxD=(count, features, width))
     normalised = str(settings.get("code_normalization") or "CROSSCODER").rpartition(".")[2].upper()
+    if "code_normalization_id" in state:
+        number = int(state["code_normalization_id"].numbers()[0])
+        normalised = dict(enumerate(_CODE_NORMALIZATIONS, 1)).get(number, str(number))
     if batch_topk and normalised not in ("CROSSCODER", "NONE"):
         raise UserError(f"{weights}: code_normalization is {normalised}, which cannot be followed: expected CROSSCODER")
     path = weights.absolute().as_posix()
     layer = next(filter(None, (re.findall(rf"-{letter}(\d+)(?:-|/)", path) for letter in "Ll")), [])
     part = f"resid_post.{int(layer[-1])}" if layer and count == 2 else ""
     site = f"{part}+other:{part}" if part else hooks.UNKNOWN
+    normaliser = _normaliser(weights, state)
     config = DictionaryConfig(
         kind="batchtopk" if batch_topk else "standard",
         site=site,
@@ -279,15 +309,20 @@ def _parse_crosscoder(
         k=_k(weights, settings, state) if batch_topk else 0,
         centred=False,
         widths=(width,) * count,
-        scales=(1.0,) * count,
+        scales=tuple(map(float, normaliser[1])) if normaliser else (1.0,) * count,
     )
 
     def fold(arrays: Arrays) -> Arrays:
         W_dec_FxD = np.moveaxis(arrays["W_dec_FxD"], 0, 1).reshape(features, count * width)
         folded = dict(W_enc_DxF=arrays["W_enc_DxF"].reshape(count * width, features), W_dec_FxD=W_dec_FxD)
         folded |= dict(b_enc_F=arrays["b_enc_F"], b_dec_D=arrays["b_dec_D"].reshape(-1))
+        if normaliser:  # the mean; scales are of the joined inputs
+            shift_D = (normaliser[0] * normaliser[1][:, None]).reshape(-1)
+            folded["b_enc_F"] = folded["b_enc_F"] - shift_D @ folded["W_enc_DxF"]
+            folded["b_dec_D"] = folded["b_dec_D"] + shift_D
         if batch_topk:  # it compares activations times the sum of the norms of the decoder's parts
-            length_F = rescale.decoder_lengths(W_dec_FxD, config.widths) if normalised == "CROSSCODER" else 1.0
+            by_length = normalised == "CROSSCODER"
+            length_F = rescale.decoder_lengths(W_dec_FxD, config.widths) if by_length else np.ones(features)
             folded["threshold_F"] = np.broadcast_to(np.maximum(arrays["threshold_F"], 0) / length_F, (features,))
         return folded
 

@@ -195,5 +195,7 @@ def test_missing_lists_and_values_that_are_no_numbers_leave_the_rest():
     assert parse_feature(label) == parse_feature(label | dict(activations=None)) == FeatureDetails(label="cities")
     nan = dict(activations=[dict(tokens=["a", "b"], values=[float("nan"), 2.0])])
     assert parse_feature(nan).examples == (dict(tokens=["a", "b"], activations=[0.0, 2.0]),)
+    bars = dict(freq_hist_data_bar_values=[0.5, 1.5, float("inf")], freq_hist_data_bar_heights=[float("nan"), 4, 1])
+    assert parse_feature(nan | bars).histogram == ((1.5, 4.0),)
     silent = dict(examples_quantiles=None, top_logits=[" Paris"])
     assert parse_feature(silent | dict(pos_str=None)) == FeatureDetails(top_logits=(" Paris",))
