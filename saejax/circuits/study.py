@@ -24,6 +24,7 @@ from saejax.circuits.measure import PromptEffects, measure_prompt
 from saejax.circuits.results import CircuitResults
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError
+from saejax.interventions.behaviour_prompts import EQUIVALENTS
 from saejax.interventions.controls import token_pairs
 from saejax.interventions.slopes import neutral_tokens
 from saejax.models.language_model import LanguageModel
@@ -153,11 +154,18 @@ def _draw_placebo_pairs(
     output = model(model.tokenize([prompt.text for prompt in traced]))
     assert output.logits_BxTxV is not None
     logits_BxV = np.asarray(output.logits_BxTxV[np.arange(len(traced)), output.tokens.last_B], np.float32)
-    # The most probable tokens of each prompt, so that a placebo is likely somewhere.
-    likely = np.unique(np.argsort(-logits_BxV, axis=1)[:, :_LIKELY])
+    order_BxV, most = np.argsort(-logits_BxV, axis=1), _LIKELY
     # Answers of the measured prompts too, or a placebo could be the answer of a test prompt; in any case and spacing.
     answers = {text for prompt in (*traced, *measured) for text in (prompt.correct, prompt.wrong)}
-    pool = neutral_tokens(model.tokenizer, likely, answers)
+    answers |= {text for prompt in traced for text in EQUIVALENTS.get(prompt.behaviour, ())}
+
+    def neutral() -> np.ndarray:
+        # The most probable tokens of each prompt, so that a placebo is likely somewhere.
+        return neutral_tokens(model.tokenizer, np.unique(order_BxV[:, :most]), answers)
+
+    # After a sum most of them are numbers, of which each may be an answer.
+    while len(pool := neutral()) < 2 and most < order_BxV.shape[1]:
+        most *= 2
     if len(pool) < 2:
         raise UserError(
             f"{len(pool)} of the likely next tokens are no answers of {traced[0].behaviour}: expected 2 or more, of "

@@ -161,15 +161,8 @@ class BehaviourPrompts:
         return np.stack([np.mean(rows, axis=0) for _, rows in sorted(values.items())])
 
     def other_tokens(self, most: int) -> np.ndarray:
-        """Return the tokens that are among the ``most`` likeliest after some prompt and are, or begin, no answer.
-
-        Where all answers are numbers, every number may be right.
-        """
-        are_numbers = all(answer.strip().isdecimal() for answer in self.answers)
-        tokenizer, likely = self.split.lm.tokenizer, likely_tokens(self.split, self.runs, most)
-        tokens = neutral_tokens(tokenizer, likely, self.answers)
-        is_number = [are_numbers and tokenizer.decode([token]).strip().isdecimal() for token in tokens.tolist()]
-        return tokens[~np.array(is_number, bool)]
+        """Return the tokens that are among the ``most`` likeliest after some prompt and are, or begin, no answer."""
+        return neutral_tokens(self.split.lm.tokenizer, likely_tokens(self.split, self.runs, most), self.answers)
 
     def ranks(self, edit: FeatureEdits) -> dict[str, np.ndarray]:
         """Return the logits of the likeliest tokens that are no answers, [2, P] each: without and with an edit."""

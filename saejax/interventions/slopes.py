@@ -137,18 +137,21 @@ def likely_tokens(split: SplitModel, runs: Sequence[CleanRun], most: int) -> np.
 def neutral_tokens(tokenizer: Any, tokens: np.ndarray, answers: Collection[str]) -> np.ndarray:
     """Return the tokens that are words and the beginning of no answer: placebo targets are made of them.
 
+    Where all answers are numbers, every number may be right.
+
     Args:
       tokenizer: tokenizer of the model.
       tokens: token ids.
       answers: right and wrong ones of all prompts.
     """
     special = set(getattr(tokenizer, "all_special_ids", ()))
+    are_numbers = all(answer.strip().isdecimal() for answer in answers)
 
     def is_neutral(token: int) -> bool:
         text = tokenizer.decode([token])
         # A token that is part of a character is no word that could be an answer.
         is_word = token not in special and bool(text.strip()) and "\N{REPLACEMENT CHARACTER}" not in text
-        return is_word and not begins_answer(text, answers)
+        return is_word and not begins_answer(text, answers) and not (are_numbers and text.strip().isdecimal())
 
     return np.array([token for token in tokens.tolist() if is_neutral(token)], np.int64)
 

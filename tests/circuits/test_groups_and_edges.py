@@ -14,6 +14,7 @@ from made_transcoders import made_set
 from saejax.attribution.forms.features import FeatureDetails
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
+from saejax.circuits import study as circuit_study
 from saejax.circuits.edges import ANSWER, judge_edges
 from saejax.circuits.groups import (
     Group,
@@ -32,11 +33,10 @@ from saejax.models.language_model import LanguageModel
 from saejax.tasks.behaviours import Prompt
 
 
-def test_placebo_targets_are_no_answers_however_these_are_written():
-    words = ["<s>", " Paris", "Paris", " paris", " Par", "\N{REPLACEMENT CHARACTER}", " ", " blue", " red"]
-    output = types.SimpleNamespace(
-        logits_BxTxV=np.zeros((1, 1, len(words))), tokens=types.SimpleNamespace(last_B=np.zeros(1, int))
-    )
+def placebo_words(words, prompt):
+    """Return the placebo target of a prompt after which these words come, the likeliest first."""
+    logits_1x1xV = -np.arange(len(words), dtype=float)[None, None]
+    output = types.SimpleNamespace(logits_BxTxV=logits_1x1xV, tokens=types.SimpleNamespace(last_B=np.zeros(1, int)))
 
     class Model:
         tokenizer = types.SimpleNamespace(decode=lambda ids: words[ids[0]], all_special_ids=[0])
@@ -47,8 +47,22 @@ def test_placebo_targets_are_no_answers_however_these_are_written():
         def __call__(self, tokens):
             return output
 
-    (pair,) = _draw_placebo_pairs(Model(), [Prompt("b", "train", "It is", " Paris", " Rome")], [], seed=0)
-    assert sorted(words[token] for token in pair) == [" blue", " red"]
+    (pair,) = _draw_placebo_pairs(Model(), [prompt], [], seed=0)
+    return sorted(words[token] for token in pair)
+
+
+def test_placebo_targets_are_no_answers_however_these_are_written():
+    words = ["<s>", " Paris", "Paris", " paris", " Par", "\N{REPLACEMENT CHARACTER}", " ", " blue", " red"]
+    assert placebo_words(words, Prompt("b", "train", "It is", " Paris", " Rome")) == [" blue", " red"]
+
+
+def test_placebo_targets_are_no_other_answers_that_may_be_right(monkeypatch):
+    """As in the verdict: no other number of a sum, or of a year, and no other form of the verb."""
+    monkeypatch.setattr(circuit_study, "_LIKELY", 3)  # all of them numbers: less likely words are taken, too
+    words = ["<s>", " 7", " 12", " blue", " red", " 9"]
+    assert placebo_words(words, Prompt("addition", "train", "3 + 4 =", " 8", " 6")) == [" blue", " red"]
+    words = ["<s>", " was", " has", " blue", " red"]
+    assert placebo_words(words, Prompt("agreement", "train", "The cat", " is", " are")) == [" blue", " red"]
 
 
 @pytest.mark.parametrize(
