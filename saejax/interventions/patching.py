@@ -18,6 +18,7 @@ difference of the prompt's answers is read:
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -30,7 +31,13 @@ from saejax.interventions.answers import CausalVerdict, mean_interval
 from saejax.interventions.columns import Columns
 from saejax.interventions.engine import BATCH_ROWS, prefetch
 from saejax.interventions.published_heads import PublishedHead
-from saejax.interventions.split_model import editable_positions, fit_ids, groups_by_length, parse_positions
+from saejax.interventions.split_model import (
+    editable_positions,
+    fit_ids,
+    groups_by_length,
+    parse_positions,
+    row_step,
+)
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.decoder import run_layers
@@ -40,7 +47,7 @@ from saejax.models.sites import ALL_KINDS, HEAD_KINDS, INNER_KINDS, Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import Tokens, token_text
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import by_row, sharding
+from saejax.parallel.mesh import by_row, document_devices, sharding
 from saejax.progress import OnProgress, silent
 from saejax.results import Interval
 from saejax.tasks.answer_tokens import different_answer_ids
@@ -49,7 +56,6 @@ from saejax.tasks.behaviours import Prompt
 DIRECTIONS = ("denoising", "noising")
 EACH = "each"  # positions: every one by itself
 GROUP_BYTES = 2**28  # maximum memory of the recorded runs of a group of pairs, unless a few pairs need more
-STEP = 8  # batches, and groups of pairs, are filled up to a multiple of this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +166,8 @@ def patch_sites(
     on_progress(0, all_rows)
     # Bytes that one token takes in the recorded runs of a pair.
     token_bytes = 2 * 4 * lm.config.n_layers * (lm.config.d_model + point.site.width(lm.config))
-    for index_P, rows_B, length in groups_by_length(lengths_P, lambda _: STEP, GROUP_BYTES // token_bytes):
+    step_of = functools.partial(row_step, devices=document_devices(lm.mesh))
+    for index_P, rows_B, length in groups_by_length(lengths_P, step_of, GROUP_BYTES // token_bytes):
         last_B, answers_Bx2 = sides[0].last_B[rows_B], answers_Px2[rows_B]
         all_ids = [fit_ids(tokens.ids_BxT[rows_B], length) for tokens in sides]
         runs = [record(point, lm.params, *by_row(lm.mesh, ids_BxT, last_B, answers_Bx2)) for ids_BxT in all_ids]
@@ -317,7 +324,9 @@ def _start_rows(
     batch_rows: int,
 ) -> jax.Array:
     """Start the program on some rows, filled up with copies to the size of a batch."""
-    size = -(-min(batch_rows, -(-len(rows.layer_R) // STEP) * STEP) // STEP) * STEP
+    # Of long prompts a row for each device, as a row is a whole prompt.
+    step = math.lcm(row_step(base.stream_LxBxTxD.shape[2]), document_devices(point.mesh))
+    size = -(-min(batch_rows, -(-len(rows.layer_R) // step) * step) // step) * step
     start = int(rows.layer_R[0])
     filled = PatchRows(*(np.resize(array, size) for array in rows))
     arrays = by_row(point.mesh, *filled, last_B[filled.place_R], answers_Bx2[filled.place_R])

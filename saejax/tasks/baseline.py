@@ -28,6 +28,7 @@ from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens
+from saejax.parallel.mesh import document_devices
 from saejax.statistics.intervals import RESAMPLES, bootstrap, bootstrap_mean, wilson
 from saejax.tasks.answer_tokens import answer_ids, check_ids
 from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore
@@ -41,7 +42,8 @@ from saejax.tasks.settings import TaskConfig
 # effects on it are hard to tell from noise.
 MIN_ACCURACY, MIN_SEPARATION = 0.8, 1.0
 SEPARATION_LIMIT = 1e6  # stands for infinity, which JSON does not have
-BATCH = 32  # prompts per forward pass
+BATCH = 32  # prompts per forward pass, or as many long ones as have so many tokens:
+_BATCH_TOKENS = 4096
 _EXAMPLES = 3  # prompts shown in the results
 
 
@@ -158,8 +160,11 @@ def _answer_logits(
     last_site = f"resid_post.{model.config.n_layers - 1}"
     n = len(tokens.lengths_B)
     parts = []
-    for first in range(0, n, BATCH):
-        rows_B = np.resize(np.arange(first, min(first + BATCH, n)), BATCH)  # the last batch is filled up with copies
+    devices = document_devices(model.mesh)
+    # Of long prompts a few at a time, and no 32 copies of one; each device has as many.
+    size = -(-max(min(BATCH, _BATCH_TOKENS // tokens.ids_BxT.shape[1]), 1) // devices) * devices
+    for first in range(0, n, size):
+        rows_B = np.resize(np.arange(first, min(first + size, n)), size)  # the last batch is filled up with copies
         batch = Tokens(tokens.ids_BxT[rows_B], tokens.lengths_B[rows_B])
         # Logits at every position would be most of the memory and a fifth of the work.
         x_BxTxD = model(batch, capture=[last_site], logits=False).sites[last_site]

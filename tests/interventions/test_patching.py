@@ -10,7 +10,7 @@ import pytest
 
 import saejax
 from saejax.errors import UserError
-from saejax.interventions import patching, published_heads
+from saejax.interventions import patching, published_heads, split_model
 from saejax.interventions.ablation import BehaviourAblation
 from saejax.interventions.edits import ActivationReplacement, swap
 from saejax.interventions.engine import effects
@@ -37,6 +37,26 @@ def pairs(pairs):
 def swapped(pair):
     """The counterpart as a prompt, with the prompt's answers."""
     return dataclasses.replace(pair, text=pair.counterpart)
+
+
+def test_one_long_pair_is_not_run_eight_times(tiny, pairs, monkeypatch):
+    wanted = patching.patch_sites(tiny, "resid_post", pairs[:1], "all", layers=[1, 2])
+    rows, record, patched_rows = [], patching.record, patching.patched_rows
+
+    def count_recorded(point, params, ids_BxT, *more):
+        rows.append(len(ids_BxT))
+        return record(point, params, ids_BxT, *more)
+
+    def count_patched(point, heads, start, params, stream, source, some, *more):
+        rows.append(len(some.layer_R))
+        return patched_rows(point, heads, start, params, stream, source, some, *more)
+
+    monkeypatch.setattr(patching, "record", count_recorded)
+    monkeypatch.setattr(patching, "patched_rows", count_patched)
+    monkeypatch.setattr(split_model, "PROGRAM_TOKENS", 1)  # prompts of this model are short
+    found = patching.patch_sites(tiny, "resid_post", pairs[:1], "all", layers=[1, 2])
+    assert rows == [1, 1, 2, 2]
+    np.testing.assert_allclose(found.diff_DxLxHxPxC, wanted.diff_DxLxHxPxC, atol=1e-4)
 
 
 # Denoising, the counterpart with the prompt's values, and noising: which of the two is the base, and which the source.

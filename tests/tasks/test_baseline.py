@@ -20,7 +20,7 @@ from saejax.runner.workspace import Run
 from saejax.stages.baseline.run import run_baseline
 from saejax.tasks import baseline
 from saejax.tasks.answer_tokens import MERGED
-from saejax.tasks.behaviours import SCORES, PromptScore, read_prompts
+from saejax.tasks.behaviours import SCORES, Prompt, PromptScore, read_prompts
 from saejax.tasks.draw import Drawn, make_prompts
 from saejax.tasks.gate import gate, read_tested
 from saejax.tasks.settings import DEMO_BEHAVIOURS, TaskConfig
@@ -110,6 +110,24 @@ def test_smollm2_has_the_behaviours(smollm2, monkeypatch, names):
         assert all(tuple(vars(score)) == SCORES for score in scores)
         assert np.mean([score.logit_diff > 0 for score in scores]) >= 0.8
         assert np.mean([score.counterpart_logit_diff > 0 for score in scores]) >= 0.8
+
+
+def test_one_long_prompt_is_not_run_thirty_two_times(lm, monkeypatch):
+    rows, last_logits = [], baseline._last_logits
+
+    def watched(config, params, x_BxTxD, *more):
+        rows.append(len(x_BxTxD))
+        return last_logits(config, params, x_BxTxD, *more)
+
+    texts = ["The cat runs" + " and so on" * count for count in (6, 5, 6)]
+    prompts = [Prompt("long", "test", text, " the", " way") for text in texts]
+    whole = baseline.score_prompts(lm, prompts)
+    monkeypatch.setattr(baseline, "_last_logits", watched)
+    monkeypatch.setattr(baseline, "_BATCH_TOKENS", 16)  # for a model of a small context
+    few = baseline.score_prompts(lm, prompts)
+    assert rows == [1, 1, 1]
+    for score, wanted in zip(few, whole, strict=True):
+        assert vars(score) == pytest.approx(vars(wanted), abs=1e-4)
 
 
 def words(text, verbose=False, add_special_tokens=True):
