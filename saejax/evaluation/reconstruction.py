@@ -14,7 +14,7 @@ from saejax.dictionaries import Dictionary, losses
 from saejax.errors import UserError
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.results import DENSE_ABOVE, DensityHistogram
-from saejax.parallel.mesh import by_row
+from saejax.parallel.mesh import by_row, document_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,7 @@ def reconstruct(
     members = MemberData.of(dictionaries, mesh)
     spread = Spread(dictionaries[0].config.d_out)
     sums = [Sums(dictionary.config.n_features) for dictionary in dictionaries]
+    batch += -batch % document_devices(mesh)  # or each device would score all tokens
     for parts, count in batches(blocks, batch):
         placed = by_row(mesh, *parts)
         scores = [_score(member, placed[0], placed[-1], count) for member in members]

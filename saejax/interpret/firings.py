@@ -14,6 +14,7 @@ TB, 64 GB. The bits take a further pass over f on the device; what is made of a 
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +30,7 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation.member_data import MemberData, compiled_in
-from saejax.parallel.mesh import BY_DOCUMENT, by_row, fitting_sharding, sharding
+from saejax.parallel.mesh import BY_DOCUMENT, by_row, document_devices, fitting_sharding, sharding
 
 BLOCK = 512  # features of a file
 _RECORD = np.dtype([("feature", "<u2"), ("place", "<u4"), ("value", "<f4")])  # the feature counted in its block
@@ -86,7 +87,7 @@ def record(
       split: "train" or "held_out".
       dictionaries: dictionaries by the folder of their files, which is made.
       mesh: tokens are split over ``member`` and ``data``, features over ``model``.
-      batch: tokens in a batch, rounded up to a multiple of 32.
+      batch: tokens in a batch, rounded up to a multiple of 32 and of the devices over which they are split.
       stopping: returns whether the process was asked to stop.
       features: features whose firings are written; None: all.
       on_tokens: called with the number of tokens of each batch.
@@ -99,7 +100,8 @@ def record(
       Interrupted: asked to stop.
     """
     ((site, target),) = {(dictionary.site, dictionary.config.target) for dictionary in dictionaries.values()}
-    rows, batch = used_rows(store, split, site, target), -(-batch // _WORD) * _WORD
+    rows, step = used_rows(store, split, site, target), math.lcm(_WORD, document_devices(mesh))
+    batch += -batch % step
     if not len(rows):
         raise UserError(f"the {split} split of {store.folder} has no activations of {site}: capture more text")
     if len(store.documents.ids_T) >= 2**32:
@@ -197,6 +199,7 @@ def encode_tokens(
     numbers: dict[str, Any] = dictionary.numbers
     placeless = dictionary.with_config(dataclasses.replace(compiled_in(dictionary.config), **numbers))
     parts, real = [sparse.csr_array((0, dictionary.config.n_features), dtype=np.float32)], [np.zeros(0, bool)]
+    batch += -batch % (document_devices(dictionary.mesh) if dictionary.mesh else 1)
     for start in range(0, len(x_NxD), batch):
         batch_XxD = x_NxD[start : start + batch]
         spare = ((0, batch - len(batch_XxD)), (0, 0))

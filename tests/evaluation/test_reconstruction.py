@@ -1,5 +1,6 @@
 """Held-out scores against a plain fp64 computation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from saejax.errors import UserError
 from saejax.evaluation import reconstruction
 from saejax.evaluation.parts import part_variances
 from saejax.evaluation.reconstruction import reconstruct
-from saejax.parallel.mesh import make_mesh
+from saejax.parallel.mesh import by_row, make_mesh
 from saejax.parallel.settings import MeshConfig
 
 D, F = 12, 48
@@ -68,6 +69,15 @@ def test_scores_by_formula_whatever_the_blocks(kind, sizes, one_device):
     blocks = [[block] for block in np.split(x, np.cumsum(sizes)[:-1])]
     (scores,) = reconstruct([dictionary], blocks, mesh, batch=32)
     check(scores, dictionary, x, x)
+
+
+def test_devices_that_do_not_divide_a_batch_share_its_tokens(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(reconstruction, "by_row", lambda *args: [sizes.append(len(args[1])), *by_row(*args)][1:])
+    mesh, dictionary, x = make_mesh(MeshConfig(data=3), jax.devices()[:3]), make("standard"), activations()
+    (scores,) = reconstruct([dictionary], [[x]], mesh, batch=32)
+    check(scores, dictionary, x, x)
+    assert set(sizes) == {33}
 
 
 @pytest.mark.parametrize("skip", [False, True])

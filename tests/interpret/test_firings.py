@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import planted
 import pytest
@@ -14,7 +15,7 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.errors import Interrupted, UserError
 from saejax.interpret import firings
 from saejax.interpret.firings import BLOCK, blocks, encode_tokens, places_of, record
-from saejax.parallel.mesh import make_mesh
+from saejax.parallel.mesh import by_row, make_mesh
 from saejax.parallel.settings import MeshConfig
 
 F = BLOCK + 88
@@ -59,6 +60,15 @@ def test_firings_are_those_of_the_dense_activations(store, tmp_path, kind, mesh,
     expected = dict(zip(zip(feature.tolist(), where[row].tolist(), strict=True), size[row, feature], strict=True))
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-4, atol=1e-6)
+
+
+def test_devices_that_do_not_divide_a_batch_share_its_tokens(store, tmp_path, monkeypatch):
+    mesh, sizes = make_mesh(MeshConfig(data=3), jax.devices()[:3]), []
+    monkeypatch.setattr(firings, "by_row", lambda *args: [sizes.append(len(args[1])), *by_row(*args)][1:])
+    record(store, "train", {tmp_path: make("standard")}, mesh, 250)
+    dictionary = make("standard").with_sink_norms(lambda site: 5.0).on_mesh(mesh)
+    encode_tokens(dictionary, np.ones((7, planted.WIDTH), np.float32), 4)
+    assert sizes[-2:] == [6, 6] and set(sizes[:-2]) == {288}
 
 
 def test_stops_when_asked_and_refuses_a_store_without_text(store, tmp_path, one_device):
