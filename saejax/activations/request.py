@@ -4,7 +4,8 @@ A request is run by one of two backends: hooks in the transformers model, or our
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from saejax.activations.jax_capture import DecoderReader
@@ -22,6 +23,7 @@ from saejax.models.tokens import bos_tokens
 from saejax.parallel.mesh import document_devices, make_mesh
 from saejax.parallel.settings import MeshConfig
 
+_IN_TURN = 4  # batches that one of two models reads before the other does
 # What tells tokenizers apart that have the same vocabulary.
 _SAMPLE = "In 1732 the captain's 48 men saw it: x = 3*(y+2), \u201cnaïve\u201d \u2014 Ωλ, 東京 \U0001f642\n\tEnd."
 
@@ -186,16 +188,11 @@ class PairReader:
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:
         """See ``plan.Reader``."""
-        kept: list[Batch] = []
-
-        def keep() -> Iterator[Batch]:
-            """Yield the batches and keep them for the second model."""
-            for batch in batches:
-                kept.append(batch)
-                yield batch
-
-        self._first.read(keep(), take)
-        self._second.read(kept, lambda batch, site, value_BxTxD: take(batch, _other_site(site), value_BxTxD))
+        waiting = iter(batches)
+        # A few at a time: who gives them may ask whether to stop, and the second model takes as long as the first.
+        while some := list(itertools.islice(waiting, _IN_TURN)):
+            self._first.read(some, take)
+            self._second.read(some, lambda batch, site, value_BxTxD: take(batch, _other_site(site), value_BxTxD))
 
     def close(self) -> None:
         """See ``plan.Reader``."""

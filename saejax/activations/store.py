@@ -20,6 +20,7 @@ on no other site.
 import collections
 import resource
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -34,6 +35,7 @@ from saejax.activations.manifest import CapturedModel, Manifest, StoredSite
 from saejax.activations.results import SinkCounts
 from saejax.errors import UserError, one_of
 from saejax.files import file_sha256, read_object
+from saejax.models.identity import content_sha256
 from saejax.models.source import ModelSource
 
 #: dtype of values that are read; the same as bits, in which they are copied; and as they are on disk.
@@ -247,7 +249,7 @@ class Store:
     def verify(self) -> None:
         """Check every file; a ``UserError`` names the first that is damaged."""
         for name in self.manifest.files:
-            self._check_content(name)
+            self._check_content(name, file_sha256)
         for part in (INDEX, *self.sites):
             for shard in range(self.manifest.shards):
                 for kind in self._arrays(part, shard):
@@ -312,9 +314,9 @@ class Store:
                 self._maps.popitem(last=False)
         return mapped
 
-    def _check_content(self, name: str) -> None:
-        """Raise a ``UserError`` if a file's hash differs from the manifest's."""
-        if file_sha256(self.folder / name) != self.manifest.files[name].sha256:
+    def _check_content(self, name: str, hash_file: Callable[[Path], str] = content_sha256) -> None:
+        """Raise a ``UserError`` if a file's hash differs from the manifest's; a large one was perhaps read before."""
+        if hash_file(self.folder / name) != self.manifest.files[name].sha256:
             raise UserError(
                 f"{self.folder / name} is damaged (its checksum differs from the manifest's): delete {self.folder} and "
                 "run capture again"

@@ -11,6 +11,7 @@ from torch_sites import relative_error
 
 from saejax.activations import device_buffers
 from saejax.activations import stream as stream_of
+from saejax.activations.request import PairReader
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import Store
 from saejax.activations.stream import BufferOrder, ModelStream
@@ -44,6 +45,26 @@ def run(tiny_llama, tmp_path, backend):
     configs |= CaptureConfig(sites=SITES, store_dtype="float32", max_sink_share=1.0, batch_tokens=128)
 
     return Run("capture", "", tmp_path, configs, {}, say=lambda line: None)
+
+
+def test_a_request_to_stop_is_heard_while_the_second_of_two_models_reads():
+    read = []
+
+    class Reads:
+        def __init__(self, name):
+            self.name, self.widths = name, {}
+
+        def read(self, batches, take):
+            read.extend((self.name, batch) for batch in batches)
+
+    def batches():
+        for number in range(40):
+            if ("second", 0) in read:  # a signal came meanwhile
+                return
+            yield number
+
+    PairReader(Reads("first"), Reads("second")).read(batches(), None)
+    assert len(read) < 20 and [batch for name, batch in read if name == "second"] == [0, 1, 2, 3]
 
 
 def make_stream(run, parts=(SITES,)):

@@ -15,7 +15,8 @@ from saejax.activations.request import read_request
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
-from saejax.models import source
+from saejax.files import file_sha256
+from saejax.models import identity, source
 from saejax.models.settings import ModelConfig
 from saejax.runner.workspace import Run
 from saejax.stages.tokenize import run as tokenize
@@ -133,6 +134,19 @@ def test_a_run_reads_what_was_tokenized_and_notices_damage(stream):
     (run.folder / "ids.npy").write_bytes(content)
     with pytest.raises(UserError, match="ids.npy is damaged"):
         text_documents(reads, request)
+
+
+def test_the_text_is_hashed_once_and_not_by_every_process_that_reads_it(stream, tmp_path, monkeypatch):
+    """A hundred gigabytes would take minutes each time."""
+    hashed = []
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(identity, "_HASHED_AT_ONCE", 0)
+    monkeypatch.setattr(identity, "file_sha256", lambda path: hashed.append(path.name) or file_sha256(path))
+    run, results, _ = stream()
+    reads = dataclasses.replace(run, inputs={"tokenize": run.folder})
+    for _ in range(2):
+        text_documents(reads, read_request(run.configs))
+    assert sorted(name for name in hashed if name in results.sha256) == sorted(results.sha256)
 
 
 class WordTokenizer:

@@ -23,8 +23,9 @@ from saejax.activations.results import TokenizeResults
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.text import check_vocabulary, corpus_documents
 from saejax.errors import Interrupted, UserError
-from saejax.files import file_sha256, whole_file
+from saejax.files import whole_file
 from saejax.models import source
+from saejax.models.identity import content_sha256
 from saejax.models.settings import ModelConfig
 from saejax.runner.results import load_results
 from saejax.runner.workspace import Run
@@ -77,7 +78,7 @@ def run_tokenize(run: Run) -> TokenizeResults:
     return TokenizeResults(
         documents=dict(zip(SPLITS, writer.documents, strict=True)),
         tokens=dict(zip(SPLITS, writer.tokens, strict=True)),
-        sha256={name: file_sha256(run.folder / name) for name in FILES},
+        sha256={name: content_sha256(run.folder / name) for name in FILES},
     )
 
 
@@ -97,7 +98,7 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
         folder = run.inputs["tokenize"]
         results: TokenizeResults = load_results(folder)
         for name, sha256 in results.sha256.items():
-            if file_sha256(folder / name) != sha256:
+            if content_sha256(folder / name) != sha256:  # gigabytes, which are read once
                 raise UserError(f"{folder / name} is damaged: delete {folder} and run tokenize again")
         return Documents.read(folder)
     return corpus_documents(run.configs, request)
