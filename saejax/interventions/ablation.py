@@ -120,8 +120,10 @@ def check_prompts(prompts: Mapping[str, Sequence[Prompt]]) -> None:
     """Check that every behaviour has prompts that choose features and prompts that judge them.
 
     Raises:
-      UserError: one has no train prompt, or fewer than 2 test prompts.
+      UserError: one has no train prompt, fewer than 2 test prompts, or the name of held-out text.
     """
+    if TEXT in prompts:
+        raise UserError(f"a behaviour is called {TEXT!r}, as held-out text is in the table of effects: rename it")
     for name, some in prompts.items():
         train, test = (sum(prompt.split == split for prompt in some) for split in ("train", "test"))
         if not train or test < 2:

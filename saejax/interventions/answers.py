@@ -300,6 +300,16 @@ def too_few_prompts(count: int, least: int) -> str:
     return f"not testable with {counted(count, 'prompt')}, {least} are needed" if count < least else ""
 
 
+def too_few_resamples(resamples: int, needed: int) -> str:
+    """Return that so few bootstrap resamples cannot give a significant p-value after correction, in words.
+
+    Args:
+      resamples: their number.
+      needed: the number that is needed.
+    """
+    return f"Not testable with {resamples:,} bootstrap resamples, {needed:,} are needed."
+
+
 def among_sentence(
     answer: CausalAnswer, group: str, k: int, behaviours: int, objective: str = "logit_diff", site: str = ""
 ) -> str:

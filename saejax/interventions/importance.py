@@ -29,6 +29,7 @@ from saejax.statistics.permutation import correlations, max_t_p
 
 PERMUTATIONS = 20_000
 LEVEL = 0.05  # of the adjusted p-value
+_BLOCK = 256  # features whose bootstrap samples are in memory at once: 20 MB of 10,000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,10 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation[Behaviou
     templates = [prompt.template for prompt in prompts]
     # Prompts of one template are alike: resampled within templates, the interval speaks of these templates.
     weights_SxP = resampling_weights(templates, ablation.config.bootstrap, ablation.config.seed)
-    low_N, high_N = np.quantile(drop_NxP @ weights_SxP.T, [0.025, 0.975], axis=1)
+    # In blocks: all samples of tens of thousands of features would take gigabytes.
+    blocks = np.array_split(drop_NxP, -(-len(drop_NxP) // _BLOCK) or 1)
+    ends = [np.quantile(block_CxP @ weights_SxP.T, [0.025, 0.975], axis=1) for block_CxP in blocks]
+    low_N, high_N = np.concatenate(ends, axis=1)
     # All features at once: there may be tens of thousands.
     template_P = np.array(templates)
     sign_GxN = np.sign([drop_NxP[:, template_P == name].mean(axis=1) for name in dict.fromkeys(templates)])

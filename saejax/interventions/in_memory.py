@@ -186,6 +186,8 @@ def ablate(
         settings["top"] = int(np.size(features))
     config = make_config(AblateConfig, **settings)
     parse_positions(config.positions)
+    if TESTED in (repeats or {}):
+        raise UserError(f"a repeat is called {TESTED!r}, as the tested dictionary is: give it another name")
     if readout and config.effects == "all":
         raise UserError("effects='all' ranks features by the logit difference: leave it out with a readout")
     tested = dictionaries[0]

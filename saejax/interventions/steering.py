@@ -420,7 +420,13 @@ class SteeringTest:
             controls=tuple(drop_N.tolist()),
             control_turned=float((control_NxP[:, compared_P] < 0).mean()) if len(drop_N) else None,
             compared=int(compared_P.sum()),
-            answer=CausalAnswer("not tested", "Not tested: the run has not ended.", points[chosen].drop, p_value),
+            answer=CausalAnswer(
+                "not tested",
+                "Not tested: the run has not ended.",
+                points[chosen].drop,
+                p_value,
+                numbers=dict(compared_drop=float(drop_P.mean())) if len(drop_N) else None,
+            ),
         )
 
     def _steer_controls(
@@ -547,10 +553,11 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int, prompts:
             f"maximum {max(result.controls):.2f}; p = {p_value:.2g}{corrected}), which turn "
             f"{100 * (result.control_turned or 0):.0f} % of the prompts."
         )
+    numbers = dict(result.answer.numbers or {}, controls=float(count), needed=float(needed))
     if result.compared < prompts:
+        where = f", where the drop is {numbers['compared_drop']:z.2f}" if "compared_drop" in numbers else ""
         sentence += (
-            f" Both are compared on {result.compared} of {prompts} prompts: for the answers of the others, no "
+            f" Both are compared on {result.compared} of {prompts} prompts{where}: for the answers of the others, no "
             f"{result.control} reach the dose."
         )
-    numbers = dict(controls=float(count), needed=float(needed))
     return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)

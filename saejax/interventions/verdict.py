@@ -213,12 +213,17 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
         )
 
     def among(group: str) -> dict[str, CausalAnswer]:
-        # Behaviours without controls have no p-value, and are not corrected for.
-        count = sum(bool(measured[name].edits(group)) for name in names)
         compared = {
             name: measured[name].on_final_answers(config) if group == "placebo" else measured[name] for name in names
         }
-        return _correct({name: _test_among(compared[name], group, count, config) for name in names})
+        tests: dict[str, _Test] = {}
+
+        def tested() -> int:
+            # Behaviours that are not testable have no p-value, and are not corrected for.
+            return sum(test.p_value is not None for test in tests.values())
+
+        tests.update((name, _test_among(compared[name], group, tested, config)) for name in names)
+        return _correct(tests)
 
     random, placebo, trained = map(among, ("random", "placebo", "untrained"))
     bases = _judge_bases(table, measured, config)
@@ -257,7 +262,7 @@ def _correct(tests: Mapping[Any, _Test], config: VerdictConfig | None = None) ->
     # The p-value of a bootstrap is at least 2 / (1 + resamples), which the correction multiplies by the tests.
     if config is None or config.resamples >= (needed := math.ceil(2 * len(p_values) / config.level) - 1):
         return answers
-    sentence = f"Not testable with {config.resamples:,} bootstrap resamples, {needed:,} are needed."
+    sentence = wording.too_few_resamples(config.resamples, needed)
     return {
         # What the correction alone denies.
         key: answer
@@ -310,13 +315,13 @@ def _test_ablation(measured: MeasuredBehaviour, readout: str, config: VerdictCon
     return _Test(p_value, conclude)
 
 
-def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config: VerdictConfig) -> _Test:
+def _test_among(measured: MeasuredBehaviour, group: str, tested: Callable[[], int], config: VerdictConfig) -> _Test:
     """Test whether T has a larger effect than controls of the same dose: questions 2, 3 (both sides) and 4.
 
     Args:
       measured: the behaviour.
       group: random, placebo or untrained.
-      behaviours: number of behaviours with such controls, over which the question is corrected.
+      tested: returns on how many behaviours the question is tested, over which it is corrected.
       config: numbers of the rule.
     """
     controls = measured.edits(group)
@@ -337,9 +342,9 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
     tested_P = measured.drops(measured.edits("trained"))[0] if group == "untrained" else measured.drop_P
     control_N = measured.drops(controls).mean(axis=1)
     effect, _ = measured.interval(tested_P - measured.drops(controls).mean(axis=0))
-    p_value, needed = rank_p(float(tested_P.mean()), control_N), min_controls(behaviours, config.level)
+    p_value = rank_p(float(tested_P.mean()), control_N)
     median, high = np.quantile(control_N, [0.5, 0.95])
-    numbers = dict(sets=len(controls), needed=needed, mean=control_N.mean(), median=median, high=high)
+    numbers = dict(sets=len(controls), mean=control_N.mean(), median=median, high=high)
     numbers |= dict(max=control_N.max(), top=tested_P.mean())
     numbers |= dict(features=np.median([len(control.features) for control in controls]), p_controls=p_value)
     pool = measured.edits("pool")
@@ -356,24 +361,31 @@ def _test_among(measured: MeasuredBehaviour, group: str, behaviours: int, config
         parts = dict(share=shares.share)
         # A yes needs both sides, so the larger p-value is the whole question's (Berger, 1982).
         p_value = max(p_value, shares.p_value)
-    numbers = {name: float(value) for name, value in numbers.items()}
+    # Lists from a small pool are nearly the same ones.
+    is_testable = not lacks_side and numbers.get("pool", np.inf) >= config.least_lists * numbers["features"]
 
     def conclude(p_holm: float | None) -> CausalAnswer:
-        assert p_holm is not None
-        # What raises the readout costs nothing, though its controls may raise it by more.
-        answer = "yes" if p_holm <= config.level and tested_P.mean() > 0 else "no"
+        behaviours = max(tested(), 1)
+        needed = min_controls(behaviours, config.level)
+        figures = {name: float(value) for name, value in numbers.items()} | dict(needed=float(needed))
         if lacks_side:
-            return CausalAnswer("not testable", wording.NO_SHARES, effect, p_value, p_holm, numbers)
+            return CausalAnswer("not testable", wording.NO_SHARES, effect, p_value, p_holm, figures)
+        # What raises the readout costs nothing, though its controls may raise it by more.
+        answer = "yes" if p_holm is not None and p_holm <= config.level and tested_P.mean() > 0 else "no"
         # With so few controls even the first rank of all is not significant after correction: "no" would say too much.
-        # Lists from a small pool are nearly the same ones.
-        if len(controls) < needed or numbers.get("pool", np.inf) < config.least_lists * numbers["features"]:
+        if not is_testable or len(controls) < needed:
             answer = "not testable"
-        answered = CausalAnswer(answer, "", effect, p_value, p_holm, numbers, parts or None)
+        answered = CausalAnswer(answer, "", effect, p_value, p_holm, figures, parts or None)
+        # The same holds of resamples, of which the smallest share is one among all.
+        if shares and answer == "no" and p_value <= config.level and config.resamples < needed:
+            return dataclasses.replace(
+                answered, answer="not testable", sentence=wording.too_few_resamples(config.resamples, needed)
+            )
         k = len(measured.edits("trained")[0].features) if group == "untrained" else measured.k
         sentence = wording.among_sentence(answered, group, k, behaviours, measured.objective, controls[0].site)
         return dataclasses.replace(answered, sentence=sentence)
 
-    return _Test(p_value, conclude)
+    return _Test(p_value if is_testable else None, conclude)
 
 
 def _without_controls(measured: MeasuredBehaviour, group: str) -> _Test:

@@ -29,7 +29,8 @@ from saejax.tasks.settings import BEHAVIOURS, PROBE_LABELS, TaskConfig
 from saejax.wording import counted
 
 _FLAG = "--task.prompts"
-_TAKEN = (*BEHAVIOURS, "started", "summary", "index")  # behaviours of our own, and files of every stage
+# Behaviours of our own, files of every stage, and what tables of effects call held-out text.
+_TAKEN = (*BEHAVIOURS, "started", "summary", "index", "text")
 _NEEDED, _OPTIONAL = ("behaviour", "text", "correct", "wrong"), ("counterpart", "split", "template", "labels")
 _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": " cat"}'
 _IOI_EXAMPLE = '{"names": ["Mary", "John", ...]}'

@@ -1,6 +1,7 @@
 """What an ablation measures: sets, doses, the verdict that follows from the table; the stage, stopped and resumed."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -12,7 +13,7 @@ import saejax
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import ablation as ablation_module
-from saejax.interventions import activity, behaviour_prompts, edits, engine, in_memory
+from saejax.interventions import activity, behaviour_prompts, edits, engine, importance, in_memory
 from saejax.interventions.ablation import begin_ablation, measure_behaviour, spread_over_templates, verdict_config
 from saejax.interventions.answers import AblateResults, VerdictConfig, mean_interval
 from saejax.interventions.controls import Changes, scaled_sets, token_pairs
@@ -379,6 +380,23 @@ def test_no_feature_is_without_a_significant_effect_on_five_prompts(tiny, dictio
     assert np.isnan(few.p_fwer).all() and few.summary.significant is None and few.summary.features > 0
 
 
+def test_bootstrap_samples_of_many_features_are_not_in_memory_at_once(tiny, dictionary, make_prompt, monkeypatch):
+    options = dict(random_sets=1, placebo_targets=0, untrained_dictionaries=0, baselines=(), bootstrap=100)
+    rank = functools.partial(saejax.ablate, tiny, dictionary, make_prompts(make_prompt, "only"), top=TOP, **options)
+    whole, sizes, quantile = rank(effects="all").importance["only"], [], np.quantile
+
+    def watched(samples, *more, **options):
+        sizes.append(np.size(samples))
+        return quantile(samples, *more, **options)
+
+    monkeypatch.setattr(importance, "_BLOCK", 16)
+    monkeypatch.setattr(np, "quantile", watched)
+    blocks = rank(effects="all").importance["only"]
+    assert len(whole.feature) > 50 and max(sizes) <= 16 * 100
+    for name in ("drop_low", "drop_high"):
+        np.testing.assert_allclose(getattr(blocks, name), getattr(whole, name), atol=1e-6)
+
+
 def test_effects_of_top_features_have_intervals_within_templates(ablation):
     table, prompts = ablation.table, ablation.table.select_prompts("first")
     weights_SxP = resampling_weights([prompt.template for prompt in prompts], 500, AblateConfig().seed)
@@ -411,6 +429,15 @@ def test_too_few_prompts_are_refused_before_any_behaviour_is_measured(tiny, dict
     ):
         with pytest.raises(UserError, match=message):
             saejax.ablate(tiny, dictionary, kept, **SMALL)
+
+
+def test_names_that_tables_of_effects_have_are_refused(tiny, dictionary, make_prompt):
+    """Effects on held-out text and on a behaviour of this name were taken for each other's."""
+    with pytest.raises(UserError, match="a behaviour is called 'text', as held-out text is"):
+        saejax.ablate(tiny, dictionary, make_prompts(make_prompt, "first", TEXT), documents=["A river."] * 6, **SMALL)
+    with pytest.raises(UserError, match="a repeat is called 'tested', as the tested dictionary is"):
+        prompts = make_prompts(make_prompt, "first")
+        saejax.ablate(tiny, dictionary, prompts, repeats={TESTED: dictionary}, **SMALL)
 
 
 def test_prompts_for_attribution_are_spread_over_templates():

@@ -496,6 +496,43 @@ def test_sets_that_are_needed_are_those_of_the_behaviours_that_have_some():
     assert judged["b"].placebo.answer == judged["c"].placebo.answer == "not testable"
 
 
+def add_lists(rows: Rows, name: str, dose: float) -> None:
+    """Add the list of the tested dictionary and those of 19 untrained ones on a behaviour."""
+    rows.add_set(EditDefinition(name, "trained", 0, (1, 2, 3)), varied(3.0), dose)
+    for index in range(19):
+        rows.add_set(EditDefinition(name, "untrained", index, (5, 6, 7)), varied(0.05 * index), dose)
+
+
+def test_behaviours_that_are_not_testable_are_not_corrected_for():
+    """Too small a pool, or lists below the dose: such a behaviour is none of the family, and needs no further sets."""
+    rows = make_rows()
+    rows.add_behaviour("c", first=100)
+    pool = EditDefinition("c", "pool", 0, tuple(range(100, 119)))  # fewer than ten lists of two
+    rows.blocks.append(EffectsTable((pool,), (), *np.zeros((4, 0), int)))
+    add_lists(rows, "b", 2.0)
+    add_lists(rows, "c", 1.0)
+    judged = rows.judge()[TESTED]
+    for question in ("random", "trained"):
+        of_b, of_c = (getattr(judged[name], question) for name in "bc")
+        assert (of_b.answer, of_b.p_holm, of_b.numbers["needed"]) == ("yes", pytest.approx(0.05), 19)
+        assert "after correction" not in of_b.sentence and of_c.answer == "not testable"
+    assert "which are nearly the same" in judged["c"].random.sentence
+    assert judged["c"].random.p_value == pytest.approx(0.05) and judged["c"].random.p_holm is None
+
+
+def test_so_few_resamples_that_no_share_can_be_significant_are_not_testable():
+    """Of two behaviours the least p-value of shares, 1 / 31, is doubled: "no" would say too much."""
+    rows = Rows()
+    for place, name in enumerate("bc"):
+        rows.add_behaviour(name, drop=10.0, placebo=39, first=100 * place)
+        for edit in (EditDefinition(name, "clean"), EditDefinition(name, "top", 0, (1, 2))):
+            left = 1.0 if edit.group == "clean" else 0.8
+            rows.add(edit, **{rank: -1.0 * place * left for place, rank in enumerate(RANKS)})
+    few = rows.judge(VerdictConfig(resamples=30))[TESTED]["b"].placebo
+    assert few.answer == "not testable" and few.sentence == "Not testable with 30 bootstrap resamples, 39 are needed."
+    assert rows.judge(VerdictConfig(resamples=39))[TESTED]["b"].placebo.answer == "yes"
+
+
 def test_selective_does_not_speak_for_behaviours_on_which_nothing_was_measured():
     rows = with_basis(1.0)
     rows.add_behaviour("c", first=100)

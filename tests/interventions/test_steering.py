@@ -188,7 +188,8 @@ def judged(p_values, controls=99, compared=9):
     for number, p_value in enumerate(p_values):
         effect = Interval(2.0, 1.0, 3.0)
         point = steering.SteeringPoint(0.4, 3.0, effect, Interval(0.5, 0.4, 0.6), None)
-        answer = CausalAnswer("not tested", "", effect, p_value)
+        there = dict(compared_drop=0.3) if controls else None
+        answer = CausalAnswer("not tested", "", effect, p_value, numbers=there)
         drops, turned = (0.1,) * controls, 0.05 if controls else None
         method = steering.SteeringMethod((point,), 0, "random features", drops, turned, compared, answer)
         behaviours[str(number)] = steering.BehaviourSteering(None, 9, {}, effect, dict(add=method), {})
@@ -206,7 +207,8 @@ def test_answers_follow_the_rule():
     )
     (alone,) = judged([None], controls=0, compared=0)
     assert alone.answer == "not testable" and "fewer than 6 of 9 prompts have answers for which" in alone.sentence
-    assert "compared on 4 of 9 prompts" in judged([0.01], compared=4)[0].sentence
+    # What controls cost is told of these prompts, and so is what they are compared with.
+    assert "compared on 4 of 9 prompts, where the drop is 0.30: for" in judged([0.01], compared=4)[0].sentence
     assert "compared on" not in judged([0.01])[0].sentence
 
 

@@ -92,7 +92,7 @@ def test_probes_are_shown_and_labels_without_one_named():
     row = dict(input="features", k=2, inputs=[7, 8], f1=0.4, majority=0.3, p_holm=0.0123)
     row |= dict(accuracy=interval(0.5), shuffled=interval(0.2), control=interval(0.1), against_dense=interval(-0.2))
     whole, raw = row | dict(k=None, inputs=None, control=None), dict(input="raw")
-    effects = [some(feature=7 + n, drop=interval(0.5), p_holm=0.01, controls=[0.1, 0.6][n:]) for n in (0, 2)]
+    effects = [some(feature=7 + n, drop=interval(0.5), p_holm=0.01, controls=[0.1, -0.6][n:]) for n in (0, 2)]
     selected = some(features=effects)
     rows = [some(**each) for each in (row, whole, row | raw, whole | raw)]
     reason = "fewer than two classes: right 80"

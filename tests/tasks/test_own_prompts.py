@@ -108,6 +108,8 @@ def test_the_identity_is_of_the_content(tmp_path):
         ([line | dict(behaviour="Capital") for line in LINES], 'the name "Capital" is taken'),
         ([line | dict(behaviour="summary") for line in LINES], 'the name "summary" is taken'),
         ([line | dict(behaviour="index") for line in LINES], 'the name "index" is taken'),
+        # The effects of held-out text stand in the table under this name.
+        ([line | dict(behaviour="Text") for line in LINES], 'the name "Text" is taken'),
         ([*LINES, LINES[2]], "line 7 has the text of an earlier line of 'plural'"),
         ([line | dict(wrong=" cows") for line in LINES], r"line 1: 'Two' with .* begin with the same token"),
         ([*LINES[:3], LINES[3] | dict(counterpart="Four\\")], "line 4: 'Five' .*joined"),

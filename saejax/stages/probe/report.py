@@ -154,7 +154,7 @@ def _selected_table(labels: Sequence[ProbedLabel], findings: Findings) -> Table:
         "Drop when ablated": lambda label, row: interval(row.drop),
         "p": lambda label, row: number(row.p_holm, 4),
         "Controls at least as large": lambda label, row: (
-            f"{sum(drop >= row.drop.mean for drop in row.controls)} of {len(row.controls)}"
+            f"{sum(abs(drop) >= abs(row.drop.mean) for drop in row.controls)} of {len(row.controls)}"
             if row.controls
             else "not testable"
         ),
@@ -163,8 +163,8 @@ def _selected_table(labels: Sequence[ProbedLabel], findings: Findings) -> Table:
         "The features that the sparse probe selects, each ablated alone on test prompts. Drop: fall of the logit "
         "difference in logits, or, on benchmarks, of the log-likelihood of the reference answer in nats; 95 % "
         "bootstrap interval over prompts within templates. p: two-sided, after Holm's correction over all features of "
-        "this table. Controls: random lists of features that change the site as much as this feature does; "
-        "not testable where no list does."
+        "this table. Controls: random lists of features that change the site as much as this feature does, whose "
+        "effect is at least as large in either direction; not testable where no list does."
     )
     rows = [(label, row) for label in labels if label.selected for row in label.selected.features]
     return Table.of("Does the model use the features that probes select?", rows, columns, {"Feature"}, note=note)
