@@ -31,7 +31,7 @@ from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
 from saejax.interventions.probing import ProbedLabel, ablation_of, correct, label_all, probe_inputs, probe_label
 from saejax.interventions.settings import BASES, AblateConfig, ProbeConfig, SteerConfig
-from saejax.interventions.several_sites import join_saes, open_crosscoder
+from saejax.interventions.several_sites import join_saes, place_at_sites
 from saejax.interventions.split_model import SplitModel, parse_positions
 from saejax.interventions.steering import BehaviourSteering, SteeringTest, judge
 from saejax.interventions.table import TESTED, EffectsTable, merge_tables
@@ -195,7 +195,7 @@ def ablate(
         if repeats or config.error == "drop":
             raise UserError("features of several sites go with neither repeats nor error='drop'")
         texts = [prompt.text for prompt in prompts if prompt.split == "train"]
-        tested = join_saes(lm, dictionaries, texts) if len(dictionaries) > 1 else open_crosscoder(lm, tested, texts)
+        tested = join_saes(lm, dictionaries, texts) if len(dictionaries) > 1 else place_at_sites(lm, tested, prompts)
     named = tested.feature_indices(features).tolist() if features is not None else None
     for name in config.baselines:
         if "/" not in name:
@@ -272,7 +272,8 @@ def steer(
 
     Args:
       lm: the model that the dictionary was trained on.
-      dictionary: the dictionary whose features, and at whose site, prompts are steered.
+      dictionary: the dictionary whose features, and at whose site, prompts are steered; of a crosscoder of one model's
+        sites, at all of them, each change relative to the size of the site's values.
       prompts: "train" prompts give the directions and choose the strength, "test" prompts judge it.
       documents: held-out texts, whose cross-entropy limits the strength.
       **settings: fields of ``saejax.interventions.settings.SteerConfig``, such as top=10, doses=(0.2, 0.4) and
@@ -286,9 +287,9 @@ def steer(
     """
     config = make_config(SteerConfig, **settings)
     lm = follow_bos(lm, [dictionary.config])
-    text = _held_out_text(lm, documents, LENGTH)
-    measured = {}
-    for name, behaviour_prompts in _group(prompts).items():
+    text, by_behaviour, measured = _held_out_text(lm, documents, LENGTH), _group(prompts), {}
+    dictionary = place_at_sites(lm, dictionary, prompts)
+    for name, behaviour_prompts in by_behaviour.items():
         with show_progress(f"steer {name}") as on_progress:
             steering = SteeringTest(lm, dictionary, behaviour_prompts, text, config, on_progress=on_progress)
             measured[name] = steering.results()

@@ -31,6 +31,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS, OtherSite, Site, site_parts
 from saejax.models.split import LaterSite
 from saejax.parallel.mesh import fitting_sharding, place_on
+from saejax.tasks.behaviours import Prompt
 
 _LARGEST = 8  # GiB of the matrix of all decoders, which is made anew for every untrained dictionary
 _ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")  # within a layer
@@ -45,6 +46,10 @@ class SeveralSites(Dictionary):
     def parts(self) -> list[DictionaryConfig]:
         """The configuration of an SAE of each site, in their order."""
         raise NotImplementedError
+
+    def split_values(self, x_xD: jax.Array) -> list[jax.Array]:
+        """Return the value of each site, given all values one after the other."""
+        return jnp.split(x_xD, np.cumsum([part.d_in for part in self.parts])[:-1], axis=-1)
 
     @property
     def later_sites(self) -> tuple[LaterSite, ...]:
@@ -115,12 +120,10 @@ class JointSAEs(SeveralSites):
         """Return the parts of an array of features that belong to the SAEs."""
         return np.split(array_xF, np.cumsum([sae.config.n_features for sae in self.saes])[:-1], axis=-1)
 
-    def _values(self, x_xD: jax.Array) -> list[jax.Array]:
-        return jnp.split(x_xD, np.cumsum([sae.config.d_in for sae in self.saes])[:-1], axis=-1)
-
     def encode(self, x_xD: jax.Array, numbers: Any = None) -> jax.Array:
         """Return the activations of all SAEs, [..., F]."""
-        return jnp.concatenate([sae.encode(x) for sae, x in zip(self.saes, self._values(x_xD), strict=True)], axis=-1)
+        values = self.split_values(x_xD)
+        return jnp.concatenate([sae.encode(x) for sae, x in zip(self.saes, values, strict=True)], axis=-1)
 
     def fires(self, f_xF: jax.Array) -> jax.Array:
         """Return where activations count as active."""
@@ -130,7 +133,7 @@ class JointSAEs(SeveralSites):
 
     def is_not_sink(self, x_xD: jax.Array, y_xD: jax.Array | None = None) -> jax.Array:
         """Return True where a position is an attention sink at none of the sites."""
-        inside = [sae.is_not_sink(x) for sae, x in zip(self.saes, self._values(x_xD), strict=True)]
+        inside = [sae.is_not_sink(x) for sae, x in zip(self.saes, self.split_values(x_xD), strict=True)]
         return jnp.stack(inside).all(axis=0)
 
     def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "JointSAEs":
@@ -175,8 +178,7 @@ class SitesOfCrosscoder(SeveralSites):
 
     def _joined(self, x_xD: jax.Array) -> jax.Array:
         """Return what the crosscoder reads, its parts scaled and in its own order."""
-        values = jnp.split(x_xD, np.cumsum([part.d_in for part in self.parts])[:-1], axis=-1)
-        by_site = {part.site: value for part, value in zip(self.parts, values, strict=True)}
+        by_site = {part.site: x for part, x in zip(self.parts, self.split_values(x_xD), strict=True)}
         return joined.join(self.crosscoder.config, by_site)
 
     def encode(self, x_xD: jax.Array, numbers: Any = None) -> jax.Array:
@@ -207,6 +209,50 @@ class SitesOfCrosscoder(SeveralSites):
         return SitesOfCrosscoder(bases.untrained(self.crosscoder, active, seed), self.norms)
 
 
+class DirectionsAtSites(SeveralSites):
+    """Directions of the joint value of several sites, of which each site's part is relative to the size of its values.
+
+    A direction's activation is its product with the joint value.
+
+    Args:
+      like: features of the same sites, whose sinks are left alone.
+      directions_FxD: the directions.
+    """
+
+    def __init__(self, like: SeveralSites, directions_FxD: Any):
+        self.norms, self.like = nnx.static(like.norms), like
+        self._set_decoder(jnp.asarray(directions_FxD, jnp.float32))
+
+    @property
+    def parts(self) -> list[DictionaryConfig]:
+        """The configuration of an SAE of each site, in their order."""
+        return self.like.parts
+
+    def encode(self, x_xD: jax.Array, numbers: Any = None) -> jax.Array:
+        """Return the product of each direction with the joint value, [..., F]."""
+        pairs = zip(self.split_values(x_xD), self.norms, strict=True)
+        relative_xD = jnp.concatenate([value * (self.norms[0] / norm) for value, norm in pairs], axis=-1)
+        return relative_xD @ self.W_dec_FxD[...].T
+
+    def fires(self, f_xF: jax.Array) -> jax.Array:
+        """Return where activations are not 0."""
+        return f_xF != 0
+
+    def is_not_sink(self, x_xD: jax.Array, y_xD: jax.Array | None = None) -> jax.Array:
+        """Return True where a position is an attention sink at none of the sites."""
+        return self.like.is_not_sink(x_xD)
+
+    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "DirectionsAtSites":
+        """Return the same with the sink rules of the sites."""
+        return DirectionsAtSites(self.like.with_sink_norms(sink_norm, replace), self.W_dec_FxD[...])
+
+    def on_mesh(self, mesh: Mesh) -> "DirectionsAtSites":
+        """Return the same on a mesh's devices, directions split over ``model``."""
+        placed = DirectionsAtSites(self.like.on_mesh(mesh), self.W_dec_FxD[...])
+        placed._place_decoder(mesh)
+        return placed
+
+
 def crosscoder_parts(config: DictionaryConfig) -> list[DictionaryConfig]:
     """Return the configuration of an SAE of each part of a crosscoder, in the order of the model."""
     parts = [
@@ -216,19 +262,21 @@ def crosscoder_parts(config: DictionaryConfig) -> list[DictionaryConfig]:
     return sorted(parts, key=lambda part: _place(Site.parse(part.site)))
 
 
-def open_crosscoder(lm: LanguageModel, crosscoder: Dictionary, texts: Sequence[str]) -> SitesOfCrosscoder:
-    """Return a crosscoder at its sites.
+def place_at_sites(lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[Prompt]) -> Dictionary:
+    """Return a crosscoder at its sites, and any other dictionary itself.
 
     Args:
       lm: the model.
-      crosscoder: a crosscoder of one model's sites.
-      texts: texts whose values say how large values of each site are.
+      dictionary: if it is a crosscoder, one of one model's sites.
+      prompts: those of the train split, or all if there are none, say how large values of each site are.
 
     Raises:
       UserError: a part is of a second model, within attention or the MLP, or no site of the decoder, or has no values
         but attention sinks.
     """
-    for name in site_parts(crosscoder.site):
+    if not dictionary.config.widths:
+        return dictionary
+    for name in site_parts(dictionary.site):
         if OtherSite.names(name):
             raise UserError(f"the crosscoder reads {name}, a site of a second model: expected one of one model's sites")
         if Site.parse(name).kind not in KINDS:
@@ -236,10 +284,11 @@ def open_crosscoder(lm: LanguageModel, crosscoder: Dictionary, texts: Sequence[s
                 f"the crosscoder reads {name}, which lies within attention or the MLP: of crosscoders, features of "
                 f"sites as wide as the stream are tested, {', '.join(KINDS)}"
             )
-    parts = crosscoder_parts(crosscoder.config)
+    parts = crosscoder_parts(dictionary.config)
     for part in parts:
         Site.parse(part.site).check(lm.config)
-    crosscoder = crosscoder.with_sink_norms(lm.sink_norm)
+    crosscoder = dictionary.with_sink_norms(lm.sink_norm)
+    texts = [p.text for p in prompts if p.split == "train"] or [p.text for p in prompts]
 
     def is_counted(values: Mapping[str, jax.Array]) -> np.ndarray:
         return np.asarray(joined.is_not_sink(crosscoder.config, joined.join(crosscoder.config, values)))

@@ -19,7 +19,8 @@ Test prompts judge it. For each pair of answers controls are added at the method
 - *random directions*: differences of means after the answers were shuffled among the texts. They lie where values of
   these texts differ, and are harder to beat than directions that no value ever takes.
 
-All changes are edits (``saejax.interventions.edits``) at the editable positions but attention sinks.
+All changes are edits (``saejax.interventions.edits``) at the editable positions but attention sinks. Of a crosscoder
+the value is that of all its sites, each relative to the size of its values (``saejax.interventions.several_sites``).
 """
 
 import dataclasses
@@ -38,10 +39,12 @@ from saejax.interventions.controls import MIN_FIRING, Changes, choose_pool, inne
 from saejax.interventions.edits import FeatureEdits, add, mask
 from saejax.interventions.engine import change_norms, run_edits
 from saejax.interventions.settings import SteerConfig
+from saejax.interventions.several_sites import DirectionsAtSites, SeveralSites
 from saejax.interventions.slopes import leaders, slopes
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
 from saejax.models.language_model import LanguageModel
+from saejax.models.split import LaterSite
 from saejax.models.tokens import token_text
 from saejax.parallel.collectives import to_host
 from saejax.progress import OnProgress, silent
@@ -88,13 +91,19 @@ class AnswerTexts:
             if p.counterpart
         ]
         texts = [*prompts, *turned]
-        last_N = lm.tokenize([text.text for text in texts]).last_B
-        slope_NxD = slopes(lm, texts, "logit_diff", str(split.point.site), silent)[np.arange(len(texts)), last_N]
+        place_N = np.arange(len(texts)), lm.tokenize([text.text for text in texts]).last_B
+        later = split.point.later
+        slope_by_site, scale_by_site = [], []
+        for site, scale in (LaterSite(split.point.site, 1.0), *later):
+            slope_by_site.append(scale * slopes(lm, texts, "logit_diff", str(site), silent)[place_N])
+            scale_by_site.append(np.full(site.width(lm.config), scale, np.float32))
+        slope_NxD, scale_D = np.concatenate(slope_by_site, axis=1), np.concatenate(scale_by_site)
         answer_N, value_NxD = np.zeros(len(texts), np.int64), np.zeros(slope_NxD.shape, np.float32)
         f_NxF, norms = np.zeros((len(texts), split.dictionary.config.n_features), np.float32), []
         for run in split.run(texts):
             count, rows_B = len(run.index_P), np.arange(len(run.last_B))
-            value_BxTxD = to_host(run.value_BxTxD)
+            # Of several sites ``value`` has changes in the place of later values, and ``read`` all values.
+            value_BxTxD = to_host(run.read_BxTxD if later else run.value_BxTxD) / scale_D
             answer_N[run.index_P] = run.answers_Bx2[:count, 0]
             value_NxD[run.index_P] = value_BxTxD[rows_B, run.last_B][:count]
             f_NxF[run.index_P] = to_host(split.dictionary.encode(run.read_BxTxD[rows_B, run.last_B]))[:count]
@@ -153,7 +162,8 @@ def steering_edits(
 def vector_edits(dictionary: Dictionary, vectors: Sequence[np.ndarray]) -> FeatureEdits:
     """Return edits that add a vector each at the site that a dictionary writes to."""
     # With the dictionary's rule for attention sinks, which are left alone.
-    return add(bases.linear(dictionary, np.stack(vectors)), [[number] for number in range(len(vectors))], 1.0)
+    make = DirectionsAtSites if isinstance(dictionary, SeveralSites) else bases.linear
+    return add(make(dictionary, np.stack(vectors)), [[number] for number in range(len(vectors))], 1.0)
 
 
 def random_feature_vectors(
@@ -268,7 +278,8 @@ class SteeringTest:
 
     Args:
       lm: the model.
-      dictionary: the dictionary whose features, and at whose site, prompts are steered.
+      dictionary: the dictionary whose features, and at whose site, prompts are steered; a crosscoder at its sites
+        (``place_at_sites``).
       prompts: prompts of both splits.
       text: held-out text, if there is any.
       config: settings of the stage.

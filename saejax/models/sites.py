@@ -67,8 +67,8 @@ class Site:
         """Return the site that a text such as "resid_post.15" names; a ``UserError`` if the text names none."""
         if is_joined(text) or OtherSite.names(text):
             raise UserError(
-                f"{text} is a site of a crosscoder, which train, evaluate and ablate use: expected one site of "
-                "one model, such as resid_post.15"
+                f"{text} is a site of a crosscoder, which train, evaluate, ablate, patch and steer use: expected one "
+                "site of one model, such as resid_post.15"
             )
         if ModuleSite.names(text):
             raise UserError(

@@ -16,13 +16,14 @@ import torch
 import saejax
 from saejax.dictionaries import Dictionary, DictionaryConfig, joined
 from saejax.errors import UserError
-from saejax.interventions import engine, slopes
-from saejax.interventions.edits import ZERO, mask
+from saejax.interventions import engine, slopes, steering
+from saejax.interventions.edits import ZERO, mask, swap
 from saejax.interventions.rows import EditedRun, prompt_trees
-from saejax.interventions.several_sites import join_saes, open_crosscoder
+from saejax.interventions.several_sites import DirectionsAtSites, join_saes, place_at_sites
 from saejax.interventions.slopes import attribution, leaders
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED, TEXT
+from saejax.models.edits import SiteEdit
 from saejax.models.split import Readout, ReadoutInputs
 
 pytestmark = pytest.mark.usefixtures("few_shapes")
@@ -406,7 +407,8 @@ def test_features_of_a_crosscoder_are_ablated_and_judged_at_all_of_its_sites(
     tiny, make_dictionary, asked, plain, crosscoder
 ):
     prompts = [prompt for prompt in asked if prompt.behaviour == "first"]
-    assert [part.site for part in open_crosscoder(tiny, crosscoder, [prompts[0].text]).parts] == list(SITES)
+    assert [part.site for part in place_at_sites(tiny, crosscoder, prompts[:1]).parts] == list(SITES)
+    assert place_at_sites(tiny, made := make_dictionary(SITES[0]), prompts) is made
     found = saejax.ablate(tiny, crosscoder, prompts, **SETTINGS | dict(top=8, random_sets=19, placebo_targets=0))
     saes = [make_dictionary(site, seed=seed) for seed, site in enumerate(SITES)]  # of which the sites alone are read
     rows = joined.unjoin(crosscoder.config, np.asarray(crosscoder.W_dec_FxD, np.float64))
@@ -428,3 +430,79 @@ def test_features_of_a_crosscoder_are_ablated_and_judged_at_all_of_its_sites(
         other = crosscoder.with_config(dataclasses.replace(crosscoder.config, site=f"{SITES[0]}+{part}"))
         with pytest.raises(UserError, match=said):
             saejax.ablate(tiny, other, prompts, **SETTINGS)
+
+
+def logit_diffs(tiny, prompts, edits):
+    """Runs of the whole model."""
+    tokens = tiny.tokenize([prompt.text for prompt in prompts])
+    logits_BxV = np.asarray(tiny(tokens, edits=edits).logits_BxTxV)[np.arange(len(prompts)), tokens.last_B]
+    return logits_BxV[:, tiny.token_id(RIGHT)] - logits_BxV[:, tiny.token_id(WRONG)]
+
+
+def test_steering_by_features_of_a_crosscoder_changes_all_of_its_sites(tiny, asked, crosscoder):
+    """Features are chosen by the slopes of all sites; what is added or clamped equals an edit of the crosscoder."""
+    train, tests = (select(asked, "first", split) for split in ("train", "test"))
+    train = [
+        dataclasses.replace(prompt, correct=WRONG, wrong=RIGHT) if n % 2 else prompt for n, prompt in enumerate(train)
+    ]
+    split = SplitModel(tiny, place_at_sites(tiny, crosscoder, train))
+    texts = steering.AnswerTexts.read(tiny, split, train)
+    tokens = tiny.tokenize([prompt.text for prompt in train])
+    at = np.arange(len(train)), tokens.last_B
+    values = {site: np.asarray(value) for site, value in tiny(tokens, capture=list(SITES)).sites.items()}
+    joined_BxTxD = joined.join(crosscoder.config, values)
+    np.testing.assert_allclose(texts.f_NxF, np.asarray(crosscoder.encode(joined_BxTxD))[at], atol=1e-5)
+    counts_BxT = np.asarray(joined.is_not_sink(crosscoder.config, joined_BxTxD)) & tokens.mask_BxT
+    norms = [np.sqrt((np.linalg.norm(values[site], axis=-1)[counts_BxT] ** 2).mean()) for site in SITES]
+    relative = np.concatenate([values[site] * norms[0] / norm for site, norm in zip(SITES, norms, strict=True)], -1)
+    np.testing.assert_allclose(texts.value_NxD, relative[at], rtol=2e-4, atol=1e-5)
+    assert texts.norm == pytest.approx(np.linalg.norm(relative, axis=-1)[counts_BxT].mean(), rel=1e-4)
+    rows = joined.unjoin(crosscoder.config, np.asarray(crosscoder.W_dec_FxD))
+    turned = steering.AnswerSwap(*map(tiny.token_id, (RIGHT, WRONG)))
+    slope_F = sum(
+        rows[site] @ texts.mean_difference(slopes.slopes(tiny, train, "logit_diff", site)[at], turned) for site in SITES
+    )
+    rise_F = texts.mean_difference(texts.f_NxF, turned)
+    top = texts.top(turned, 4)
+    assert len(top) == 4 and top == np.argsort(-rise_F * slope_F)[:4].tolist()
+    clean = logit_diffs(tiny, tests, [])
+    for method, strength in (("add", 0.5), ("clamp", 2.0)):
+        edits = steering.steering_edits(texts, split.dictionary, method, turned, top, [strength])
+        placed = split if method == "clamp" else SplitModel(tiny, edits.dictionary)
+        found = engine.run_edits(placed, placed.run(tests), edits)["logit_diff"]
+        multiple = strength * texts.norm / np.linalg.norm(rise_F[top] @ texts.W_dec_FxD[top])
+        change = (
+            crosscoder.set(top, strength * texts.f_NxF[texts.answer_N == turned.target][:, top].mean(axis=0))
+            if method == "clamp"
+            else crosscoder.steer(top, multiple * rise_F[top])
+        )
+        np.testing.assert_allclose(found[0], clean, atol=2e-5)
+        np.testing.assert_allclose(found[1], logit_diffs(tiny, tests, [change]), atol=5e-5)
+        assert np.abs(found[1] - clean).max() > 1e-2
+    found = saejax.steer(tiny, crosscoder, [*train, *tests], top=4, doses=(0.5,), random_sets=2, bootstrap=100)
+    assert set(found) == {"first"}
+
+
+def test_all_sites_of_a_crosscoder_take_the_counterparts_values(tiny, asked, crosscoder):
+    """The ceiling of patched features: the first site's value, and at the later one what differs between the texts."""
+    tests = [
+        dataclasses.replace(prompt, counterpart=prompt.text.replace(" near ", " that "))
+        for prompt in select(asked, "first", "test")
+    ]
+    split = SplitModel(tiny, place_at_sites(tiny, crosscoder, tests))
+    width = split.dictionary.config.d_in
+    every = SplitModel(tiny, DirectionsAtSites(split.dictionary, np.eye(width)))
+    edits = swap(every.dictionary, [range(width)])
+    found = engine.run_edits(every, every.run(tests, counterparts=True), edits)["logit_diff"]
+    texts = [prompt.text for prompt in tests], [prompt.counterpart for prompt in tests]
+    (clean, tokens), (other, _) = (
+        (tiny(tokens := tiny.tokenize(side), capture=list(SITES)).sites, tokens) for side in texts
+    )
+    counts_BxTx1 = np.asarray(joined.is_not_sink(crosscoder.config, joined.join(crosscoder.config, clean)))[..., None]
+    change = {site: counts_BxTx1 * (np.asarray(other[site]) - np.asarray(clean[site])) for site in SITES}
+    patched = SiteEdit.patch(SITES[0], np.asarray(clean[SITES[0]]) + change[SITES[0]])
+    # What the first site's change makes of the later site, and the later site's own change.
+    below = np.asarray(tiny(tokens, edits=[patched], capture=[SITES[1]]).sites[SITES[1]])
+    wanted = logit_diffs(tiny, tests, [patched, SiteEdit.patch(SITES[1], below + change[SITES[1]])])
+    np.testing.assert_allclose(found[1], wanted, atol=5e-5)
+    assert np.abs(found[1] - found[0]).max() > 1e-2

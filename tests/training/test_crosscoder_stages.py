@@ -56,9 +56,10 @@ def workdir(inputs, corpus, second_model, tmp_path_factory):
 
 
 def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, second_model, capsys):
-    """Preflight knows joined sites, and a crosscoder of one model is ablated at its sites, one of two models is not."""
+    """Preflight knows joined sites; crosscoders of one model are ablated, steered and patched, those of two are not."""
     ablated = dict(ablate__dictionary=f"batchtopk/{LAYERS}", ablate__untrained_dictionaries=0, causal__random_sets=4)
-    ablated |= dict(ablate__text_documents=0)
+    ablated |= dict(ablate__text_documents=0, steer__dictionary=f"batchtopk/{LAYERS}")
+    ablated |= dict(patch__dictionary=f"batchtopk/{LAYERS}", causal__placebo_targets=2)
     both = dict(model__other=second_model)
     assert go(list(all_stages()), inputs, corpus, workdir, **both | ablated) == 0
     (page,) = (workdir / "report").glob("*.md")
@@ -66,6 +67,9 @@ def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, second_mode
     assert (workdir / "preflight" / "done.json").exists()
     results = load_results(workdir / "ablate" / folder_name(f"batchtopk/{LAYERS}"))
     assert results.site == LAYERS and all(results.verdict.dictionaries["tested"][name].dose for name in results.top)
+    for stage in ("steer", "patch"):
+        results = load_results(workdir / stage / folder_name(f"batchtopk/{LAYERS}"))
+        assert results.site == LAYERS and results.behaviours
     assert go(["ablate"], inputs, corpus, workdir, ablate__error="drop", **both | ablated) == 2
     message = "is a crosscoder, whose features are of several sites: leave out --ablate.repeats, --ablate.joined"
     assert message in capsys.readouterr().err

@@ -20,7 +20,7 @@ from saejax.interventions.ablation import (
 from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary, explain_no_top_features
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.settings import BASES, AblateConfig
-from saejax.interventions.several_sites import JointSAEs, join_saes, open_crosscoder
+from saejax.interventions.several_sites import JointSAEs, join_saes, place_at_sites
 from saejax.interventions.split_model import parse_positions
 from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
 from saejax.interventions.text import HeldOutText
@@ -85,10 +85,9 @@ def run_ablate(run: Run) -> AblateResults:
         lm = run_inputs.load_run_model(
             run, dictionary.config, *(dictionary.config for dictionary in (*repeats.values(), *joined))
         )
-        texts = [prompt.text for of_behaviour in prompts.values() for prompt in of_behaviour if prompt.split == "train"]
-        tested = join_saes(lm, [dictionary, *joined], texts) if joined else dictionary
-        if dictionary.config.widths:
-            tested = open_crosscoder(lm, dictionary, texts)
+        every = [prompt for of_behaviour in prompts.values() for prompt in of_behaviour]
+        texts = [prompt.text for prompt in every if prompt.split == "train"]
+        tested = join_saes(lm, [dictionary, *joined], texts) if joined else place_at_sites(lm, dictionary, every)
         corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
         text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
 

@@ -35,6 +35,8 @@ from saejax.interventions.patching import (
 )
 from saejax.interventions.published_heads import compare_published_heads, is_gpt2_small
 from saejax.interventions.settings import AblateConfig, PatchConfig
+from saejax.interventions.several_sites import DirectionsAtSites, SeveralSites, place_at_sites
+from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
 from saejax.interventions.verdict import summarise, verdict
 from saejax.models.language_model import LanguageModel
@@ -94,13 +96,16 @@ def run_patch(run: Run) -> PatchResults:
             name: BehaviourPairs(fitting_pairs(lm, of_behaviour, "train")[0], *fitting_pairs(lm, of_behaviour))
             for name, of_behaviour in prompts.items()
         }
+        placed = dictionary
+        if dictionary is not None:
+            placed = place_at_sites(lm, dictionary, [prompt for some in prompts.values() for prompt in some])
 
         def measure(name: str, on_progress: OnProgress) -> parts.Measured:
-            if missing := pairs[name].missing(chooses_features=dictionary is not None):
+            if missing := pairs[name].missing(chooses_features=placed is not None):
                 return parts.Measured(missing, f"not patched: {missing}")
-            if dictionary is None:
+            if placed is None:
                 return _measure_sites(run, lm, name, pairs[name], on_progress)
-            return _measure_features(run, lm, dictionary, name, pairs, on_progress)
+            return _measure_features(run, lm, placed, name, pairs, on_progress)
 
         return measure
 
@@ -193,15 +198,22 @@ def _measure_features(
     both_P = (clean_P > 0) & (corrupted_P < 0)
     interchange, line = None, "on no pair is the model right about both the prompt and its counterpart"
     if both_P.any():
-        site = Site.parse(dictionary.config.target or dictionary.site)
-        whole = patch_sites(lm, site.kind, tests, "all", [site.layer], config.batch_rows, by_head=False)
+        if isinstance(dictionary, SeveralSites):
+            width = ablation.split.dictionary.config.d_in
+            every = SplitModel(lm, DirectionsAtSites(ablation.split.dictionary, np.eye(width)))
+            edits = swap(every.dictionary, [range(width)])
+            whole_P = run_edits(every, ablation.test.runs, edits, config.batch_rows)["logit_diff"][1]
+        else:
+            site = Site.parse(dictionary.config.target or dictionary.site)
+            whole = patch_sites(lm, site.kind, tests, "all", [site.layer], config.batch_rows, by_head=False)
+            whole_P = whole.diff_DxLxHxPxC[DIRECTIONS.index("noising"), 0, 0, :, 0]
         random_sets = table.select_whole_edits(name, "random")
         random_ExP = table.values(random_sets, definitions, "logit_diff")
         interchange = Interchange(
             prompts=int(both_P.sum()),
             top=wilson((noised_P < 0)[both_P]),
             random=float((random_ExP[:, both_P] < 0).mean()) if random_sets else None,
-            site=wilson((whole.diff_DxLxHxPxC[1, 0, 0, :, 0] < 0)[both_P]),
+            site=wilson((whole_P < 0)[both_P]),
         )
         line = f"answers that become the counterpart's: top features {100 * interchange.top.mean:.0f} %, "
         line += f"whole site {100 * interchange.site.mean:.0f} %"

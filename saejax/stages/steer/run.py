@@ -1,6 +1,7 @@
 """The stage ``steer``: every behaviour's prompts turned to the answers of their counterparts."""
 
 from saejax.interventions.settings import SteerConfig
+from saejax.interventions.several_sites import place_at_sites
 from saejax.interventions.steering import BehaviourSteering, SteeringTest, SteerResults, judge
 from saejax.interventions.text import HeldOutText
 from saejax.progress import OnProgress
@@ -32,9 +33,10 @@ def run_steer(run: Run) -> SteerResults:
     def begin() -> parts.Measure:
         lm = run_inputs.load_run_model(run, dictionary.config)
         text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], lm, TEXT_DOCUMENTS)
+        placed = place_at_sites(lm, dictionary, [prompt for some in prompts.values() for prompt in some])
 
         def measure(name: str, on_progress: OnProgress) -> parts.Measured:
-            results = SteeringTest(lm, dictionary, prompts[name], text, config, MAX_PROMPTS, on_progress).results()
+            results = SteeringTest(lm, placed, prompts[name], text, config, MAX_PROMPTS, on_progress).results()
             return parts.Measured(results, _line(results))
 
         return measure
