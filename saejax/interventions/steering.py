@@ -91,11 +91,11 @@ class AnswerTexts:
             if p.counterpart
         ]
         texts = [*prompts, *turned]
-        place_N = np.arange(len(texts)), lm.tokenize([text.text for text in texts]).last_B
+        index_N, last_N = np.arange(len(texts)), lm.tokenize([text.text for text in texts]).last_B
         later = split.point.later
         slope_by_site, scale_by_site = [], []
         for site, scale in (LaterSite(split.point.site, 1.0), *later):
-            slope_by_site.append(scale * slopes(lm, texts, "logit_diff", str(site), silent)[place_N])
+            slope_by_site.append(scale * slopes(lm, texts, "logit_diff", str(site), silent)[index_N, last_N])
             scale_by_site.append(np.full(site.width(lm.config), scale, np.float32))
         slope_NxD, scale_D = np.concatenate(slope_by_site, axis=1), np.concatenate(scale_by_site)
         answer_N, value_NxD = np.zeros(len(texts), np.int64), np.zeros(slope_NxD.shape, np.float32)
