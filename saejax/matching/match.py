@@ -2,7 +2,8 @@
 
 1. One program multiplies the rows of a block of pairs of dictionaries, a few hundred rows at a time, and keeps the
    largest products of each row and, the first time, of each column. The pairs of a block are split over the devices.
-   Products of sparse rows are made on the host, where only features that fire together meet.
+   Products of sparse rows are made on the host, where only features that fire together meet. If all of them fit into
+   memory, they are assigned there and then, exactly (Jonker and Volgenant, 1987, as SciPy has it).
 2. An ``Auction`` assigns rows to columns on the host from these candidates.
 3. For the rows that wait there, step 1 looks again at the present prices, until none waits.
 
@@ -33,6 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from scipy import sparse
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
 from saejax.matching.rows import CentredRows, Rows, paired_products
 from saejax.parallel.mesh import AXES, read_parts
@@ -40,6 +43,7 @@ from saejax.parallel.mesh import AXES, read_parts
 STEP = 5e-4  # increment of a bid; values are at most 1
 _ROWS = 512  # rows whose products are in memory at once
 CANDIDATES = 64  # columns that a row is shown at a time
+_AT_ONCE = 1 << 24  # products of sparse rows, up to which all are in memory, in half a gigabyte
 _VMAPPED = 4  # pairs that an accelerator multiplies side by side
 _AHEAD_BYTES = 4 << 30  # rows of waiting pairs, beyond which no more are read
 
@@ -227,6 +231,7 @@ class _Problem:
         self.few, self.many = (second, first) if self._swapped else (first, second)
         self.auction = Auction(len(self.few), len(self.many))
         self._nearest: tuple[np.ndarray, np.ndarray] | None = None
+        self._is_exact = False
 
     @property
     def fresh(self) -> bool:
@@ -259,7 +264,15 @@ class _Problem:
         self.auction.look(self._looking, top_NxC, column_NxC)
 
     def assign_sparse(self) -> None:
-        """Look and bid until no row waits, with sparse rows, whose products are made here."""
+        """Assign sparse rows, whose products are made here: exactly, or by looking and bidding until no row waits."""
+        every = np.arange(len(self.few))
+        if self.few.bound_products(self.many, every).sum() <= _AT_ONCE:
+            product = sparse.vstack([*self.few.products(self.many, every)], format="csr")
+            self._nearest = tuple(np.maximum(product.max(axis=axis).toarray(), 0) for axis in (1, 0))
+            self.auction.column_F, self._is_exact = _assign_exactly(product), True
+            self.auction.waiting = every[:0]
+            return
+        # Where many rows are alike, as those of features that fire at one token, prices rise slowly.
         while len(self.auction.waiting):
             self._looking = self.auction.urgent(self.rows)
             top_NxC, column_NxC, top_G = _best_sparse(self.few, self.many, self._looking, self.auction.price_G)
@@ -276,7 +289,7 @@ class _Problem:
         column, own_F = self.auction.column_F[paired], np.zeros(len(few_F))
         # Anew from the rows, since values minus prices plus prices have lost digits.
         own_F[paired] = paired_products(self.few, paired, self.many, column)
-        gap = self.auction.gap(own_F)
+        gap = 0.0 if self._is_exact else self.auction.gap(own_F)
         if not self._swapped:
             partner_F, value_F = np.full(len(few_F), -1), np.full(len(few_F), np.nan)
             partner_F[paired], value_F[paired] = column, own_F[paired]
@@ -284,6 +297,22 @@ class _Problem:
         partner_G, value_G = np.full(len(many_G), -1), np.full(len(many_G), np.nan)
         partner_G[column], value_G[column] = paired, own_F[paired]
         return Matched(many_G, few_F, partner_G, value_G, gap)
+
+
+def _assign_exactly(product_FxG: sparse.csr_array) -> np.ndarray:
+    """Return the column of each row in the assignment of the largest sum; -1: none, which counts 0.
+
+    Args:
+      product_FxG: values of all pairs that are above 0; those below are dropped in place.
+    """
+    rows, columns = product_FxG.shape
+    product_FxG.data[product_FxG.data < 0] = 0
+    product_FxG.eliminate_zeros()
+    # Each row may have a column of its own, which counts 0. All count 1 more, as zeros are no edges.
+    value_FxC = sparse.hstack([product_FxG, sparse.eye_array(rows)], format="csr", dtype=np.float64)
+    value_FxC.data[value_FxC.indices < columns] += 1
+    _, column_F = min_weight_full_bipartite_matching(value_FxC, maximize=True)
+    return np.where(column_F < columns, column_F, -1)
 
 
 def _best_sparse(

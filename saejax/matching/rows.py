@@ -64,6 +64,11 @@ class CentredRows:
         """Bytes in memory, transposed rows included."""
         return 2 * (self.scaled_FxN.data.nbytes + self.scaled_FxN.indices.nbytes)
 
+    def bound_products(self, other: "CentredRows", row_N: np.ndarray) -> np.ndarray:
+        """Return a bound of the number of products that each of some rows has in ``products``, [N]."""
+        # On each of its tokens with every row that fires there.
+        return np.minimum(abs(self.scaled_FxN[row_N]).sign() @ np.diff(other._scaled_NxF.indptr), len(other))
+
     def products(self, other: "CentredRows", row_N: np.ndarray) -> Iterator[sparse.csr_array]:
         """Yield the products of some rows with all rows of another dictionary that fire on a common token.
 
@@ -74,9 +79,7 @@ class CentredRows:
         Yields:
           Products of successive rows of ``row_N``, sparse [rows, G]; no product that is left out is above 0.
         """
-        # Bounds the products of a row: on each of its tokens with every row that fires there.
-        partners_N = np.minimum(abs(self.scaled_FxN[row_N]).sign() @ np.diff(other._scaled_NxF.indptr), len(other))
-        part_N = np.cumsum(partners_N) // _PRODUCTS
+        part_N = np.cumsum(self.bound_products(other, row_N)) // _PRODUCTS
         for part in np.unique(part_N):
             rows = row_N[part_N == part]
             product = sparse.csr_array(self.scaled_FxN[rows] @ other._scaled_NxF)

@@ -47,6 +47,7 @@ def run_study_rows(
         if path.exists() and read_json(path).get("fingerprint") == mark:
             say(f"all done before, unchanged: {root / 'index.html'}")
         else:
+            say("the report: reading the results of all rows")
             report.write_report(root, gather(root, rows, states, mark))
             say(f"open {root / 'index.html'}")
     if failed := [state for state in states if state.state == "failed"]:

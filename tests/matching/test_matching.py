@@ -76,8 +76,10 @@ def firings(tokens, features, active, seed):
 
 
 @pytest.mark.parametrize("sizes", [(120, 120), (90, 150), (150, 90)])
-def test_sparse_rows_are_matched_by_their_correlations(sizes, monkeypatch, one_device):
+@pytest.mark.parametrize("at_once", [0, matching._AT_ONCE])
+def test_sparse_rows_are_matched_by_their_correlations(sizes, at_once, monkeypatch, one_device):
     """Half of the second's features are the first's, in another order; few candidates, so that rows look again."""
+    monkeypatch.setattr(matching, "_AT_ONCE", at_once)
     monkeypatch.setattr(matching, "CANDIDATES", 3)
     monkeypatch.setattr(matching, "_ROWS", 16)
     first_NxF, second_NxG = (firings(400, size, 12, seed).toarray() for seed, size in enumerate(sizes))
@@ -88,8 +90,18 @@ def test_sparse_rows_are_matched_by_their_correlations(sizes, monkeypatch, one_d
     dense = [np.where(which[:, None], (acts - acts.mean(0)).T, 0) for acts, which in compared]
     dense = [rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in dense]  # in float64
     ((_, found),) = match([(0, *pair)], one_device)
-    assert np.sum(found.value_F > 0.9) > 35
+    assert np.sum(found.value_F > 0.9) > 35 and (found.gap == 0) == bool(at_once)
     check(*dense, found)
+
+
+def test_many_sparse_rows_that_are_alike_are_assigned_in_no_time(one_device):
+    """Features that fire at one token bid for columns of one value, whose prices rose by a step at a time."""
+    at_M = np.repeat(np.arange(40), 30)
+    f_NxF = sparse.csr_array((np.ones(1200), (at_M, np.arange(1200))), (400, 1200))
+    rows = CentredRows.of(f_NxF, np.ones(1200, bool))
+    few = CentredRows.of(f_NxF, np.arange(1200) % 30 < 29)
+    ((_, found),) = match([(0, few, rows)], one_device)
+    assert found.gap == 0 and np.sum(found.value_F > 0.999) == 40 * 29
 
 
 def test_matching_activations_takes_memory_for_firings_alone():
