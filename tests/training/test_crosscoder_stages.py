@@ -58,8 +58,7 @@ def workdir(inputs, corpus, second_model, tmp_path_factory):
 def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, second_model, capsys):
     """Preflight knows joined sites; crosscoders of one model are ablated, steered and patched, those of two are not."""
     ablated = dict(ablate__dictionary=f"batchtopk/{LAYERS}", ablate__untrained_dictionaries=0, causal__random_sets=4)
-    ablated |= dict(ablate__text_documents=0, steer__dictionary=f"batchtopk/{LAYERS}")
-    ablated |= dict(patch__dictionary=f"batchtopk/{LAYERS}", causal__placebo_targets=2)
+    ablated |= dict(ablate__text_documents=0)
     both = dict(model__other=second_model)
     assert go(list(all_stages()), inputs, corpus, workdir, **both | ablated) == 0
     (page,) = (workdir / "report").glob("*.md")
@@ -67,9 +66,6 @@ def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, second_mode
     assert (workdir / "preflight" / "done.json").exists()
     results = load_results(workdir / "ablate" / folder_name(f"batchtopk/{LAYERS}"))
     assert results.site == LAYERS and all(results.verdict.dictionaries["tested"][name].dose for name in results.top)
-    for stage in ("steer", "patch"):
-        results = load_results(workdir / stage / folder_name(f"batchtopk/{LAYERS}"))
-        assert results.site == LAYERS and results.behaviours
     assert go(["ablate"], inputs, corpus, workdir, ablate__error="drop", **both | ablated) == 2
     message = "is a crosscoder, whose features are of several sites: leave out --ablate.repeats, --ablate.joined"
     assert message in capsys.readouterr().err
@@ -140,6 +136,24 @@ def test_straight_from_the_models_it_is_the_same_rows(inputs, corpus, second_mod
     assert go(["train"], inputs, corpus, tmp_path / "run", **changes) == 0
     trained = json.loads((tmp_path / "run/train/batchtopk/done.json").read_text())["results"]["members"]
     assert trained[0]["site"] == MODELS and trained[0]["final"]["explained_variance"] > 0
+
+
+def test_features_of_a_crosscoder_are_steered_and_patched_by_the_stages(
+    workdir, inputs, corpus, second_model, tmp_path
+):
+    runs.copy_run(workdir, tmp_path / "run")
+    changes = dict(model__other=second_model, task__train_prompts=24, task__test_prompts=24, patch__top=2)
+    changes |= dict(steer__dictionary=f"batchtopk/{LAYERS}", patch__dictionary=f"batchtopk/{LAYERS}")
+    changes |= dict(causal__random_sets=4, causal__placebo_targets=2, ablate__text_documents=0)
+    changes |= dict(ablate__dictionary=f"batchtopk/{LAYERS}", ablate__untrained_dictionaries=0)
+    assert go(["baseline", "ablate", "steer", "patch", "report"], inputs, corpus, tmp_path / "run", **changes) == 0
+    steered, patched = (
+        load_results(tmp_path / "run" / stage / folder_name(f"batchtopk/{LAYERS}")) for stage in ("steer", "patch")
+    )
+    assert steered.site == patched.site == LAYERS
+    assert steered.behaviours["agreement"].reason is None and "agreement" in patched.behaviours
+    (page,) = (tmp_path / "run" / "report").glob("*.md")
+    assert "the residual stream after layer 1 (resid_post.1)" in page.read_text(encoding="utf-8")
 
 
 def test_bad_input_is_one_line(workdir, inputs, corpus, second_model, tmp_path, capsys):
