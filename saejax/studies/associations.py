@@ -32,7 +32,7 @@ from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 from saejax.statistics.permutation import label_correlations
 from saejax.statistics.ranks import holm_by_key
 
-LEVEL = 0.05  # of all answers of a kind together: correlations of all features and labels, probes and drops of all rows
+LEVEL = 0.05  # of all answers of a kind together: correlations of all features and labels, all probes, all drops
 RIGHT = "answered rightly"  # the label of items that the model answers rightly
 _UNTESTABLE = "not testable"
 _PERMUTATIONS, _RESAMPLES, _LEAST = 999, 1000, 4  # fewer items with a label, or without it, are not tested
@@ -143,7 +143,7 @@ def associate(
         return BenchmarkAssociations(labels, ())
     has_PxC = np.stack([train_labels[name] for name in names], axis=1).astype(np.float64)
     trained_FxC, _ = label_correlations(train_PxF, has_PxC)
-    rows, least = [], []
+    found, least = [], []
     for feature in tested:
         name = names[int(trained_FxC[feature].argmax())]
         goes_with = trained_FxC[feature].max() > 1e-9  # or it has no label: silent on the questions of train items
@@ -158,7 +158,7 @@ def associate(
         if drop_Q is not None:
             p_causal, least_causal = contrast_p(drop_Q, kept[name], order_SxQ)
         least.append((least_probe, least_causal))
-        rows.append(
+        found.append(
             FeatureAssociation(
                 feature=int(feature),
                 label=name,
@@ -174,7 +174,7 @@ def associate(
                 causal="not tested" if drop_Q is None else "no" if goes_with and np.ptp(drop_Q) else _UNTESTABLE,
             )
         )
-    return BenchmarkAssociations(labels, _corrected(rows, least, items))
+    return BenchmarkAssociations(labels, _corrected(found, least, items))
 
 
 def _top(value_Q: np.ndarray, has_Q: np.ndarray) -> np.ndarray:
@@ -259,34 +259,36 @@ def contrast_p(drop_Q: np.ndarray, has_Q: np.ndarray, order_SxQ: np.ndarray) -> 
 
 
 def _corrected(
-    rows: Sequence[FeatureAssociation], least: Sequence[tuple[float, float]], items: int
+    found: Sequence[FeatureAssociation], least: Sequence[tuple[float, float]], items: int
 ) -> tuple[FeatureAssociation, ...]:
-    """Return the rows with p-values after Holm's correction, of probes and of drops, and their answers.
+    """Return the associations with p-values after Holm's correction, of probes and of drops, and their answers.
 
     Args:
-      rows: one for each tested feature; questions that are not testable, or were not tested, say so.
+      found: one for each tested feature; questions that are not testable, or were not tested, say so.
       least: the smallest p-values that its probe and its drops could have, before correction.
       items: number of test items.
     """
-    probe = holm_by_key({place: row.p_probe for place, row in enumerate(rows)})
-    causal = holm_by_key({place: row.p_causal for place, row in enumerate(rows) if row.p_causal is not None})
+    probe = holm_by_key({place: association.p_probe for place, association in enumerate(found)})
+    causal = holm_by_key(
+        {place: association.p_causal for place, association in enumerate(found) if association.p_causal is not None}
+    )
 
-    def answer(row: FeatureAssociation, earlier: str, p_value: float | None, tests: int, best: float) -> str:
+    def answer(association: FeatureAssociation, earlier: str, p_value: float | None, tests: int, best: float) -> str:
         """Return the answer to a question with so many tests, if there is none yet."""
         if earlier != "no" or p_value is None:
             return earlier
         # Even labels that fit perfectly have this p-value: as few ways there are to give them to the items.
-        if tests * max(1 / (1 + _PERMUTATIONS), 1 / math.comb(items, row.items)) > LEVEL:
+        if tests * max(1 / (1 + _PERMUTATIONS), 1 / math.comb(items, association.items)) > LEVEL:
             return _UNTESTABLE
         return "yes" if p_value <= LEVEL else _UNTESTABLE if tests * best > LEVEL else "no"
 
     return tuple(
         dataclasses.replace(
-            row,
+            association,
             p_probe=probe[place],
-            probe=answer(row, row.probe, probe[place], len(probe), least[place][0]),
+            probe=answer(association, association.probe, probe[place], len(probe), least[place][0]),
             p_causal=causal.get(place),
-            causal=answer(row, row.causal, causal.get(place), len(causal), least[place][1]),
+            causal=answer(association, association.causal, causal.get(place), len(causal), least[place][1]),
         )
-        for place, row in enumerate(rows)
+        for place, association in enumerate(found)
     )

@@ -254,10 +254,10 @@ def choose_problems(items: Sequence[str], categories: Mapping[str, tuple[str, ..
 def _important(here: ReadBenchmark, benchmark: str, place: int) -> list[tuple[str, int]]:
     """Return the most important features of an item, in words, and in how many rows each has a partner."""
     row_F = here.attribution_PxF[[place]].toarray()[0]
-    rows = []
+    named = []
     for feature in np.argsort(-row_F, kind="stable")[:FEATURES].tolist():
         if row_F[feature] > 0:
             words = words_on_items(here, benchmark, [feature])
             text = f"{feature} ({quoted(words)}; {row_F[feature]:.2f})"
-            rows.append((text, sum(feature in match.partner for match in here.matches.values())))
-    return rows
+            named.append((text, sum(feature in match.partner for match in here.matches.values())))
+    return named

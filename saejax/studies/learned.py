@@ -34,14 +34,14 @@ def learned(figures: StudyFigures) -> tuple[LearnedFigures, ...]:
       figures: all other figures of the study.
     """
     control_kind = {model.row: model.control for model in figures.models}
-    rows = []
+    answered = []
     for gate in figures.gates:
         answers = dict(_answers(figures, gate.row, gate.benchmark))
         for name, question in QUESTIONS.items():
             if name in answers:
                 (answer, evidence), expected = answers[name], question.expected.get(control_kind[gate.row], "")
-                rows.append(LearnedFigures(gate.row, gate.benchmark, name, answer, expected, evidence))
-    return tuple(rows)
+                answered.append(LearnedFigures(gate.row, gate.benchmark, name, answer, expected, evidence))
+    return tuple(answered)
 
 
 def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[Asked, tuple[Answered, str]]]:
@@ -193,7 +193,7 @@ def answers_table(answers: Sequence[LearnedFigures]) -> Table:
         for answer in answers
     }
     places = dict.fromkeys((answer.row, answer.benchmark) for answer in answers)
-    rows = tuple((", ".join(place), *(cells.get((*place, name), "") for name in QUESTIONS)) for place in places)
+    lines = tuple((", ".join(place), *(cells.get((*place, name), "") for name in QUESTIONS)) for place in places)
     columns = ("Row", *(question.heading for question in QUESTIONS.values()))
     note = "Expected: the answer that a control row must give. The sections below say how each question is answered."
-    return Table("Rows by questions", columns, rows, frozenset(range(len(columns))), note=note)
+    return Table("Rows by questions", columns, lines, frozenset(range(len(columns))), note=note)

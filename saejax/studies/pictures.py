@@ -25,20 +25,20 @@ def draw_drops(
 
     Args:
       title: of the figure.
-      names: of its rows.
+      names: of the rows.
       drops: of each row, one or two by what they are; None is left out.
       controls: of each row the means under two kinds of control sets, by their names; None is left out.
     """
     figure, (axes,) = panels((height_of(names, 0.5) + 1.5,), (title,))
-    for row, (of_row, means) in enumerate(zip(drops, controls, strict=True)):
-        for place, (label, drop) in enumerate(of_row.items()):
+    for place, (of_row, means) in enumerate(zip(drops, controls, strict=True)):
+        for number, (label, drop) in enumerate(of_row.items()):
             if drop:
-                y = row + 0.24 * (place - (len(of_row) - 1) / 2)
-                point(axes, drop, y, (ORANGE, GREEN)[place], "Ds"[place], label, size=5)
+                y = place + 0.24 * (number - (len(of_row) - 1) / 2)
+                point(axes, drop, y, (ORANGE, GREEN)[number], "Ds"[number], label, size=5)
         for (kind, mean), color, marker in zip(means.items(), (GREY, BLUE), "ox", strict=True):
             if mean is not None:
                 label = f"{kind} at equal dose, mean"
-                axes.plot([mean], [row + 0.3], marker, color=color, label=label, markersize=5)
+                axes.plot([mean], [place + 0.3], marker, color=color, label=label, markersize=5)
     axes.axvline(0, color=INK, linewidth=0.8)
     name_rows(axes, names)
     axes.set_xlabel("nats per answer")
@@ -52,9 +52,9 @@ def draw_drivers(drivers: Sequence[DriverFigures]) -> "Figure":
     names = [f"{shares.row}, {shares.benchmark}: {shares.group}" for shares in drivers]
     figure, (axes,) = panels((height_of(names, 0.3) + 1.2,), ("Features that fire on words alone",))
     colors = {"tested": ORANGE, "random features": GREY, "random dictionary": BLUE}
-    for row, shares in enumerate(drivers):
+    for place, shares in enumerate(drivers):
         share: Interval = shares.tokens
-        point(axes, share, row, colors.get(shares.group, INK), "o", f"{shares.group}, with the 95 % interval", 100, 5)
+        point(axes, share, place, colors.get(shares.group, INK), "o", f"{shares.group}, with the 95 % interval", 100, 5)
     name_rows(axes, names)
     axes.set_xlim(-3, 103 * max(1.0, *(shares.tokens.high for shares in drivers)))
     axes.set_xlabel("% of the features of a group")

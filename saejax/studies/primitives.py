@@ -289,7 +289,7 @@ def judge_primitives(
       seed: seed of the bootstrap.
     """
     prompts = table.select_prompts(benchmark)
-    rows: list[PrimitiveEffect] = []
+    effects: list[PrimitiveEffect] = []
     for number, primitive in enumerate(primitives[:MOST]):
         group = f"{GROUP}{number}"
         edits = table.select_edits(benchmark, group)
@@ -302,7 +302,7 @@ def judge_primitives(
         some = [prompt for prompt, is_inside in zip(prompts, inside_P, strict=True) if is_inside]
         # Random lists hold no feature of the primitive; placebo sets are chosen as it was, and may hold some.
         random_N, placebo_N = (_control_drops(table, benchmark, group, kind, some) for kind in ("random", "placebo"))
-        rows.append(
+        effects.append(
             PrimitiveEffect(
                 group=number,
                 items=len(some),
@@ -317,7 +317,7 @@ def judge_primitives(
                 answer="not testable",
             )
         )
-    return _corrected(rows)
+    return _corrected(effects)
 
 
 def count_testable(random_sets: int, placebo_sets: int) -> int:
@@ -345,28 +345,28 @@ def _interval(drop_P: np.ndarray, resamples: int, seed: int) -> Interval | None:
     return mean_interval(drop_P, resampling_weights(np.zeros(len(drop_P)), resamples, seed))
 
 
-def _corrected(rows: Sequence[PrimitiveEffect]) -> tuple[PrimitiveEffect, ...]:
+def _corrected(effects: Sequence[PrimitiveEffect]) -> tuple[PrimitiveEffect, ...]:
     """Return the effects with the answers where they can be tested.
 
-    The first N rows with enough sets for a correction over N tests are tested, N as large as possible; which they are
-    depends on the number of sets alone. The others have no p-value.
+    The first N effects with enough sets for a correction over N tests are tested, N as large as possible; which these
+    are depends on the number of sets alone. The others have no p-value.
     """
-    for count in range(len(rows), -1, -1):
-        able = [place for place, row in enumerate(rows) if row.sets >= min_controls(count, LEVEL)][:count]
+    for count in range(len(effects), -1, -1):
+        able = [place for place, effect in enumerate(effects) if effect.sets >= min_controls(count, LEVEL)][:count]
         if len(able) == count:
             break
     p_random, p_placebo = (
-        holm_by_key({place: getattr(rows[place], name) for place in able}) for name in ("p_random", "p_placebo")
+        holm_by_key({place: getattr(effects[place], name) for place in able}) for name in ("p_random", "p_placebo")
     )
     corrected = []
-    for place, row in enumerate(rows):
+    for place, effect in enumerate(effects):
         is_tested = place in able
         # A group whose answers become likelier causes none of them, whatever its controls do.
-        as_rare = is_tested and row.effect.mean > 0 and max(p_random[place], p_placebo[place]) <= LEVEL
+        as_rare = is_tested and effect.effect.mean > 0 and max(p_random[place], p_placebo[place]) <= LEVEL
         needed = min_controls(len(able) + (not is_tested), LEVEL)
-        answer = ("yes" if as_rare else "no") if is_tested else row.answer
-        row = dataclasses.replace(row, p_random=p_random.get(place), p_placebo=p_placebo.get(place))
-        corrected.append(dataclasses.replace(row, needed=needed, answer=answer))
+        answer = ("yes" if as_rare else "no") if is_tested else effect.answer
+        effect = dataclasses.replace(effect, p_random=p_random.get(place), p_placebo=p_placebo.get(place))
+        corrected.append(dataclasses.replace(effect, needed=needed, answer=answer))
     return tuple(corrected)
 
 

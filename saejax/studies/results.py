@@ -1,4 +1,4 @@
-"""The figures of a study's report: a class for a row of each table, and all of them together as ``study.json``."""
+"""The figures of a study's report: a class for the lines of each table, and all of them together as ``study.json``."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -80,11 +80,11 @@ class ModelFigures(RowFigures):
     benchmarks: tuple[str, ...] = column("Benchmarks", listed)  #: that the model is scored on
     behaviours: tuple[str, ...] = column("Behaviours", listed)  #: that are tested
     units: int  #: of the row
-    done: int = joined("Units done", lambda row: f"{row.done} of {row.units}")  #: of them
+    done: int = joined("Units done", lambda line: f"{line.done} of {line.units}")  #: of them
     #: that these took, together
     seconds: float = joined(
         "Time; memory of host, device",
-        lambda row: f"{duration(row.seconds)}; {size(row.peak_host_bytes)}, {size(row.peak_device_bytes)}",
+        lambda line: f"{duration(line.seconds)}; {size(line.peak_host_bytes)}, {size(line.peak_device_bytes)}",
     )
     peak_host_bytes: int | None  #: the most of a unit; None where the system did not tell
     peak_device_bytes: int | None  #: the most of a unit on a device; None on CPUs
@@ -100,7 +100,7 @@ class BaselineFigures(RowFigures):
     measure: str = column("Measure")  #: of the value
     #: with its 95 % interval
     value: Interval = joined(
-        "Value", lambda row: interval(row.value, 3) if "nats" in row.measure else f"{points(row.value)} %"
+        "Value", lambda line: interval(line.value, 3) if "nats" in line.measure else f"{points(line.value)} %"
     )
     chance: float | None = column("By guessing", _percent(1))  #: value of guessing; None where that is not defined
     n: int = column("Items")  #: items, or test prompts
@@ -158,7 +158,9 @@ class EffectFigures(RowFigures):
     #: its name
     benchmark: str = joined(
         "Benchmark",
-        lambda row: f"{row.benchmark}, {counted(row.items, 'item')}; {counted(row.top, 'feature')} of {row.dictionary}",
+        lambda line: (
+            f"{line.benchmark}, {counted(line.items, 'item')}; {counted(line.top, 'feature')} of {line.dictionary}"
+        ),
         words=True,
     )
     dictionary: str  #: whose features
@@ -170,26 +172,28 @@ class EffectFigures(RowFigures):
     #: before any edit
     accuracy: float | None = joined(
         "Accuracy before, %",
-        lambda row: percent(row.accuracy, 1) + (" (not shown to be above chance)" if row.at_chance else ""),
+        lambda line: percent(line.accuracy, 1) + (" (not shown to be above chance)" if line.at_chance else ""),
     )
     #: with features set to zero; None, as in the next, where it was not measured
     accuracy_drop: Interval | None = joined(
-        "Drop; resampled", lambda row: f"{points(row.accuracy_drop)}; {points(row.accuracy_drop_resampled)}", words=True
+        "Drop; resampled",
+        lambda line: f"{points(line.accuracy_drop)}; {points(line.accuracy_drop_resampled)}",
+        words=True,
     )
     accuracy_drop_resampled: Interval | None  #: with features resampled
     #: mean over random sets
     random_accuracy_drop: float | None = joined(
         "Random; placebo sets",
-        lambda row: f"{number(row.random_accuracy_drop, 1, 100)}; {number(row.placebo_accuracy_drop, 1, 100)}",
+        lambda line: f"{number(line.random_accuracy_drop, 1, 100)}; {number(line.placebo_accuracy_drop, 1, 100)}",
     )
     placebo_accuracy_drop: float | None  #: mean over placebo sets
     lowers: str  #: whether the log-likelihood falls with features set to zero
     #: whether accuracy falls by more than the criterion with features set to zero
-    effect: str = joined("Falls", lambda row: f"{row.effect}, {row.effect_resampled}", words=True)
+    effect: str = joined("Falls", lambda line: f"{line.effect}, {line.effect_resampled}", words=True)
     effect_resampled: str  #: likewise with features resampled
     #: of the reference's log-likelihood, with features set to zero
     nats_drop: Interval | None = joined(
-        "Nats; resampled", lambda row: f"{interval(row.nats_drop)}; {interval(row.nats_drop_resampled)}", words=True
+        "Nats; resampled", lambda line: f"{interval(line.nats_drop)}; {interval(line.nats_drop_resampled)}", words=True
     )
     nats_drop_resampled: Interval | None  #: with features resampled
     random_nats: float | None  #: mean drop of the log-likelihood under random sets at equal dose
@@ -211,7 +215,7 @@ class BehaviourFigures(RowFigures):
     """
 
     #: its name
-    behaviour: str = joined("Behaviour", lambda row: f"{row.behaviour}{' (weak)' if row.weak else ''}", words=True)
+    behaviour: str = joined("Behaviour", lambda line: f"{line.behaviour}{' (weak)' if line.weak else ''}", words=True)
     weak: str  #: weak points of the behaviour, in words; "" where it has none
     dictionary: str = column("Dictionary")  #: whose features
     drop: Interval | None = column("Logit difference lost", interval)  #: of the logit difference
@@ -232,7 +236,7 @@ class AlignmentFigures(Figures):
     too few items or features.
     """
 
-    first: str = joined("Rows", lambda row: f"{row.first}, {row.second}")  #: row
+    first: str = joined("Rows", lambda line: f"{line.first}, {line.second}")  #: row
     second: str  #: row
     benchmark: str = column("Benchmark")  #: its name
     #: what is ranked: items by what they lose, or features by their importance
@@ -246,7 +250,9 @@ class AlignmentFigures(Figures):
     control: float | None = column("Placebo", lambda value: MISSING if value is None else f"up to {number(value)}")
     aligned: bool | None = column("Aligned", yes_or_no)  #: by the criterion; None where it is not known
     #: share of the first row's live features that have a partner by activity; None of items
-    shared: float | None = joined("Shared; by chance", lambda row: f"{percent(row.shared)}; {percent(row.shared_null)}")
+    shared: float | None = joined(
+        "Shared; by chance", lambda line: f"{percent(line.shared)}; {percent(line.shared_null)}"
+    )
     shared_null: float | None  #: the same with the text shifted by half
 
 
@@ -261,7 +267,7 @@ class GateFigures(BenchmarkFigures, cards=True):
     reason: str = column("Why")  #: in words
     seeds: int  #: dictionaries that differ in their seed, the tested one included
     #: of these, those for which questions 1 to 3 are all answered yes
-    agreeing: int = joined("Seeds that agree", lambda row: f"{row.agreeing} of {row.seeds}")
+    agreeing: int = joined("Seeds that agree", lambda line: f"{line.agreeing} of {line.seeds}")
     #: items that would find the smallest effect; None where none was measured
     items_needed: int | None = column("Items needed", count)
     smallest: float  #: the smallest effect worth finding, nats
@@ -282,7 +288,7 @@ class DomainFigures(RowFigures):
     chosen_here: Interval | None = column("Features chosen there", interval)  #: the same under the features chosen here
     common: int = column("In common")  #: features that both chose
     #: mean drop under random sets at equal dose
-    random: float | None = joined("Random lists", lambda row: f"{number(row.random)} ({row.random_sets})")
+    random: float | None = joined("Random lists", lambda line: f"{number(line.random)} ({line.random_sets})")
     random_sets: int  #: how many
     p_value: float | None  #: rank among random sets at equal dose
     p_holm: float | None = column("p (Holm)", _digits(3))  #: over all pairs of benchmarks of the report
@@ -296,26 +302,26 @@ class DriverFigures(BenchmarkFigures):
     """
 
     group: str  #: tested, random features or random dictionary
-    features: int = joined("Features", lambda row: f"{row.features}, {row.group}", words=True)  #: of it
+    features: int = joined("Features", lambda line: f"{line.features}, {line.group}", words=True)  #: of it
     tokens: Interval = column("Driven by tokens, %", lambda value: interval(value, 0, 100))  #: fires on words alone
     context: Interval = column("By context, %", lambda value: interval(value, 0, 100))  #: share that does not
     undecided: Interval = column("Undecided, %", lambda value: interval(value, 0, 100))  #: neither is shown
 
 
-def _compared(row: "PrimitiveFigures") -> str:
-    if row.more != "not testable" or row.sets is None:
-        return row.more
-    return f"{row.more}: {row.sets} sets of {row.needed}"
+def _compared(line: "PrimitiveFigures") -> str:
+    if line.more != "not testable" or line.sets is None:
+        return line.more
+    return f"{line.more}: {line.sets} sets of {line.needed}"
 
 
 def _show_p(value: float | None) -> str:
     return "not testable" if value is None else f"p = {number(value, 3)}"
 
 
-def _also_named(row: "PrimitiveFigures") -> str:
-    if not row.rows and row.p_rows is None:
+def _also_named(line: "PrimitiveFigures") -> str:
+    if not line.rows and line.p_rows is None:
         return MISSING
-    return f"{', '.join(row.rows) or MISSING}; {_show_p(row.p_rows)}"
+    return f"{', '.join(line.rows) or MISSING}; {_show_p(line.p_rows)}"
 
 
 class PrimitiveFigures(BenchmarkFigures, cards=True):
@@ -334,12 +340,14 @@ class PrimitiveFigures(BenchmarkFigures, cards=True):
     #: category that it is named after; "" where none stands out
     name: str = column("Group", lambda name: name or "no category stands out")
     #: the most important first
-    features: tuple[int, ...] = joined("Features", lambda row: f"{len(row.features)}: {quoted(row.words)}", words=True)
+    features: tuple[int, ...] = joined(
+        "Features", lambda line: f"{len(line.features)}: {quoted(line.words)}", words=True
+    )
     words: tuple[str, ...]  #: tokens of the items on which they are most active
     #: mean Jaccard overlap with the most similar group of resampled items
     overlap: float = joined(
         "Stable",
-        lambda row: f"{number(row.overlap)}; {row.recurs} of {row.seeds} seeds, {_show_p(row.p_recurs)}",
+        lambda line: f"{number(line.overlap)}; {line.recurs} of {line.seeds} seeds, {_show_p(line.p_recurs)}",
         words=True,
     )
     #: of as many recurrences of all groups with names permuted over categories; None: names are too few to tell
@@ -356,11 +364,11 @@ class PrimitiveFigures(BenchmarkFigures, cards=True):
     items: int | None  #: test items of its category; None, as in what follows, where it was not ablated
     #: drop of the reference's log-likelihood on these, nats
     effect: Interval | None = joined(
-        "Nats lost there; elsewhere", lambda row: f"{interval(row.effect)}; {interval(row.elsewhere)}"
+        "Nats lost there; elsewhere", lambda line: f"{interval(line.effect)}; {interval(line.elsewhere)}"
     )
     elsewhere: Interval | None  #: on other items
     #: mean drop under random sets at equal dose
-    random: float | None = joined("Random; placebo sets", lambda row: f"{number(row.random)}; {number(row.placebo)}")
+    random: float | None = joined("Random; placebo sets", lambda line: f"{number(line.random)}; {number(line.placebo)}")
     placebo: float | None  #: mean drop under placebo sets at equal dose
     sets: int | None  #: control sets of the kind that has fewer
     needed: int | None  #: sets of each kind that a test of it takes
@@ -379,7 +387,7 @@ class LabelFigures(BenchmarkFigures):
     items: int = column("Items")  #: test items with it
     features: int  #: that fire on at least 4 test items
     #: of them, after correction for all features and labels
-    associated: int = joined("Features that go with it", lambda row: f"{row.associated} of {row.features}")
+    associated: int = joined("Features that go with it", lambda line: f"{line.associated} of {line.features}")
     shuffled: float = column("With labels permuted", number)  #: the same with labels permuted over items, mean
 
 
@@ -393,7 +401,7 @@ class AssociationFigures(BenchmarkFigures):
     items or so many features.
     """
 
-    feature: int = joined("Feature", lambda row: f"{row.feature}, {row.label}", words=True)  #: its index
+    feature: int = joined("Feature", lambda line: f"{line.feature}, {line.label}", words=True)  #: its index
     label: str  #: category that it goes with most on train items
     #: of its activation of largest size on a test item with having the label
     correlation: Interval = column("Correlation", interval)
@@ -421,7 +429,7 @@ class ProblemFigures(Figures, cards=True):
     benchmark: str  #: its name
     item: str  #: id
     category: str  #: of the item
-    question: str = joined("Problem", lambda row: f"{row.question} ({row.answer})", words=True)  #: its text
+    question: str = joined("Problem", lambda line: f"{line.question} ({line.answer})", words=True)  #: its text
     answer: str  #: the right one
     row: str = column("Row")  #: of the study
     #: whether the model's answer is right; None where answers were not scored
@@ -450,7 +458,7 @@ class TransferFigures(RowFigures):
     intervals over features. A dash: a dictionary has no feature to compare.
     """
 
-    first: str = joined("Dictionaries", lambda row: f"{row.first}, {row.second}", words=True)  #: dictionary
+    first: str = joined("Dictionaries", lambda line: f"{line.first}, {line.second}", words=True)  #: dictionary
     second: str  #: dictionary
     measure: str = column("By")  #: decoder, encoder or activity
     #: mean value of the pairs of the one-to-one assignment with the largest sum
@@ -463,9 +471,9 @@ class TransferFigures(RowFigures):
     shared_null: Interval | None = column("Shared by chance", lambda null: percent(null and null.mean, 1))
 
 
-def _show_chains(row: "TrackingFigures") -> str:
-    text = f"{row.measured}; {row.holding}"
-    return f"{text} ({row.left_out} not testable)" if row.left_out else text
+def _show_chains(line: "TrackingFigures") -> str:
+    text = f"{line.measured}; {line.holding}"
+    return f"{text} ({line.left_out} not testable)" if line.left_out else text
 
 
 class TrackingFigures(RowFigures):
@@ -528,7 +536,7 @@ class StudyFigures:
     failures: tuple[UnitState, ...]  #: units that are not done
 
 
-TABLES: Mapping[str, type[Figures]] = {  # field of ``StudyFigures`` -> class of its rows
+TABLES: Mapping[str, type[Figures]] = {  # field of ``StudyFigures`` -> class of its lines
     field: get_args(hint)[0]
     for field, hint in get_type_hints(StudyFigures).items()
     if field not in ("fingerprint", "rules")

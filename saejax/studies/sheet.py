@@ -1,7 +1,7 @@
 """A table of a study's report: a list of figures, shown on the page, and as CSV beside it.
 
-The class of a row says how it is shown: a field made by ``column`` or ``joined`` is a column of the table, in the order
-of fields; others are in the files alone.
+The class of a line says how it is shown: a field made by ``column`` or ``joined`` is a column of the table, in the
+order of fields; others are in the files alone.
 """
 
 import csv
@@ -33,7 +33,7 @@ def joined(heading: str, show: Callable[[Any], str], words: bool = False) -> Any
 
     Args:
       heading: of the column.
-      show: returns a cell's text of the whole row.
+      show: returns a cell's text of the whole line.
       words: whether it is set flush left, as words.
     """
     return dataclasses.field(metadata=dict(heading=heading, show=show, words=words))
@@ -41,9 +41,9 @@ def joined(heading: str, show: Callable[[Any], str], words: bool = False) -> Any
 
 @dataclass_transform(frozen_default=True, field_specifiers=(column, joined))
 class Figures:
-    """A row of a table, a frozen dataclass: the docstring of a subclass is the table's caption and its note.
+    """A line of a table, a frozen dataclass: the docstring of a subclass is the table's caption and its note.
 
-    Its argument ``cards`` says that rows become cards on a narrow screen, which suits a few columns of words.
+    Its argument ``cards`` says that lines become cards on a narrow screen, which suits a few columns of words.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -54,8 +54,8 @@ class Figures:
         cls._cards = cards
 
     @classmethod
-    def table(cls, rows: Sequence[Any]) -> Table:
-        """Return the rows as text."""
+    def table(cls, lines: Sequence[Any]) -> Table:
+        """Return the lines as text."""
         columns, words, hints = dict[str, Callable[[Any], str]](), set(), get_type_hints(cls)
         for field in dataclasses.fields(cls):
             if how := field.metadata:
@@ -65,25 +65,25 @@ class Figures:
                     words.add(how["heading"])
         caption, _, note = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
         note = note.replace("\n", " ")
-        return Table.of(caption.removesuffix("."), [(row,) for row in rows], columns, words, cls._cards, note)
+        return Table.of(caption.removesuffix("."), [(line,) for line in lines], columns, words, cls._cards, note)
 
 
-def select(rows: Sequence[T], **fields: str) -> list[T]:
-    """Return the rows whose fields have these values."""
-    return [row for row in rows if all(getattr(row, name) == value for name, value in fields.items())]
+def select(lines: Sequence[T], **fields: str) -> list[T]:
+    """Return the lines whose fields have these values."""
+    return [line for line in lines if all(getattr(line, name) == value for name, value in fields.items())]
 
 
-def as_csv(rows: Sequence[Figures]) -> str:
-    """Return all fields of the rows, at least one; an interval is three columns, what is not known is empty."""
-    lines, hints, names = [_flat(to_json(row)) for row in rows], get_type_hints(type(rows[0])), list[str]()
-    for field in dataclasses.fields(rows[0]):
+def as_csv(lines: Sequence[Figures]) -> str:
+    """Return all fields of the lines, at least one; an interval is three columns, what is not known is empty."""
+    hints, names = get_type_hints(type(lines[0])), list[str]()
+    for field in dataclasses.fields(lines[0]):
         ends = [end.name for end in dataclasses.fields(Interval)] if Interval in _types(hints[field.name]) else []
         names += [f"{field.name}.{end}" for end in ends] or [field.name]
     text = io.StringIO()
     # An interval that is not known is one empty field, in place of the three columns.
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows(_flat(to_json(line)) for line in lines)
     return text.getvalue()
 
 
@@ -92,7 +92,7 @@ def _types(hint: Any) -> set[Any]:
 
 
 def _shows(name: str, show: Callable[[Any], str]) -> Callable[[Any], str]:
-    return lambda row: show(getattr(row, name))
+    return lambda line: show(getattr(line, name))
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
