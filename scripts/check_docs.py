@@ -54,6 +54,8 @@ STAND_INS = {
     'saejax.make_prompts(lm, "capital"))': 'saejax.make_prompts(lm, "capital", 6, 6), top=5, random_sets=19, '
     "placebo_targets=19, untrained_dictionaries=19)",
     "runs/mine,": "runs/mine/train/topk,",
+    "topk,runs/mine ": "topk ",  # which the quickstart makes, a later page
+    "FOLDER_WITH_BIG_BENCH_HARD_TASKS": "logic_tasks",
     '"runs/mine/capture"': '"runs/demo/capture"',
     "--export.dictionaries=jumprelu": "--export.dictionaries=jumprelu --train.form=cross_layer_transcoder "
     "--train.kinds=jumprelu --train.sites=mlp_in.0-29 --train.source=model",
@@ -184,6 +186,7 @@ def write_readers_files() -> None:
 
     import saejax
     from saejax.dictionaries import Dictionary, DictionaryConfig
+    from saejax.tasks.benchmark_definitions import LOGIC_TASKS
     from saejax.tasks.corpora import read_corpus
     from saejax.tasks.settings import CorpusConfig
 
@@ -203,6 +206,13 @@ def write_readers_files() -> None:
     (FOLDER / "my_prompts.jsonl").write_bytes(to_lines(prompts))
     questions = [dict(question=f"What is {i} plus 3?", options=[str(i + 2), str(i + 3)], answer=1) for i in range(40)]
     (FOLDER / "my_questions.jsonl").write_bytes(to_lines(questions))
+    (FOLDER / "logic_tasks").mkdir()
+    for task in LOGIC_TASKS:
+        rows = [dict(input=f"{task}: pick {a}\n(A) x\n(B) y\n(C) z", target=f"({a})") for a in "BAC"]
+        if task in ("boolean_expressions", "web_of_lies"):
+            target = "True" if task[0] == "b" else "No"
+            rows = [dict(input=f"{task}: is {n}", target=target) for n in range(3)]
+        (FOLDER / "logic_tasks" / f"{task}.json").write_text(json.dumps(dict(examples=rows)), "utf-8")
     sizes = dict(kind="topk", d_in=576, n_features=64, k=4, centred=False)
     configs = [DictionaryConfig(site=f"mlp_in.{i}", target=f"mlp_out.{i}", **sizes) for i in range(30)]
     transcoders = [Dictionary.initial(config, jax.random.key(i)) for i, config in enumerate(configs)]

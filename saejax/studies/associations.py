@@ -143,7 +143,7 @@ def associate(
         return BenchmarkAssociations(labels, ())
     has_PxC = np.stack([train_labels[name] for name in names], axis=1).astype(np.float64)
     trained_FxC, _ = label_correlations(train_PxF, has_PxC)
-    found, least = [], []
+    associations, least = [], []
     for feature in tested:
         name = names[int(trained_FxC[feature].argmax())]
         goes_with = trained_FxC[feature].max() > 1e-9  # or it has no label: silent on the questions of train items
@@ -158,7 +158,7 @@ def associate(
         if drop_Q is not None:
             p_causal, least_causal = contrast_p(drop_Q, kept[name], order_SxQ)
         least.append((least_probe, least_causal))
-        found.append(
+        associations.append(
             FeatureAssociation(
                 feature=int(feature),
                 label=name,
@@ -174,7 +174,7 @@ def associate(
                 causal="not tested" if drop_Q is None else "no" if goes_with and np.ptp(drop_Q) else _UNTESTABLE,
             )
         )
-    return BenchmarkAssociations(labels, _corrected(found, least, items))
+    return BenchmarkAssociations(labels, _corrected(associations, least, items))
 
 
 def _top(value_Q: np.ndarray, has_Q: np.ndarray) -> np.ndarray:
@@ -259,18 +259,22 @@ def contrast_p(drop_Q: np.ndarray, has_Q: np.ndarray, order_SxQ: np.ndarray) -> 
 
 
 def _corrected(
-    found: Sequence[FeatureAssociation], least: Sequence[tuple[float, float]], items: int
+    associations: Sequence[FeatureAssociation], least: Sequence[tuple[float, float]], items: int
 ) -> tuple[FeatureAssociation, ...]:
     """Return the associations with p-values after Holm's correction, of probes and of drops, and their answers.
 
     Args:
-      found: one for each tested feature; questions that are not testable, or were not tested, say so.
+      associations: one for each tested feature; questions that are not testable, or were not tested, say so.
       least: the smallest p-values that its probe and its drops could have, before correction.
       items: number of test items.
     """
-    probe = holm_by_key({place: association.p_probe for place, association in enumerate(found)})
+    probe = holm_by_key({place: association.p_probe for place, association in enumerate(associations)})
     causal = holm_by_key(
-        {place: association.p_causal for place, association in enumerate(found) if association.p_causal is not None}
+        {
+            place: association.p_causal
+            for place, association in enumerate(associations)
+            if association.p_causal is not None
+        }
     )
 
     def answer(association: FeatureAssociation, earlier: str, p_value: float | None, tests: int, best: float) -> str:
@@ -290,5 +294,5 @@ def _corrected(
             p_causal=causal.get(place),
             causal=answer(association, association.causal, causal.get(place), len(causal), least[place][1]),
         )
-        for place, association in enumerate(found)
+        for place, association in enumerate(associations)
     )
