@@ -34,7 +34,7 @@ from saejax.config import Configs
 from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.results import StandIn
 from saejax.errors import Interrupted, UserError
-from saejax.parallel.collectives import from_first_process, process_count
+from saejax.parallel.collectives import AgreedStop, from_first_process, process_count
 from saejax.parallel.mesh import free_bytes, part_size
 from saejax.training.held_out import LossScorer
 from saejax.training.scales import HELD_OUT_TOKENS, ScaledRows
@@ -209,12 +209,9 @@ def model_source(
     config = configs[TrainConfig]
     if config.buffer_rows < config.batch:
         raise UserError(f"--train.buffer_rows={config.buffer_rows} is less than one batch of {config.batch}: raise it")
-    several = process_count() > 1
-    if several:  # all make a buffer together: a request to stop is heard between buffers, where all agree on it
-        stream = ModelStream(configs, parts, config.buffer_rows, documents, say)
-    else:
-        stream = ModelStream(configs, parts, config.buffer_rows, documents, say, stopping)
-    if several and stream.on_devices is None:
+    # All processes make a buffer together, and agree on the batch at which they stop.
+    stream = ModelStream(configs, parts, config.buffer_rows, documents, say, AgreedStop(stopping))
+    if process_count() > 1 and stream.on_devices is None:
         raise UserError(
             "--train.source=model runs in several processes with --model.backend=jax, one model and no joined sites "
             "alone: use --mesh.processes=1, or capture a store"

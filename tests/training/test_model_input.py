@@ -4,6 +4,7 @@ import itertools
 import math
 import shutil
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,10 +19,13 @@ from saejax.activations import stream
 from saejax.activations.results import CaptureResults, TokenizeResults
 from saejax.activations.stream import BufferOrder
 from saejax.errors import Interrupted
+from saejax.parallel import collectives
 from saejax.preflight.results import PreflightResults
 from saejax.runner import command
+from saejax.runner.registry import default_configs
 from saejax.runner.results import load_results
 from saejax.runner.workplan import Workplan
+from saejax.training import inputs as train_inputs
 from saejax.training.inputs import ModelBatches
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -38,6 +42,27 @@ def train(inputs, tmp_path_factory):
         return command.run(["train"], "", ["program", *flags]), workdir
 
     return run
+
+
+def test_several_processes_agree_on_the_batch_of_a_buffer_at_which_they_stop(monkeypatch):
+    """A buffer may take longer than a signal waits to be asked for: what was trained since a checkpoint was lost."""
+
+    class Made(Exception):
+        pass
+
+    def make(*arguments):
+        raise Made(arguments[-1])
+
+    configs = default_configs()  # before the patches: it imports the stages, which would keep them
+    monkeypatch.setattr(train_inputs, "ModelStream", make)
+    for module in (train_inputs, collectives):
+        monkeypatch.setattr(module, "process_count", lambda: 2)
+    with pytest.raises(Made) as made:
+        train_inputs.model_source(configs, [["resid_post.0"]], None, print, lambda: True)
+    (stopping,) = made.value.args
+    answers = iter([False, True])  # this process was told to stop, and the others have come further
+    monkeypatch.setattr(collectives, "stop_agreement", lambda: SimpleNamespace(ask=answers.__next__))
+    assert [stopping(), stopping()] == [False, True]
 
 
 @pytest.mark.parametrize("moments", [(7,), pytest.param((1, 7), marks=pytest.mark.slow)])
