@@ -183,9 +183,9 @@ def test_each_format_goes_through_each_stage(name, workdir, inputs, places, tran
     more |= dict(transfer__measures="decoder", transfer__dictionaries=beside)
     more |= dict(track__prompts=tmp_path / "prompts.jsonl")
     (tmp_path / "prompts.jsonl").write_text(json.dumps(dict(slug="river", prompt="The river follows the teacher")))
-    stages = ["benchmark", "interpret", "ablate", "patch", "probe", "steer", "study", "attribute", "transfer"]
+    stages = ["benchmark", "interpret", "ablate", "patch", "probe", "steer", "study", "attribute", "atlas"]
     # SAELens has no TopK that keeps negative activations.
-    stages += ["atlas", "track"] if name == "qwen_scope" else ["atlas", "track", "export"]
+    stages += ["transfer", "track"] if name == "qwen_scope" else ["transfer", "track", "export"]
     assert go(["train", "evaluate"], inputs, run, only) == 0
     assert go([*stages, "report"], inputs, run, only, **benchmarks | tested | units | more) == 0
     for stage in stages:
