@@ -208,10 +208,10 @@ def write_readers_files() -> None:
     (FOLDER / "my_questions.jsonl").write_bytes(to_lines(questions))
     (FOLDER / "logic_tasks").mkdir()
     for task in LOGIC_TASKS:
-        rows = [dict(input=f"{task}: pick {a}\n(A) x\n(B) y\n(C) z", target=f"({a})") for a in "BAC"]
+        rows = [dict(input=f"{n} of {task}?\n(A) x\n(B) y\n(C) z", target=f"({'ABC'[n % 3]})") for n in range(50)]
         if task in ("boolean_expressions", "web_of_lies"):
             target = "True" if task[0] == "b" else "No"
-            rows = [dict(input=f"{task}: is {n}", target=target) for n in range(3)]
+            rows = [dict(input=f"{task}: is {n}", target=target) for n in range(50)]
         (FOLDER / "logic_tasks" / f"{task}.json").write_text(json.dumps(dict(examples=rows)), "utf-8")
     sizes = dict(kind="topk", d_in=576, n_features=64, k=4, centred=False)
     configs = [DictionaryConfig(site=f"mlp_in.{i}", target=f"mlp_out.{i}", **sizes) for i in range(30)]
