@@ -232,7 +232,8 @@ class DirectionsAtSites(SeveralSites):
         """Return the product of each direction with the joint value, [..., F]."""
         pairs = zip(self.split_values(x_xD), self.norms, strict=True)
         relative_xD = jnp.concatenate([value * (self.norms[0] / norm) for value, norm in pairs], axis=-1)
-        return relative_xD @ self.W_dec_FxD[...].T
+        # Accelerators multiply float32 in fewer digits by default, which would round the values themselves.
+        return jnp.matmul(relative_xD, self.W_dec_FxD[...].T, precision=jax.lax.Precision.HIGHEST)
 
     def fires(self, f_xF: jax.Array) -> jax.Array:
         """Return where activations are not 0."""

@@ -158,7 +158,8 @@ def _carried_table(results: FeaturePatchResults, findings: Findings) -> Table:
         "The three shares are interchange accuracies (Geiger et al., 2021): of the pairs on which the model prefers "
         "the right answer of both prompts, how often its preference becomes the counterpart's; 95 % Wilson intervals. "
         "Random lists: mean over random lists of features that change the site as much. "
-        "Whole site: all positions patched together, the most that features at this site can reach. Removed: "
+        "Whole site: all positions patched together, the most that features at this site can reach; of a crosscoder "
+        "all of its sites, but attention sinks. Removed: "
         "fall of the logit difference when the top features take the counterpart's activations. Restored: its rise in "
         "the counterpart when they take the prompt's. Logits, 95 % bootstrap intervals over prompts within templates."
     )

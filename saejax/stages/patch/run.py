@@ -200,9 +200,9 @@ def _measure_features(
     if both_P.any():
         if isinstance(dictionary, SeveralSites):
             width = ablation.split.dictionary.config.d_in
-            every = SplitModel(lm, DirectionsAtSites(ablation.split.dictionary, np.eye(width)))
-            edits = swap(every.dictionary, [range(width)])
-            whole_P = run_edits(every, ablation.test.runs, edits, config.batch_rows)["logit_diff"][1]
+            values = SplitModel(lm, DirectionsAtSites(ablation.split.dictionary, np.eye(width)))
+            edits = swap(values.dictionary, [range(width)])
+            whole_P = run_edits(values, ablation.test.runs, edits, config.batch_rows)["logit_diff"][1]
         else:
             site = Site.parse(dictionary.config.target or dictionary.site)
             whole = patch_sites(lm, site.kind, tests, "all", [site.layer], config.batch_rows, by_head=False)
