@@ -44,8 +44,9 @@ from saejax.interventions.split_model import SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 from saejax.results import Interval
-from saejax.statistics.bootstrap import resampling_weights, two_sided_p
+from saejax.statistics.bootstrap import resampling_weights
 from saejax.statistics.intervals import wilson
+from saejax.statistics.permutation import max_t_p
 from saejax.statistics.ranks import holm_by_key
 from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.labels import LABELS, Labelled, label_prompts
@@ -57,7 +58,7 @@ _PERMUTATIONS = 10_000  # of the test labels: the smallest p-value is a ten-thou
 _FOLDS = 5  # a class with as many train prompts has one of them in each
 _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
 ABLATED = 10  # features of a probe that are ablated, at most
-_RESAMPLES = 10_000  # of test prompts, for effects of ablated features
+_RESAMPLES = 10_000  # of test prompts, and of signs of their drops, for effects of ablated features
 _CONTROLS = 5  # random lists to the dose of each ablated feature
 
 
@@ -356,7 +357,7 @@ class SelectedFeature:
 
     feature: int  #: its index
     drop: Interval  #: fall of the readout, logits or nats, 95 % bootstrap interval over prompts within templates
-    p_value: float  #: two-sided, of no effect
+    p_value: float  #: two-sided, of no effect, from flipped signs of the drops (``statistics.permutation``)
     p_holm: float  #: corrected by Holm's method over all ablated features of the run
     controls: tuple[float, ...]  #: mean fall of the readout for each random list of features to its dose
 
@@ -503,7 +504,9 @@ def ablate_selected(
     controls = iter(drop_SxP[len(features) :].mean(axis=1).tolist())
     selected = []
     for feature, drop_P, lists in zip(features, drop_SxP, lists_of, strict=False):
-        p_value, list_drops = two_sided_p(weight_RxP @ drop_P), tuple(itertools.islice(controls, len(lists)))
+        # Signs are flipped: of few prompts a bootstrap's tails are too light for a correction over many features.
+        p_value = float(max_t_p(drop_P[None], _RESAMPLES, config.seed)[0])
+        list_drops = tuple(itertools.islice(controls, len(lists)))
         selected.append(SelectedFeature(feature, mean_interval(drop_P, weight_RxP), p_value, p_value, list_drops))
     return SelectedFeatures(tests.readout, tuple(selected))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from saejax.circuits.edges import ANSWER, Edge
@@ -113,6 +114,9 @@ def test_each_claim_takes_its_own_edges(edges, claim):
     assert outcomes(CircuitsResults(dict(two_hop=circuit(edges)), {}))[claim] == NOT_SEEN
 
 
+UNRELATED = ("capital", "sport", "rhyme", "addition", "acronym")
+
+
 def test_sharing_is_compared_with_unrelated_behaviours():
     shared = [Key(4, n, "last") for n in range(6)]
     languages = {
@@ -120,11 +124,39 @@ def test_sharing_is_compared_with_unrelated_behaviours():
         "antonym_french": circuit(returning=[*shared, Key(0, 2, "last"), Key(8, 2, "last")]),
     }
     unrelated = circuit(returning=[Key(4, 0, "context"), Key(0, 9, "last"), Key(8, 9, "last")])
-    outcome_of = outcomes(CircuitsResults(languages | dict(capital=unrelated), {}))
+    others = dict.fromkeys(UNRELATED, circuit(returning=[Key(0, 8, "last")])) | dict(capital=unrelated)
+    others |= {name: circuit(returning=[Key(0, 10 + n, "last")]) for n, name in enumerate(UNRELATED[1:])}
+    outcome_of = outcomes(CircuitsResults(languages | others, {}))
     assert outcome_of["ant-1"] == outcome_of["ant-3"] == CONFIRMED
+    # Of three behaviours two share most in any case.
+    few = compare_claims(CircuitsResults(languages | dict(capital=unrelated), {}))
+    (claim,) = (each for each in few if each.id == "ant-1")
+    assert claim.outcome == NOT_TESTABLE and "So do 1 of 3 choices of as many" in claim.evidence
     alike = circuit(returning=[*shared, Key(0, 1, "last"), Key(8, 1, "last")])
-    assert outcomes(CircuitsResults(languages | dict(capital=alike), {}))["ant-1"] == NOT_SEEN
+    assert outcomes(CircuitsResults(languages | others | dict(capital=alike), {}))["ant-1"] == NOT_SEEN
     assert outcomes(CircuitsResults(languages, {}))["ant-1"] == NOT_TESTABLE  # there is no control
     # Nothing returns in the other language, so there is nothing to share.
     silent = languages | dict(antonym_french=circuit(returning=()), capital=unrelated)
     assert outcomes(CircuitsResults(silent, {}))["ant-1"] == NOT_TESTABLE
+
+
+def test_languages_that_share_as_others_do_or_in_all_layers_alike_confirm_no_claim():
+    """100 worlds each: of 8 behaviours 3 are languages, which share nothing, all layers alike, or the middle ones."""
+    languages, found = ("antonym", "antonym_french", "antonym_spanish"), {}
+    for name, common in dict(nothing=(0, 0, 0), alike=(8, 8, 8), middle=(1, 16, 1)).items():
+        rng, answers = np.random.default_rng(0), []
+        for _ in range(100):
+            made = {}
+            for behaviour in (*languages, *UNRELATED):
+                # Each third has 40 features that any behaviour may have, and some that languages have alone.
+                returns_3xN = rng.random((3, 60)) < np.where(np.arange(60) < 40, 0.2, 0.0)
+                if behaviour in languages:
+                    returns_3xN |= (np.arange(60) >= 40) & (np.arange(60) < 40 + np.array(common)[:, None])
+                    returns_3xN &= rng.random((3, 60)) < 0.8
+                keys = [Key(4 * int(third), int(n), "last") for third, n in np.argwhere(returns_3xN)]
+                made[behaviour] = circuit(returning=keys)
+            answers.append(outcomes(CircuitsResults(made, {})))
+        found[name] = [sum(each[claim] == CONFIRMED for each in answers) for claim in ("ant-1", "ant-3")]
+    print(f"of 100 worlds claims of shared features, and of the middle layers, are confirmed in {found}")
+    assert max(found["nothing"]) <= 8 and found["alike"][0] >= 80 and found["alike"][1] <= 8
+    assert min(found["middle"]) >= 80

@@ -223,6 +223,14 @@ def test_a_judge_that_guesses_keeps_few_labels(silent):
         own, control = (balanced_accuracy(dict(enumerate(rng.integers(0, 2, 10 + silent))), *sides) for _ in range(2))
         kept += is_kept(dict(detection=LabelScore(own, control.mean)))
     assert kept / 2000 < 0.05
+    # A label that tells contexts apart: nine of ten answers are right.
+    true = 0
+    for _ in range(200 if silent == 10 else 0):
+        right = dict(enumerate((np.arange(10 + silent) < 10) == (rng.random(10 + silent) < 0.9)))
+        control = balanced_accuracy(dict(enumerate(rng.integers(0, 2, 10 + silent))), *sides)
+        true += is_kept(dict(detection=LabelScore(balanced_accuracy(right, *sides), control.mean)))
+    print(f"a label is kept: {kept} of 2,000 null and {true} of 200 true worlds")
+    assert silent < 10 or true >= 0.8 * 200
     sure = balanced_accuracy({n: n < 10 for n in range(10 + silent)}, *sides)
     assert is_kept(dict(detection=LabelScore(sure, 0.5))) == (silent > 1)
 

@@ -7,6 +7,7 @@ printed (pytest -s). Most worlds are linear; in the last ones a tiny random mode
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,16 @@ from saejax.interventions.ablation import begin_ablation, measure_behaviour
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
 from saejax.interventions.settings import AblateConfig
 from saejax.interventions.slopes import slopes
-from saejax.interventions.table import RANKS, TESTED, EditDefinition, EffectsTable, PromptDefinition, merge_tables
+from saejax.interventions.table import (
+    BASIS,
+    RANKS,
+    TESTED,
+    TEXT,
+    EditDefinition,
+    EffectsTable,
+    PromptDefinition,
+    merge_tables,
+)
 from saejax.interventions.verdict import verdict
 from saejax.tasks.behaviours import Prompt
 
@@ -167,6 +177,106 @@ def test_general_damage_is_more_than_random_and_not_specific(worlds):
         "other sets do less: this side says yes"
     )
     assert_level(rate("general damage", verdicts, "placebo"), worlds)
+
+
+# Questions 1 and 5, simpler bases and other seeds: tables of numbers that are drawn for 20 prompts of two templates.
+
+EDITS = np.array([[0.0], [1.0]])  # whether it is one: the clean run, T
+READOUTS_OF_PROMPTS = ("logit_diff", "log_prob", "two_way", "top1")
+READOUTS_OF_ITEMS = ("answer_log_prob", "answer_margin", "accuracy")
+
+
+def block(edits: list[EditDefinition], on: str = "b", **values: np.ndarray) -> EffectsTable:
+    """Return values of edits, ``[E, P]``, on prompts of a behaviour, or on text."""
+    prompts = [PromptDefinition(f"{on}/{p:02d}", on, "xy"[p % 2]) for p in range(next(iter(values.values())).shape[1])]
+    return EffectsTable.block(edits, prompts, values)
+
+
+def edit_of(group: str, index: int = 0, dictionary: str = TESTED) -> EditDefinition:
+    return EditDefinition("b", group, index, (100 * len(group) + index,), dictionary=dictionary)
+
+
+def effect_world(seed: int, lost: float, prompts: int = 20, names: Sequence[str] = READOUTS_OF_PROMPTS) -> EffectsTable:
+    """T changes the numbers of each prompt at random and draws three of ten answers anew, or lowers both."""
+    rng = np.random.default_rng([seed, 20])
+    number_2xP = 3 + rng.normal(size=(2, prompts)) - lost * EDITS
+    right_P, wrong_P, is_new_P = rng.random((3, prompts)) < np.array(
+        [[0.7], [0.2 if lost else 0.7], [1 if lost else 0.3]]
+    )
+    right_2xP = np.stack([right_P, np.where(is_new_P, wrong_P, right_P)])
+    numbers, rights = dict.fromkeys(names[:2], number_2xP), dict.fromkeys(names[2:], right_2xP)
+    return block([edit_of("clean"), edit_of("top")], **numbers, **rights, change_norm=EDITS * np.ones(prompts))
+
+
+def others_world(seed: int, is_true: bool) -> EffectsTable:
+    """T changes another behaviour, or text, by the margin in the mean of all prompts, or both by a third of it."""
+    rng = np.random.default_rng([seed, 21])
+    tables = [effect_world(seed, 1.5)]
+    for place, (on, readout, clean_P) in enumerate(
+        (("c", "logit_diff", 1 + rng.gamma(4, 1, 20)), (TEXT, "ce", 3 + 0 * rng.random(20)))
+    ):
+        margin = 0.05 if on == TEXT else 0.1 * 5
+        size = margin if not is_true and seed % 2 == place else margin / 3
+        change_P = size * rng.normal(size=20) * (np.pi / 2) ** 0.5  # whose mean size is that
+        clean = EditDefinition(on, "clean", 0, (5, 100))
+        tables += [
+            block([clean], on, **{readout: clean_P[None]}),
+            block([edit_of("top")], on, **{readout: (clean_P - change_P)[None]}),
+        ]
+    return merge_tables(tables)
+
+
+def basis_world(seed: int, difference: float, noise: float = 1.0) -> EffectsTable:
+    """T costs 3 logits, and a basis ``difference`` less in the mean of all prompts."""
+    rng = np.random.default_rng([seed, 22])
+    lost_P = 3 + rng.normal(size=20)
+    lost_3xP = np.stack([np.zeros(20), lost_P, lost_P - difference + noise * rng.normal(size=20)])
+    edits = [edit_of(group) for group in ("clean", "top", f"{BASIS}pca")]
+    return block(edits, logit_diff=5 - lost_3xP, change_norm=np.ones((3, 20)))
+
+
+def seeds_world(seed: int, is_true: bool) -> EffectsTable:
+    """T costs more than 19 random lists in the tested dictionary; in those of two other seeds, too, or as much."""
+    rng = np.random.default_rng([seed, 23])
+    tables = [block([edit_of("clean")], logit_diff=np.full((1, 20), 5.0), change_norm=np.zeros((1, 20)))]
+    for name in (TESTED, "seed1", "seed2"):
+        edits = [edit_of("top", 0, name), *(edit_of("random", index, name) for index in range(19))]
+        lost_20x1 = 0.5 * rng.normal(size=(20, 1))
+        lost_20x1[0] += 4 * (is_true or name == TESTED)
+        tables.append(block(edits, logit_diff=5 - lost_20x1 - rng.normal(size=(20, 20)), change_norm=np.ones((20, 20))))
+    return merge_tables(tables)
+
+
+@pytest.mark.parametrize(
+    ("question", "null", "true"),
+    [
+        *((f"an effect on {name}", (effect_world, 0), (effect_world, 1.5)) for name in READOUTS_OF_PROMPTS),
+        ("an effect on logit_diff of 6 prompts", (effect_world, 0, 6), (effect_world, 3, 6)),
+        *(
+            (f"an effect on {name}", *((effect_world, lost, 20, READOUTS_OF_ITEMS) for lost in (0, 1.5)))
+            for name in READOUTS_OF_ITEMS[::2]
+        ),
+        ("selective", (others_world, False), (others_world, True)),
+        ("more", (basis_world, 0.0), (basis_world, 1.5)),
+        ("less", (basis_world, 0.0), (basis_world, -1.5)),
+        ("equivalent", (basis_world, 0.3, 0.3), (basis_world, 0.0, 0.3)),
+        ("replicates", (seeds_world, False), (seeds_world, True)),
+    ],
+)  # fmt: skip
+def test_answers_about_means_over_prompts(question, null, true):
+    """100 worlds where nothing is true, or as much as what denies it (a margin), and 100 where it is true."""
+
+    def is_yes(make, *options):
+        found = verdict(make(*options), VerdictConfig(resamples=1000)).dictionaries[TESTED]["b"]
+        if question.startswith("an effect on "):
+            return found.ablation[question.split()[3]].answer == "yes"
+        if question in ("selective", "replicates"):
+            return dict(selective=found.selective, replicates=found.replication)[question].answer == "yes"
+        return found.bases["pca"].answer == question
+
+    rates = [sum(is_yes(make, seed, *options) for seed in range(100)) for make, *options in (null, true)]
+    print(f"{question}: yes in {rates[0]} of 100 null and {rates[1]} of 100 true worlds")
+    assert rates[0] <= 8 and rates[1] >= 80
 
 
 SITE, TOP, TRAIN, TEST, DROP = "resid_post.1", 3, 10, 12, 0.6  # logits that planted features carry

@@ -125,13 +125,14 @@ def test_the_gate_on_worlds_where_nothing_is_true(worlds):
     assert counts["interpretable"] <= worlds // 20 and counts["no signal"] + counts["cannot tell"] >= 0.8 * worlds
 
 
-def test_the_gate_on_worlds_where_a_dictionary_has_the_true_directions_and_where_it_is_untrained():
+@pytest.mark.parametrize("worlds", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_the_gate_on_worlds_where_a_dictionary_has_the_true_directions_and_where_it_is_untrained(worlds):
     """Five features carry an answer. An untrained dictionary may pass questions 1 to 3 there, and so may seeds."""
     trained, untrained = [], []
-    for seed in range(20):
+    for seed in range(0, 3 * worlds, 3):
         world = planted_world(seed, 5, drop=3.0, features=600)
         # Of other seeds question 4 is not asked.
-        others = [judge(planted_world(other, 5, drop=3.0, features=600), other) for other in (seed + 100, seed + 200)]
+        others = [judge(planted_world(other, 5, drop=3.0, features=600), other) for other in (seed + 1, seed + 2)]
         trained.append([judge(world, seed, untrained=19), *others])
         acts_PxF, decoder_FxD = encode(world, 10**6 + seed)
         world = with_dictionary(world, acts_PxF, decoder_FxD)
@@ -139,8 +140,8 @@ def test_the_gate_on_worlds_where_a_dictionary_has_the_true_directions_and_where
         yes = CausalAnswer("yes")
         granted = dataclasses.replace(random, ablation=dict(logit_diff=yes), random=yes, placebo=yes)
         untrained.append([granted, *[dataclasses.replace(granted, trained=CausalAnswer("not tested"))] * 2])
-    assert overall("true directions", trained)["interpretable"] >= 0.7 * len(trained)
-    assert overall("untrained, questions 1 to 3 granted", untrained)["interpretable"] <= 0.08 * len(trained)
+    assert overall("true directions", trained)["interpretable"] >= 0.8 * worlds
+    assert overall("untrained, questions 1 to 3 granted", untrained)["interpretable"] <= 0.08 * worlds
 
 
 def test_rank_correlation_is_spearmans():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+from scipy.stats import binom
 
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
@@ -167,6 +168,10 @@ def test_the_gate_is_an_exact_binomial_test():
     p, why = gate(47, 80, 0.05)
     assert p > 0.05 and "right on 47 of 80 train prompts (59 %)" in why and "p = 0.073, above --task.gate=0.05" in why
     assert gate(0, 80, 1.0)[1] == ""
+    # Of models that guess, and of those that are right on two of three, by the binomial distribution.
+    passed = [sum(binom.pmf(n, 80, p) for n in range(81) if not gate(n, 80, 0.05)[1]) for p in (0.5, 2 / 3)]
+    print(f"a behaviour passes the gate: {100 * passed[0]:.1f} % that guess, {100 * passed[1]:.1f} % that are right")
+    assert passed[0] <= 0.08 and passed[1] >= 0.8
     assert summary_of([1.0, 2.0], gate=0.05).left_out.startswith("the model does not have it: right on 2 of 2")
     assert summary_of([1.0, 2.0], gate=0.05).p_value == 0.25 and summary_of([1.0, 2.0]).left_out is None
 

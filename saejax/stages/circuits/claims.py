@@ -1,16 +1,18 @@
 """Published claims about circuits: what came of each here, and the evidence in a sentence.
 
 A claim is *confirmed* if the edges that it predicts are drawn, which takes an interval and two controls
-(``edges.judge_edges``), or if features are shared beyond what unrelated behaviours share. It is *not seen* if they were
-measured and are not drawn, and *not testable* where the model does not have the behaviour, nothing was measured, there
-is no test, or the claim would hold if the effects that could not be tested were drawn.
+(``edges.judge_edges``), or if features are shared beyond what unrelated behaviours share, and beyond chance. It is *not
+seen* if they were measured and are not drawn, and *not testable* where the model does not have the behaviour, nothing
+was measured, there is no test, or the claim would hold if the effects that could not be tested were drawn.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
 
 from saejax.circuits.edges import Edge
 from saejax.circuits.groups import ANSWER, THIRDS, is_output, third_of
@@ -22,6 +24,7 @@ from saejax.page.words import behaviour as title
 DATA = Path(__file__).parent / "data"
 CONFIRMED, NOT_SEEN, NOT_TESTABLE = "confirmed", "not seen", "not testable"
 _LANGUAGES = ("antonym", "antonym_french", "antonym_spanish")
+_LEVEL, _PERMUTATIONS = 0.05, 999  # of claims about shared features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,48 +128,90 @@ def _judge_swap(claim: Claim, results: CircuitsResults, circuit: CircuitResults)
     return NOT_SEEN, f"{_list_edges(best)} It does not turn these prompts' mean logit difference of {mean} around."
 
 
-def _overlaps(results: CircuitsResults, *thirds: str) -> tuple[list[float], list[float]]:
-    """Return the shared parts, of their union, of the features that return in some thirds of the layers.
+class _Sharing(NamedTuple):
+    """The features that return, of the behaviours that have some."""
 
-    Returns:
-      Those of pairs of languages, and of a language with every unrelated behaviour.
-    """
-    features = {
-        name: {key.address for key in circuit.returning if third_of(key.layer, circuit.layers) in thirds}
-        for name, circuit in results.behaviours.items()
-        if circuit.returning
-    }
-    languages, others = [name for name in _LANGUAGES if name in features], features.keys() - {*_LANGUAGES}
-    pairs = itertools.combinations(languages, 2), itertools.product(languages, sorted(others))
-    # Two behaviours of which nothing returned there share nothing, and differ in nothing.
-    related, unrelated = (
-        [len(features[a] & features[b]) / len(features[a] | features[b]) for a, b in some if features[a] | features[b]]
-        for some in pairs
-    )
-    return related, unrelated
+    has_BxF: np.ndarray  #: whether a feature returns in a behaviour
+    third_F: np.ndarray  #: third of the layers that it is in, as a place among ``THIRDS``
+    languages: tuple[int, ...]  #: the behaviours that are languages
+
+    @classmethod
+    def read(cls, results: CircuitsResults) -> "_Sharing":
+        circuits = {name: circuit for name, circuit in results.behaviours.items() if circuit.returning}
+        thirds = {key.address: third_of(key.layer, c.layers) for c in circuits.values() for key in c.returning}
+        returning = [{key.address for key in circuit.returning} for circuit in circuits.values()]
+        has_BxF = np.array([[feature in some for feature in thirds] for some in returning], bool)
+        languages = tuple(place for place, name in enumerate(circuits) if name in _LANGUAGES)
+        return cls(has_BxF, np.array([THIRDS.index(third) for third in thirds.values()]), languages)
+
+    def overlaps(self, weight_FxC: np.ndarray, languages: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shared parts, of their union, of the features with weight 1 and not 0; NaN where none returns.
+
+        Returns:
+          Those of N pairs of languages, [N, C], and of a language with every unrelated behaviour.
+        """
+        languages = self.languages if languages is None else languages
+        others = np.setdiff1d(np.arange(len(self.has_BxF)), languages)
+        pairs = itertools.combinations(languages, 2), itertools.product(languages, others)
+        shares = []
+        for some in pairs:
+            first_N, second_N = np.array([*some], int).reshape(-1, 2).T
+            one_NxF, two_NxF = self.has_BxF[first_N], self.has_BxF[second_N]
+            # Two behaviours of which nothing returned there share nothing, and differ in nothing.
+            with np.errstate(invalid="ignore"):
+                shares.append(((one_NxF & two_NxF) @ weight_FxC) / ((one_NxF | two_NxF) @ weight_FxC))
+        return shares[0], shares[1]
 
 
 def _judge_shared(claim: Claim, results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    related, unrelated = _overlaps(results, *THIRDS)
-    if not related or not unrelated:
+    sharing = _Sharing.read(results)
+    every_Fx1 = np.ones((len(sharing.third_F), 1))
+    related, unrelated = sharing.overlaps(every_Fx1)
+    if not related.size or not unrelated.size:
         return NOT_TESTABLE, claim.lacks
-    shares = [f"{percent(min(some))} to {percent(max(some))}" for some in (related, unrelated)]
+    shares = [f"{percent(some.min())} to {percent(some.max())}" for some in (related, unrelated)]
     evidence = (
         f"Languages share {shares[0]} of the features that return, a language and an unrelated behaviour {shares[1]}."
     )
-    # The least similar languages must share more than any unrelated pair: of so few pairs there is no test.
-    return (CONFIRMED if min(related) > max(unrelated) else NOT_SEEN), evidence
+    # The least similar languages must share more than any unrelated pair.
+    gap = related.min() - unrelated.max()
+    if gap <= 0:
+        return NOT_SEEN, evidence
+    # Some behaviours share most in any case: it counts where few choices of as many would do, as languages.
+    choices = [*itertools.combinations(range(len(sharing.has_BxF)), len(sharing.languages))]
+    drawn = [sharing.overlaps(every_Fx1, languages) for languages in choices]
+    reached = sum(some.min() - others.max() >= gap for some, others in drawn)
+    evidence += f" So do {reached} of {len(choices)} choices of as many of the behaviours."
+    if len(choices) * _LEVEL < 1:
+        return NOT_TESTABLE, f"{evidence} It takes more unrelated behaviours."
+    return (CONFIRMED if reached <= _LEVEL * len(choices) else NOT_SEEN), evidence
 
 
 def _judge_shared_middle(claim: Claim, results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    overlaps = {third: _overlaps(results, third) for third in THIRDS}
-    if not all(map(all, overlaps.values())):
+    sharing = _Sharing.read(results)
+    # The features' thirds, and the same permuted over features.
+    rng, third_F = np.random.default_rng(0), sharing.third_F
+    third_SxF = np.stack([third_F, *(rng.permutation(third_F) for _ in range(_PERMUTATIONS))])
+    is_third_FxSx3 = third_SxF.T[:, :, None] == np.arange(len(THIRDS))
+    overlaps = sharing.overlaps(is_third_FxSx3.reshape(len(third_F), -1).astype(np.float64))
+    if not all(np.isfinite(share_NxC[:, : len(THIRDS)]).any(axis=0).all() for share_NxC in overlaps):
         return NOT_TESTABLE, claim.lacks
     # Less what unrelated behaviours share there: late layers share features of any text.
-    beyond = {third: fmean(related) - fmean(unrelated) for third, (related, unrelated) in overlaps.items()}
-    shares = ", ".join(f"{third} {percent(value)}" for third, value in beyond.items())
-    evidence = f"Shared by languages beyond what unrelated behaviours share, by third of the layers: {shares}."
-    return (CONFIRMED if beyond["middle"] > max(beyond["early"], beyond["late"], 0.0) else NOT_SEEN), evidence
+    related_C, unrelated_C = (
+        np.nansum(share_NxC, axis=0) / np.maximum(np.isfinite(share_NxC).sum(axis=0), 1) for share_NxC in overlaps
+    )
+    early_S, middle_S, late_S = (related_C - unrelated_C).reshape(-1, len(THIRDS)).T
+    lead_S = middle_S - np.maximum(np.maximum(early_S, late_S), 0.0)
+    # One of three thirds always shares most: its lead has to be rare.
+    p_value = float((lead_S >= lead_S[0] - 1e-12).mean())
+    shares = ", ".join(
+        f"{third} {percent(beyond[0])}" for third, beyond in zip(THIRDS, (early_S, middle_S, late_S), strict=True)
+    )
+    evidence = (
+        f"Shared by languages beyond what unrelated behaviours share, by third of the layers: {shares} (with layers "
+        f"permuted over features the middle leads as much in {percent(p_value)} of cases)."
+    )
+    return (CONFIRMED if lead_S[0] > 0 and p_value <= _LEVEL else NOT_SEEN), evidence
 
 
 #: The tests: a claim, a run's circuits, and that of the claim's behaviour, to the outcome and its evidence.

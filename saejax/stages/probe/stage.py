@@ -39,7 +39,7 @@ PROBE = Stage(
     inputs=_inputs,
     names=_names,
     places=list_folders("probe", "dictionary"),
-    revision=7,  # no difference from the dense probe where few prompts judge
+    revision=8,  # p-values of ablated features are from flipped signs
     processes="items",
     section=sections,
 )
