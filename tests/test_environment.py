@@ -41,17 +41,35 @@ def test_ci_demands_tests_of_pages_where_it_can_have_a_browser_and_says_so_elsew
     assert done.stdout == "demanded: 1\n" if is_there else "pages are skipped" in done.stdout
 
 
-@pytest.mark.parametrize(("accelerators", "folder"), [(True, "run/.compile_cache"), (False, None)])
-def test_accelerators_keep_programs_in_the_workdir(monkeypatch, tmp_path, accelerators, folder):
+@pytest.mark.parametrize("accelerators", [True, False])
+def test_programs_are_kept_in_the_workdir(monkeypatch, tmp_path, accelerators):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "jax")
     monkeypatch.setattr(environment, "may_have_accelerators", lambda: accelerators)
     environment.keep_programs(Path("run"))
-    assert os.environ.pop("JAX_COMPILATION_CACHE_DIR", None) == (folder and str(tmp_path / folder))
+    folder = Path(os.environ.pop("JAX_COMPILATION_CACHE_DIR"))
+    of_workdir = tmp_path / "run" / ".compile_cache"
+    assert folder == of_workdir if accelerators else folder.parent == of_workdir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "mine")
     environment.keep_programs(Path("run"))
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
+def test_programs_of_another_model_of_processor_are_not_read(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.delitem(sys.modules, "jax")
+    monkeypatch.setattr(environment, "may_have_accelerators", lambda: False)
+    folders = []
+    for machine in ("x86_64", "x86_64", "aarch64"):
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        monkeypatch.setattr(environment.platform, "machine", lambda machine=machine: machine)
+        environment.keep_programs(tmp_path)
+        folders.append(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    assert folders[0] == folders[1] != folders[2]
 
 
 def test_any_text_can_be_printed(monkeypatch):

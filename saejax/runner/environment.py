@@ -3,8 +3,10 @@
 import contextlib
 import ctypes
 import glob
+import hashlib
 import importlib.util
 import os
+import platform
 import sys
 import types
 from pathlib import Path
@@ -68,14 +70,32 @@ def _has_cuda_torch() -> bool:
 
 
 def keep_programs(folder: Path) -> None:
-    """Make JAX cache in a run's ``folder`` the programs that took a second or more to compile for a GPU or TPU.
+    """Make JAX cache in a run's ``folder`` the programs that took long to compile, so that a later run has them.
 
-    Programs for a CPU run on one model of processor only. The variable JAX_COMPILATION_CACHE_DIR names another folder.
+    Programs for a CPU run on one model of processor alone: each has its own folder. The variable
+    JAX_COMPILATION_CACHE_DIR names another folder, as ``study_run`` does for its rows.
     """
-    if may_have_accelerators() and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache = str(folder.absolute() / ".compile_cache")
-        if "jax" in sys.modules:  # by a plugin, or in a notebook: it has read its variables
-            sys.modules["jax"].config.update("jax_compilation_cache_dir", cache)
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache, seconds = folder.absolute() / ".compile_cache", 1.0
+    if not may_have_accelerators():
+        cache, seconds = cache / _name_processor(), 0.1  # a stage has a hundred programs of less than a second
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(seconds)
+    if "jax" in sys.modules:  # by a plugin, or in a notebook: it has read its variables
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", str(cache))
+        sys.modules["jax"].config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+def _name_processor() -> str:
+    """Return a short name of the model of processor on which this process runs."""
+    description = [platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):
+        lines = dict.fromkeys(Path("/proc/cpuinfo").read_text().splitlines())  # those of the cores are the same
+        description += [
+            line for line in lines if line.split(":")[0].strip() in ("vendor_id", "model name", "flags", "Features")
+        ]
+    return hashlib.sha256("\n".join(description).encode()).hexdigest()[:16]
 
 
 def keep_freed_memory() -> None:

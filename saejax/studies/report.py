@@ -109,6 +109,8 @@ def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
     yield Terms(overview(figures))
     yield answers_table(figures.learned)
     yield from _tables(figures, "gates")
+    if figures.gates:
+        yield Terms(tuple((f"Why: {gate.row}, {gate.benchmark}", gate.reason) for gate in figures.gates))
     if figures.effects:
         figure = draw_drops(
             "Log-likelihood of the answers lost under ablation",

@@ -264,7 +264,7 @@ class GateFigures(BenchmarkFigures, cards=True):
     random: str = column("More than random")  #: question 2
     placebo: str = column("Specific")  #: question 3
     trained: str = column("More than untrained")  #: question 4
-    reason: str = column("Why")  #: in words
+    reason: str  #: why, in words
     seeds: int  #: dictionaries that differ in their seed, the tested one included
     #: of these, those for which questions 1 to 3 are all answered yes
     agreeing: int = joined("Seeds that agree", lambda line: f"{line.agreeing} of {line.seeds}")
