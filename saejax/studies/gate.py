@@ -22,12 +22,12 @@ POWER, SEEDS = 0.8, 3  # of finding it; dictionaries, the tested one included
 #: The controls of questions 2 to 4, in words.
 _CONTROLS = dict(random="random sets", placebo="placebo sets", trained="untrained dictionaries")
 GATE = (
-    "A row on a benchmark gets the first answer that holds. Cannot tell: whether ablation has an effect (1) or does "
-    "more than random sets (2) is not testable, or it has no effect but one of "
+    "A row on a benchmark gets the first answer that holds. Cannot tell: whether ablation has an effect (1) is not "
+    "testable, or it has no effect but one of "
     f"{SMALLEST:g} standard deviations of the log-likelihood between items would have been found in fewer than "
     f"{100 * POWER:g} % of cases. No signal: question 1 or 2 is answered no. Not specific: question 3, against placebo "
     "sets, is answered no. No better than untrained: question 4, against untrained dictionaries, is answered no. "
-    "Cannot tell: question 3 or 4 is not testable or was not tested, or fewer than "
+    "Cannot tell: one of questions 2 to 4 is not testable or was not tested, or fewer than "
     f"{SEEDS} dictionaries that differ in their seed were tested, or those of them in which questions 1 to 3 are not "
     "testable would decide what follows. Interpretable: questions 1 to 3 are answered yes in at least two of three of "
     "these, and all four in the tested one. Unstable: everything else."
@@ -91,18 +91,19 @@ def _decide(tested: BehaviourVerdict, seeds: int, agreeing: int, untold: int) ->
     """
     first, second = _effect(tested), tested.random
     third, fourth = tested.placebo, tested.trained
-    # A no decides, whatever could not be tested beside it; of questions 1 and 2 both must be testable.
-    for question in (first, second):
-        if question.answer not in ("yes", "no"):
-            return "cannot tell", question.sentence
-    for question in (first, second):
+    if first.answer not in ("yes", "no"):
+        return "cannot tell", first.sentence
+    # A no decides, whatever could not be tested beside it.
+    noes: tuple[tuple[CausalAnswer, Gated], ...] = (
+        (first, "no signal"),
+        (second, "no signal"),
+        (third, "not specific"),
+        (fourth, "no better than untrained"),
+    )
+    for question, meaning in noes:
         if question.answer == "no":
-            return "no signal", question.sentence
-    if third.answer == "no":
-        return "not specific", third.sentence
-    if fourth.answer == "no":
-        return "no better than untrained", fourth.sentence
-    for question in (third, fourth):
+            return meaning, question.sentence
+    for question in (second, third, fourth):
         if question.answer != "yes":
             return "cannot tell", question.sentence
     if seeds < SEEDS:

@@ -79,12 +79,17 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
     ranked: tuple[Asked, ...] = ("features", "items")
     for name in ranked if row != first else ():
         for pair in select(figures.alignment, first=first, second=row, benchmark=benchmark, by=name):
-            yield name, (plain(pair.aligned), f"rank correlation {number(pair.rank_correlation)}")
+            aligned, evidence = plain(pair.aligned), f"rank correlation {number(pair.rank_correlation)}"
             if pair.shared is not None and pair.shared_null is not None:
-                evidence = f"{percent(pair.shared)} have a partner, by chance {percent(pair.shared_null)}"
-                yield "shared", (plain(pair.shared - pair.shared_null > MOST), evidence)
+                partners = f"{percent(pair.shared)} have a partner, by chance {percent(pair.shared_null)}"
+                is_shared = pair.shared - pair.shared_null > MOST
+                yield "shared", (plain(is_shared), partners)
+                if aligned == "cannot tell" and not is_shared:
+                    # Too few partners to rank, among features that are mostly others.
+                    aligned, evidence = "no", f"{evidence}; {partners}"
             elif name == "features":
                 yield "shared", ("cannot tell", "a dictionary has no feature that fires often enough to have a partner")
+            yield name, (aligned, evidence)
 
 
 def _primitives(groups: Sequence[PrimitiveFigures], can_name: bool) -> tuple[Answered, str]:
@@ -122,16 +127,14 @@ def is_untold(group: PrimitiveFigures) -> bool:
 def _driven(drivers: DriverFigures, controls: Sequence[DriverFigures]) -> Answered:
     """Return whether context drives more features than tokens do, and more than of each control group.
 
-    Cannot tell where the intervals of context and tokens overlap, or a control group is missing or so small that no
-    shares could differ. Control groups are compared by Fisher's exact test: a yes needs p of at most ``LEVEL`` against
-    each, so that it has no more than this.
+    A no to either decides. Otherwise it cannot be told where the intervals of context and tokens overlap, or a control
+    group is missing or so small that no shares could differ. Control groups are compared by Fisher's exact test: a yes
+    needs p of at most ``LEVEL`` against each, so that it has no more than this.
     """
     from scipy.stats import fisher_exact
 
     if drivers.tokens.low > drivers.context.high:
         return "no"
-    if drivers.context.low <= drivers.tokens.high:
-        return "cannot tell"
 
     def exceeds(hits: int, control: DriverFigures, control_hits: int) -> bool:
         table = [(hits, drivers.features - hits), (control_hits, control.features - control_hits)]
@@ -142,7 +145,8 @@ def _driven(drivers: DriverFigures, controls: Sequence[DriverFigures]) -> Answer
     able = [group for group in controls if exceeds(drivers.features, group, 0)]
     if not all(exceeds(hits, group, round(group.context.mean * group.features)) for group in able):
         return "no"
-    return "yes" if {group.group for group in able} >= {*CONTROL_GROUPS} else "cannot tell"
+    is_told = drivers.context.low > drivers.tokens.high and {group.group for group in able} >= {*CONTROL_GROUPS}
+    return "yes" if is_told else "cannot tell"
 
 
 def overview(figures: StudyFigures) -> tuple[tuple[str, str], ...]:

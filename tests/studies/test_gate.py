@@ -82,6 +82,9 @@ def test_the_gate():
     unasked = gate(result(placebo="not testable", trained="not tested"), yes, yes)
     assert unasked.gate == "cannot tell" and (unasked.placebo, unasked.trained) == ("not testable", "not tested")
     assert unasked.reason.endswith("placebo sets, not testable; untrained dictionaries, not tested.")
+    # A no decides, also where another control is not testable; a stranger's features are too few for random sets.
+    few = gate(result(random="not testable", placebo="no", trained="no"))
+    assert few.gate == "not specific" and "random sets, not testable; placebo sets, no" in few.reason
     for without_effect in (result("no", interval=(-0.1, 0.1)), result(random="no")):
         assert gate(without_effect, yes, yes).gate == "no signal"
     for untestable in (result(random="not testable"), result(placebo="not tested"), result("not testable")):
