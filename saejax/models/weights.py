@@ -25,6 +25,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, Weight
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.parallel.mesh import fitting_sharding, read_parts
+from saejax.parallel.stopping import interruptible
 from saejax.progress import OnProgress, silent
 
 _LISTED = 30  # problems of a checkpoint that a message lists
@@ -248,6 +249,7 @@ class _Reader:
         return _Part(self.name, values, _is_finite(values))
 
 
+@interruptible()
 def _read_params(readers: list[_Reader], on_progress: OnProgress = silent) -> tuple[dict[str, jax.Array], list[str]]:
     """Return the parameters on their devices, and the names of parameters with numbers that are not finite."""
     params: dict[str, jax.Array] = {}

@@ -8,10 +8,28 @@ import atexit
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 
 from saejax.parallel.processes import Processes
 
 _LOOK_EVERY = 0.1  # seconds
+_open_blocks = [0]  # of ``interruptible`` that the main thread is in
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let a signal end a block of the main thread at once: one that reads for long, and has nothing to save."""
+    count = threading.current_thread() is threading.main_thread()
+    _open_blocks[0] += count
+    try:
+        yield
+    finally:
+        _open_blocks[0] -= count
+
+
+def is_interruptible() -> bool:
+    """Return whether the main thread is in a block of ``interruptible``."""
+    return _open_blocks[0] > 0
 
 
 class StopAgreement:

@@ -21,6 +21,7 @@ from absl import flags
 from saejax.errors import REFUSED, CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
 from saejax.models.settings import ModelConfig
 from saejax.parallel.cluster import joined_processes, process_label
+from saejax.parallel.stopping import is_interruptible
 from saejax.runner import command_line, environment, pipeline
 
 _signals: list[int] = []  # that came since the handlers were installed
@@ -199,9 +200,10 @@ def install_signal_handlers() -> Callable[[], bool]:
     def on_signal(number: int, frame: object) -> None:
         if number == signal.SIGHUP:  # the terminal is gone, and writing to it would fail
             _drop_output(*terminals)
-        if _signals and (number == signal.SIGINT or overdue.is_set()):
-            raise KeyboardInterrupt
+        again = bool(_signals) and (number == signal.SIGINT or overdue.is_set())
         _signals.append(number)
+        if again or is_interruptible():
+            raise KeyboardInterrupt
 
     def insist(pipe: int) -> None:
         number = next((byte[0] for byte in iter(lambda: os.read(pipe, 1), b"") if byte[0] in _CAUGHT), None)

@@ -15,6 +15,7 @@ from saejax.config import Configs
 from saejax.dictionaries.names import check_member
 from saejax.errors import UserError, one_of
 from saejax.files import fingerprint
+from saejax.parallel.stopping import interruptible
 from saejax.runner.registry import all_stages
 from saejax.runner.stage import split_unit
 from saejax.runner.workspace import Workspace
@@ -152,7 +153,8 @@ class Workplan:
         if isinstance(source, str):
             return source
         if source not in self._sources:
-            self._sources[source] = source(self.configs)
+            with interruptible():  # a model's weights, or text, may be hashed for minutes
+                self._sources[source] = source(self.configs)
         return self._sources[source]
 
 

@@ -220,6 +220,43 @@ def test_who_does_not_ask_is_interrupted(tmp_path):
     assert runs.finish(process) == ""
 
 
+# What reads for long is found by its name, and made to read for ever.
+READING = """
+import importlib, itertools, sys, time
+from saejax.runner import command
+
+def read_for_ever(*args, **kwargs):
+    print("reading", flush=True)
+    for _ in itertools.repeat(None):
+        time.sleep(0.01)
+
+owner, _, name = sys.argv.pop().rpartition(".")
+module, _, attribute = owner.partition(":")
+target = importlib.import_module(module)
+setattr(getattr(target, attribute) if attribute else target, name, read_for_ever)
+command._PATIENCE = 600
+command.leave(command.run(["capture"], "", sys.argv))
+"""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "saejax.models.weights.read_parts",
+        "saejax.models.identity.file_sha256",
+        "saejax.activations.writer:StoreWriter.has",
+    ],
+)
+def test_what_reads_for_long_is_interrupted_at_once(inputs, tmp_path, what):
+    """Nobody asks there whether to stop, and nothing is to be saved."""
+    process = runs.start(READING, [*runs.small_flags(*inputs, tmp_path / "run"), what])
+    before = list(itertools.takewhile(lambda line: line != "reading\n", process.stdout))
+    start = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert runs.finish(process, 143).endswith("run the same command to go on\n"), before
+    assert time.monotonic() - start < 60
+
+
 @pytest.mark.parametrize("launcher", ["auto", pytest.param("flags", marks=pytest.mark.slow)])
 def test_a_process_that_waits_for_others_to_start_hears_of_the_signal(inputs, tmp_path, launcher):
     step = runs.slurm_step()

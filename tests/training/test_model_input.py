@@ -1,8 +1,11 @@
 """Training straight from the model: nothing on disk, and resumed with the same bits in whatever buffer it was."""
 
+import functools
 import itertools
 import math
+import re
 import shutil
+import signal
 import time
 from types import SimpleNamespace
 
@@ -220,6 +223,61 @@ def test_two_processes_train_from_the_model_as_one(inputs, tmp_path):
     refused = runs.start_pair("train", [*flags, "--model.backend=torch"], JAX_NUM_CPU_DEVICES="4")
     outputs = [process.communicate()[0] for process in refused]
     assert [process.returncode for process in refused] == [2, 2] and "with --model.backend=jax" in outputs[0]
+
+
+# Each batch of a buffer takes a while, as those of a large model do.
+SLOWLY = """
+import time
+from saejax.activations.stream import ModelStream
+from saejax.cli import main
+
+def batches(stream, plan, buffer, made=ModelStream._batches):
+    left = len([*plan.batches(buffer)])
+    for batch in made(stream, plan, buffer):
+        left -= 1
+        print(f"buffer {buffer}: {left} batches are left", flush=True)
+        time.sleep(0.2)
+        yield batch
+
+ModelStream._batches = batches
+main("train")
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(inputs, tmp_path_factory):
+    """Makes flags of two processes that train from the model in two buffers of many batches; a run's checksums."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    changes = dict(train__source="model", train__kinds="topk", train__buffer_rows=1600, train__epochs=1)
+    changes |= dict(capture__batch_tokens=1, train__checkpoint_every=100_000, mesh__model=2)
+    corpus = runs.save_corpus(folder / "corpus.jsonl.gz", 120)
+    flags = functools.partial(runs.small_flags, inputs[0], corpus, **changes)
+    for process in runs.start_pair("train", flags(folder / "run"), JAX_NUM_CPU_DEVICES="2"):
+        runs.finish(process)
+    return flags, runs.dictionary_checksums(folder / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("buffer", [0, 1])
+def test_two_processes_told_to_stop_within_a_buffer_save_and_go_on_to_the_same_bits(unbroken, tmp_path, told, buffer):
+    make_flags, checksums = unbroken
+    flags = make_flags(tmp_path / "run")
+    pair = runs.start_pair(SLOWLY, flags, JAX_NUM_CPU_DEVICES="2")
+    first = next(line for line in pair[0].stdout if f"buffer {buffer}: " in line)
+    assert int(re.search(r"(\d+) batches are left", first)[1]) > 5
+    start = time.monotonic()
+    for number in told:
+        pair[number].send_signal(signal.SIGTERM)
+    for output in [runs.finish(process, 143) for process in pair]:
+        said = "saved: run the same command to go on"
+        if buffer == 0:  # nothing is saved yet, so one may end before the other has asked once more
+            said = r"stopped before the first step|process \d was stopped, so this one ends"
+        assert re.search(said, output) and f"buffer {buffer}: 0 " not in output and "Traceback" not in output, output
+    assert time.monotonic() - start < 60
+    again = [runs.finish(each) for each in runs.start_pair("train", flags, JAX_NUM_CPU_DEVICES="2")]
+    assert buffer == 0 or "resuming topk at step" in again[0]
+    assert runs.dictionary_checksums(tmp_path / "run") == checksums
 
 
 CROSS_LAYER = dict(

@@ -33,6 +33,7 @@ from saejax.parallel.cluster import joined_processes
 from saejax.parallel.collectives import alone, wait_for_all
 from saejax.parallel.processes import ProcessShare
 from saejax.parallel.settings import MeshConfig
+from saejax.parallel.stopping import interruptible
 from saejax.runner.workspace import Run
 from saejax.stages.tokenize.run import text_documents
 from saejax.tasks import corpora
@@ -147,6 +148,7 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
     return work
 
 
+@interruptible()
 def _missing_shards(writer: StoreWriter, mesh: MeshConfig) -> Missing:
     """Return the shards that are missing or of other work; the first process checks, and broadcasts the result."""
     shards, parts = range(writer.plan.shards), writer.parts
