@@ -23,10 +23,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import split
-from saejax.parallel.mesh import by_row
+from saejax.parallel.mesh import BY_DOCUMENT, by_filled_row, fitting_sharding
 
 MOST_ERROR, MOST_RECONSTRUCTION = 0.2, 0.5  # ratios below which a private feature is of its part alone
 _AT_ONCE = 1024  # features whose products with values are made at once
@@ -74,8 +76,9 @@ def _measure_ratios(
     filled_K = np.pad(features_C, (0, -len(features_C) % 64), mode="edge")
     sums_2xPxK, square_K = np.zeros((2, len(parts), len(filled_K))), np.zeros(len(filled_K))
     for x_NxD, *_ in blocks:
-        placed_NxD = by_row(dictionary.mesh, x_NxD)[0] if dictionary.mesh else x_NxD
-        of_block_2xPxK, of_block_K = map(np.asarray, _add_up(dictionary, placed_NxD, filled_K, parts))
+        placed_BxD = by_filled_row(dictionary.mesh, x_NxD) if dictionary.mesh else x_NxD
+        sums = _add_up(dictionary, placed_BxD, filled_K, np.int32(len(x_NxD)), parts, dictionary.mesh)
+        of_block_2xPxK, of_block_K = map(np.asarray, sums)
         sums_2xPxK += of_block_2xPxK
         square_K += of_block_K
     rows = split(np.asarray(dictionary.W_dec_FxD[filled_K], np.float64), dictionary.config.widths)
@@ -86,13 +89,23 @@ def _measure_ratios(
     return np.divide(others_2xK, own_2xK, out=np.full_like(own_2xK, np.nan), where=own_2xK > 0)[:, : len(features_C)]
 
 
-@functools.partial(jax.jit, static_argnames="parts")
+@functools.partial(jax.jit, static_argnames=("parts", "mesh"))
 def _add_up(
-    dictionary: Dictionary, x_NxD: jax.Array, features_K: jax.Array, parts: tuple[int, ...]
+    dictionary: Dictionary,
+    x_NxD: jax.Array,
+    features_K: jax.Array,
+    count: jax.Array,
+    parts: tuple[int, ...],
+    mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return sum f <d, y> [2, P, K] of the errors and the reconstructions of parts, and sum f^2 [K]."""
+    """Return sum f <d, y> [2, P, K] of the errors and the reconstructions of parts, and sum f^2 [K].
+
+    Rows from ``count`` on fill up a block, and count nothing; features are split over the mesh's axis ``model``.
+    """
     widths = dictionary.config.widths
-    f_NxK = dictionary.encode(x_NxD)[:, features_K]
+    f_NxK = jnp.where(jnp.arange(len(x_NxD))[:, None] < count, dictionary.encode(x_NxD)[:, features_K], 0.0)
+    if mesh:
+        f_NxK = lax.with_sharding_constraint(f_NxK, fitting_sharding(mesh, f_NxK.shape, BY_DOCUMENT, "model"))
     values, rebuilt = split(x_NxD, widths), split(dictionary(x_NxD), widths)
     d_KxX = split(dictionary.W_dec_FxD[features_K], widths)[parts[0]]
     ys = jnp.stack([jnp.stack([values[part] - rebuilt[part], rebuilt[part]]) for part in parts], axis=1)

@@ -19,7 +19,7 @@ from saejax.evaluation.loss_recovered import Losses, LossSums, count_groups, gro
 from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import LanguageModel, forward
 from saejax.models.sites import OtherSite, Site, decoder_site, site_parts
-from saejax.parallel.mesh import by_row
+from saejax.parallel.mesh import by_filled_row
 from saejax.progress import OnProgress, silent
 
 PRIVATE, SHARED = 0.9, (0.4, 0.6)  # relative norms, as in Minder et al. (2025)
@@ -152,8 +152,8 @@ def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence
         total = [sum_D + part.sum(0) for sum_D, part in zip(total, parts, strict=True)]
         for error, dictionary in zip(errors, dictionaries, strict=True):
             # Rounded to fp32 by the program, as the model would get it; sums are taken in fp64 afterwards.
-            placed_NxD = by_row(dictionary.mesh, x_NxD)[0] if dictionary.mesh else x_NxD
-            outputs = split(np.asarray(_reconstruction(dictionary, placed_NxD), np.float64), widths)
+            placed_BxD = by_filled_row(dictionary.mesh, x_NxD) if dictionary.mesh else x_NxD
+            outputs = split(np.asarray(_reconstruction(dictionary, placed_BxD), np.float64)[: len(x_NxD)], widths)
             error += [np.square(part - output).sum() for part, output in zip(parts, outputs, strict=True)]
     variance = square - [np.square(sum_D).sum() / max(tokens, 1) for sum_D in total]
     return [explained_share(error, variance, square).tolist() for error in errors]

@@ -46,7 +46,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.models.split import Ends, PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import BY_DOCUMENT, by_row, fitting_sharding, row_sharding, sharding
+from saejax.parallel.mesh import BY_DOCUMENT, by_row, document_devices, fitting_sharding, row_sharding, sharding
 from saejax.progress import OnProgress, show_progress, silent
 from saejax.tasks.answer_tokens import different_answer_ids, first_answer_ids
 from saejax.tasks.behaviours import Prompt
@@ -81,7 +81,7 @@ def slopes(
     tokens = lm.tokenize([prompt.text for prompt in prompts])
     read_ids = different_answer_ids if readout == "logit_diff" else first_answer_ids
     answers_Px2 = read_ids(lm, prompts)
-    parts, size = [], prompts_at_once(tokens.ids_BxT.shape[1])
+    parts, size = [], prompts_at_once(tokens.ids_BxT.shape[1], document_devices(lm.mesh))
     with show_progress("slopes") as bar:
         for first in range(0, len(prompts), size):
             # The last batch is padded with copies, so that one program serves all.

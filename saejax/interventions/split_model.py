@@ -231,7 +231,7 @@ class SplitModel:
 
     def slices(self, run: CleanRun) -> Iterator[tuple[slice, SiteRows]]:
         """Yield the rows of a run, a program's at a time: which they are, and their arrays by ``by_row``."""
-        size = rows_at_once(*run.domain_BxT.shape)
+        size = rows_at_once(len(run.last_B), run.domain_BxT.shape[1], document_devices(self.point.mesh))
         for first in range(0, len(run.last_B), size):
             part = slice(first, first + size)
             yield part, SiteRows(*self.by_row(*(getattr(run, name)[part] for name in SiteRows._fields)))
@@ -257,7 +257,7 @@ class SplitModel:
         self, ids_BxT: np.ndarray, last_B: np.ndarray, wanted_BxT: np.ndarray, texts: Sequence[str]
     ) -> list[jax.Array]:
         """Return the arrays of a ``CleanRun`` that devices compute, a few prompts at a time."""
-        parts, size = [], rows_at_once(*ids_BxT.shape)
+        parts, size = [], rows_at_once(len(ids_BxT), ids_BxT.shape[1], document_devices(self.point.mesh))
         for first in range(0, len(ids_BxT), size):
             batch = slice(first, first + size)
             rows = self.by_row(ids_BxT[batch], last_B[batch], wanted_BxT[batch])
@@ -319,21 +319,32 @@ def in_order(parts: Iterable[np.ndarray], runs: Sequence[CleanRun]) -> np.ndarra
     return rows[np.argsort(np.concatenate([run.index_P for run in runs]))]
 
 
-def prompts_at_once(length: int) -> int:
-    """Return how many prompts of a padded length one program takes: a power of two, fewer of long prompts."""
+def prompts_at_once(length: int, devices: int = 1) -> int:
+    """Return how many prompts of a padded length one program takes: a power of two, fewer of long prompts.
+
+    On several devices it is the next multiple of these, or each would run all of the prompts.
+    """
     # All features at all tokens of 16 long prompts would take many gigabytes, and few prompts be filled up to 16.
     fitting = max(PROGRAM_TOKENS // max(length, 1), 1)
-    return min(PROMPTS, 1 << fitting.bit_length() - 1)
+    prompts = min(PROMPTS, 1 << fitting.bit_length() - 1)
+    return prompts + -prompts % devices
 
 
 def row_step(length: int, devices: int = 1) -> int:
     """Return the number of which the rows of a clean run are a multiple, given a padded length and the devices."""
-    return min(prompts_at_once(length), math.lcm(ROW_STEP, devices))
+    few = math.lcm(ROW_STEP, devices)
+    step = min(prompts_at_once(length, devices), few)
+    # Every device holds a whole group: copies of long prompts, a row for each device, would take gigabytes of each.
+    return step if step * length <= GROUP_TOKENS else min(prompts_at_once(length), few)
 
 
-def rows_at_once(rows: int, length: int) -> int:
-    """Return how many of the ``rows`` of a clean run, of a padded ``length``, one program takes: a divisor of all."""
-    return math.gcd(rows, prompts_at_once(length))
+def rows_at_once(rows: int, length: int, devices: int = 1) -> int:
+    """Return how many of the ``rows`` of a clean run, of a padded ``length``, one program takes: a divisor of all.
+
+    A multiple of the ``devices`` over which they are split, where that divides all rows.
+    """
+    size = math.gcd(rows, prompts_at_once(length, devices))
+    return size if size % devices == 0 else math.gcd(rows, prompts_at_once(length))
 
 
 def groups_by_length(
@@ -426,7 +437,7 @@ def of_features(mesh: Mesh, dictionary: Dictionary, arrays: Sequence[jax.Array],
       arrays: what is read [B, T, D], editable positions [B, T], and others with B rows, given to ``use`` P at a time.
       use: returns arrays with P rows.
     """
-    size = rows_at_once(*arrays[0].shape[:2])
+    size = rows_at_once(len(arrays[0]), arrays[0].shape[1], document_devices(mesh))
     chunks = [array.reshape(-1, size, *array.shape[1:]) for array in arrays]
 
     def use_chunk(chunk: Sequence[jax.Array]) -> Any:

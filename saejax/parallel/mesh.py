@@ -141,6 +141,12 @@ def by_row(mesh: Mesh, *arrays: np.ndarray | jax.Array) -> list[jax.Array]:
     return [jax.device_put(array, row_sharding(mesh, array.shape)) for array in arrays]
 
 
+def by_filled_row(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """Put an array on the devices like ``by_row``, behind its rows as many of zeros as it takes to split them."""
+    spare = -len(array) % document_devices(mesh)
+    return by_row(mesh, np.pad(array, ((0, spare), *[(0, 0)] * (array.ndim - 1))))[0]
+
+
 def row_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """Return where an array of this shape is whose rows are split over ``member`` and ``data``; see ``by_row``."""
     return fitting_sharding(mesh, shape, BY_DOCUMENT, *[None] * (len(shape) - 1))

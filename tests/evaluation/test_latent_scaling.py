@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.collectives import product_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.evaluation import latent_scaling, parts
 from saejax.evaluation.latent_scaling import LatentScaling, scale_latents
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
@@ -103,6 +105,37 @@ def test_eight_devices_give_the_ratios_of_one(axes):
     spread = scale_latents(alone.on_mesh(make_mesh(MeshConfig(**axes))), part_F, blocks)
     assert np.isfinite(expected.error_F).sum() > 4
     np.testing.assert_allclose(np.stack(spread), np.stack(expected), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, model=4), dict(model=8)])
+def test_each_of_eight_devices_does_an_eighth_of_the_work(axes, monkeypatch):
+    rng, flops = np.random.default_rng(3), []
+    alone = crosscoder(rng.normal(size=(2 * WIDTH, 512)), rng.normal(size=(512, 2 * WIDTH)))
+    part_F, x_NxD = np.repeat([0, -1], [64, 448]), rng.normal(size=(1000, 2 * WIDTH)).astype(np.float32)
+
+    def count(module, name):
+        program = getattr(module, name)
+
+        def counted(*args):
+            flops.append(product_flops(program.lower(*args).compile().as_text()))
+            return program(*args)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(latent_scaling, "_add_up")
+    count(parts, "_reconstruction")
+    mesh = make_mesh(MeshConfig(**axes))
+    for blocks in ([x_NxD], [x_NxD[:333], x_NxD[333:]]):  # eight devices divide the first one's rows alone
+        shares = []
+        for dictionary in (alone, alone.on_mesh(mesh)):
+            flops.clear()
+            ratios = scale_latents(dictionary, part_F, lambda blocks=blocks: ([x] for x in blocks))
+            variances = parts.part_variances([dictionary], ([x] for x in blocks))
+            shares.append((sum(flops[: len(blocks)]), sum(flops[len(blocks) :]), ratios.error_F[:64], *variances))
+        (once, again, *figures), (scaled, rebuilt, *others) = shares
+        assert scaled <= 1.15 * once / 8 and rebuilt <= 1.15 * again / 8
+        for of_one, of_eight in zip(figures, others, strict=True):
+            np.testing.assert_allclose(of_eight, of_one, rtol=1e-3, atol=1e-4)
 
 
 def test_features_that_never_fire_and_parts_of_other_widths_have_no_ratio():

@@ -119,11 +119,24 @@ def test_long_prompts_are_not_filled_up_to_sixteen():
 
 
 @pytest.mark.parametrize(
-    "prompts, devices, rows, program", [(20, 1, 24, 8), (24, 1, 24, 8), (80, 8, 80, 16), (3, 16, 16, 16)]
+    "prompts, length, devices, rows, program",
+    [
+        (20, 12, 1, 24, 8),
+        (24, 12, 1, 24, 8),
+        (80, 12, 8, 80, 16),
+        (3, 12, 16, 16, 16),
+        (20, 12, 6, 36, 18),
+        (3, 12, 32, 32, 32),
+        (7, 1000, 8, 8, 8),  # two at a time on one device
+    ],
 )
-def test_few_prompts_are_filled_up_with_few_copies(prompts, devices, rows, program):
+def test_few_prompts_are_filled_up_with_few_copies(prompts, length, devices, rows, program):
     """20 prompts run as 24 rows, not 32, and each device has as many rows of a program as the others."""
     step_of = functools.partial(row_step, devices=devices)
-    ((_, rows_B, _),) = groups_by_length(np.full(prompts, 12), step_of, GROUP_TOKENS)
-    assert (len(rows_B), rows_at_once(len(rows_B), 12)) == (rows, program)
+    ((_, rows_B, _),) = groups_by_length(np.full(prompts, length), step_of, GROUP_TOKENS)
+    assert (len(rows_B), rows_at_once(len(rows_B), length, devices)) == (rows, program)
     assert program % devices == 0
+
+
+def test_long_prompts_are_not_copied_for_every_device():
+    assert row_step(4000, 8) == 1 and row_step(1500, 8) == 1 and rows_at_once(2, 4000, 8) == 1

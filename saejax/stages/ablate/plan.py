@@ -148,7 +148,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     behaviours, trainings, ranking = count_all_behaviours(task), 1 + len(ablate.repeats), ranking_prompts(plan)
     bases = trainings + len(ablate.baselines) + ablate.untrained_dictionaries + bool(ablate.untrained_dictionaries)
     prompts = kept_prompts(plan, mesh, max(task.train_prompts, task.test_prompts))
-    at_once = rows_at_once(prompts, split.length)
+    at_once = rows_at_once(prompts, split.length, document_devices(mesh))
     ids_BxT, last_B = by_row(mesh, (at_once, split.length), jnp.int32), by_row(mesh, (at_once,), jnp.int32)
     head = split.point, ablate.error, split.params, split.dictionary, ids_BxT, last_B, split.domain(by_row, at_once)
     flops = pass_flops(plan.model, at_once * split.length, split.length, split.point.site.layer + 1)
