@@ -78,7 +78,8 @@ def sae(lm, acts):
 
 def test_the_library_has_what_it_promises():
     promised = "load_model load_dictionary load_transcoders capture train evaluate ablate patch trace Graph export"
-    assert set(promised.split()) <= set(saejax.__all__) <= set(dir(saejax))
+    assert set(promised.split()) <= set(saejax.__all__)
+    assert {name for name in dir(saejax) if not name.startswith("_")} == set(saejax.__all__), "completion shows imports"
     for name in saejax.__all__:
         assert getattr(saejax, name).__doc__, name
     with pytest.raises(AttributeError, match="no_such_name"):

@@ -1,6 +1,8 @@
 """What a notebook shows of models, dictionaries, activations, edits and results is a screen at most."""
 
 import dataclasses
+import inspect
+import typing
 from collections.abc import Mapping
 
 import jax
@@ -97,3 +99,21 @@ def test_a_feature_shows_its_contexts(tmp_path):
     for folder, index, message in ((tmp_path, 5, "has no feature 5"), (tmp_path / "none", 3, "has no folder features")):
         with pytest.raises(UserError, match=message):
             saejax.load_feature(folder, index)
+
+
+def test_what_public_functions_return():
+    """Dataclasses that Python shows whole would fill a notebook with arrays."""
+    functions = [member for name in saejax.__all__ if callable(member := getattr(saejax, name))]
+    for cls in [member for member in functions if inspect.isclass(member)]:
+        functions += [member for name, member in inspect.getmembers(cls, inspect.isroutine) if name[0] != "_"]
+    whole, seen = set(), 0
+    for function in functions:
+        if inspect.isclass(function) or not str(getattr(function, "__module__", "")).startswith("saejax"):
+            continue
+        hint = inspect.signature(function).return_annotation
+        for cls in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(cls):
+                seen += 1
+                whole |= {cls.__name__} if hasattr(cls.__repr__, "__wrapped__") else set()  # type: ignore[union-attr]
+    records = {"Prompt", "EditDefinition", "PromptDefinition", "GraphScores"}  # of a line, without arrays
+    assert seen > 15 and whole <= records, whole - records

@@ -13,6 +13,7 @@ from saejax.dictionaries.modules import Dictionary
 from saejax.errors import UserError
 from saejax.models.sites import is_joined, site_parts
 from saejax.models.tokens import pad
+from saejax.short_reprs import has_short_repr
 
 TOKENS = 64
 _TEXT = (
@@ -23,6 +24,7 @@ _TEXT = (
 )
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class DictionaryCheck:
     """Measurements of a dictionary on a sample of text."""

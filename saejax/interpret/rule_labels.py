@@ -23,6 +23,7 @@ from saejax.interpret.results import LabelCounts
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import IN_STREAM, Site
+from saejax.short_reprs import has_short_repr
 
 _OUTPUT = 10  # output tokens at either end
 #: For every feature its detector; with its firing rate on the search text.
@@ -31,6 +32,7 @@ Searched = tuple[list[Detector | None], np.ndarray]
 BeginProgress = Callable[[str, int, str], Callable[[int], None]]
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class RuleLabels:
     """The labels of a dictionary's features, and how many there are beside its controls."""

@@ -50,6 +50,7 @@ from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row, document_devices, sharding
 from saejax.progress import OnProgress, silent
 from saejax.results import Interval
+from saejax.short_reprs import has_short_repr
 from saejax.tasks.answer_tokens import different_answer_ids
 from saejax.tasks.behaviours import Prompt
 
@@ -58,6 +59,7 @@ EACH = "each"  # positions: every one by itself
 GROUP_BYTES = 2**28  # maximum memory of the recorded runs of a group of pairs, unless a few pairs need more
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class PatchEffects:
     """Logit differences of P pairs with a kind of site patched. The first axis of arrays counts ``DIRECTIONS``."""

@@ -44,6 +44,7 @@ from saejax.interventions.split_model import SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 from saejax.results import Interval
+from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import resampling_weights
 from saejax.statistics.intervals import wilson
 from saejax.statistics.permutation import max_t_p
@@ -370,6 +371,7 @@ class SelectedFeatures:
     features: tuple[SelectedFeature, ...]  #: in the order of the probe
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class ProbedLabel:
     """The probes of a label; also in `<label>.json` or `<label>-<behaviour>.json`."""

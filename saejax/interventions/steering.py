@@ -49,6 +49,7 @@ from saejax.models.tokens import token_text
 from saejax.parallel.collectives import to_host
 from saejax.progress import OnProgress, silent
 from saejax.results import Interval
+from saejax.short_reprs import has_short_repr
 from saejax.statistics import bootstrap
 from saejax.statistics.intervals import wilson
 from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
@@ -252,6 +253,7 @@ class SteeringMethod:
     answer: CausalAnswer  #: does it steer more than the controls at equal dose?
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class BehaviourSteering:
     """A behaviour steered; also in `<behaviour>.json`."""

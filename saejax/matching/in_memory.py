@@ -18,10 +18,12 @@ from saejax.matching.rows import CentredRows, independent_rows, weight_rows
 from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, encode
 from saejax.parallel.mesh import make_mesh
 from saejax.progress import show_progress
+from saejax.short_reprs import has_short_repr
 
 _BATCH_TOKENS = 2048
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class MatchedFeatures:
     """The features of two dictionaries, matched one to one."""

@@ -12,10 +12,12 @@ from saejax.errors import UserError
 from saejax.files import read_foreign
 from saejax.models.tokens import continuation_text, special_tokens
 from saejax.progress import OnProgress
+from saejax.short_reprs import has_short_repr
 
 CHUNK = 16  # new tokens between two looks for stop strings
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class Generated:
     """The continuation of one prompt."""

@@ -16,6 +16,7 @@ from jax import lax
 
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
+from saejax.short_reprs import has_short_repr
 
 _CHUNK = 256  # positions whose logits exist at one time: 50 MB for a vocabulary of 49,152
 
@@ -32,6 +33,7 @@ class LensReading:
     kl_LxBxT: np.ndarray
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class LensOutput(LensReading):
     """A reading and its control: the same lens on randomly rotated streams."""

@@ -209,7 +209,7 @@ def test_a_stack_of_folders_is_a_set_too(tmp_path):
     with pytest.raises(UserError, match="several transcoders of layer 2"):
         load_transcoders(tmp_path / "own")
     save_dictionary(tmp_path / "sae" / "a", known.make("topk"))
-    with pytest.raises(UserError, match="an SAE of resid_post.3: expected transcoders"):
+    with pytest.raises(UserError, match="an SAE of resid_post.3: expected transcoders only; graphs of SAEs take"):
         load_transcoders(tmp_path / "sae")
 
 

@@ -218,7 +218,8 @@ def locate_transcoders(folder: Path) -> list[Located]:
         raise UserError(f"{folder} holds no transcoders: name a circuit-tracer set or a stack that was trained")
     for entry in located:
         if not entry.config.target:
-            raise UserError(f"{folder} holds an SAE of {entry.config.site}: expected transcoders only")
+            other = "graphs of SAEs take saejax.open_saes(FOLDER), or --graph.dictionaries"
+            raise UserError(f"{folder} holds an SAE of {entry.config.site}: expected transcoders only; {other}")
     layers = [hooks.layer_of(entry.config.target) for entry in located]
     for layer in layers:
         if layers.count(layer) > 1:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias, TypedDict
 import jax
 
 from saejax.config import Config
+from saejax.short_reprs import has_short_repr
 
 # ``saejax.dictionaries.Dictionary``, whose file imports the kinds: types in this package cannot name it.
 Dictionary: TypeAlias = Any
@@ -28,6 +29,7 @@ class Facts(TypedDict, total=False):
     fires_above: float
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class EncoderInputs:
     """The values from which a kind makes activations; leading dimensions are free."""

@@ -17,6 +17,7 @@ from scipy import sparse
 
 from saejax.errors import UserError
 from saejax.matching.transfer.activity import Activity
+from saejax.short_reprs import has_short_repr
 
 _PARTS = 4  # a group has at most this fraction (1 / _PARTS) of the features
 _CORE = 2  # features, itself included, within which HDBSCAN measures a feature's density
@@ -106,6 +107,7 @@ class Coactivation:
         return np.clip(product_FxF, -1.0, 1.0)
 
 
+@has_short_repr
 @dataclasses.dataclass(frozen=True)
 class StableGroups:
     """Groups of features and their stability."""
