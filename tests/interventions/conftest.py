@@ -98,20 +98,24 @@ def make_answered(tiny):
 
 @pytest.fixture(scope="session")
 def make_dictionary(tiny, prompts):
-    """make_dictionary(site, dead=0, seed=11): random directions, a tenth of tokens fires each, some positions sinks."""
+    """make_dictionary(site, dead=0, seed=11, features=160, scales=1): random directions, a tenth of tokens fires each.
 
-    def make(site: str, dead: int = 0, seed: int = 11) -> Dictionary:
+    Some positions are sinks. Decoder rows differ in length by a factor of up to ``scales``.
+    """
+
+    def make(site: str, dead: int = 0, seed: int = 11, features: int = N_FEATURES, scales: float = 1.0) -> Dictionary:
         rng = np.random.default_rng(seed)
         tokens = tiny.tokenize([prompt.text for prompt in prompts])
         x_NxD = np.asarray(tiny(tokens, capture=[site], logits=False).sites[site])[tokens.mask_BxT]
-        W_dec_FxD = rng.normal(size=(N_FEATURES, x_NxD.shape[1]))
+        W_dec_FxD = rng.normal(size=(features, x_NxD.shape[1]))
         W_dec_FxD /= np.linalg.norm(W_dec_FxD, axis=1, keepdims=True)
         W_enc_DxF = (W_dec_FxD + 0.02 * rng.normal(size=W_dec_FxD.shape)).T
         b_dec_D = x_NxD.mean(axis=0)
-        share_F = rng.uniform(0.02, 0.3, N_FEATURES)
+        share_F = rng.uniform(0.02, 0.3, features)
         pre_NxF = (x_NxD - b_dec_D[None, :]) @ W_enc_DxF
         b_enc_F = -np.array([np.quantile(pre_F, 1 - share) for pre_F, share in zip(pre_NxF.T, share_F, strict=True)])
-        b_enc_F[N_FEATURES - dead :] = -1e4
+        b_enc_F[features - dead :] = -1e4
+        W_dec_FxD *= scales ** rng.uniform(-0.5, 0.5, (features, 1)) if scales > 1 else 1.0
         norms_N = np.unique(np.linalg.norm(x_NxD, axis=1).round(4))
         limit = int(0.9 * len(norms_N))
         limit += int(np.argmax(np.diff(norms_N[limit : limit + 8])))  # in a gap, so that rounding decides nothing
@@ -119,7 +123,7 @@ def make_dictionary(tiny, prompts):
             kind="standard",
             site=site,
             d_in=x_NxD.shape[1],
-            n_features=N_FEATURES,
+            n_features=features,
             max_norm=float(norms_N[limit : limit + 2].mean()),
             model=tiny.source.name,
             fingerprint=tiny.source.fingerprint,

@@ -189,6 +189,21 @@ def test_the_rule_is_undecided_where_nothing_is_shown():
     assert judge_injection(np.zeros(8), np.zeros(8), np.zeros(8)).reach is None
 
 
+@pytest.mark.parametrize("texts", [6, 32])
+def test_what_drives_a_feature_is_rarely_told_where_words_bring_it_half_of_the_way(texts):
+    """100 features each that words bring no part of the way, half of it, or all of it."""
+    found = {}
+    for reach in (0.0, 0.5, 1.0):
+        drivers = []
+        for seed in range(100):
+            random_N, change_N, real_N = np.random.default_rng([seed, texts]).normal(size=(3, texts))
+            drivers.append(judge_injection(random_N, random_N + 5 * reach + change_N, 5 + real_N, seed).driver)
+        found[reach] = [drivers.count(driver) for driver in ("tokens", "context")]
+    print(f"{texts} texts: driven by tokens and by context of 100, by the share of the way: {found}")
+    assert max(found[0.5]) <= 8 and min(found[1.0][0], found[0.0][1]) >= 80
+    assert max(found[1.0][1], found[0.0][0]) <= 8
+
+
 def test_a_real_model(tiny, make_dictionary):
     texts = [f"The {word} near the dogs runs so {word}" for word in ("cat", "war", "year", "water", "way", "capital")]
     result = saejax.falsify(tiny, make_dictionary("resid_post.1"), [3, 8], texts, texts[::-1] * 2)

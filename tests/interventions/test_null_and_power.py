@@ -113,6 +113,15 @@ def test_an_effect_is_found_whether_it_is_spread_or_concentrated(planted, worlds
 
 
 @COUNTS
+def test_an_effect_on_one_answer_is_specific_to_it(worlds):
+    verdicts = []
+    for seed in range(worlds):
+        world = planted_world(seed, K, drop=3.0)
+        verdicts.append(judge(world, selected_by_attribution(world), seed, random_sets=1))
+    assert rate("an effect on one answer", verdicts, "placebo") >= 0.8
+
+
+@COUNTS
 def test_a_larger_dose_alone_is_no_effect(worlds):
     """Features that change the site five times as much as others, along directions as random as theirs."""
     verdicts = []
@@ -136,7 +145,7 @@ def test_training_mattered_where_the_directions_are_true_and_not_where_they_are_
             acts_PxF, decoder_FxD = encode(world, 10**6 + seed)
             world, features = with_dictionary(world, acts_PxF, decoder_FxD), acts_PxF.shape[1]
         top = top_features(attribution(world, world.answers_Px2)[:features], K)
-        options = dict(random_sets=0, placebo_sets=0, untrained=39, features=features)
+        options = dict(random_sets=0, placebo_sets=0, untrained=M if worlds >= 200 else 39, features=features)
         verdicts.append(judge(world, top, seed, **options))
     share = rate("true directions" if are_true else "random directions", verdicts, "trained")
     if are_true:
@@ -279,95 +288,123 @@ def test_answers_about_means_over_prompts(question, null, true):
     assert rates[0] <= 8 and rates[1] >= 80
 
 
-SITE, TOP, TRAIN, TEST, DROP = "resid_post.1", 3, 10, 12, 0.6  # logits that planted features carry
-CONFIG = AblateConfig(
-    top=TOP, random_sets=39, placebo_targets=39, untrained_dictionaries=0, baselines=(), bootstrap=200
-)
+# A tiny model through attribution, lists, doses, engine and the correction over four behaviours, with 79 controls.
+
+SITE, TOP, TRAIN, TEST, DROP = "resid_post.1", 3, 10, 12, 3.0  # logits that planted features carry
+BEHAVIOURS, FEATURES = 4, 640  # from fewer features ten lists could rarely be made
+CONFIG = AblateConfig(top=TOP, random_sets=M, placebo_targets=M, untrained_dictionaries=0, baselines=(), bootstrap=200)
 TEMPLATES = ("The {} near the {}", "One day the {} and the {}", "She said that {} was {}", "If the {} is not {}")
 WORDS = (" the", " runs", " far", " way", " was", " and", " near", " cat", " war", " year", " went", " said")
 SUBJECTS = ("cat", "dogs", "water", "year", "war", "capital", "way", "she", "France", "Paris", "went", "far")
 
 
-def random_prompts(tiny, seed: int, fixed: bool) -> list[Prompt]:
-    """Return prompts of templates and subjects drawn at random; each has answers of its own, unless they are fixed."""
-    rng = np.random.default_rng([seed, 10])
-    answers = [word for word in WORDS if len(tiny.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1]
-    templates = rng.permutation(TEMPLATES)[: rng.integers(2, 5)]
-    pair = rng.choice(answers, 2, replace=False)
-    prompts = []
-    for number in range(TRAIN + TEST):
-        template, split = str(rng.choice(templates)), "train" if number < TRAIN else "test"
-        correct, wrong = map(str, pair if fixed else rng.choice(answers, 2, replace=False))
-        text = template.format(*rng.choice(SUBJECTS, 2))
-        prompts.append(Prompt("b", split, text, correct, wrong, template=template))
+def random_prompts(tiny, seed: int, fixed: bool) -> dict[str, list[Prompt]]:
+    """Return prompts of behaviours, of templates and subjects drawn at random; one pair of answers each if fixed."""
+    prompts = {}
+    for name in "bcde"[:BEHAVIOURS]:
+        rng = np.random.default_rng([seed, ord(name)])
+        answers = [word for word in WORDS if len(tiny.tokenizer(word, add_special_tokens=False)["input_ids"]) == 1]
+        templates = rng.permutation(TEMPLATES)[: rng.integers(2, 5)]
+        pair = rng.choice(answers, 2, replace=False)
+        prompts[name] = []
+        for number in range(TRAIN + TEST):
+            template, split = str(rng.choice(templates)), "train" if number < TRAIN else "test"
+            correct, wrong = map(str, pair if fixed else rng.choice(answers, 2, replace=False))
+            text = template.format(*rng.choice(SUBJECTS, 2))
+            prompts[name].append(Prompt(name, split, text, correct, wrong, template=template))
     return prompts
 
 
-def with_planted(tiny, dictionary: Dictionary, prompts, planted: int, seed: int) -> Dictionary:
-    """Return the dictionary with the directions of some features turned to where the answers are sensitive.
+def with_planted(tiny, dictionary: Dictionary, behaviours, planted: int, seed: int) -> Dictionary:
+    """Return the dictionary with the directions of some features turned to where behaviours' answers are sensitive.
 
-    The planted features fire on at least half of the prompts. Together they lower the logit difference by as much
-    whether they are many or one.
+    The planted features fire on at least half of the prompts, mostly where answers are sensitive, and are others for
+    each behaviour. Together they lower the logit difference by as much whether they are many or one.
     """
-    rng = np.random.default_rng([seed, 11])
-    slope_PxTxD = np.asarray(slopes(tiny, prompts, "logit_diff", SITE), np.float64)
-    direction_D = slope_PxTxD.sum(axis=(0, 1))
-    arrays = {name: np.asarray(array).copy() for name, array in dictionary.arrays.items()}
-    tokens = tiny.tokenize([prompt.text for prompt in prompts])
-    x_BxTxD = tiny(tokens, capture=[SITE], logits=False).sites[SITE]
-    f_BxTxF = np.asarray(dictionary.encode(x_BxTxD), np.float64) * np.asarray(tokens.mask_BxT)[:, :, None]
-    f_BxTxF *= np.asarray(dictionary.is_not_sink(x_BxTxD))[:, :, None]
-    unit_D = direction_D / np.linalg.norm(direction_D)
-    effect_PxF = np.einsum("btf,bt->bf", f_BxTxF, slope_PxTxD @ unit_D)  # logits for a direction of length 1
-    fires_F = (f_BxTxF > 0).any(axis=1).mean(axis=0) >= 0.5
-    often = np.flatnonzero(fires_F & (effect_PxF.mean(axis=0) > 0) & ((effect_PxF > 0).mean(axis=0) >= 0.5))
-    for feature in rng.choice(often, planted, replace=False):
-        arrays["W_dec_FxD"][feature] += DROP / planted / effect_PxF[:, feature].mean() * unit_D
+    rng, arrays = (
+        np.random.default_rng([seed, 11]),
+        {name: np.asarray(a).copy() for name, a in dictionary.arrays.items()},
+    )
+    is_free_F = np.ones(len(arrays["W_dec_FxD"]), bool)
+    for prompts in behaviours.values():
+        slope_PxTxD = np.asarray(slopes(tiny, prompts, "logit_diff", SITE), np.float64)
+        direction_D = slope_PxTxD.sum(axis=(0, 1))
+        tokens = tiny.tokenize([prompt.text for prompt in prompts])
+        x_BxTxD = tiny(tokens, capture=[SITE], logits=False).sites[SITE]
+        f_BxTxF = np.asarray(dictionary.encode(x_BxTxD), np.float64) * np.asarray(tokens.mask_BxT)[:, :, None]
+        f_BxTxF *= np.asarray(dictionary.is_not_sink(x_BxTxD))[:, :, None]
+        unit_D = direction_D / np.linalg.norm(direction_D)
+        effect_PxF = np.einsum("btf,bt->bf", f_BxTxF, slope_PxTxD @ unit_D)  # logits for a direction of length 1
+        fires_F = (f_BxTxF > 0).any(axis=1).mean(axis=0) >= 0.5
+        often_F = fires_F & (effect_PxF.mean(axis=0) > 0) & ((effect_PxF > 0).mean(axis=0) >= 0.5) & is_free_F
+        # What fires where answers are not sensitive changes the site for nothing.
+        size_F = np.sqrt((f_BxTxF**2).sum(axis=(0, 1))) + 1e-9
+        best = np.argsort(-np.where(often_F, effect_PxF.mean(axis=0) / size_F, -1.0))[:10]
+        for feature in rng.choice(best, planted, replace=False):
+            arrays["W_dec_FxD"][feature] += DROP / planted / effect_PxF[:, feature].mean() * unit_D
+            is_free_F[feature] = False
     return Dictionary(dictionary.config, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
-def measure_and_judge(tiny, dictionary, prompts, features=None, **settings) -> BehaviourVerdict:
-    config = dataclasses.replace(CONFIG, **settings)
-    ablations = begin_ablation(tiny, {TESTED: dictionary}, "b", {"b": prompts}, config, features=features)
-    table = measure_behaviour(ablations)
-    return verdict(table, VerdictConfig(resamples=200)).dictionaries[TESTED]["b"]
+def judge_four(tiny, dictionary, prompts, features=None, **settings) -> list[BehaviourVerdict]:
+    config, tables = dataclasses.replace(CONFIG, **settings), []
+    for name in prompts:
+        ablations = begin_ablation(tiny, {TESTED: dictionary}, name, prompts, config, features=features)
+        tables.append(measure_behaviour(ablations))
+    return [*verdict(merge_tables(tables), VerdictConfig(resamples=200)).dictionaries[TESTED].values()]
+
+
+def rates_of_four(name: str, worlds: list[list[BehaviourVerdict]], question: str) -> float:
+    """Return the rate of a question over all behaviours; print it, and in how many worlds any answer is yes."""
+    some = sum(any(getattr(each, question).answer == "yes" for each in verdicts) for verdicts in worlds)
+    print(f"{name}: {question} answered yes, corrected over {BEHAVIOURS} behaviours, in {some} of {len(worlds)} worlds")
+    return rate(name, [each for verdicts in worlds for each in verdicts], question)
+
+
+@pytest.fixture
+def wide(make_dictionary):
+    """A dictionary whose features differ in scale by a factor of ten."""
+    return lambda seed, features=FEATURES: make_dictionary(SITE, 0, seed, features, 10.0)
+
+
+WORLDS = 50  # of four behaviours each: 200 cases
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("selected", [True, False])
-def test_where_nothing_is_true_few_worlds_say_yes(tiny, make_dictionary, selected):
+def test_where_nothing_is_true_few_worlds_say_yes(tiny, wide, selected):
     """Features are selected for answers that are noise, or drawn at random."""
-    verdicts = []
-    for seed in range(100):
-        drawn = np.random.default_rng([seed, 12]).choice(140, TOP, replace=False).tolist()
+    found = []
+    for seed in range(WORLDS):
+        drawn = np.random.default_rng([seed, 12]).choice(FEATURES, TOP, replace=False).tolist()
         prompts = random_prompts(tiny, seed, fixed=not selected)
-        verdicts.append(measure_and_judge(tiny, make_dictionary(SITE, seed=seed), prompts, None if selected else drawn))
+        found.append(judge_four(tiny, wide(seed), prompts, None if selected else drawn))
     for question in ("random", "placebo"):
-        assert rate("attribution" if selected else "drawn", verdicts, question) <= 0.08
+        assert rates_of_four("attribution" if selected else "drawn", found, question) <= 0.08
 
 
 @pytest.mark.slow
-def test_an_untrained_dictionary_passes_for_a_trained_one_no_more_than_the_level(tiny, make_dictionary):
-    """The tested dictionary is drawn as its controls are, which the engine measures by the same function."""
-    verdicts = []
-    for seed in range(100):
-        dictionary = bases.untrained(make_dictionary(SITE, seed=seed), 16, 10**6 + seed)
+@pytest.mark.parametrize("are_true", [False, True])
+def test_training_mattered_in_a_tiny_model_where_directions_are_turned_to_the_answers(tiny, wide, are_true):
+    """Otherwise the tested dictionary is drawn as its controls are, which the engine measures by the same function."""
+    found = []
+    for seed in range(WORLDS):
         prompts = random_prompts(tiny, seed, fixed=True)
-        settings = dict(random_sets=1, placebo_targets=0, untrained_dictionaries=39)
-        verdicts.append(measure_and_judge(tiny, dictionary, prompts, **settings))
-    assert rate("an untrained dictionary", verdicts, "trained") <= 0.08
+        dictionary = bases.untrained(wide(seed, 160), 16, 10**6 + seed)
+        if are_true:
+            dictionary = with_planted(tiny, wide(seed, 160), prompts, TOP, seed)
+        settings = dict(random_sets=1, placebo_targets=0, untrained_dictionaries=M)
+        found.append(judge_four(tiny, dictionary, prompts, **settings))
+    share = rates_of_four("turned directions" if are_true else "an untrained dictionary", found, "trained")
+    assert share >= 0.9 if are_true else share <= 0.08
 
 
 @pytest.mark.slow  # the fast suite finds effects in linear worlds, above
 @pytest.mark.parametrize("planted", [TOP, 1])
-def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, make_dictionary, planted):
-    answers, worlds = [], 100
-    for seed in range(worlds):
+def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, wide, planted):
+    found = []
+    for seed in range(WORLDS):
         prompts = random_prompts(tiny, seed, fixed=True)
-        dictionary = with_planted(tiny, make_dictionary(SITE, seed=seed), prompts, planted, seed)
-        # The rank alone: from 160 features fewer than ten lists can be made, which the rule calls not testable.
-        p_value = measure_and_judge(tiny, dictionary, prompts, placebo_targets=0).random.p_value
-        answers.append(p_value is not None and p_value <= 0.05)
-    print(f"an effect in {planted} of {TOP} features of a tiny model: found in {sum(answers)} of {worlds} worlds")
-    # Of so few features a list holds many: 91 of 100 were found where the effect is spread.
-    assert sum(answers) >= 0.9 * worlds
+        found.append(judge_four(tiny, with_planted(tiny, wide(seed), prompts, planted, seed), prompts))
+    name = f"an effect in {planted} of {TOP} features of a tiny model"
+    assert rates_of_four(name, found, "random") >= 0.95

@@ -160,17 +160,23 @@ def test_controls_are_random_lists_to_a_norm_without_the_top_features():
 
 
 def test_shuffled_directions_are_exchangeable_where_answers_mean_nothing():
-    """The direction of the true answers is then one more draw: p is at most a in a share a of worlds."""
-    swap, p_values = steering.AnswerSwap(0, 1), []
-    for seed in range(300):
-        texts = made_texts([0, 1] * 6, seed)
-        apart_D = texts.mean_difference(texts.value_NxD, swap)
-        true = apart_D[0] / np.linalg.norm(apart_D)
-        p_values.append(
-            rank_p(true, np.array([vector_D[0] for vector_D in steering.random_directions(texts, swap, 39, seed)]))
-        )
+    """The direction of the true answers is then one more draw: p is at most a in a share a of worlds, else small."""
+    swap, p_values = steering.AnswerSwap(0, 1), {}
+    for apart in (0, 3):
+        p_values[apart] = np.zeros(300)
+        for seed in range(300):
+            texts = made_texts([0, 1] * 6, seed)
+            texts.value_NxD[:, 0] += apart * texts.answer_N
+            apart_D = texts.mean_difference(texts.value_NxD, swap)
+            drawn = [vector_D[0] for vector_D in steering.random_directions(texts, swap, 39, seed)]
+            p_values[apart][seed] = rank_p(apart_D[0] / np.linalg.norm(apart_D), np.array(drawn))
+    rates = [np.mean(p_values[apart] <= 0.05) for apart in (0, 3)]
+    print(
+        f"a direction steers more than shuffled ones: {rates[0]:.3f} of 300 null and {rates[1]:.3f} of 300 true worlds"
+    )
+    assert rates[0] <= 0.08 and rates[1] >= 0.8
     for level in (0.05, 0.1, 0.25):
-        assert np.mean(np.array(p_values) <= level) <= level + 3 * np.sqrt(level * (1 - level) / 300)
+        assert np.mean(p_values[0] <= level) <= level + 3 * np.sqrt(level * (1 - level) / 300)
 
 
 def test_the_strength_that_turns_most_is_chosen_among_those_allowed():

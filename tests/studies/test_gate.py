@@ -143,7 +143,9 @@ def test_the_gate_on_worlds_where_a_dictionary_has_the_true_directions_and_where
         yes = CausalAnswer("yes")
         granted = dataclasses.replace(random, ablation=dict(logit_diff=yes), random=yes, placebo=yes)
         untrained.append([granted, *[dataclasses.replace(granted, trained=CausalAnswer("not tested"))] * 2])
-    assert overall("true directions", trained)["interpretable"] >= 0.8 * worlds
+    found = overall("true directions", trained)
+    # In some worlds the model does not have the behaviour, or a large effect leaves too few lists of its dose.
+    assert found["interpretable"] >= 0.8 * (worlds - found["cannot tell"]) and found["cannot tell"] <= 0.2 * worlds
     assert overall("untrained, questions 1 to 3 granted", untrained)["interpretable"] <= 0.08 * worlds
 
 
