@@ -3,7 +3,8 @@
 Every world differs from the others in features, prompts, templates, dictionary and answers, and its features differ in
 scale by a factor of ten. Of 400 worlds without an effect a test at 5 % says yes in 32 or fewer with a probability of
 99 %, of 800 in 55 or fewer, of 40 in 6 or fewer; the seeds are fixed. Rates are of p-values before correction; they are
-printed (pytest -s). Most worlds are linear; in the last ones a tiny random model is measured by the engine.
+printed (pytest -s). Most worlds are linear; in the last ones a tiny random model is measured by the engine, with four
+behaviours each. Answers about means over prompts are tried on tables of drawn numbers.
 """
 
 import dataclasses
@@ -83,9 +84,9 @@ def drawn(world: World, seed: int, stream: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("worlds", [24, pytest.param(800, marks=pytest.mark.slow)])
 def test_features_selected_for_random_answers_pass_no_more_than_the_level(worlds):
     """Train answers say nothing about test answers, so selection by attribution finds nothing."""
-    some = [(random_world(seed), seed) for seed in range(worlds)]
-    verdicts = [judge(world, selected_by_attribution(world), seed) for world, seed in some]
-    for question in ("random", "placebo"):
+    some, untrained = [(random_world(seed), seed) for seed in range(worlds)], 19 if worlds >= 200 else 0
+    verdicts = [judge(world, selected_by_attribution(world), seed, untrained=untrained) for world, seed in some]
+    for question in ("random", "placebo", "trained")[: 3 if untrained else 2]:
         assert_level(rate("attribution for random answers", verdicts, question), worlds)
     assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) <= 0.08 * worlds
 
@@ -388,7 +389,7 @@ def test_where_nothing_is_true_few_worlds_say_yes(tiny, wide, selected):
 def test_training_mattered_in_a_tiny_model_where_directions_are_turned_to_the_answers(tiny, wide, are_true):
     """Otherwise the tested dictionary is drawn as its controls are, which the engine measures by the same function."""
     found = []
-    for seed in range(WORLDS):
+    for seed in range(WORLDS // 2):  # 79 dictionaries for each behaviour of each
         prompts = random_prompts(tiny, seed, fixed=True)
         dictionary = bases.untrained(wide(seed, 160), 16, 10**6 + seed)
         if are_true:
