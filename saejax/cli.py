@@ -49,7 +49,7 @@ def main(program: str = "") -> None:
         plugins.load_named(arguments)
         if not name or name.startswith("-"):
             raise UserError("a program is missing: saejax STAGE --flag=value; saejax --help lists them")
-        one_of(name, list_programs(), "program (saejax --help lists them)")
+        one_of(name, list_programs(), "program (saejax --help lists them; --plugins=FILE adds others)")
     except (UserError, flags.Error, OSError) as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)

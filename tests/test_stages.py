@@ -60,6 +60,7 @@ def test_the_stage_of_the_page_is_a_plugin(inputs, tmp_path, no_plugins, monkeyp
     command = [sys.executable, "-m", "saejax.cli", "lengths", *flags]
     assert "lengths: started" in subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True).stdout
     assert "lengths: done before, unchanged" in call("lengths")
+    assert "--plugins=FILE adds others) 'lenghts'" in call("lenghts", status=2)
     assert "the flag file none.flags cannot be read" in call("lengths", "--flagfile=none.flags", status=2)
     results = json.loads((workdir / "lengths" / "done.json").read_text())["results"]
     assert results["documents"] == 40 and 20 < results["tokens"] < 200
