@@ -86,8 +86,9 @@ def _fields(saved: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     order_F = np.lexsort((index_F, position_F, layer_F))
     layer_E, position_E = np.divmod(np.arange(layers * positions), positions)
     probability_K = np.asarray(saved["logit_probabilities"], np.float32)
+    named = saved["logit_targets"] if "logit_targets" in saved else saved["logit_tokens"]
     # Of earlier versions ids alone.
-    targets = [target if isinstance(target, list) else ["", target] for target in _targets(saved)]
+    targets = [target if isinstance(target, list) else ["", target] for target in list(named)]
     index_K = np.array([int(index) for _, index in targets], np.int32)
     nodes = Nodes.joined(
         Nodes.of(FEATURE, layer_F, position_F, index_F, value_F)[order_F],
@@ -122,10 +123,6 @@ def _fields(saved: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
             active_features=len(active_Ax3), traced_features=features, targets=[[int(index), -1] for index in index_K]
         ),
     )
-
-
-def _targets(saved: dict[str, Any]) -> list[Any]:
-    return list(saved["logit_targets"] if "logit_targets" in saved else saved["logit_tokens"])
 
 
 def _tokenizer(name: str) -> Any:

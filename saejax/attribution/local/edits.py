@@ -27,6 +27,7 @@ from saejax.attribution.local.state import (
     PromptRun,
     activations,
     as_index,
+    check_finite,
     padded,
 )
 from saejax.dictionaries import Dictionary
@@ -346,13 +347,23 @@ class Readings:
           last_D: the stream of the prompt at the last position, leaving the last layer.
           x_RxD: the same stream in the rows; padding may follow.
         """
-        if self._readouts:
-            changes_RxK = read_last(frozen, freeze, last_D, x_RxD, self._readouts)
-            self._readout_RxK[rows] += changes_RxK[: rows.stop - rows.start]
+        readouts = self._readouts
+        if not readouts:
+            return
+        vector_KxD = readouts.vector_KxD  # pulled back through the final norm with the prompt's scale
+        if freeze != "all":
+            # Each row has its own scale. The columns were picked once: the unembedding is not read again for a run.
+            x_BxD = _final_norm(frozen, jnp.concatenate([last_D[None], x_RxD]))
+            last_D, x_RxD, vector_KxD = x_BxD[0], x_BxD[1:], readouts.column_KxD
+        changes_RxK = read_changes(last_D[None], x_RxD[:, None], np.zeros(len(readouts), np.int32), vector_KxD)
+        self._readout_RxK[rows] += changes_RxK[: rows.stop - rows.start]
 
     def checked(self) -> LocalRun:
-        """Return what was read, or refuse it if a value is not finite."""
-        return LocalRun(self._feature_RxJ, self._readout_RxK, self.logits_RxV).checked()
+        """Return what was read, or refuse it if a value is not finite; see ``check_finite``."""
+        for array in (self._feature_RxJ, self._readout_RxK, self.logits_RxV):
+            if array is not None:
+                check_finite(array)
+        return LocalRun(self._feature_RxJ, self._readout_RxK, self.logits_RxV)
 
 
 def _checked_indices(run: PromptRun, features: Any) -> np.ndarray:
@@ -389,24 +400,6 @@ def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, v
 def _read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: jax.Array, vector_JxD: jax.Array) -> jax.Array:
     # The difference first: a difference of two nearly equal products would be rounding.
     return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, position_J], vector_JxD)
-
-
-def read_last(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, readouts: Readouts) -> np.ndarray:
-    """Return how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
-
-    Args:
-      frozen: the model.
-      freeze: what the final norm keeps, one of ``state.FREEZE_MODES``.
-      last_D: the stream of the prompt at the last position.
-      x_RxD: the same stream in the rows.
-      readouts: what is read.
-    """
-    vector_KxD = readouts.vector_KxD  # pulled back through the final norm with the prompt's scale
-    if freeze != "all":
-        # Each row has its own scale. The columns were picked once: the unembedding is not read again for a run.
-        x_BxD = _final_norm(frozen, jnp.concatenate([last_D[None], x_RxD]))
-        last_D, x_RxD, vector_KxD = x_BxD[0], x_BxD[1:], readouts.column_KxD
-    return read_changes(last_D[None], x_RxD[:, None], np.zeros(len(readouts), np.int32), vector_KxD)
 
 
 @jax.jit

@@ -399,13 +399,6 @@ class LocalRun:
     readout_RxK: np.ndarray  #: the readouts, as ``Readouts.value_K`` has them
     logits_RxV: np.ndarray | None = None  #: logits at the last position; None: not requested
 
-    def checked(self) -> "LocalRun":
-        """Return this, or refuse it if a value is not finite; see ``check_finite``."""
-        for array in (self.feature_RxJ, self.readout_RxK, self.logits_RxV):
-            if array is not None:
-                check_finite(array)
-        return self
-
 
 def as_index(number: Any) -> int:
     """Return a whole number of Python, NumPy or JAX as Python's; -1 for anything else."""
@@ -627,7 +620,7 @@ def _errors(
 
 @functools.partial(jax.jit, static_argnums=1)
 def read_logits(frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array) -> jax.Array:
-    """Return the logits of the rows at the last position, [R, V]; see ``read_last``."""
+    """Return the logits of the rows at the last position, [R, V]; see ``edits.Readings``."""
     x_BxD = jnp.concatenate([last_D[None], x_RxD])  # the prompt comes first: its scale may be frozen
     rules = RunRules(first_fixes=freeze == "all")
     return decoder.unembed(frozen.config, frozen.params, x_BxD[:, None], rules)[1:, 0]

@@ -278,11 +278,12 @@ class GradientRows:
         Returns:
           [S, B, T, D] and [B, T, D].
         """
-        run, (n_layers, length, _) = self._run, self._run.stream_LxTxD.shape
+        run, (n_layers, length, width) = self._run, self._run.stream_LxTxD.shape
 
         def read_at(layer: int) -> jax.Array:
-            """Return the directions that are read at a layer, [B, T, D]."""
-            read_BxTxD = _scatter_directions(layer, layer_B, position_B, vector_BxD, (len(layer_B), length))
+            """Return the directions that are read at a layer, each at its position, else 0, [B, T, D]."""
+            read_BxTxD, here = np.zeros((len(layer_B), length, width), np.float32), np.flatnonzero(layer_B == layer)
+            read_BxTxD[here, position_B[here]] = vector_BxD[here]
             return by_row(run.model.mesh, read_BxTxD)[0]
 
         kind_of, of_sites = {site.layer: site.kind for site in run.dictionaries.sites}, list[jax.Array]()
@@ -367,20 +368,3 @@ def _pull_layer(
     width = Site(kind, 0).width(config) if kind else config.d_model
     _, pull = jax.vjp(run_layer, x_TxD, jnp.zeros((len(x_TxD), width), x_TxD.dtype))
     return jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxTxD)
-
-
-def _scatter_directions(
-    layer: int, layer_R: np.ndarray, position_R: np.ndarray, vector_RxD: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
-    """Return the directions that targets read at a layer, each at its position, else 0, fp32 [B, T, D].
-
-    Args:
-      layer: its number, or the number of layers for the stream leaving the last one.
-      layer_R: the layer at which each target reads.
-      position_R: where.
-      vector_RxD: what it reads.
-      shape: B, at least the number of targets, and T.
-    """
-    read_BxTxD, here = np.zeros((*shape, vector_RxD.shape[1]), np.float32), np.flatnonzero(layer_R == layer)
-    read_BxTxD[here, position_R[here]] = vector_RxD[here]
-    return read_BxTxD
