@@ -48,13 +48,13 @@ _EDITS = dict(
 _EDGE_COLUMNS: dict[str, Callable[[Edge], str]] = {
     "From": lambda edge: edge.source,
     "To": lambda edge: edge.target,
+    "Drawn": lambda edge: answer(edge.drawn if edge.is_testable else None, "not testable"),
     "Effect": lambda edge: edge.in_unit(interval, edge.effect),
     "Random": lambda edge: f"{edge.in_unit(number, edge.random)} ± {edge.in_unit(number, edge.random_spread)}",
     "Placebo": lambda edge: f"{edge.in_unit(number, edge.placebo)} ± {edge.in_unit(number, edge.placebo_spread)}",
     "Over random": lambda edge: edge.in_unit(interval, edge.over_random),
     "Over placebo": lambda edge: edge.in_unit(interval, edge.over_placebo),
     "Dose": lambda edge: percent(edge.dose),
-    "Drawn": lambda edge: answer(edge.drawn if edge.is_testable else None, "not testable"),
 }
 _COLUMNS: dict[str, Callable[[str, CircuitResults], str]] = {
     "Logit difference": lambda name, circuit: number(circuit.logit_diff),
