@@ -72,8 +72,8 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
         means = (edge.random, edge.random_spread), (edge.placebo, edge.placebo_spread)
         figures = [" ± ".join(edge.in_unit(number, value) for value in pair) for pair in means]
         figures += [edge.in_unit(interval, value) for value in (edge.over_random, edge.over_placebo)]
-        row = [edge.source, edge.target, edge.in_unit(interval, edge.effect), *figures]
-        row += [percent(edge.dose), answer(edge.drawn if edge.is_testable else None, "not testable")]
+        row = [edge.source, edge.target, answer(edge.drawn if edge.is_testable else None, "not testable")]
+        row += [edge.in_unit(interval, edge.effect), *figures, percent(edge.dose)]
         assert [cell.replace("\u00a0", " ") for cell in row] in rows
     assert page.index("<figure") < page.index("<table") and 'class="contexts"' in page and "promotes" in page
     assert "does not fire" not in page  # at the latest in the prompts that were traced
