@@ -74,15 +74,11 @@ class FeatureDetails:
                 tokens[quoted(context["tokens"][peak])] += 3 if rank == 0 else 2  # of ties, the strongest context
         return tokens
 
-    def promoted(self) -> Counter[str]:
-        """Return the tokens whose logits it raises most, quoted, after an arrow, with weights."""
-        return Counter({f"→{quoted(token)}": _NAMING - n for n, token in enumerate(self.top_logits[:_NAMING])})
-
     @property
     def name(self) -> str:
         """Its label, or else the tokens on which it fires most strongly, or tokens that it promotes; "": unknown."""
-        tokens = self.peaks() or self.promoted()
-        return self.label or " ".join(token for token, _ in tokens.most_common(_NAMING))
+        promoted = dict.fromkeys(f"→{quoted(token)}" for token in self.top_logits[:_NAMING])
+        return self.label or " ".join([token for token, _ in self.peaks().most_common(_NAMING)] or promoted)
 
 
 def quoted(token: str) -> str:

@@ -49,7 +49,7 @@ def influence(
     influence_S = np.zeros(adjacency_RxS.shape[1])
 
     def add(layer: int, rows: np.ndarray, passed_on: np.ndarray) -> None:
-        for block in _blocks(np.arange(len(rows)), adjacency_RxS.shape[1]):
+        for block in _blocks(len(rows), adjacency_RxS.shape[1]):
             part_BxS = np.abs(adjacency_RxS[rows[block]])
             # A target without input passes nothing on.
             influence_S[:] += _ratio(passed_on[block], part_BxS.sum(axis=1, dtype=np.float64)) @ part_BxS
@@ -213,7 +213,7 @@ def _influential_edges(graph: GraphData, share: float) -> np.ndarray:
     factor_R = np.concatenate([influence_S[graph.slice_of(FEATURE)], logit_weights(graph.probability_K)])
 
     def blocks() -> Iterator[np.ndarray]:
-        for rows in _blocks(np.arange(len(factor_R)), adjacency_RxS.shape[1]):
+        for rows in _blocks(len(factor_R), adjacency_RxS.shape[1]):
             score_BxS = np.abs(adjacency_RxS[rows])
             total_B = score_BxS.sum(axis=1, dtype=np.float64)
             score_BxS *= _ratio(factor_R[rows], total_B).astype(np.float32)[:, None]
@@ -270,7 +270,7 @@ def source_influence(graph: GraphData, weight_K: np.ndarray | None = None) -> np
     return influence(adjacency_RxS, graph.nodes.layer_N[graph.target_R], column_R, weight_R)
 
 
-def _blocks(rows: np.ndarray, width: int) -> list[np.ndarray]:
-    """Return the rows in parts of about ``_BLOCK`` numbers."""
+def _blocks(count: int, width: int) -> list[slice]:
+    """Return slices of so many rows, each of about ``_BLOCK`` numbers."""
     size = max(1, _BLOCK // max(width, 1))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [slice(start, start + size) for start in range(0, count, size)]

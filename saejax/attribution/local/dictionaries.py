@@ -26,7 +26,6 @@ from saejax.dictionaries.formats.circuit_tracer import TranscoderSet
 from saejax.dictionaries.kinds import by_name
 from saejax.errors import UserError, file_errors, one_of
 from saejax.models import hub
-from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
 from saejax.models.sites import Site
@@ -327,27 +326,16 @@ class LayerTranscoders(LayerDictionaries):
         Raises:
           UserError: it lacks a layer, has another width, or was trained on another model or at other sites.
         """
-        self.check_shape(model.config, model.source.name)
-        for layer, config in enumerate(self.configs):
-            check_dictionary(config, model, f"{self.name}, layer {layer}: the transcoder")
-        self.resolve_sinks(model)
-        return self
-
-    def check_shape(self, model: DecoderConfig, name: str) -> "LayerTranscoders":
-        """Return the set if it has a transcoder for each layer of a model of this name and shape.
-
-        Raises:
-          UserError: it lacks a layer, has another width, or reads and predicts other sites.
-        """
         layers = [hooks.layer_of(config.target) if config.target else -1 for config in self.configs]
-        missing = sorted(set(range(model.n_layers)) - set(layers))
-        if missing or layers != list(range(model.n_layers)):
+        missing = sorted(set(range(model.config.n_layers)) - set(layers))
+        if missing or layers != list(range(model.config.n_layers)):
             problem = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
             raise UserError(
-                f"{self.name} has {problem}: expected one for each layer of {name}, 0 to {model.n_layers - 1}"
+                f"{self.name} has {problem}: expected one for each layer of {model.source.name}, 0 to "
+                f"{model.config.n_layers - 1}"
             )
         for layer, config in enumerate(self.configs):
-            check_width(config, model, name, f"{self.name}, layer {layer}: the transcoder")
+            check_width(config, model, f"{self.name}, layer {layer}: the transcoder")
             sites = [f"{self.reads}.{layer}"] if self.reads in _READS else []
             if self.reads == hooks.NORMED:  # those in memory may be called after the site behind the gain
                 sites.append(f"mlp_in.{layer}")
@@ -356,6 +344,9 @@ class LayerTranscoders(LayerDictionaries):
                     f"{self.name}, layer {layer}: the transcoder reads {config.site} and predicts {config.target}: "
                     f"expected mlp_in.{layer} and mlp_out.{layer}"
                 )
+        for layer, config in enumerate(self.configs):
+            check_dictionary(config, model, f"{self.name}, layer {layer}: the transcoder")
+        self.resolve_sinks(model)
         return self
 
     def describe(self) -> dict[str, Any]:
@@ -426,7 +417,11 @@ def find_folder(
     # Not what lies in folders: a repository may hold many sets, each of gigabytes.
     root = hub.hub_folder(path, revision, listed, [f"{prefix}*/*"], what="set of transcoders")
     if not circuit_tracer.is_set(root / subfolder):
-        inside = [file.removeprefix(prefix) for file in _files_of(path, root.name) if file.startswith(prefix)]
+        import huggingface_hub
+
+        with hub.hub_errors(path, root.name, "set of transcoders", circuit_tracer.DESCRIPTION, "a set of transcoders"):
+            paths = huggingface_hub.list_repo_files(path, revision=root.name)
+        inside = [file.removeprefix(prefix) for file in paths if file.startswith(prefix)]
         chosen = gemma_scope.choose_layers(inside, choice, name)
         files = [f"{prefix}{file}" for file in chosen] or [f"{prefix}*"]
         root = hub.hub_folder(path, root.name, files, what="set of transcoders")
@@ -438,14 +433,6 @@ def is_on_hub(path: str) -> bool:
     # A folder here goes before a repository of the same name.
     path = place.full_name(path)
     return place.is_address(path) or (_REFERENCE.fullmatch(path) is not None and not Path(path).exists())
-
-
-def _files_of(repository: str, revision: str) -> list[str]:
-    """Return the paths of all files of a hub repository."""
-    import huggingface_hub
-
-    with hub.hub_errors(repository, revision, "set of transcoders", circuit_tracer.DESCRIPTION, "a set of transcoders"):
-        return huggingface_hub.list_repo_files(repository, revision=revision)
 
 
 class LayerSaes(LayerDictionaries):
@@ -537,7 +524,7 @@ def open_saes(saes: Saes, estimate: str = "gradient", direct: bool = False) -> L
 
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
     """Refuse, in a message that begins with ``what``, a dictionary whose features cannot be traced in a model."""
-    check_width(config, model.config, model.source.name, what)
+    check_width(config, model, what)
     config.check_model(model.source.name, model.source.fingerprint, what)
     if config.input_norm not in ("", "center"):
         raise UserError(
@@ -548,20 +535,19 @@ def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) 
         raise UserError(f"{what} is a linear dictionary, which has no active features to trace")
 
 
-def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what: str) -> None:
+def check_width(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
     """Refuse a dictionary that reads another width than the model's.
 
     Args:
       config: of the dictionary.
-      model: of the decoder.
-      name: of the model.
+      model: the language model.
       what: how the message begins.
     """
     for verb, width in (("reads", config.d_in), ("writes", config.d_out)):
-        if width != model.d_model:
+        if width != model.config.d_model:
             raise UserError(
-                f"{what} {verb} {width} dimensions, but the stream of {name} has {model.d_model}: use the model it was "
-                "trained on, and none for sites of other widths"
+                f"{what} {verb} {width} dimensions, but the stream of {model.source.name} has {model.config.d_model}: "
+                "use the model it was trained on, and none for sites of other widths"
             )
 
 

@@ -33,7 +33,7 @@ from jax import lax
 from saejax.attribution.graph.data import BIAS, ERROR, TOKEN, Nodes
 from saejax.attribution.local.dictionaries import FeatureOutputs, LayerSaes
 from saejax.attribution.local.edits import CHUNK, Change, Readings, as_rows, placed_changes
-from saejax.attribution.local.rows import TOKENS, Put, Readouts
+from saejax.attribution.local.rows import Put, Readouts, chunk_size
 from saejax.attribution.local.state import (
     Active,
     FrozenModel,
@@ -54,7 +54,7 @@ from saejax.models.layers import Taps
 from saejax.models.sites import INNER_KINDS, Site
 from saejax.models.tokens import Tokens
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import by_row, document_devices
+from saejax.parallel.mesh import by_row
 from saejax.progress import OnProgress, silent
 
 
@@ -248,8 +248,7 @@ class GradientRows:
         else:
             layer_R, position_R = run.active.layer_A[new_F], run.active.position_A[new_F]
             vector_RxD = run.dictionaries.rows_of("W_enc", layer_R, run.active.feature_A[new_F])
-        length = run.stream_LxTxD.shape[1]
-        size = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * document_devices(mesh)
+        size = chunk_size(mesh.devices.flat[0].platform, run.stream_LxTxD.shape[1], mesh)
         order_R = np.argsort(-layer_R, kind="stable")  # targets of one layer go together, and no higher than it
 
         def fill(start: int) -> None:

@@ -48,7 +48,6 @@ from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN, Nodes, l
 from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerSaes, LayerTranscoders
 from saejax.attribution.local.model import AnySet, LocalModel, open_set
 from saejax.attribution.local.rows import (
-    TOKENS,
     WIDTH,
     Direction,
     Put,
@@ -57,6 +56,7 @@ from saejax.attribution.local.rows import (
     Target,
     as_targets,
     batch_tokens,
+    chunk_size,
     read_targets,
 )
 from saejax.attribution.local.state import AT_ONCE, PromptRun, padded, prompt_ids
@@ -68,7 +68,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.parameters import parameter_table as model_table
 from saejax.models.tokens import text_of, token_text
-from saejax.parallel.mesh import document_devices, free_bytes, free_host_bytes, part_size
+from saejax.parallel.mesh import free_bytes, free_host_bytes, part_size
 from saejax.progress import OnProgress, show_progress, silent
 
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
@@ -267,8 +267,10 @@ def attribute_in_rounds(
     scored = int(np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN)).sum())
     store, done = RowStore(count, len(readouts), len(active), scored, len(nodes)), 0
 
-    def counted(put: Put) -> Put:
-        def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
+    def fill_rows(new_F: np.ndarray | None, start: int | None) -> None:
+        put = store.put(start)
+
+        def put_and_count(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
             nonlocal done
             put(row_B, value_BxS)
             # Rows come from several threads, and a caller's progress is not made for that.
@@ -276,10 +278,7 @@ def attribute_in_rounds(
                 done += len(row_B)
                 on_progress(done, total)
 
-        return write
-
-    def fill_rows(new_F: np.ndarray | None, start: int | None) -> None:
-        fill(new_F, counted(store.put(start)))
+        fill(new_F, put_and_count)
         return_freed()  # what compiling took would else stay beside the rows, which become more
 
     fill_rows(None, None)
@@ -668,7 +667,7 @@ def estimate_gradient_memory(
       logits: number of targets that are no features.
     """
     mesh, sites, length, width = model.mesh, len(saes.sites), padded(tokens), model.config.d_model
-    batch = max(TOKENS[mesh.devices.flat[0].platform] // length, 1) * document_devices(mesh)
+    batch = chunk_size(mesh.devices.flat[0].platform, length, mesh)
     at_once = 2 if mesh.size == 1 else 1
     others, targets = (sites + 1) * tokens + sites, features + logits
     columns = columns_kept(targets, active, others)
