@@ -42,8 +42,8 @@ _FORMAT = '{"two_hop": [["places", "3_17_content", "12_208_last"]]}: a label, th
 class Key:
     """A feature at positions of a role."""
 
-    layer: int  #: of the feature
-    feature: int  #: its index
+    layer: int  #: layer of the feature
+    feature: int  #: index of the feature
     role: str  #: one of ``ROLES``
 
     def __str__(self) -> str:
@@ -78,8 +78,8 @@ def position_roles(ids_P: np.ndarray, counterpart_P: np.ndarray | None) -> np.nd
     """Return the role of each position of a prompt, strings [P].
 
     Args:
-      ids_P: its token ids.
-      counterpart_P: of its counterpart; None: there is none, and no position is ``content``.
+      ids_P: token ids of the prompt.
+      counterpart_P: token ids of its counterpart; None: there is none, and no position is ``content``.
     """
     roles = ["context"] * len(ids_P)
     if counterpart_P is not None:
@@ -97,8 +97,8 @@ def influence_by_key(graph: Graph, roles: np.ndarray, target: int) -> dict[Key, 
     """Return the influence of a graph's features on one of its targets, summed over positions of a role.
 
     Args:
-      graph: a whole one.
-      roles: of its positions.
+      graph: the whole graph of a prompt.
+      roles: role of each position of the prompt.
       target: index of the target.
     """
     nodes = graph.nodes[graph.slice_of(FEATURE)]
@@ -115,7 +115,7 @@ def find_returning(prompts: Sequence[Mapping[Key, float]], top: int, share: floa
 
     Args:
       prompts: influence of each feature, prompt by prompt.
-      top: a feature counts in a prompt where it is among so many most influential ones.
+      top: a feature counts in a prompt where it is among this number of most influential features.
       share: share of the prompts in which it has to count, and at least in two of several.
     """
     counted: dict[Key, list[float]] = defaultdict(list)
@@ -141,10 +141,10 @@ def propose_groups(
     """Return groups of features that return, the most influential first.
 
     Args:
-      scores: influence of each.
-      n_layers: of the model.
-      size: most features of a group, the most influential ones.
-      most: most groups.
+      scores: influence of each feature.
+      n_layers: number of layers of the model.
+      size: maximum number of features of a group; the most influential ones are kept.
+      most: maximum number of groups; the most influential ones are kept.
       details: labels that group features of one role, and further names of a feature.
     """
     label_of = {key: details[key.address].label.strip() for key in scores if key.address in details}
@@ -217,8 +217,8 @@ def read_groups(file: str, behaviours: Iterable[str]) -> dict[str, list[Group]]:
                     f"{count} groups of {name} are named {group!r}: expected a different name for each, not {ANSWER!r}"
                 )
         counts = Counter(key for group in some for key in group.members)
-        if twice := [str(key) for key, count in counts.items() if count > 1]:
-            faults += [f"the feature {key} is in the groups of {name} twice: expected it in one, once" for key in twice]
+        twice = (key for key, count in counts.items() if count > 1)
+        faults += [f"the feature {key} is in the groups of {name} twice: expected it in one, once" for key in twice]
     if faults:
         raise UserError(f"{path}: {'; '.join(faults)}")
     if not set(groups) & set(behaviours):

@@ -71,13 +71,13 @@ def measure_prompt(
     """Measure all groups on a prompt.
 
     Args:
-      local: of the prompt.
-      roles: of its positions.
-      groups: disjoint.
-      answers: tokens of the correct and the wrong answer.
-      counterpart: of its counterpart, of the same length; None: nothing is swapped.
+      local: the local model of the prompt.
+      roles: role of each position of the prompt.
+      groups: groups of features, of which none is in two groups.
+      answers: token ids of the correct and the wrong answer.
+      counterpart: the local model of the prompt's counterpart, of the same length; None: nothing is swapped.
       placebo: influence of features on a placebo target.
-      seed: of the control sets.
+      seed: seed of the control sets.
     """
     rng, count = np.random.default_rng(seed), len(groups)
     ablation = _list_edits(local, roles, groups)
@@ -208,7 +208,7 @@ def squared_doses(dictionaries: LayerDictionaries, changes: Sequence[tuple[int, 
     """Yield the square of the dose of each beginning of a list of changes.
 
     Args:
-      dictionaries: of the features.
+      dictionaries: the dictionaries of the features.
       changes: layer, position and index of each feature, and by how much its activation changes.
     """
     sums: dict[tuple[int, int], np.ndarray] = {}

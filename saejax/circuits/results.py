@@ -19,7 +19,7 @@ class CircuitResults:
     groups: tuple[Group, ...]  #: the most influential first
     edges: tuple[Edge, ...]  #: every measured effect with its controls
     returning: tuple[Key, ...]  #: the features that return, the most influential first
-    layers: int  #: of the model
+    layers: int  #: number of layers of the model
     swapped_logit_diff: float | None = None  #: mean logit difference of the swapped prompts; None if there are none
 
     def drawn(self, edit: str = "direct") -> list[Edge]:

@@ -6,7 +6,6 @@
 4. Judge which effects are edges.
 """
 
-import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -81,8 +80,9 @@ def find_circuit(
         on_progress(number, total)
         # Both targets in one graph: a second row costs little, a second graph as much as the first.
         targets = [_answer_ids(model, prompt), pair]
-        # Asked in a pool of threads, which several processes would do at different places.
-        ask = functools.partial(_ask_again, on_progress, number, total) if process_count() == 1 else silent
+        # Says once more how many prompts are done, which may raise to stop: in a pool of threads, which several
+        # processes would do at different places.
+        ask = (lambda *rows, number=number: on_progress(number, total)) if process_count() == 1 else silent
         graph = trace_prompt(
             model, transcoders, prompt.text, targets=targets, max_features=max_features, on_progress=ask
         ).graph
@@ -124,11 +124,6 @@ def find_circuit(
         sum(swapped_diffs) / len(swapped_diffs) if swapped_diffs else None,
     )  # fmt: skip
     return results, details
-
-
-def _ask_again(on_progress: OnProgress, number: int, total: int, *rows: int) -> None:
-    """Say how many prompts are done once more, which may raise to stop."""
-    on_progress(number, total)
 
 
 def _answer_ids(model: LanguageModel, prompt: Prompt) -> tuple[int, int]:

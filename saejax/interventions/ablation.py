@@ -11,14 +11,12 @@ For each dictionary (the tested one and dictionaries of other seeds):
 4. T on other answers: the logits of each prompt's 20 likeliest tokens that are no answers.
 5. T on the prompts of the other behaviours and on held-out text; beside it three random lists and three placebo sets,
    of the text on every eighth document.
-
 6. What is left where the top features alone are kept (``saejax.interventions.sufficiency``).
 7. The list by the same attribution to the dose of the tested dictionary's T, for comparison with untrained ones.
 
 For the tested dictionary alone: each feature of T, on request every live feature alone; of each untrained dictionary
 and of each simpler basis the list by the same attribution to T's dose, of three untrained ones also with their centre
-at zero; what is left where features of three placebo
-sets and of three untrained dictionaries are kept.
+at zero; what is left where features of three placebo sets and of three untrained dictionaries are kept.
 """
 
 import collections
@@ -279,7 +277,7 @@ def expected_rows(
     Args:
       config: settings of the ablation.
       prompts: prompts of all behaviours, by name.
-      behaviour: its name.
+      behaviour: name of the behaviour.
       features: number of features of the dictionary.
       documents: number of held-out documents.
     """
@@ -324,7 +322,7 @@ def begin_ablation(
     Args:
       lm: the model.
       dictionaries: the tested one as ``TESTED``, then those of other seeds by name.
-      behaviour: its name.
+      behaviour: name of the behaviour.
       prompts: prompts of all behaviours, by name.
       config: settings of the ablation.
       on_progress: called with the rows done and expected; may raise to stop.
@@ -444,8 +442,8 @@ def measure_controls(
     """Measure the random lists and the placebo sets of a dose.
 
     Args:
-      ablation: of their dictionary.
-      top: features of none of the random lists.
+      ablation: the ablation of the dictionary whose features they are.
+      top: features that no random list holds.
       placebos: placebo sets, of which the first k features are taken.
       dose: the dose, above 0.
       counts: random lists and placebo sets, at most.
@@ -507,7 +505,7 @@ def _measure_kept(
     """Measure what is left where the beginnings of some lists alone are kept, with and without the error term.
 
     Args:
-      ablation: of the lists' dictionary.
+      ablation: the ablation of the lists' dictionary.
       group: what the lists are of: top, placebo or untrained.
       orders: features of each list; ``sufficiency.CONTROLS`` of them are used.
       first: number of the first list in the group.

@@ -479,7 +479,7 @@ def replication(
     """Compare the answers of dictionaries of other seeds with the tested dictionary's, question by question.
 
     Args:
-      behaviour: its name.
+      behaviour: name of the behaviour.
       tested: the answers of the tested dictionary.
       seeds: the answers of each of the others, by behaviour.
 

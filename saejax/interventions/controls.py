@@ -163,7 +163,7 @@ def choose_pool(prompts_F: np.ndarray, prompts: int, top: Sequence[int], share: 
       prompts_F: number of prompts on which each feature fires.
       prompts: number of prompts.
       top: T.
-      share: of the prompts, at least.
+      share: least share of the prompts on which a feature fires.
       seed: seed of the draw where there are more than ``LARGEST_POOL``.
     """
     # Features that hardly fire change nothing, and lists of them would hold thousands.

@@ -76,9 +76,9 @@ class FalsifiedFeature:
 
     group: str  #: tested, or one of ``CONTROL_GROUPS``
     feature: int  #: its index
-    tokens: tuple[str, ...]  #: that excite it most
-    contexts: tuple[str, ...]  #: before its strongest activations
-    injected: Literal["tokens", "contexts"]  #: which of both excites it more
+    tokens: tuple[str, ...]  #: the tokens that excite it most
+    contexts: tuple[str, ...]  #: the contexts before its strongest activations
+    injected: Literal["tokens", "contexts"]  #: the kind of these two that excites it more
     ordinary: Interval  #: activation on ordinary text
     random: Interval  #: with random tokens inserted
     activation: Interval  #: with its tokens or contexts inserted
@@ -90,8 +90,8 @@ class FalsifiedFeature:
 class DriverShares:
     """Shares of a group of features by what drives them, with Wilson's interval over features."""
 
-    group: str  #: of features
-    features: int  #: how many
+    group: str  #: the group of features
+    features: int  #: number of features
     tokens: Interval  #: driven by tokens
     context: Interval  #: driven by context
     undecided: Interval  #: neither is shown
@@ -102,11 +102,11 @@ class DriverShares:
 class Falsification:
     """Do features fire on words alone?"""
 
-    rule: str  #: in words
-    texts: int  #: that give the level on real text
-    ordinary: int  #: into which tokens are inserted
-    features: tuple[FalsifiedFeature, ...]  #: every one that was tested
-    shares: tuple[DriverShares, ...]  #: by group of features
+    rule: str  #: the rule in words
+    texts: int  #: number of texts that give the level on real text
+    ordinary: int  #: number of ordinary texts, into which tokens are inserted
+    features: tuple[FalsifiedFeature, ...]  #: all tested features
+    shares: tuple[DriverShares, ...]  #: shares by group of features
 
 
 @check_classes
@@ -196,10 +196,7 @@ def judge_injection(random_N: np.ndarray, injected_N: np.ndarray, real_M: np.nda
       real_M: on M texts of the kind that it is claimed for, at least 2.
       seed: seed of the bootstrap.
     """
-    weight_RxN, weight_RxM = (
-        resampling_weights(np.zeros(len(values)), _RESAMPLES, seed + number)
-        for number, values in enumerate((random_N, real_M))
-    )
+    weight_RxN, weight_RxM = _weigh_texts((len(random_N), len(real_M)), seed)
     rise, way = float((injected_N - random_N).mean()), float(real_M.mean() - random_N.mean())
     rise_R, way_R = weight_RxN @ (injected_N - random_N), weight_RxM @ real_M - weight_RxN @ random_N
     # Without a level on real text above random tokens there is no way to measure a share of.
@@ -210,6 +207,11 @@ def judge_injection(random_N: np.ndarray, injected_N: np.ndarray, real_M: np.nda
     driver: Driver = "tokens" if low > 0 else "context" if high < 0 else "undecided"
     tiny = 1e-12 * way  # a bootstrap sample may have no way to go
     return InjectionTest(driver, Interval(rise / way, *percentile_interval(rise_R / np.maximum(way_R, tiny))))
+
+
+def _weigh_texts(counts: Sequence[int], seed: int) -> list[np.ndarray]:
+    """Return the weights of texts in bootstrap samples, for each kind of text, of which ``counts`` are the numbers."""
+    return [resampling_weights(np.zeros(count), _RESAMPLES, seed + number) for number, count in enumerate(counts)]
 
 
 def _test_group(
@@ -248,10 +250,7 @@ def _test_group(
             alone = _activations(lm, dictionary, np.array([feature], np.int32), mixed)
             injected_2xNxK[kind, :, k] = [acts_Tx1.max() for acts_Tx1 in alone]
             count_one()
-    weight_RxN, weight_RxM = (
-        resampling_weights(np.zeros(len(texts)), _RESAMPLES, seed + number)
-        for number, texts in enumerate((ordinary, test))
-    )
+    weight_RxN, weight_RxM = _weigh_texts((len(ordinary), len(test)), seed)
     piece = token_piece(lm.tokenizer)
     for k, feature in enumerate(features):
         # The kind that excites it more is the harder test for a feature of reasoning.

@@ -1,8 +1,7 @@
 """The importance of every live feature: its exact effect, ablated alone, and estimates that need no ablation.
 
-Every feature that fires on the test prompts is ablated alone (group ``every`` of the effects table); one that is silent
-there is not, whatever would replace its activation. In addition to
-its mean drop of the logit difference there are
+Every feature that fires on the test prompts is ablated alone (group ``every`` of the effects table). A feature that is
+silent there is not, whatever would replace its activation. Besides the mean drop of the logit difference there are
 
 - a bootstrap interval, over prompts within templates;
 - a p-value of the sign-flip test over prompts, adjusted for all features by step-down maxT (Westfall and Young, 1993).
@@ -68,8 +67,8 @@ def measure_importance(table: EffectsTable, ablation: BehaviourAblation[Behaviou
     """Return the importance of every feature of a table's group ``every``.
 
     Args:
-      table: of the behaviour.
-      ablation: of the tested dictionary on it.
+      table: the effects table of the behaviour.
+      ablation: the ablation of the tested dictionary on the behaviour.
     """
     prompts = table.select_prompts(ablation.behaviour)
     clean_P = table.clean_values(prompts, "logit_diff")

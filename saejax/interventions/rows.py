@@ -2,7 +2,7 @@
 
 A *row* is one such pair: the prompt's tokens from the first that the edit changes to the last. What stands at a token
 depends on the tokens before it and on what was changed there, so rows of one edit whose prompts begin alike share their
-first tokens; each is run once (``SharedPrefixBatch``). The set of an edit are the features that it names.
+first tokens; each is run once (``SharedPrefixBatch``). The set of an edit holds the features that it names.
 
 Letters of the programs: B prompts with padding, P prompts, K gathered features, S shards, R rows of a shard, N tokens
 of a shard.

@@ -15,7 +15,7 @@ A position that is an attention sink at one of the sites is edited at none.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,21 @@ class SeveralSites(Dictionary):
         """
         raise NotImplementedError
 
+    def _change_parts(self, change: Callable[[Any], Any]) -> Self:
+        """Return the same, made of changed dictionaries; ``change`` takes a dictionary and returns the changed one."""
+        raise NotImplementedError
+
+    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> Self:
+        """Return the same with the sink rules of the sites."""
+        return self._change_parts(lambda dictionary: dictionary.with_sink_norms(sink_norm, replace))
+
+    def on_mesh(self, mesh: Mesh) -> Self:
+        """Return the same on a mesh's devices, features split over ``model``."""
+        placed = self._change_parts(lambda dictionary: dictionary.on_mesh(mesh))
+        W_dec_FxD = placed.W_dec_FxD[...]
+        placed.W_dec_FxD = nnx.Param(place_on(W_dec_FxD, fitting_sharding(mesh, W_dec_FxD.shape, "model", None)))
+        return placed
+
     def _set_decoder(self, W_dec_FxD: jax.Array) -> None:
         """Set the decoder rows, of which each site's part is relative to the size of its values, and the config."""
         self.W_dec_FxD = nnx.Param(W_dec_FxD)
@@ -75,11 +90,6 @@ class SeveralSites(Dictionary):
         count, width = W_dec_FxD.shape
         plain = DictionaryConfig(kind="linear", site=self.parts[0].site, d_in=width, n_features=count)
         self.config = nnx.static(plain)
-
-    def _place_decoder(self, mesh: Mesh) -> None:
-        """Put the decoder on a mesh's devices, features split over ``model``."""
-        W_dec_FxD = self.W_dec_FxD[...]
-        self.W_dec_FxD = nnx.Param(place_on(W_dec_FxD, fitting_sharding(mesh, W_dec_FxD.shape, "model", None)))
 
 
 class JointSAEs(SeveralSites):
@@ -136,15 +146,8 @@ class JointSAEs(SeveralSites):
         inside = [sae.is_not_sink(x) for sae, x in zip(self.saes, self.split_values(x_xD), strict=True)]
         return jnp.stack(inside).all(axis=0)
 
-    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "JointSAEs":
-        """Return the same with the sink rules of the sites."""
-        return JointSAEs([sae.with_sink_norms(sink_norm, replace) for sae in self.saes], self.norms)
-
-    def on_mesh(self, mesh: Mesh) -> "JointSAEs":
-        """Return the same on a mesh's devices, features split over ``model``."""
-        placed = JointSAEs([sae.on_mesh(mesh) for sae in self.saes], self.norms)
-        placed._place_decoder(mesh)
-        return placed
+    def _change_parts(self, change: Callable[[Any], Any]) -> "JointSAEs":
+        return JointSAEs([change(sae) for sae in self.saes], self.norms)
 
     def untrained(self, fires_F: np.ndarray, positions: int, seed: int) -> "JointSAEs":
         """Return untrained dictionaries of the same sites."""
@@ -193,15 +196,8 @@ class SitesOfCrosscoder(SeveralSites):
         """Return True where a position is an attention sink at none of the sites."""
         return joined.is_not_sink(self.crosscoder.config, self._joined(x_xD))
 
-    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "SitesOfCrosscoder":
-        """Return the same with the sink rules of the sites."""
-        return SitesOfCrosscoder(self.crosscoder.with_sink_norms(sink_norm, replace), self.norms)
-
-    def on_mesh(self, mesh: Mesh) -> "SitesOfCrosscoder":
-        """Return the same on a mesh's devices, features split over ``model``."""
-        placed = SitesOfCrosscoder(self.crosscoder.on_mesh(mesh), self.norms)
-        placed._place_decoder(mesh)
-        return placed
+    def _change_parts(self, change: Callable[[Any], Any]) -> "SitesOfCrosscoder":
+        return SitesOfCrosscoder(change(self.crosscoder), self.norms)
 
     def untrained(self, fires_F: np.ndarray, positions: int, seed: int) -> "SitesOfCrosscoder":
         """Return an untrained crosscoder of the same sites."""
@@ -243,15 +239,8 @@ class DirectionsAtSites(SeveralSites):
         """Return True where a position is an attention sink at none of the sites."""
         return self.like.is_not_sink(x_xD)
 
-    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "DirectionsAtSites":
-        """Return the same with the sink rules of the sites."""
-        return DirectionsAtSites(self.like.with_sink_norms(sink_norm, replace), self.W_dec_FxD[...])
-
-    def on_mesh(self, mesh: Mesh) -> "DirectionsAtSites":
-        """Return the same on a mesh's devices, directions split over ``model``."""
-        placed = DirectionsAtSites(self.like.on_mesh(mesh), self.W_dec_FxD[...])
-        placed._place_decoder(mesh)
-        return placed
+    def _change_parts(self, change: Callable[[Any], Any]) -> "DirectionsAtSites":
+        return DirectionsAtSites(change(self.like), self.W_dec_FxD[...])
 
 
 def crosscoder_parts(config: DictionaryConfig) -> list[DictionaryConfig]:

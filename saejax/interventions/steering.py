@@ -520,17 +520,12 @@ def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSte
     # Methods are not corrected for each other: each is a question by itself.
     for method in METHODS:
         measured = {name: result.methods[method] for name, result in behaviours.items() if method in result.methods}
-        p_values = {
-            name: judged_effect.answer.p_value
-            for name, judged_effect in measured.items()
-            if judged_effect.answer.p_value is not None
-        }
-        p_holm = holm_by_key(p_values)
-        for name, judged_effect in measured.items():
-            answered = dataclasses.replace(
-                judged_effect, answer=_conclude(judged_effect, p_holm.get(name), len(p_holm), behaviours[name].prompts)
-            )
-            judged[name] = dataclasses.replace(judged[name], methods={**judged[name].methods, method: answered})
+        p_values = {name: result.answer.p_value for name, result in measured.items()}
+        p_holm = holm_by_key({name: p_value for name, p_value in p_values.items() if p_value is not None})
+        for name, result in measured.items():
+            answer = _conclude(result, p_holm.get(name), len(p_holm), behaviours[name].prompts)
+            methods = {**judged[name].methods, method: dataclasses.replace(result, answer=answer)}
+            judged[name] = dataclasses.replace(judged[name], methods=methods)
     return judged
 
 

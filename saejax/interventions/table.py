@@ -212,6 +212,13 @@ class EffectsTable:
         # Root mean square: this is the norm of the changes of all prompts together, but for their number.
         return np.sqrt(np.mean(np.square(self.values(edits, prompts, "change_norm")), axis=1))
 
+    def reaching(
+        self, edits: Sequence[EditDefinition], prompts: Sequence[PromptDefinition], dose: float
+    ) -> list[EditDefinition]:
+        """Return those edits that change the site on prompts by at least 99 % of a ``dose``."""
+        doses = self.doses(edits, prompts)
+        return [edit for edit, reached in zip(edits, doses, strict=True) if reached >= 0.99 * dose]
+
     def objective(self, behaviour: str) -> str:
         """Return the readout whose drop is the effect: the logit difference, a benchmark's, or the user's."""
         prompts = self.select_prompts(behaviour)

@@ -88,14 +88,14 @@ def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalV
 class MeasuredBehaviour:
     """Measurements of one dictionary on one behaviour."""
 
-    table: EffectsTable  #: of the run
-    behaviour: str  #: its name
-    dictionary: str  #: the dictionary's
-    prompts: list[PromptDefinition]  #: its P test prompts
+    table: EffectsTable  #: the effects table of the run
+    behaviour: str  #: name of the behaviour
+    dictionary: str  #: name of the dictionary
+    prompts: list[PromptDefinition]  #: the P test prompts of the behaviour
     objective: str  #: the readout whose drop is the effect
     top: EditDefinition  #: T, ablated whole
     drop_P: np.ndarray  #: by how much T lowers the objective
-    dose: float  #: of T
+    dose: float  #: dose of T
     weight_RxP: np.ndarray  #: weight of each prompt in each bootstrap sample of a mean; see ``resampling_weights``
 
     @classmethod
@@ -159,10 +159,9 @@ class MeasuredBehaviour:
 
     def reaching(self, edits: list[EditDefinition]) -> list[EditDefinition]:
         """Return those edits that change the site as much as the tested dictionary's T does, within one percent."""
-        doses = self.table.doses(edits, self.prompts) if edits else ()
         tested = self.table.select_edits(self.behaviour, "top")
         wanted = self.table.doses(tested[-1:], self.prompts)[0] if tested else self.dose
-        return [edit for edit, dose in zip(edits, doses, strict=True) if dose >= 0.99 * wanted]
+        return self.table.reaching(edits, self.prompts, wanted)
 
     def drops(self, edits: list[EditDefinition]) -> np.ndarray:
         """Return by how much each of E edits lowers the objective of each prompt, ``[E, P]``.
@@ -252,7 +251,7 @@ def _correct(tests: Mapping[Any, _Test], config: VerdictConfig | None = None) ->
     """Correct the p-values of one question over its tests, and conclude.
 
     Args:
-      tests: of the question.
+      tests: the tests of the question, by behaviour, or by behaviour and basis.
       config: numbers of the rule if the p-values come from a bootstrap; None if they are ranks among sets.
     """
     p_values = {key: test.p_value for key, test in tests.items() if test.p_value is not None}
@@ -464,18 +463,14 @@ def _judge_bases(
     table: EffectsTable, measured: Mapping[str, MeasuredBehaviour], config: VerdictConfig
 ) -> dict[str, dict[str, CausalAnswer]]:
     """Test whether T has a larger effect than the directions of a simpler basis at the same dose."""
+    groups = sorted({edit.group for edit in table.edits if edit.group.startswith(BASIS)})
     tests: dict[tuple[str, str], _Test] = {}
     for name, behaviour in measured.items():
-        groups = dict.fromkeys(edit.group for edit in sorted(table.edits, key=lambda edit: edit.group))
         for group in groups if behaviour.dictionary == TESTED else ():
-            edits = table.select_edits(name, group) if group.startswith(BASIS) else []
-            if edits:
+            if edits := table.select_edits(name, group):
                 tests[name, group.removeprefix(BASIS)] = _test_basis(behaviour, edits[-1], config)
     answers = _correct(tests, config)  # over all bases, too
-    judged: dict[str, dict[str, CausalAnswer]] = {name: {} for name in measured}
-    for (name, basis), answer in answers.items():
-        judged[name][basis] = answer
-    return judged
+    return {name: {basis: answer for (owner, basis), answer in answers.items() if owner == name} for name in measured}
 
 
 def _test_basis(measured: MeasuredBehaviour, edit: EditDefinition, config: VerdictConfig) -> _Test:

@@ -213,8 +213,7 @@ def control_picture(
 
     def of_dose(group: str) -> list[EditDefinition]:
         """Return a group's edits but those in which all directions together change the site less than T does."""
-        edits = table.select_edits(tested, group)
-        return [e for e, dose in zip(edits, table.doses(edits, prompts), strict=True) if dose >= 0.99 * result.dose]
+        return table.reaching(table.select_edits(tested, group), prompts, result.dose)
 
     top = table.select_edits(tested, "top")
     groups = dict.fromkeys(edit.group for edit in table.edits if edit.behaviour == tested)
@@ -293,8 +292,8 @@ def table_of_answers(caption: str, what: str, verdicts: Mapping[str, BehaviourVe
     """Return the table of the answers to all questions.
 
     Args:
-      caption: what it shows.
-      what: what a row is about.
+      caption: caption of the table.
+      what: heading of the first column.
       verdicts: title of a row -> its verdict.
       note: a line below it.
     """

@@ -31,8 +31,8 @@ _LEVEL, _PERMUTATIONS = 0.05, 999  # of claims about shared features
 class Claim:
     """A published claim, as ``data/claims.json`` has it, and what came of it here."""
 
-    id: str  #: its name
-    behaviour: str  #: that it is about; "": none of ours
+    id: str  #: name of the claim
+    behaviour: str  #: the behaviour that the claim is about; "": none of ours
     test: str  #: name of its test in ``TESTS``; "": there is none
     source: str  #: where it was published
     claim: str  #: in our words

@@ -48,9 +48,9 @@ def draw_circuit(
     """Draw the groups, and the edges that ``edges.judge_edges`` calls drawn.
 
     Args:
-      circuit: of a behaviour.
-      names: what features are called.
-      outline: of the published circuit, drawn to the right.
+      circuit: the circuit of a behaviour.
+      names: names of the features.
+      outline: outline of the published circuit, drawn to the right.
     """
     from matplotlib.figure import Figure
 

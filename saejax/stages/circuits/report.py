@@ -85,11 +85,11 @@ def write_behaviour(
     """Write all files of a behaviour.
 
     Args:
-      folder: of the unit.
-      name: of the behaviour.
-      circuit: its results.
+      folder: folder of the unit.
+      name: name of the behaviour.
+      circuit: the circuit of the behaviour.
       details: labels and contexts of the features.
-      prompt: an example.
+      prompt: a prompt that is shown as an example.
       transcoders: name of the set of transcoders.
       by_hand: labels that people have given; in the sheet, automatic labels are in another column.
       weak: why the behaviour is weak; "": it is not.
