@@ -1,12 +1,13 @@
 """The binary ``study_run``: the pipeline on several models, and one report of them all."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from saejax.errors import UserError
-from saejax.runner import command, command_line
+from saejax.runner import command, command_line, environment
 from saejax.runner.flag_files import read_flag_files
 from saejax.studies.rows import read_rows
 from saejax.studies.study import run_study_rows
@@ -40,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
             raise UserError("--rows=FILE,FOLDER is missing: name the flag files of the study's rows, or their folder")
         rows = read_rows(flag_values["rows"].value, common)
         more: dict[str, Any] = {name: flag_values[name].value for name in ("at_once", "take_over")}
+        environment.keep_programs(Path(workdir))  # of all rows: models of one architecture have the same programs
         run_study_rows(workdir, rows, command.make_logger(), command.install_signal_handlers(), **more)
 
     return command.run_and_report(work, flag_values)

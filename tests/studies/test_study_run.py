@@ -202,6 +202,18 @@ def test_bad_input(tmp_path, capsys, files, flags, message):
     assert not (tmp_path / "study").exists()
 
 
+def test_rows_share_a_cache_of_programs(tmp_path, monkeypatch):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "jax")  # whose settings are those of all tests
+    seen = []
+    monkeypatch.setattr(run, "run_study_rows", lambda *_, **__: seen.append(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+    rows = write_rows(tmp_path / "rows", dict(a="main"))
+    assert run.run(["study_run", f"--workdir={tmp_path / 'study'}", f"--rows={rows}"]) == 0
+    assert Path(seen[0]).is_relative_to(tmp_path / "study" / ".compile_cache")
+
+
 def test_two_rows_of_one_name_and_two_studies_in_one_folder(fake, tmp_path, capsys):
     rows = [str(write_rows(tmp_path / folder, dict(a="main"))) for folder in ("first", "second")]
     assert run.run(["study_run", f"--workdir={tmp_path / 'study'}", f"--rows={','.join(rows)}"]) == 2

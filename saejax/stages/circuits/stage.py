@@ -49,7 +49,7 @@ CIRCUITS = Stage(
     name="circuits",
     summary="groups features that return over a behaviour's prompts and measures what each group does, if "
     "--circuits.behaviours is set",
-    revision=14,  # logit differences are those behind a final soft cap
+    revision=14,  # claims about shared features are held to chance
     run=run_circuits,
     results=CircuitsResults,
     groups=(ModelConfig, GraphConfig, CircuitsConfig),
