@@ -193,6 +193,10 @@ def _count_each(acts_xF: jax.Array, threshold: jax.Array) -> jax.Array:
 def _count_all(acts_BxF: jax.Array, threshold_1x1: jax.Array) -> jax.Array:
     """Count the values of all tokens above one threshold, up to 2^30 of them; [1, 1]."""
     above_Bx1 = _count_each(acts_BxF, threshold_1x1)
-    # Of 65,536 tokens and as many features the number would overflow, and be less than any that is to be kept.
+    count_1x1 = jnp.sum(above_Bx1, axis=0, keepdims=True, dtype=jnp.int32)
+    if acts_BxF.size <= _MOST:
+        return count_1x1
+    # Of 65,536 tokens and as many features the number would overflow, and be less than any that is to be kept. Not for
+    # smaller batches: XLA:CPU counts once for each of the sums.
     is_more_1x1 = jnp.sum(above_Bx1.astype(jnp.float32), axis=0, keepdims=True) > _MOST
-    return jnp.where(is_more_1x1, _MOST, jnp.sum(above_Bx1, axis=0, keepdims=True, dtype=jnp.int32))
+    return jnp.where(is_more_1x1, _MOST, count_1x1)
