@@ -48,6 +48,11 @@ class Faults:
         except UserError as error:
             self._errors[str(place)] = error
 
+    @property
+    def count(self) -> int:
+        """Number of places with a fault so far."""
+        return len(self._errors)
+
     def refuse(self) -> None:
         """Raise a ``UserError`` with all faults; of places with the same fault the first is told, others are named."""
         if len(self._errors) < 2:

@@ -350,7 +350,7 @@ def test_settings_that_do_not_fit_the_store(refuse, workdir):
         "--train.alignment=0.3 aligns encoder and decoder": streamed,
         "not divisible by the 2 devices": dict(train__batch=63),
         "make the product 2": dict(mesh__model=3),
-        "site in this store": dict(train__sites="mlp_out.0"),
+        "has resid_post.0: capture it, too (--capture.sites=resid_post.0,mlp_out.0)": dict(train__sites="mlp_out.0"),
         "--train.jumprelu.target_l0=8 has no effect with --train.jumprelu.l0_penalty=step": {
             "train__kinds": "jumprelu",
             "train.jumprelu.target_l0": 8,

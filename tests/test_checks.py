@@ -60,6 +60,13 @@ def test_a_folder_that_the_run_makes_first_is_no_missing_one(tmp_path):
         go(tmp_path / "other", train__init_from=str(tmp_path / "other/transfer"), transfer__dictionaries=("topk",))
 
 
+def test_what_is_missing_in_a_folder_here_is_none_of_a_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "set").mkdir(parents=True)
+    with pytest.raises(UserError, match="^--graph.transcoders=runs/set/own/topkk does not exist"):
+        go(tmp_path / "run", graph__prompt="a", graph__transcoders="runs/set/own/topkk")
+
+
 def test_a_missing_folder_has_no_hash(tmp_path):
     with pytest.raises(UserError, match="none does not exist"):
         hash_dictionaries(str(tmp_path / "none"))

@@ -3,7 +3,31 @@
 import time
 from collections.abc import Callable
 
+from saejax.progress import OnProgress
+
 SAY_EVERY = 5.0  # seconds
+
+
+def say_progress(say: Callable[[str], None], doing: str, ask: Callable[[], None]) -> OnProgress:
+    """Return a function that says every few seconds how far work is whose amount is known only when it is done.
+
+    Args:
+      say: prints a line.
+      doing: what is done, for the line.
+      ask: called each time; it may raise to stop.
+    """
+    progress = TextProgress(lambda line: say(f"{doing}: {line}"), 0)
+    counted = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal counted
+        ask()
+        if done < total:  # what is done needs no line
+            progress.total = total
+            progress.add(done - counted)
+            counted = done
+
+    return on_progress
 
 
 class TextProgress:
@@ -16,7 +40,7 @@ class TextProgress:
     """
 
     def __init__(self, say: Callable[[str], None], total: int, unit: str = "tokens"):
-        self._say, self._total, self._unit, self._done = say, total, unit, 0
+        self._say, self.total, self._unit, self._done = say, total, unit, 0
         self._start = self._last_logged = time.monotonic()
 
     def add(self, count: int) -> None:
@@ -24,8 +48,8 @@ class TextProgress:
         self._done += count
         now = time.monotonic()
         if now - self._last_logged >= SAY_EVERY:
-            self._last_logged, rate, remaining = now, self.rate, max(self._total - self._done, 0)
-            of, to_go = (f" of {self._total:,}", f"  {remaining / rate:.0f} s to go") if self._total else ("", "")
+            self._last_logged, rate, remaining = now, self.rate, max(self.total - self._done, 0)
+            of, to_go = (f" of {self.total:,}", f"  {remaining / rate:.0f} s to go") if self.total else ("", "")
             self._say(f"{self._done:,}{of} {self._unit}  {rate:,.0f} {self._unit}/s{to_go}")
 
     @property

@@ -153,7 +153,7 @@ def stand_in_losses(
       on_progress: called with the tokens that are scored and all.
       groups: for each document the group of each token, see ``grouped_batches``.
     """
-    total = sum(max(len(document) - 1, 0) for document in documents)
+    total = count_predicted(documents)
     dictionaries = [dictionary.with_sink_norms(lm.sink_norm) for dictionary in dictionaries]
     members = MemberData.of(dictionaries, lm.mesh)
     rules = {(d.config.site, d.config.target, d.config.max_norm, d.config.target_max_norm) for d in dictionaries}
@@ -214,6 +214,11 @@ def place_documents(
     ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
     placed_BxT, lengths_B = by_row(lm.mesh, ids_BxT, padded.lengths_B)
     return placed_BxT, lengths_B, sum(len(document) - 1 for document in documents)
+
+
+def count_predicted(documents: Sequence[np.ndarray]) -> int:
+    """Return the number of predicted tokens: all but the first of each document."""
+    return sum(max(len(document) - 1, 0) for document in documents)
 
 
 def count_groups(groups: Sequence[np.ndarray]) -> int:

@@ -15,7 +15,14 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import is_not_sink, join, split, unjoin
 from saejax.dictionaries.losses import explained_share
-from saejax.evaluation.loss_recovered import Losses, LossSums, count_groups, grouped_batches, stand_in_losses
+from saejax.evaluation.loss_recovered import (
+    Losses,
+    LossSums,
+    count_groups,
+    count_predicted,
+    grouped_batches,
+    stand_in_losses,
+)
 from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import LanguageModel, forward
 from saejax.models.sites import OtherSite, Site, decoder_site, site_parts
@@ -75,6 +82,7 @@ def part_losses(
     mean_D: np.ndarray,
     batch_tokens: int = 4096,
     groups: Sequence[np.ndarray] = (),
+    on_progress: OnProgress = silent,
 ) -> list[dict[str, Losses]]:
     """Return each crosscoder's losses with each part replaced, and with all of a model's (their names joined by "+").
 
@@ -85,8 +93,10 @@ def part_losses(
       mean_D: mean of the joined values over training tokens.
       batch_tokens: tokens per program, padding included.
       groups: for each document the group of each token, see ``grouped_batches``.
+      on_progress: called with the tokens that are scored and all.
     """
     config = dictionaries[0].config
+    total = count_predicted(documents)
     replaced_at = {"+".join(sites): (lm, sites) for lm, sites in models}
     replaced_at |= {name: (lm, {name: site}) for lm, sites in models for name, site in sites.items()}
     sums = {name: LossSums(len(dictionaries), count_groups(groups)) for name in replaced_at}
@@ -105,6 +115,7 @@ def part_losses(
             edits = [(), *(replaced(sites, value) for value in new)]
             left = [forward(lm.config, last, False, lm.params, ids_BxT, lengths_B, edit)[1][0] for edit in edits]
             sums[name].add(lm, left, *batch, group_BxT)
+        on_progress(next(iter(sums.values())).tokens, total)
     by_place = [summed.losses() for summed in sums.values()]
     return [dict(zip(replaced_at, of_dictionary, strict=True)) for of_dictionary in zip(*by_place, strict=True)]
 
@@ -124,14 +135,14 @@ def target_losses(
       dictionaries: of one site and one target.
       documents: token ids.
       mean_D: mean of the target over training tokens.
-      on_progress: called with the tokens that are scored and all; not for crosscoders.
+      on_progress: called with the tokens that are scored and all.
       second: the model of the parts ``other:...`` of crosscoders of two models.
     """
     site = dictionaries[0].site
     if not dictionaries[0].config.widths:
         return stand_in_losses(lm, dictionaries, documents, mean_D, on_progress=on_progress)
     models = parts_by_model(site, lm, second)
-    by_part = part_losses(models, dictionaries, documents, mean_D)
+    by_part = part_losses(models, dictionaries, documents, mean_D, on_progress=on_progress)
     return [losses["+".join(models[0].sites)] for losses in by_part]
 
 

@@ -98,15 +98,31 @@ def json_lines(lines: str | Iterable[str], path: Path, example: str, first: int 
       first: number of the first line.
 
     Raises:
-      UserError: a line is not JSON.
+      UserError: a line is not JSON, or the first one begins an array.
     """
     for number, line in enumerate(lines.split("\n") if isinstance(lines, str) else lines, first):
         if not line.strip():
             continue
+        if number == 1:
+            refuse_array(line, path, example)
         try:
             yield number, json.loads(line)
         except (ValueError, RecursionError):
             raise UserError(f"{path}, line {number} is not JSON: expected an object such as {example}") from None
+
+
+def refuse_array(line: str, path: Path, example: str) -> None:
+    """Raise a ``UserError`` if a file's first line begins a JSON array, as ``json.dump`` writes a list of rows.
+
+    Args:
+      line: the line.
+      path: the file.
+      example: what a line should look like.
+    """
+    if line.lstrip().startswith("["):
+        raise UserError(
+            f"{path}, line 1 is not JSON Lines, but begins an array: expected an object in each line, such as {example}"
+        )
 
 
 def read_lines(
@@ -130,6 +146,8 @@ def read_lines(
     """
     faults = Faults(path, wrong)
     for number, line in enumerate(lines.split("\n") if isinstance(lines, str) else lines, start=1):
+        if number == 1:  # at once: no other line of such a file is right, either
+            refuse_array(line, path, example)
         with faults.collect(number):
             for _, value in json_lines([line], path, example, number):
                 read(value, f"{path}, line {number}")

@@ -24,16 +24,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from saejax.errors import UserError
+from saejax.errors import Faults, UserError
 from saejax.models.identity import keep_hash
 from saejax.tasks import benchmarks
-from saejax.tasks.files import json_lines, opened, shown, table_rows, text_lines
+from saejax.tasks.files import json_lines, opened, refuse_array, shown, table_rows, text_lines
 from saejax.tasks.hub import hub_commit, hub_rows
 from saejax.tasks.settings import BENCHMARKS, CorpusConfig, TaskConfig
 from saejax.unicode import has_surrogates
 
 EMBEDDED = Path(__file__).parent / "data" / "corpus.jsonl.gz"
 _BLOCK = 1 << 20  # bytes of a file, hashed at once
+_FAULTS = 20  # of a file, after which it is read no further: a file of another kind has nothing else
 _FLAG = "--corpus.path"
 _FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".txt")
 _HUB = re.compile(
@@ -88,14 +89,24 @@ def file_source(path: Path, field: str) -> TextSource:
         with _opened(path) as file:
             if path.name.endswith(".txt"):
                 yield from ((piece, "") for piece in _paragraphs(text_lines(file, path), path))
-            elif path.name.endswith((".parquet", ".arrow")):
-                # No other column: embeddings and images would take more memory and time than the text.
-                for number, row in enumerate(table_rows(path, file, (field, "group")), start=1):
-                    if not _is_blank(row, field):
-                        yield _text_of(row, field, f"{path}, row {number}")
-            else:
-                for number, record in json_lines(text_lines(file, path), path, f'{{"{field}": "..."}}'):
-                    yield _text_of(record, field, f"{path}, line {number}")
+                return
+            is_table = path.name.endswith((".parquet", ".arrow"))
+            # No other column: embeddings and images would take more memory and time than the text.
+            rows: Iterable[Any] = table_rows(path, file, (field, "group")) if is_table else text_lines(file, path)
+            unit, example = "row" if is_table else "line", f'{{"{field}": "..."}}'
+            faults = Faults(path, "of those read hold no text", f"{unit}s")
+            for number, row in enumerate(rows, start=1):
+                if number == 1 and not is_table:
+                    refuse_array(row, path, example)
+                held = list[Text]()
+                with faults.collect(number):
+                    for _, record in [(number, row)] if is_table else json_lines([row], path, example, number):
+                        if not (is_table and _is_blank(record, field)):
+                            held.append(_text_of(record, field, f"{path}, {unit} {number}"))
+                yield from held
+                if faults.count == _FAULTS:
+                    break
+            faults.refuse()
 
     scale = 1 if path.suffix in (".jsonl", ".txt", ".arrow") else _COMPRESSION
     return TextSource(path.name.partition(".")[0], identity, texts, lambda: path.stat().st_size * scale)

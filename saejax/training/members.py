@@ -11,7 +11,7 @@ from typing import Any
 
 from saejax.dictionaries.cross_layer import FORMS
 from saejax.dictionaries.kinds import KINDS
-from saejax.errors import UserError, one_of
+from saejax.errors import UserError
 from saejax.models.sites import ALL_KINDS, ModuleSite, is_joined, site_parts
 from saejax.models.sites import KINDS as SITE_KINDS
 from saejax.training.settings import TrainConfig
@@ -137,5 +137,9 @@ def choose_sites(config: TrainConfig, captured: Sequence[str] | None) -> list[st
     if not config.sites:
         raise UserError("--train.sites is empty: name at least one captured site, such as resid_post.15")
     for part in dict.fromkeys(part for site in config.sites for part in site_parts(site)):
-        one_of(part, captured, "site in this store (--train.sites)")
+        if part not in captured:
+            raise UserError(
+                f"{part} of --train.sites is no site in this store, which has {', '.join(captured)}: capture it, too "
+                f"(--capture.sites={','.join((*captured, part))})"
+            )
     return list(config.sites)

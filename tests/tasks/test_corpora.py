@@ -95,7 +95,8 @@ DAMAGED[len(DAMAGED) // 2] ^= 0xFF
     [
         ("a.jsonl", GOOD + "{text: 1}", "a.jsonl.* line 2 is not JSON.* expected"),
         ("a.jsonl", GOOD + '{"txt": "a"}', "a.jsonl.* line 2 has no field 'text'.* expected"),
-        ("a.jsonl", '["a"]', "line 1 has no field 'text'"),
+        ("a.jsonl", GOOD + '["a"]', "line 2 has no field 'text'"),
+        ("a.jsonl", '[\n  {"text": "a"}\n]', "a.jsonl, line 1 is not JSON Lines, but begins an array: expected"),
         ("a.jsonl", '{"text": 3}', "a.jsonl.* line 1: 'text' is 3: expected"),
         ("a.jsonl", '{"text": " \\n"}', "line 1: 'text' is"),
         ("a.jsonl", '{"text": null}', "line 1: 'text' is null"),
@@ -128,6 +129,16 @@ def test_bad_files(tmp_path, name, content, message):
     if "gzip" in message:
         with pytest.raises(UserError, match=message):
             identity(config)
+
+
+def test_all_bad_lines_are_told_at_once(tmp_path):
+    """Of a file of another kind the first alone, so that no gigabytes are read in vain."""
+    content = GOOD + '{"text": ""}\n' + GOOD + "{\n" + '{"text": ""}\n'
+    line = "3 lines of those read hold no text: line 2: 'text' is .*; line 4 is not JSON: .*; and so in the lines 5$"
+    with pytest.raises(UserError, match=line):
+        read_corpus(written(tmp_path, content))
+    with pytest.raises(UserError, match="20 lines of those read .* lines 2, .*, 20$"):
+        read_corpus(written(tmp_path, '{"txt": "a"}\n' * 1000))
 
 
 def test_identity_follows_content_and_not_packing_or_path(tmp_path):

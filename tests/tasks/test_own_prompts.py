@@ -91,6 +91,7 @@ def test_the_identity_is_of_the_content(tmp_path):
         ([], "holds no prompts"),
         (["{"], "line 1 is not JSON"),
         ([*LINES, ["list"]], "line 7 lacks behaviour, text, correct, wrong"),
+        ([[LINES[0]], *LINES], "line 1 is not JSON Lines, but begins an array: expected an object in each line"),
         ([dict(behaviour="plural", text="Two", correct=" cats")], "line 1 lacks wrong"),
         ([LINES[0] | dict(answer="x")], "line 1 has the unknown field 'answer'"),
         ([LINES[0] | dict(correct=" ")], "'correct' is \" \": expected a string that is not blank"),
@@ -132,11 +133,11 @@ def test_all_bad_lines_are_listed_at_once(read):
     assert "\n" not in message and all(f"line {number}" in message for number in (1, 2, 7, 8))
     # A fault that many lines have is told once, and a message does not name thousands of lines.
     with pytest.raises(UserError, match="30 lines are no prompts: line 1 lacks .*; and so in the lines 2, 3, .*, 30$"):
-        read([["list"]] * 30)
+        read([0] * 30)
     with pytest.raises(UserError, match="25 lines are no prompts: line 1 has .*; and so in the lines 21, 22, .*, 25$"):
         read([LINES[0] | {f"field {n}": "x"} for n in range(25)])
     with pytest.raises(UserError, match="lines 2, 3, .*, 101 and 1,899 more$"):
-        read([["list"]] * 2000)
+        read([0] * 2000)
     mixed = [LINES[0] | dict(split="train"), LINES[1], *([line | dict(behaviour="other") for line in LINES[:2]])]
     with pytest.raises(UserError, match="2 behaviours cannot be tested: only some .*'plural'.*'other'"):
         read(mixed)

@@ -430,9 +430,10 @@ def find_folder(
 
 def is_on_hub(path: str) -> bool:
     """Return whether the path of a set of transcoders is an address on the hub, and no folder here."""
-    # A folder here goes before a repository of the same name.
+    # A folder here goes before a repository of the same name, and one in it that is missing is none of a repository.
     path = place.full_name(path)
-    return place.is_address(path) or (_REFERENCE.fullmatch(path) is not None and not Path(path).exists())
+    named = Path(*Path(path).parts[:2])
+    return place.is_address(path) or (_REFERENCE.fullmatch(path) is not None and not named.exists())
 
 
 class LayerSaes(LayerDictionaries):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from saejax.activations.joined import single_sites, with_joined
+from saejax.activations.progress import say_progress
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.dictionaries.formats import circuit_tracer, read_config
@@ -29,7 +30,7 @@ from saejax.evaluation.parts import (
     private_part,
     relative_norms,
 )
-from saejax.evaluation.reconstruction import Reconstruction, read_blocks, reconstruct
+from saejax.evaluation.reconstruction import Reconstruction, read_rows, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores
 from saejax.evaluation.roles import find_roles, score_roles
 from saejax.evaluation.settings import EvaluateConfig
@@ -45,6 +46,7 @@ from saejax.parallel.settings import MeshConfig
 from saejax.results import from_json, to_json
 from saejax.runner import stacks
 from saejax.runner.workspace import Run
+from saejax.wording import counted
 
 SCORES = "scores.json"
 _AT_A_TIME = 4  # members of one site that are scored together, and by one process
@@ -163,23 +165,27 @@ def _score_site(
     loaded = (load_dictionary(folder, mesh=mesh) for folder in folders.values())
     dictionaries = [dictionary.with_sink_norms(store.max_norm, True) for dictionary in loaded]
     store = with_joined(store, [site], {site: dictionaries[0].config.scales})
+    rows, documents = store.rows("held_out", *dict.fromkeys(sites)), scored_documents(store, config)
+    named = ", ".join(filter(None, folders)) or run.name
+    run.say(f"scoring {named} on {len(rows):,} held-out tokens, losses on {counted(len(documents), 'document')}")
+    ask = functools.partial(_check_stop, run)
 
     def read() -> Iterator[list[np.ndarray]]:
-        for block in read_blocks(store, "held_out", sites, config.batch_tokens):
-            _check_stop(run)
+        on_progress = say_progress(run.say, "reconstruction", ask)
+        for number, block in enumerate(read_rows(store, rows, sites, config.batch_tokens)):
+            on_progress(number * config.batch_tokens, len(rows))
             yield block
 
     scores = reconstruct(dictionaries, read(), mesh, config.batch_tokens)
-    documents = scored_documents(store, config)
     roles = find_roles(models[0], store, sites)
     groups = roles.groups[: len(documents)] if roles else ()
-    mean_D = store.mean(target, site)
+    mean_D, say_losses = store.mean(target, site), say_progress(run.say, "losses", ask)
     # What is written of each dictionary, and scores that only some have.
     arrays = [dict(firing_rate=score.firing_rate_F, mean_activation=score.mean_activation_F) for score in scores]
     more: list[dict[str, Any]] = [{} for _ in dictionaries]
     if is_joined(site):
         of_models = parts_by_model(site, *models)
-        all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens, groups)
+        all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens, groups, say_losses)
         all_variances = part_variances(dictionaries, read())
         losses = [losses_by_part["+".join(of_models[0].sites)] for losses_by_part in all_losses]
         for i, dictionary in enumerate(dictionaries):
@@ -195,7 +201,7 @@ def _score_site(
             parts = _parts(dictionary, all_variances[i], all_losses[i], relative_PxA, live_F, scaling)
             more[i] |= dict(parts=parts, shared=int(is_shared(relative_PxA).sum()))
     else:
-        losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens, groups=groups)
+        losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens, say_losses, groups)
     if roles:
         by_role = score_roles(roles, dictionaries, losses, store, sites, mesh, config.batch_tokens)
         more = [of_one | dict(roles=of_roles) for of_one, of_roles in zip(more, by_role, strict=True)]

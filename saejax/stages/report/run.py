@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from saejax.activations.documents import Documents
 from saejax.activations.joined import with_joined
+from saejax.activations.progress import say_progress
 from saejax.activations.store import Store
 from saejax.config import to_json
 from saejax.dictionaries.names import is_folder
@@ -181,9 +182,8 @@ def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) 
         as_piece = token_piece(load_tokenizer(resolve(run.configs[ModelConfig])))
         pieces = list(map(as_piece, range(int(store.documents.ids_T.max()) + 1)))
         store = with_joined(store, [dictionary.site], {dictionary.site: dictionary.config.scales})
-        searched = top_contexts(
-            store, dictionary, features, count, pieces, mesh, lambda done, total: _stop_if_asked(run)
-        )
+        on_progress = say_progress(run.say, "contexts", functools.partial(_stop_if_asked, run))
+        searched = top_contexts(store, dictionary, features, count, pieces, mesh, on_progress)
     return {feature: [as_example(context, store.documents) for context in some] for feature, some in searched.items()}
 
 
