@@ -75,6 +75,14 @@ def styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
     return drawn
 
 
+def drawable(text: str) -> str:
+    """Return a text with the numbers of characters that the figures' font lacks, all of which would be the same box."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont(_STYLE["font.family"]))
+    return "".join(char if font.get_char_index(ord(char)) else f"\\u{ord(char):04x}" for char in text)
+
+
 def panels(heights: Sequence[float], titles: Sequence[str]) -> "tuple[Figure, list[Axes]]":
     """Return a figure of panels one below the other, titles at the figure's left edge, heights in inches."""
     from matplotlib.figure import Figure

@@ -379,7 +379,7 @@ def make_server(
       port: of the address.
       hosts: further names by which a tunnel or proxy asks; see ``Guard``.
     """
-    own_hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
+    own_hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")]
     config = uvicorn.Config(
         Guard(GraphServer(store, session, jobs).application(), token, own_hosts, hosts),
         http="h11",  # says when a reader has left, on which work ends

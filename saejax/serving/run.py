@@ -51,7 +51,9 @@ def run(argv: Sequence[str]) -> int:
             if not importlib.util.find_spec(package):
                 raise UserError(f"experiments.serve needs {package}, which is not installed: pip install -e '.[serve]'")
         hosts = flag_values["hosts"].value or []
-        if wrong := [host for host in hosts if not re.fullmatch(r"[A-Za-z0-9._-]+(:[0-9]{1,5})?", host)]:
+        if wrong := [
+            host for host in hosts if not re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?", host)
+        ]:
             raise UserError(f"--hosts={wrong[0]}: expected a name as in an address, such as localhost:9000")
         token, listening = secrets.token_urlsafe(24), _listen(int(flag_values["port"].value or 0))
         stopped = command.install_signal_handlers()

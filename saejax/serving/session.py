@@ -137,24 +137,20 @@ class ModelSession:
         Raises:
           UserError: the whole graph is not saved or is damaged, or has no such logits.
         """
-        config, params, whole = self.graph_config(graph), document["qParams"], graph.load_whole()
+        config, whole = self.graph_config(graph), graph.load_whole()
         if outputs:
             labels = dict(zip(whole.ids[whole.slice_of(LOGIT)], whole.labels, strict=True))
             whole = whole.difference(*(labels.get(name, name) for name in outputs))
         pruned = whole.prune(nodes, edges, config.top_edges, config.min_weight)
         document_labels = {feature_of(node): node["clerp"] for node in feature_nodes(document) if node["clerp"]}
-        ids = set(pruned.ids)
-        groups = [[label, *(name for name in names if name in ids)] for label, *names in params.get("supernodes", [])]
-        return to_document(
+        changed = to_document(
             dataclasses.replace(pruned, prompt=document["metadata"]["prompt"]),
             document["metadata"]["slug"],
             scan=document["metadata"]["scan"],
             source_set=config.source_set,
             labels=read_labels(config) | document_labels,
-            supernodes=[group for group in groups if len(group) > 1],
-            pinned=[name for name in params.get("pinnedIds", []) if name in ids],
-            places=params.get("sg_pos", ""),
         )
+        return {**changed, "qParams": document["qParams"]}  # also of nodes that are pruned away, which the page counts
 
     def _key(self, graph: StoredGraph) -> Key:
         return graph.fingerprint, _parts_key(self.configs_of(graph))

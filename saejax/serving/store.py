@@ -36,6 +36,7 @@ from saejax.runner.labels import names_and_sites, names_of_layers
 from saejax.runner.results import load_summary
 from saejax.runner.workspace import STARTED, SUMMARY, current_units
 from saejax.stages.attribute.outputs import details_of_features, read_tables
+from saejax.unicode import has_surrogates
 
 _SAVED = "serve"  # the folder for what readers save
 
@@ -136,7 +137,9 @@ class GraphStore:
                 name, problem = path.relative_to(self.root), ""
                 if path.name == INDEX or path.is_dir():
                     continue
-                if not path.is_file():
+                if has_surrogates(str(name)):  # bytes that are no UTF-8, of which no address can be made
+                    problem = "has a name that is no text: rename it"
+                elif not path.is_file():
                     problem = "is a link to nothing" if path.is_symlink() else "is in the list of graphs, and is gone"
                 elif not path.resolve().is_relative_to(self.root.resolve()):
                     problem = "is a link out of the folder"

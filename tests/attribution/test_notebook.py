@@ -100,9 +100,11 @@ def test_features_have_names_contexts_and_groups_from_python(lm, tmp_path, monke
     params = shown(supernodes={"pair": nodes[:2]})["document"]["qParams"]
     assert params["supernodes"] == [["pair", *nodes[:2]]] and params["pinnedIds"] == pinned
     state = dict(supernodes=[["mine", nodes[0]]], pinnedIds=[nodes[0], nodes[2]], sg_pos=json.dumps({nodes[2]: [0, 1]}))
-    (tmp_path / "state.json").write_text(json.dumps(state))
-    params = shown(supernodes=tmp_path / "state.json")["document"]["qParams"]
-    assert {name: params[name] for name in state} == state
+    for saved in (state, dict(paris=state), {"*": state, "rome": []}):  # by a page, and by a server of a graph
+        (tmp_path / "state.json").write_text(json.dumps(saved))
+        params = shown(supernodes=tmp_path / "state.json")["document"]["qParams"]
+        assert {name: params[name] for name in state} == state
+    (tmp_path / "two.json").write_text(json.dumps(dict(paris=state, rome=state)))
     # What lies with the set is shown without being named, as by the stage; a label of the call goes before it.
     (tmp_path / "files").rename(tmp_path / "set" / "features")
     assert {at: value["name"] for at, value in shown()["details"].items()} == {key: "from a file"}
@@ -117,6 +119,7 @@ def test_features_have_names_contexts_and_groups_from_python(lm, tmp_path, monke
         (dict(supernodes={"a": []}), "'a' holds no node"),
         (dict(supernodes={"a": ["9_9_9"]}), "names '9_9_9', and no node of the graph has that id"),
         (dict(supernodes=tmp_path / "none.json"), "none.json does not exist"),
+        (dict(supernodes=tmp_path / "two.json"), "has supernodes for paris, rome: expected one graph"),
         (dict(contexts=saejax.ContextSearch(lm, made_set(lm, features=2), ["The war"])), "the graph names feature"),
     ):
         with pytest.raises(UserError, match=said):
@@ -151,6 +154,18 @@ def test_a_figure_has_probabilities_of_tokens_alone():
     assert "two↵lines" in {text.get_text() for text in both.axes[0].texts}
     assert {"␣c 0.60", "d 0.30"} <= {text.get_text() for text in both.axes[0].texts}
     assert "' c' - 'd'" in {text.get_text() for text in one.axes[0].texts}
+
+
+def test_characters_that_no_font_has_are_told_apart_in_figures(recwarn):
+    """Of Chinese, Thai and emoji all would be the same box."""
+    tokens = "中", " กา", "ü😀🦜"
+    graph = dataclasses.replace(make_graph(), tokens=tokens, labels=("国", "d")).prune(1.0, 1.0)
+    drawn = figure.draw_graph(graph, {(0, int(graph.nodes.index_N[0])): "中 label"})
+    drawn.canvas.draw()
+    shown = [label.get_text() for label in drawn.axes[0].get_xticklabels()]
+    assert shown == ["\\u4e2d", "␣\\u0e01\\u0e32", "ü😀\\u1f99c"]
+    assert {"\\u56fd 0.60", "\\u4e2d label"} <= {text.get_text() for text in drawn.axes[0].texts}
+    assert not recwarn.list
 
 
 def test_what_is_written_of_a_graph(tmp_path):

@@ -114,9 +114,13 @@ def test_a_folder_of_files_without_a_list(tmp_path):
     (tmp_path / "mine.v2.json").write_text(json.dumps(made("mine")))
     (tmp_path / "settings.json").write_text('{"a": 1}')
     (tmp_path / "cut.json").write_text(json.dumps(made("cut"))[:900])
+    latin = os.fsdecode(b"caf\xe9.json")  # of a name in another encoding no address can be made
+    (tmp_path / latin).write_text(json.dumps(made("latin")))
     store = GraphStore(tmp_path)
     assert list(store.graphs()) == ["mine.v2"] and store.find("mine.v2").unit is None
-    assert store.problems == {"cut.json": "is not JSON, or is cut off"}
+    problems = {"cut.json": "is not JSON, or is cut off", latin: "has a name that is no text: rename it"}
+    assert store.problems == problems
+    assert "caf\ufffd.json: has a name" in list_page(store, list(store.graphs().values()), GraphConfig(), "", "")
     (tmp_path / "mine.v2.json").write_text(json.dumps(made("changed", 2)))
     os.utime(tmp_path / "mine.v2.json", (1, 1))
     assert store.document(store.find("mine.v2"))["metadata"]["slug"] == "changed"

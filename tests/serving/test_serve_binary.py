@@ -34,9 +34,10 @@ def test_it_serves_this_machine_alone_until_it_is_stopped(folder):
             address, port = re.search(r"1 graph: open (http://127\.0\.0\.1:(\d+)/[\w-]{32}/) ", line).groups()
             connections = psutil.Process(process.pid).net_connections()
             assert [one.laddr.ip for one in connections if one.status == "LISTEN"] == ["127.0.0.1"]
-            for path, status in ((address.partition(port)[2], 200), ("/", 403)):
+            page, local = address.partition(port)[2], f"[::1]:{port}"  # as a tunnel's end of this port may be called
+            for path, status, host in ((page, 200, f"127.0.0.1:{port}"), (page, 200, local), ("/", 403, local)):
                 connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=300)
-                connection.request("GET", path)
+                connection.request("GET", path, headers=dict(host=host))
                 assert connection.getresponse().status == status
                 connection.close()
             children = psutil.Process(process.pid).children(recursive=True)
@@ -59,6 +60,12 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys, monkeypatch):
             ([str(folder / "graphs" / "made-up.json")], "there is no folder"),
             ([str(tmp_path / "empty"), "--port=0"], "holds no graphs: expected a workdir"),
             ([f"--workdir={folder}", f"--port={port}"], f"--port={port} of 127.0.0.1 cannot be used (Address already"),
+            ([f"--workdir={folder}", f"--port={port}", "--hosts=[::1]:9000,a.org"], "cannot be used (Address already"),
+            (
+                [f"--workdir={folder}", "--hosts=http://a.org/"],
+                "--hosts=http://a.org/: expected a name as in an address",
+            ),
+            ([f"--workdir={folder}", "--hosts=::1"], "--hosts=::1: expected a name as in an address"),
             ([f"--workdir={folder}", "--port=99999"], "port"),
             ([f"--workdir={folder}", "--portt=x"], "Unknown command line flag 'portt'"),
             ([str(folder), "more"], "'more' is not a flag"),

@@ -77,6 +77,7 @@ def test_others_may_not(path, headers, method):
         ("HUB.example.org", "https://Hub.Example.org", 200),
         ("hub.example.org:443", "https://hub.example.org", 200),  # the port of https, which browsers leave out
         ("lab.example.org", "https://lab.example.org", 200),
+        ("[2001:DB8::1]", "http://[2001:db8::1]", 200),
         ("hub.example.org:8443", None, 403),
         ("hub.example.org", "https://evil.example", 403),
         ("evil.example", "https://hub.example.org", 403),
@@ -87,7 +88,7 @@ def test_others_may_not(path, headers, method):
 )
 def test_a_tunnel_and_a_proxy_that_are_named_may_ask_with_the_token(host, origin, status):
     headers = [("host", host), *([("origin", origin)] if origin else [])]
-    proxies = ["localhost:9000", "hub.example.org", "Lab.example.org:443"]
+    proxies = ["localhost:9000", "hub.example.org", "Lab.example.org:443", "[2001:db8::1]:80"]
     start, body = ask(f"/{TOKEN}/", headers, proxies=proxies)
     assert start["status"] == status and (status == 200 or "--hosts=HOST" in body["body"].decode())
     assert ask("/wrong/", headers, proxies=proxies)[0]["status"] == 403

@@ -129,8 +129,10 @@ def test_groups_of_nodes_that_other_thresholds_show_are_saved(asker, traced):
         connection, answer = asker.open("api/state", dict(graph=GRAPH, state=saved), "PUT")
         with contextlib.closing(connection):
             assert answer.status == status and len(groups[0]) == 3
-    shown = asker.data(f"graph?id={GRAPH}&nodes=1&edges=1")["document"]["qParams"]
-    assert {name: shown[name] for name in state} == state
+    # Also where they are pruned away: the page counts them.
+    for shares in ("nodes=1&edges=1", "nodes=0.5&edges=0.5"):
+        shown = asker.data(f"graph?id={GRAPH}&{shares}")["document"]["qParams"]
+        assert {name: shown[name] for name in state} == state
     assert asker.get(f"graph?id={GRAPH}")[0] == 200
 
 

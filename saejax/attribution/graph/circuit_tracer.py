@@ -90,6 +90,8 @@ def _fields(saved: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     # Of earlier versions ids alone.
     targets = [target if isinstance(target, list) else ["", target] for target in list(named)]
     index_K = np.array([int(index) for _, index in targets], np.int32)
+    # A target of another vector than a token's has an index behind the vocabulary: it is a direction.
+    index_K[index_K >= getattr(config, "d_vocab", np.inf)] = -1
     nodes = Nodes.joined(
         Nodes.of(FEATURE, layer_F, position_F, index_F, value_F)[order_F],
         Nodes.of(ERROR, layer_E, position_E),

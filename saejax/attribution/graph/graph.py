@@ -199,7 +199,12 @@ class Graph(GraphData):
         graph, checked = self if self.pruning else self.prune(), _checked_labels(labels)
         state: Mapping[str, Any] = {}
         if isinstance(supernodes, str | os.PathLike) and supernodes:
-            (state,) = read_states(GraphConfig(supernodes=os.fspath(supernodes)), ["graph"]).values()
+            states = read_states(GraphConfig(supernodes=os.fspath(supernodes)), [])
+            if "*" not in states and len(states) > 1:
+                raise UserError(
+                    f"{supernodes} has supernodes for {', '.join(states)}: expected one graph, or * for all"
+                )
+            state = states.get("*", next(iter(states.values())))
         elif supernodes:
             state = dict(supernodes=[[name, *members] for name, members in _checked_groups(supernodes).items()])
         return graph_page(graph, checked, describe_graph(graph, os.fspath(features), contexts), state)

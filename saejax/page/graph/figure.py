@@ -13,7 +13,7 @@ import numpy as np
 from saejax.attribution.graph.data import ERROR, FEATURE, LOGIT, TOKEN, GraphData
 from saejax.errors import UserError
 from saejax.files import whole_file
-from saejax.page.style import BLUE, GREY, INK, ORANGE, PAPER, styled
+from saejax.page.style import BLUE, GREY, INK, ORANGE, PAPER, drawable, styled
 from saejax.unicode import visible, visible_token
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def draw_graph(graph: GraphData, labels: Mapping[tuple[int, int], str], nodes: i
             elif kind == FEATURE:
                 feature = int(table.layer_N[node]), int(table.index_N[node])
                 name = visible(labels.get(feature, "")) or str(feature[1])
+            name = drawable(name)
             if len(name) > _NAME:
                 name = f"{name[: _NAME - 1]}…"
             offset = (0, 5 + 9 * ((node - first) % 3 if kind == LOGIT else 0))
@@ -107,7 +108,8 @@ def draw_graph(graph: GraphData, labels: Mapping[tuple[int, int], str], nodes: i
             )  # fmt: skip
     names = {-1: "tokens", graph.n_layers: "logits"}
     axes.set_yticks(range(rows), [names.get(layer, str(layer)) for layer in np.unique(table.layer_N[drawn]).tolist()])
-    axes.set_xticks(range(positions), [visible_token(token) for token in graph.tokens], rotation=40, ha="right")
+    tokens = [drawable(visible_token(token)) for token in graph.tokens]
+    axes.set_xticks(range(positions), tokens, rotation=40, ha="right")
     axes.set(xlim=(-0.6, positions - 0.4), ylim=(-0.5, rows), ylabel="layer")
     axes.tick_params(length=0)
     return figure

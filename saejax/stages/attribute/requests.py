@@ -349,7 +349,7 @@ def read_states(config: GraphConfig, slugs: Sequence[str]) -> dict[str, dict[str
 
     Args:
       config: of the stage.
-      slugs: the graphs of this run; empty: they are not known.
+      slugs: the graphs of this run; empty: they are not known, and all that the file names are returned.
 
     Raises:
       UserError: the file cannot be read, is no such file, or is for none of these graphs.
@@ -364,7 +364,7 @@ def read_states(config: GraphConfig, slugs: Sequence[str]) -> dict[str, dict[str
         raise UserError(f"{path} holds no supernodes: expected {_GROUPS}")
     if slugs and not {"*", *slugs} & set(states):
         raise UserError(f"{path} has supernodes for {', '.join(states)}: expected {', '.join(slugs)}, or * for all")
-    return {slug: states.get(slug, states.get("*", {})) for slug in slugs}
+    return {slug: states.get(slug, states.get("*", {})) for slug in slugs} if slugs else states
 
 
 def _by_graph(text: str) -> dict[str, Any]:

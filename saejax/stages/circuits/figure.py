@@ -13,7 +13,7 @@ import numpy as np
 from saejax.circuits.groups import ANSWER, ROLE_WORDS, ROLES, Key
 from saejax.circuits.results import CircuitResults
 from saejax.files import read_json
-from saejax.page.style import BLUE, INK, ORANGE, styled
+from saejax.page.style import BLUE, INK, ORANGE, drawable, styled
 from saejax.page.tables import number
 from saejax.stages.circuits.claims import DATA
 from saejax.wording import counted
@@ -105,7 +105,8 @@ def _draw_panel(
         )  # fmt: skip
         # As many letters to a line as a box has room for, and two lines of each.
         name, text = (
-            "\n".join(textwrap.wrap(words, int(wide * letters))[:2]) for words, letters in ((name, 13.5), (text, 17))
+            "\n".join(textwrap.wrap(drawable(words), int(wide * letters))[:2])
+            for words, letters in ((name, 13.5), (text, 17))
         )
         common: dict[str, Any] = dict(ha="center", zorder=4)
         where = "bottom" if text else "center"

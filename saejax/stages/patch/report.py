@@ -108,7 +108,7 @@ def heatmap(grid: PatchGrid, result: PatchedSites) -> "Figure":
         axes.set_ylabel("layer")
         if has_positions:
             size = min(9.0, 190 / columns)  # points: labels of neighbours do not touch
-            tokens = [visible_token(column.token) for column in result.columns]
+            tokens = [style.drawable(visible_token(column.token)) for column in result.columns]
             labels = [token if len(token) <= _LONGEST else f"{token[: _LONGEST - 1]}…" for token in tokens]
             axes.set_xticks(range(columns), labels, rotation=90, size=size)
             for text, column in zip(axes.get_xticklabels(), result.columns, strict=True):

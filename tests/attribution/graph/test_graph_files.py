@@ -18,7 +18,7 @@ from saejax.attribution.graph.data import BIAS, FEATURE, LOGIT, GraphScores, Pru
 from saejax.attribution.graph.graph import ARRAYS, DESCRIPTION
 from saejax.errors import UserError
 from saejax.runner import command_line
-from saejax.serving.session import ModelSession
+from saejax.serving.session import ModelSession, targets_of
 from saejax.serving.store import GraphStore
 
 
@@ -225,6 +225,12 @@ def test_a_graph_of_circuit_tracer_is_read_where_its_classes_are_installed(tmp_p
     assert other["links"] == wanted["links"] and [node["node_id"] for node in other["nodes"]][-1] == "3_-1_2"
     with pytest.raises(UserError, match="'9_9_9' are not two logits of this graph"):
         session.prune(stored, document, 0.5, 0.9, [outputs[0], "9_9_9"])
+    # Its custom targets have numbers behind the vocabulary: they are directions, which no run of the model reads.
+    config = UnifiedConfig(n_layers=graph.n_layers, model_name="m", tokenizer_name="t", d_vocab=12)
+    save_as_circuit_tracer(path, graph, cfg=config)
+    read = Graph.load(path, tokenizer)
+    assert (read.labels, read.nodes.index_N[-2:].tolist()) == (graph.labels, [11, -1])
+    assert targets_of(to_document(read.prune(), "one")) == [11]
     torch.save(dict(input_string="a"), path)
     for read_it in (lambda: Graph.load(path, tokenizer), lambda: circuit_tracer.read_metadata(path)):
         with pytest.raises(UserError, match="no graph of circuit-tracer"):

@@ -81,7 +81,7 @@ function makeLive(graph, { live, labels, details }, app) {
   };
   at("run-changes").onclick = async () => {
     const found = await runChanges("api/change", {}, effectsTable);
-    if (found) say(`The next token is now ${found.tokens[0].text}.`);
+    if (found) say(`The next token is now ${visibleToken(found.tokens[0].text)}.`);
   };
   at("generate-form").hidden = live.freeze_modes.length < 2; // of SAEs
   whenSent(at("generate-form"), () => {
