@@ -59,16 +59,22 @@ def read_tokenizer(folder: Path) -> Any:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **LOCAL)
     file.no_truncation()
     file.no_padding()
-    expected = _read_probe(lambda text: file.encode(text, add_special_tokens=False).ids)
-    text = _differing_text(tokenizer, expected)
-    if text is None:
+    added = {token.content for token in file.get_added_tokens_decoder().values()}
+    texts = (*_PROBE, *_with_added(sorted(added | {*tokenizer.added_tokens_encoder})))
+    expected = _read_probe(texts, lambda text: file.encode(text, add_special_tokens=False).ids)
+    read = _read_probe(texts, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+    if (text := _differing_text(read, expected)) is None:
         return tokenizer
     plain = PreTrainedTokenizerFast.from_pretrained(folder, **LOCAL)
     for name in ("bos_token", "eos_token"):  # transformers may know these from the class alone
         token = getattr(tokenizer, name)
         if getattr(plain, name) is None and token is not None and file.token_to_id(token) is not None:
             setattr(plain, name, token)
-    if _differing_text(plain, expected) is not None:
+    plain_read = _read_probe(texts, lambda text: plain(text, add_special_tokens=False)["input_ids"])
+    # Of added tokens tokenizer_config.json may say otherwise than the file, and has the last word.
+    if plain_read == read and all(read[text] == expected[text] for text in _PROBE):
+        return tokenizer
+    if any(plain_read[text] != expected[text] for text in _PROBE):
         raise UserError(
             f"{folder / _FILE} and transformers cut {text!r:.60} into different tokens: save the tokenizer again with "
             "the library that the model was trained with"
@@ -80,10 +86,15 @@ def read_tokenizer(folder: Path) -> Any:
     return plain
 
 
-def _read_probe(encode: Callable[[str], Sequence[int]]) -> dict[str, list[int] | None]:
-    """Return the ids of each probe text; None where it cannot be read, by a vocabulary without an unknown token."""
+def _with_added(tokens: Sequence[str]) -> list[str]:
+    """Return texts with added tokens within words and beside spaces, some in each: a tokenizer may have thousands."""
+    return ["".join(f"a{token}b {token} " for token in tokens[i : i + 32]) for i in range(0, len(tokens), 32)]
+
+
+def _read_probe(texts: Sequence[str], encode: Callable[[str], Sequence[int]]) -> dict[str, list[int] | None]:
+    """Return the ids of each text; None where it cannot be read, by a vocabulary without an unknown token."""
     ids: dict[str, list[int] | None] = {}
-    for text in _PROBE:
+    for text in texts:
         try:
             ids[text] = list(encode(text))
         except Exception:  # of no type of its own
@@ -91,10 +102,9 @@ def _read_probe(encode: Callable[[str], Sequence[int]]) -> dict[str, list[int] |
     return ids
 
 
-def _differing_text(tokenizer: Any, expected: dict[str, list[int] | None]) -> str | None:
-    """Return the shortest probe text that a tokenizer cuts otherwise than expected; None: there is none."""
-    ids = _read_probe(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
-    return min((text for text in _PROBE if ids[text] != expected[text]), key=len, default=None)
+def _differing_text(ids: dict[str, list[int] | None], expected: dict[str, list[int] | None]) -> str | None:
+    """Return the shortest text that is cut otherwise than expected; None: there is none."""
+    return min((text for text in expected if ids[text] != expected[text]), key=len, default=None)
 
 
 def _tokenizer_class(folder: Path) -> Any:

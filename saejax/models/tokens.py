@@ -1,7 +1,7 @@
 """Prompts as token ids: special tokens, answers that continue a text, batches of few shapes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -269,7 +269,7 @@ def bos_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:
     if one_of(bos, BOS, "bos") == "never":
         return []
     # Compared, as tokenizers have no attribute that says what they put in front, and some put tokens behind, too.
-    whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    whole, plain = _with_and_without_special(tokenizer)
     starts = range(len(whole) - len(plain), -1, -1)
     fronts: list[list[int]] = [whole[:start] for start in starts if whole[start : start + len(plain)] == plain]
     if any(fronts[:1]) or bos == "auto":
@@ -279,6 +279,26 @@ def bos_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:
         if (token := getattr(tokenizer, name)) is not None:
             return [token]
     raise UserError("the tokenizer has no BOS token: expected bos='auto' or 'never'")
+
+
+def _with_and_without_special(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids of a text with the special tokens that the tokenizer adds, and without; [] if it reads none."""
+
+    def texts() -> Iterator[str]:
+        yield "a"
+        # A vocabulary of digits, say, has no letter: then one of its own tokens.
+        yield from map(tokenizer.decode, sorted({*range(len(tokenizer))} - {*tokenizer.all_special_ids}))
+
+    for text in texts():
+        try:
+            whole, plain = (tokenizer(text, add_special_tokens=added)["input_ids"] for added in (True, False))
+        except Exception as error:
+            if type(error) is not Exception:  # what the library of tokenizers raises
+                raise
+            continue
+        if plain:
+            return whole, plain
+    return [], []
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
@@ -315,7 +335,12 @@ def continuation_ids(tokenizer: Any, answer: str, context: str | None = None) ->
         # Not after a letter: a word without a space would merge with it.
         contexts = list(_NEUTRAL_CONTEXTS if answer[0].isspace() else _NEUTRAL_CONTEXTS[1:])
     for before in contexts:
-        ids, whole = encode(tokenizer, before or ""), encode(tokenizer, (before or "") + answer)
+        try:
+            ids, whole = encode(tokenizer, before or ""), encode(tokenizer, (before or "") + answer)
+        except UserError:
+            if context is not None:
+                raise
+            continue  # a vocabulary may lack it
         if whole[: len(ids)] == ids and len(whole) > len(ids):
             return whole[len(ids) :]
     return [] if context is not None else encode(tokenizer, answer, bos="never")

@@ -340,6 +340,11 @@ def test_classes_of_dictionary_learning_whose_version_would_matter_are_refused(t
     for folder in tmp_path.iterdir():
         with pytest.raises(UserError, match=f"by which only some versions of {folder.name} multiply"):
             load_dictionary(folder)
+    # Rows of length 1 have other lengths where each of their numbers was rounded.
+    rounded = {name: array.astype(ml_dtypes.bfloat16).astype(np.float32) for name, array in arrays(unit=True).items()}
+    assert np.abs(np.linalg.norm(rounded["W_dec"], axis=1) - 1).max() > 1e-3
+    learned(tmp_path / "rounded", "JumpReluAutoEncoder", rounded | dict(threshold=np.ones(F, np.float32)))
+    assert load_dictionary(tmp_path / "rounded").config.kind == "jumprelu"
 
 
 # --- Gemma Scope
@@ -628,6 +633,7 @@ def test_a_crosscoder_of_normalised_inputs(tmp_path):
     for changes, message in (
         (dict(code_normalization_id=np.asarray(2)), "code_normalization is SAE, which cannot be followed"),
         (dict(activation_global_scale=np.zeros(2)), "the mean and scale of its inputs are not finite, or 0"),
+        (dict(activation_mean=np.where(np.eye(2, D), np.nan, 1.0)), "the mean and scale of its inputs are not finite"),
     ):
         changed = w | kept | dict(activation_global_scale=scale_P) | changes
         write_tensors(folder / "model.safetensors", **changed)
@@ -904,6 +910,11 @@ OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_se
         ("llama_scope_1", settings("hyperparams.json", act_fn="relu"), "act_fn is 'relu', which no dictionary here"),
         ("llama_scope_1", settings("hyperparams.json", jump_relu_threshold=0), "jump_relu_threshold is 0"),
         ("llama_scope_1", settings("hyperparams.json", dataset_average_activation_norm=...), "expected norms above 0"),
+        (
+            "llama_scope_1",
+            settings("hyperparams.json", dataset_average_activation_norm={"in": float("inf"), "out": 1.0}),
+            "expected norms above 0",
+        ),
         ("llama_scope_r1", settings("config.json", sae_type="lorsa"), "sae_type is 'lorsa'"),
         ("llama_scope_2", settings("config.json", top_k=F + 1), "k is 41: expected a whole number from 1 to the 40"),
         ("sparsify_skip_transcoder", settings("cfg.json", activation="groupmax"), "activation is 'groupmax'"),

@@ -183,6 +183,7 @@ def test_what_was_trained_as_something_else_says_so(tmp_path):
         ("standard", dict(metadata__saejax=dict(max_norm="big")), "metadata.saejax .* is damaged"),
         ("standard", dict(tensors=dict(b_enc=...)), "lacks b_enc: it has W_dec, W_enc, b_dec"),
         ("standard", dict(tensors=dict(scaling_factor=ZEROS + 2)), "finetuning_scaling_factor is not set"),
+        ("standard", dict(finetuning_scaling_factor=True), "finetuning_scaling_factor is set, but"),
         ("standard", dict(tensors=dict(b_enc=np.append(ZEROS, ZEROS[:1]))), r"b_enc has the shape \(41,\), expected"),
         ("standard", dict(tensors=dict(W_dec=WIDE)), "reads width 12 and writes width 13"),
     ],

@@ -52,6 +52,25 @@ def test_special_tokens_are_kept(tmp_path, caplog):
     assert "cuts '12' otherwise than tokenizer.json, which is used" in caplog.text
 
 
+def test_added_tokens_are_those_of_the_file(tmp_path, caplog):
+    """Of a class that is built anew, transformers adds the tokens that tokenizer_config.json lists, and no others."""
+    described = {"258": dict(content="<end>", special=True, normalized=False)}
+    roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<end>")
+    settings = roles | dict(tokenizer_class="GPT2Tokenizer", added_tokens_decoder=described)
+    folder = save_tokenizer(tmp_path / "model", "gpt_neox", BYTE_LEVEL, **settings)
+    file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file.add_tokens(["<think>"])
+    file.save(str(folder / "tokenizer.json"))
+    tokenizer = read_tokenizer(folder)
+    assert encode(tokenizer, "<think>12<end>", "never") == [259, 256, 258] and tokenizer.eos_token_id == 258
+    assert "otherwise than tokenizer.json, which is used" in caplog.text
+    # Where both list a token, tokenizer_config.json says what spaces go with it.
+    caplog.clear()
+    described["259"] = dict(content="<think>", special=False, normalized=False, lstrip=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert encode(read_tokenizer(folder), "  <think>12", "never") == [259, 256] and not caplog.text
+
+
 def test_ids_that_cannot_be_had_are_refused(tmp_path, monkeypatch):
     folder = save_tokenizer(tmp_path / "model", "qwen2", BYTE_LEVEL)
     wrong = PreTrainedTokenizerFast.from_pretrained(

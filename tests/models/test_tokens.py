@@ -60,6 +60,21 @@ def test_special_tokens_of_other_templates():
     assert encode(tokenizer, "the city</s>")[-1] == 1  # the text's own
 
 
+@pytest.mark.parametrize("model", ["WordLevel", "BPE"])
+def test_special_tokens_of_a_vocabulary_without_letters(model):
+    """And without an unknown token: a letter cannot be read (WordLevel) or is left out (BPE)."""
+    vocab = {digit: index for index, digit in enumerate("0123456789+=")}
+    made = Tokenizer(models.WordLevel(vocab) if model == "WordLevel" else models.BPE(vocab, []))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.add_special_tokens(["<s>", "</s>"])
+    special = [("<s>", 12), ("</s>", 13)]
+    for template, front in {"$A": [], "$A </s>": [], "<s> $A </s>": [12]}.items():
+        made.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+        assert bos_tokens(tokenizer) == front and encode(tokenizer, "1+2=") == [*front, 1, 10, 2, 11]
+        assert encode(tokenizer, "1", "always") == [12, 1] and continuation_ids(tokenizer, "3") == [3]
+
+
 @pytest.mark.parametrize("template", ["$A", "<s> $A"])
 @pytest.mark.parametrize("bos", ["auto", "always", "never"])
 def test_pieces_of_texts_and_documents_begin_as_texts_do(bos, template):

@@ -129,7 +129,7 @@ _WITH_K = ("topk", "batchtopk", "matryoshka")
 _BY_VERSION = ("JumpReluAutoEncoder", "GatedAutoEncoder")
 # What science-of-finetuning's classes keep of the normalisation of inputs; old ones keep nothing.
 _NORMALISER = ("activation_mean", "activation_std", "activation_global_scale", "target_rms")
-_UNIT_ROWS = 1e-3  # by how much the length of a row may differ from 1, as bfloat16 rounds
+_UNIT_ROWS = 4e-3  # by how much the length of a row may differ from 1, as bfloat16 rounds
 
 
 def find_dictionary_learning(path: Path) -> Path | None:
@@ -251,9 +251,9 @@ def _normaliser(file: Path, state: Mapping[str, tensors.Tensor]) -> tuple[np.nda
     if missing := [name for name in _NORMALISER[:3] if name not in state]:
         raise UserError(f"{file} lacks {', '.join(missing)} of the normalisation of its inputs: fetch it again")
     mean, std, scale = (state[name].read() for name in _NORMALISER[:3])
-    if np.isnan(mean).any() or np.isnan(std).any():  # how its classes say that there is none
+    if np.isnan(mean).all() or np.isnan(std).all():  # how its classes say that there is none
         return None
-    if not (np.isfinite(mean).all() and np.isfinite(scale).all() and (scale > 0).all()):
+    if not (all(np.isfinite(part).all() for part in (mean, std, scale)) and (scale > 0).all()):
         raise UserError(f"{file}: the mean and scale of its inputs are not finite, or 0: fetch it again")
     return mean, scale
 
@@ -483,7 +483,7 @@ def _average_norms(
             if f"{_NORM}.{hook}" in state
         }
     )
-    if not isinstance(norms, dict) or not all(norms.get(side, 0) > 0 for side in ("in", "out")):
+    if not isinstance(norms, dict) or not all(0 < norms.get(side, 0) < math.inf for side in ("in", "out")):
         raise UserError(f"{file}: {_NORM} is {norms!r}: expected norms above 0, in and out")
     d = settings.get("d_model")
     if not isinstance(d, int) or d < 1:

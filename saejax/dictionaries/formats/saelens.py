@@ -321,8 +321,11 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
     """Fold settings into the arrays; see the top of this module."""
     scale = next((arrays.pop(name) for name in ("finetuning_scaling_factor", "scaling_factor") if name in arrays), None)
     arrays.pop("scaling_factor", None)
+    is_scaled = tensors.flag(file, settings, "finetuning_scaling_factor", False)
+    if scale is None and is_scaled:
+        raise UserError(f"{file}: finetuning_scaling_factor is set, but {WEIGHTS} has none: it is damaged")
     if scale is not None and not np.allclose(scale, 1):
-        if not tensors.flag(file, settings, "finetuning_scaling_factor", False):
+        if not is_scaled:
             raise UserError(
                 f"{file}: there is a scaling_factor, but finetuning_scaling_factor is not set: it is damaged"
             )

@@ -71,7 +71,7 @@ class Published:
             return Dictionary(self.config, matmul_dtype, **self._place({}, names, dtype, mesh))
         with description_errors(next(iter(self.tensors.values())).file.parent):
             arrays = self.fold({name: self._read(name) for name in self.tensors})
-        return Dictionary(self.config, matmul_dtype, **self._place(arrays, names, dtype, mesh))
+            return Dictionary(self.config, matmul_dtype, **self._place(arrays, names, dtype, mesh))
 
     def load_encoder(self) -> dict[str, jax.Array] | None:
         """Read all arrays but the decoder's rows, in the files' dtype; None where folding needs these. See ``load``."""
