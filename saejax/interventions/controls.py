@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.edits import GATHERED, FeatureEdits, filled_features
 from saejax.interventions.table import TESTED, EditDefinition, EffectsTable
 
@@ -188,6 +189,17 @@ def random_lists(
     if not len(pool) or changes.dose(pool.tolist()) < dose:
         return []
     return [changes.beginning(order, dose) for order in random_orders(pool, count, seed)]
+
+
+def lists_differ(pool: int, sizes: Sequence[int], least: int = VerdictConfig.least_lists) -> bool:
+    """Return whether a pool holds enough random lists: from a small one they are nearly the same.
+
+    Args:
+      pool: number of features in the pool.
+      sizes: number of features of each list.
+      least: typical lists that the pool must hold.
+    """
+    return len(sizes) > 0 and pool >= least * float(np.median(sizes))
 
 
 def random_orders(pool: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:

@@ -36,7 +36,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.answers import LEAST_PROMPTS, mean_interval
 from saejax.interventions.behaviour_prompts import BehaviourPrompts
-from saejax.interventions.controls import MIN_FIRING, choose_pool, random_lists
+from saejax.interventions.controls import MIN_FIRING, choose_pool, lists_differ, random_lists
 from saejax.interventions.edits import mask
 from saejax.interventions.references import References
 from saejax.interventions.settings import ProbeConfig
@@ -500,6 +500,7 @@ def ablate_selected(
     changes = tests.texts.changes([*features, *pool.tolist()])
     doses = [changes.dose([feature]) for feature in features]
     lists_of = [random_lists(changes, pool, dose, _CONTROLS, config.seed) if dose else [] for dose in doses]
+    lists_of = [lists if lists_differ(len(pool), [len(some) for some, _ in lists]) else [] for lists in lists_of]
     every = [*(((feature,), 1.0) for feature in features), *itertools.chain(*lists_of)]
     drop_SxP = tests.measure_drop(*zip(*every, strict=True))
     weight_RxP = resampling_weights(tests.templates, _RESAMPLES, config.seed)

@@ -541,7 +541,9 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int, prompts:
         )
         return CausalAnswer("not testable", reason, effect)
     level = VerdictConfig().level
-    answer, needed = "yes" if p_holm <= level and effect.low > 0 else "no", min_controls(tests, level)
+    # On the prompts that are compared there may be no drop, though their controls' is even less.
+    drop = min(effect.low, (result.answer.numbers or {}).get("compared_drop", effect.low))
+    answer, needed = "yes" if p_holm <= level and drop > 0 else "no", min_controls(tests, level)
     sentence = (
         f"At strength {point.strength:g} (dose {point.dose:.3g}) the logit difference changes by {-effect.mean:+.2f} "
         f"logits [{-effect.high:+.2f}, {-effect.low:+.2f}], and {100 * point.turned.mean:.0f} % of the prompts "

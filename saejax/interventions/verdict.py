@@ -34,7 +34,7 @@ from saejax.arguments import check_classes
 from saejax.errors import UserError
 from saejax.interventions import answers as wording
 from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, CausalVerdict, Kept, VerdictConfig
-from saejax.interventions.controls import check_controls
+from saejax.interventions.controls import check_controls, lists_differ
 from saejax.interventions.table import (
     BASIS,
     KEPT,
@@ -311,7 +311,7 @@ def _test_ablation(measured: MeasuredBehaviour, readout: str, config: VerdictCon
         )
         return CausalAnswer(answer, sentence, effect, p_value, p_holm)
 
-    return _Test(p_value, conclude)
+    return _Test(None if lacks else p_value, conclude)
 
 
 def _test_among(measured: MeasuredBehaviour, group: str, tested: Callable[[], int], config: VerdictConfig) -> _Test:
@@ -360,8 +360,7 @@ def _test_among(measured: MeasuredBehaviour, group: str, tested: Callable[[], in
         parts = dict(share=shares.share)
         # A yes needs both sides, so the larger p-value is the whole question's (Berger, 1982).
         p_value = max(p_value, shares.p_value)
-    # Lists from a small pool are nearly the same ones.
-    is_testable = not lacks_side and numbers.get("pool", np.inf) >= config.least_lists * numbers["features"]
+    is_testable = not lacks_side and (group != "random" or _lists_differ(measured, config))
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         behaviours = max(tested(), 1)
@@ -450,10 +449,16 @@ def _compare_shares(measured: MeasuredBehaviour) -> _Shares | None:
     return _Shares(share, p_value, numbers | dict(lost_high=lost_high, p_shares=p_value))
 
 
+def _lists_differ(measured: MeasuredBehaviour, config: VerdictConfig) -> bool:
+    """Return whether the pool of the random lists, if it is known, holds enough of them."""
+    pool, sizes = measured.edits("pool"), [len(edit.features) for edit in measured.edits("random")]
+    return not pool or lists_differ(len(pool[0].features), sizes, config.least_lists)
+
+
 def _count_fooled(measured: MeasuredBehaviour, config: VerdictConfig) -> int | None:
     """Count the placebo sets that pass question 2, uncorrected: how often "more than random" is fooled."""
     placebo, random = measured.edits("placebo"), measured.edits("random")
-    if not placebo or len(random) < min_controls(1, config.level):
+    if not placebo or len(random) < min_controls(1, config.level) or not _lists_differ(measured, config):
         return None
     random_N = measured.drops(random).mean(axis=1)
     return sum(rank_p(float(drop), random_N) <= config.level for drop in measured.drops(placebo).mean(axis=1))
@@ -482,16 +487,16 @@ def _test_basis(measured: MeasuredBehaviour, edit: EditDefinition, config: Verdi
     # Relative to the effect: what is negligible depends on how large it is.
     margin = config.equivalence_margin * abs(float(measured.drop_P.mean()))
     numbers = dict(top=float(measured.drop_P.mean()), basis=float(basis_P.mean()), dose=float(dose / measured.dose))
+    reason = wording.too_few_prompts(len(basis_P), config.least_prompts)
+    # All directions together may change the site less than the features do: then there is nothing to compare.
+    if not reason and numbers["dose"] < 0.99:
+        share = f"{100 * numbers['dose']:.0f} %"
+        count = len(edit.features)
+        some = f"{counted(count, 'direction')} change{'s' * (count == 1)}"
+        reason = f"not testable, because its {some} the site by {share} of the dose"
 
     def conclude(p_holm: float | None) -> CausalAnswer:
         is_significant = p_holm is not None and p_holm <= config.level
-        reason = wording.too_few_prompts(len(basis_P), config.least_prompts)
-        # All directions together may change the site less than the features do: then there is nothing to compare.
-        if not reason and numbers["dose"] < 0.99:
-            share = f"{100 * numbers['dose']:.0f} %"
-            count = len(edit.features)
-            some = f"{counted(count, 'direction')} change{'s' * (count == 1)}"
-            reason = f"not testable, because its {some} the site by {share} of the dose"
         if reason:
             answer = "not testable"
         elif is_significant and difference.low > 0:
@@ -506,7 +511,7 @@ def _test_basis(measured: MeasuredBehaviour, edit: EditDefinition, config: Verdi
         sentence = wording.basis_sentence(answered, edit.group.removeprefix(BASIS), measured.objective, reason)
         return dataclasses.replace(answered, sentence=sentence)
 
-    return _Test(p_value, conclude)
+    return _Test(None if reason else p_value, conclude)
 
 
 def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: VerdictConfig) -> _Test:
@@ -550,19 +555,19 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
     # All parts must pass, so the largest p-value is the whole question's (Berger, 1982).
     p_value, margins = max(p_values.values()), {name: margin for name, (_, _, margin) in changes.items()}
     numbers = margins | _sparing_of_controls(measured, changes)
+    fewest, count = min(((name, len(arrays[0])) for name, arrays in changes.items()), key=lambda item: item[1])
+    too_few = wording.too_few_prompts(count, config.least_prompts)
 
     def conclude(p_holm: float | None) -> CausalAnswer:
-        assert p_holm is not None
+        if p_holm is None:
+            sentence = f"{fewest.replace('_', ' ').capitalize()}: {too_few}."
+            return CausalAnswer("not testable", sentence, None, p_value, None, numbers, parts)
         failing = [name for name, interval in parts.items() if interval.high >= margins[name]]
         answer = "yes" if p_holm <= config.level and not failing else "no"
-        name, count = min(((name, len(arrays[0])) for name, arrays in changes.items()), key=lambda item: item[1])
-        if too_few := wording.too_few_prompts(count, config.least_prompts):
-            sentence = f"{name.replace('_', ' ').capitalize()}: {too_few}."
-            return CausalAnswer("not testable", sentence, None, p_value, p_holm, numbers, parts)
         answered = CausalAnswer(answer, "", None, p_value, p_holm, numbers, parts)
         return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing, left_out))
 
-    return _Test(p_value, conclude)
+    return _Test(None if too_few else p_value, conclude)
 
 
 def _sparing_of_controls(measured: MeasuredBehaviour, names: Iterable[str]) -> dict[str, float]:

@@ -76,6 +76,7 @@ class ItemAlignment:
     correlation: float  #: of the ranks of losses, without what categories, lengths and control sets explain, -1 to 1
     p_value: float  #: share of permutations of the items within categories in which it is as large, above 0
     placebo: float  #: the 95 % quantile of the statistic with a control set in the place of one row's top features
+    least: float  #: the smallest p-value that so many orders of the items allow
 
 
 def alignments(rows: Mapping[str, Findings], read: Mapping[str, Mapping[str, ReadBenchmark]]) -> list[AlignmentFigures]:
@@ -88,26 +89,31 @@ def alignments(rows: Mapping[str, Findings], read: Mapping[str, Mapping[str, Rea
     Raises:
       UserError: a file of a unit is damaged.
     """
-    comparisons = [
+    compared = [
         comparison
         for first, second in itertools.combinations(rows, 2)
         for benchmark in rows[first].select(StudyResults).keys() & rows[second].select(StudyResults).keys()
         for comparison in _pair((first, second), benchmark, rows, read.get(benchmark, {}))
     ]
-    comparisons.sort(key=lambda comparison: (comparison.by, comparison.benchmark))
+    compared.sort(key=lambda pair: (pair[0].by, pair[0].benchmark))
+    comparisons, least = [comparison for comparison, _ in compared], [p for _, p in compared]
     p_values = {
         number: comparison.p_value for number, comparison in enumerate(comparisons) if comparison.p_value is not None
     }
     for number, p in holm_by_key(p_values).items():
         correlation, control = comparisons[number].rank_correlation or 0.0, comparisons[number].control
-        aligned = None if control is None else correlation >= LEAST and p <= LEVEL and correlation > control
+        is_beyond = control is not None and correlation >= LEAST and correlation > control
+        # What the correction alone denies, because so few items have no smaller p-value, cannot be told.
+        is_untold = control is None or (is_beyond and p > LEVEL and len(p_values) * least[number] > LEVEL)
+        aligned = None if is_untold else is_beyond and p <= LEVEL
         comparisons[number] = dataclasses.replace(comparisons[number], p_holm=p, aligned=aligned)
     return comparisons
 
 
 def _pair(
     pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings], read: Mapping[str, ReadBenchmark]
-) -> Iterator[AlignmentFigures]:
+) -> Iterator[tuple[AlignmentFigures, float]]:
+    """Yield the comparisons of a pair, each with the smallest p-value that it could have."""
     folders = [rows[name].folders[f"study/{benchmark}"] for name in pair]
     results = [rows[name].select(StudyResults)[benchmark] for name in pair]
     (first_items, first_losses), (second_items, second_losses) = (_losses(folder, benchmark) for folder in folders)
@@ -122,7 +128,7 @@ def _pair(
         _SEED,
     )
     both: Any = dict(first=pair[0], second=pair[1], benchmark=benchmark, p_holm=None, aligned=None)
-    yield AlignmentFigures(
+    by_items = AlignmentFigures(
         **both,
         by="items",
         n=len(shared),
@@ -132,6 +138,7 @@ def _pair(
         shared=None,
         shared_null=None,
     )
+    yield by_items, agreement.least if agreement else 0.0
     if pair[0] in read and (match := read[pair[0]].matches.get(pair[1])):
         first, second = (read[name].features for name in pair)
         rotated = ItemFeatures.load(folders[1] / ROTATED_ON_ITEMS)
@@ -139,7 +146,7 @@ def _pair(
         # A rotated dictionary may have too few pairs to correlate; without corrupted answers there is no placebo.
         controls = [value for value in (importance.rotated, importance.placebo) if value is not None]
         has_placebo = importance.placebo is not None
-        yield AlignmentFigures(
+        by_features = AlignmentFigures(
             **both,
             by="features",
             n=len(match.first_M),
@@ -149,6 +156,7 @@ def _pair(
             shared=match.shared if min(match.live) else None,
             shared_null=match.shared_null if min(match.live) else None,
         )
+        yield by_features, 0.0  # eight pairs or more have enough orders
 
 
 def _indices(items: Mapping[str, PromptDefinition], chosen: Sequence[str]) -> np.ndarray:
@@ -205,7 +213,8 @@ def align_items(
     placebos += [(first, second.with_control_as_top(draw)) for draw in range(len(second.control_DxN))]
     values = [float(np.dot(*_residuals(*pair, category_N, length_N))) for pair in placebos]
     placebo = float(np.quantile(values, PLACEBO_QUANTILE, method="higher"))
-    return ItemAlignment(seen, (1 + as_large) / (1 + _PERMUTATIONS), placebo)
+    least = max(math.exp(-orders), 1 / (1 + _PERMUTATIONS))
+    return ItemAlignment(seen, (1 + as_large) / (1 + _PERMUTATIONS), placebo, least)
 
 
 def _residuals(

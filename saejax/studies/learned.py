@@ -127,12 +127,16 @@ def is_untold(group: PrimitiveFigures) -> bool:
 def _driven(drivers: DriverFigures, controls: Sequence[DriverFigures]) -> Answered:
     """Return whether context drives more features than tokens do, and more than of each control group.
 
-    A no to either decides. Otherwise it cannot be told where the intervals of context and tokens overlap, or a control
-    group is missing or so small that no shares could differ. Control groups are compared by Fisher's exact test: a yes
-    needs p of at most ``LEVEL`` against each, so that it has no more than this.
+    It cannot be told where no feature of any group is decided. A no to either decides. Otherwise it cannot be told
+    where the intervals of context and tokens overlap, or a control group is missing or so small that no shares could
+    differ. Control groups are compared by Fisher's exact test: a yes needs p of at most ``LEVEL`` against each, so that
+    it has no more than this.
     """
     from scipy.stats import fisher_exact
 
+    # Of too few texts no feature of any group is decided, whatever drives it.
+    if all(group.undecided.mean == 1 for group in (drivers, *controls)):
+        return "cannot tell"
     if drivers.tokens.low > drivers.context.high:
         return "no"
 

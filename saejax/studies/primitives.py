@@ -26,8 +26,9 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from saejax.interventions.answers import VerdictConfig, mean_interval
+from saejax.interventions.answers import mean_interval
 from saejax.interventions.benchmark import control_group
+from saejax.interventions.controls import lists_differ
 from saejax.interventions.table import EffectsTable, PromptDefinition
 from saejax.matching.clusters.groups import DISSOLVED, overlaps
 from saejax.results import Interval
@@ -332,10 +333,8 @@ def _control_drops(
     """Return the mean drop under each control of a group on some items, [N]; none where lists are nearly the same."""
     edits = table.select_edits(benchmark, control_group(kind, group))
     pool = table.select_edits(benchmark, control_group("pool", group))
-    if kind == "random" and edits and pool:
-        size = float(np.median([len(edit.features) for edit in edits]))
-        if len(pool[0].features) < VerdictConfig.least_lists * size:
-            return np.zeros(0)
+    if kind == "random" and pool and not lists_differ(len(pool[0].features), [len(edit.features) for edit in edits]):
+        return np.zeros(0)
     return table.drops(edits, prompts, "answer_log_prob").mean(axis=1) if edits else np.zeros(0)
 
 

@@ -8,7 +8,8 @@ case. The flexible rule compares values: "$29.00" is 29, as is "29" where the ri
 Formulas are compared by the library math-verify, which knows that 1/2 and 0.5 are the same: *strict* takes the last
 ``\boxed{}``, *flexible* what math-verify finds in the whole text. math-verify drops subscripts, so numbers with a base
 are compared before: 2516_9 is not 2516_8. It takes a pair for a set, which is told apart here: (2, 1) is neither
-{1, 2} nor "1, 2". Inequalities are the intervals that they stand for, which it compares one way round alone.
+{1, 2} nor "1, 2". Inequalities are the intervals that they stand for, which it compares one way round alone. Times of
+day are compared before, and what it does not read is written as it does: 10 000, 1 1/2 and [2;5).
 
 The flexible rule judges; that the strict rule finds nothing is a failure of format, and is counted. An answer that
 cannot be found is None, and counts as wrong.
@@ -42,11 +43,14 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?=[\s{])\s*")
 _PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _OVER_ZERO = re.compile(r"/\s*0+(?![0-9.])|\}\s*\{\s*0+\s*\}")
 # Spaces between thousands (10\,000); signs that math-verify does not know, and its own.
-_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;:! ]|\{,\}|~)+[0-9]{3})+(?![0-9])")
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;:! ]|\{,\}|~| )+[0-9]{3})+(?![0-9])")
+_MIXED = re.compile(r"(?<![0-9./^_])([0-9]+) +([0-9]+)/([0-9]+)(?![0-9./])")  # 1 1/2
+_BRACKETED, _SEMICOLON = re.compile(r"[(\[][^()\[\]]*[)\]]"), re.compile(r"(?<!\\);")  # [2;5)
 _REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")  # 0.1\overline{36}
 _SAME_SIGN = {r"\varnothing": r"\emptyset", r"\degree": r"^\circ", "~": " "}
 _SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])|\\[,;:! ]|[\s$]")  # of brackets, and spaces
 _OR = re.compile(r"\bor\b")
+_TIME, _UNWRITTEN = re.compile("([0-9]{1,2}):([0-9]{2})([ap])m"), re.compile(r"\\(?:text|mathrm|[,;:! ])|[{}.~\s$]")
 _SECONDS = 5  # for one formula; a tower of powers could take for ever
 
 
@@ -166,8 +170,13 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
       text: what the model wrote.
       answer: the right formula in LaTeX, without a box around it.
     """
+    boxed = last_boxed(text)
+    times = [_TIME.fullmatch(_UNWRITTEN.sub("", some or "").lower()) for some in (answer, boxed)]
+    if all(times):  # of day, of which math-verify makes a quotient
+        verdict = Verdict(boxed, len({match.groups() for match in times if match}) == 1)
+        return dict(strict=verdict, flexible=verdict)
     # Boxed again, so that math-verify reads the answer as it reads the model's.
-    gold, boxed, anywhere = _parsed(f"\\boxed{{{answer}}}"), last_boxed(text), _parsed(text)
+    gold, anywhere = _parsed(f"\\boxed{{{answer}}}"), _parsed(text)
     in_box = _parsed(f"\\boxed{{{boxed}}}") if boxed else []
     readings = dict(
         strict=(boxed if in_box or boxed == answer else None, in_box),
@@ -220,7 +229,7 @@ def _bracket(text: str) -> tuple[str, bool]:
     text = _SIZE.sub("", text).replace(r"\{", "{").replace(r"\}", "}")
     depths = list(itertools.accumulate((char in "{([") - (char in "})]") for char in text))
     around = text[:1] if text[:1] in ("{", "(", "[") and 0 not in depths[:-1] else ""
-    return around, any(char == "," and depth == bool(around) for char, depth in zip(text, depths, strict=True))
+    return around, any(char in ",;" and depth == bool(around) for char, depth in zip(text, depths, strict=True))
 
 
 def _numbers(formula: Any, written: str) -> Any:
@@ -291,6 +300,8 @@ def _parsed(text: str) -> list[Any]:
     # math-verify knows one way to write a base, and no full stop at the end of a number.
     text = _LAST_POINT.sub("", _BASED.sub(_tidy_number, text))
     text = _THOUSANDS.sub(lambda number: re.sub("[^0-9]", "", number[0]), text)
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
+    text = _BRACKETED.sub(lambda part: _SEMICOLON.sub(",", part[0]), text)
     text = _REPEATING.sub(_as_fraction, text)
     for sign, own_sign in _SAME_SIGN.items():
         text = text.replace(sign, own_sign)

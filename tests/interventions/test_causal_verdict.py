@@ -264,6 +264,7 @@ def test_lists_from_a_small_pool_are_not_testable():
         pool = EditDefinition("b", "pool", 0, tuple(range(10, 10 + count)))
         rows.blocks.append(EffectsTable((pool,), (), *np.zeros((4, 0), int)))
         assert judge(rows).random.answer == answer
+        assert judge(rows).fooled == (None if answer == "not testable" else 0), "placebo sets are told from these lists"
     rows = make_rows(sets=0)
     rows.blocks.append(EffectsTable((pool,), (), *np.zeros((4, 0), int)))
     random = judge(rows).random
@@ -518,6 +519,22 @@ def test_behaviours_that_are_not_testable_are_not_corrected_for():
         assert "after correction" not in of_b.sentence and of_c.answer == "not testable"
     assert "which are nearly the same" in judged["c"].random.sentence
     assert judged["c"].random.p_value == pytest.approx(0.05) and judged["c"].random.p_holm is None
+
+
+def test_means_that_are_not_testable_are_not_corrected_for():
+    """Of too few prompts, or of a basis below the dose: of two tests of a question the other was corrected for both."""
+    rows = with_basis(1.0)
+    rows.add_set(EditDefinition("b", "basis:neurons", 0, (0,)), varied(1.0), 1.0)
+    rows.add_behaviour("c", first=100)
+    for name, on, readout in (("b", "c", "logit_diff"), ("c", "b", "logit_diff"), ("c", TEXT, "ce")):
+        rows.add(EditDefinition(name, "top", 0, (1, 2)), on=on, **{readout: 5.0 if on != TEXT else 3.0})
+    few = without_prompts(merge_tables(rows.blocks), [f"c/{p:02d}" for p in range(4, PROMPTS)])
+    judged = verdict(few, CONFIG).dictionaries[TESTED]
+    b, c = judged["b"], judged["c"]
+    for tested in (b.ablation["logit_diff"], b.bases["pca"], c.selective):
+        assert tested.answer in ("yes", "more") and tested.p_holm == tested.p_value == pytest.approx(2 / 501)
+    for untested in (c.ablation["logit_diff"], b.bases["neurons"], b.selective):
+        assert untested.answer == "not testable" and untested.p_holm is None
 
 
 def test_so_few_resamples_that_no_share_can_be_significant_are_not_testable():

@@ -188,13 +188,13 @@ def test_the_strength_that_turns_most_is_chosen_among_those_allowed():
     assert steering.choose_strength(diff_SxP, np.zeros(4, bool)) == 0
 
 
-def judged(p_values, controls=99, compared=9):
+def judged(p_values, controls=99, compared=9, drop=0.3):
     """Return the answers on behaviours whose method has these p-values."""
     behaviours = {}
     for number, p_value in enumerate(p_values):
         effect = Interval(2.0, 1.0, 3.0)
         point = steering.SteeringPoint(0.4, 3.0, effect, Interval(0.5, 0.4, 0.6), None)
-        there = dict(compared_drop=0.3) if controls else None
+        there = dict(compared_drop=drop) if controls else None
         answer = CausalAnswer("not tested", "", effect, p_value, numbers=there)
         drops, turned = (0.1,) * controls, 0.05 if controls else None
         method = steering.SteeringMethod((point,), 0, "random features", drops, turned, compared, answer)
@@ -216,6 +216,8 @@ def test_answers_follow_the_rule():
     # What controls cost is told of these prompts, and so is what they are compared with.
     assert "compared on 4 of 9 prompts, where the drop is 0.30: for" in judged([0.01], compared=4)[0].sentence
     assert "compared on" not in judged([0.01])[0].sentence
+    # All prompts together are steered, but those that have controls are not, though these are steered even less.
+    assert judged([0.01], compared=4, drop=-0.1)[0].answer == "no"
 
 
 CONFIG = SteerConfig(dictionary="topk", top=3, doses=(0.4, 0.1), random_sets=12, bootstrap=200, batch_rows=16)

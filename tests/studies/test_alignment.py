@@ -10,6 +10,7 @@ from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefin
 from saejax.matching.importance import FeatureMatch, ImportanceAlignment
 from saejax.studies import alignment
 from saejax.studies.alignment import ItemLosses, align_items
+from saejax.studies.results import AlignmentFigures
 
 ITEMS, SETS = 100, 20
 NULL, TRUE = 100, 100  # pairs of rows that share nothing, and that share what matters
@@ -156,3 +157,32 @@ def test_too_little_to_compare():
     # Of categories of one item each there is nothing to shuffle, and of few pairs too little for a p-value of 5 %.
     for kinds, is_told in ((np.arange(ITEMS), False), (np.minimum(np.arange(ITEMS), ITEMS - 3), False), (KINDS, True)):
         assert (align(first, second, kinds) is not None) == is_told
+
+
+def test_items_whose_orders_are_too_few_for_the_correction_are_not_told(monkeypatch):
+    """In 24 orders no p-value is below 1 / 24: of two comparisons even equal losses would be answered no."""
+    kinds = np.repeat(["a", "b", "c", "d"], [3, 2, 2, 1])
+    first, _ = next(iter(pairs(shared=0)))
+    few = np.argsort(-first.top_N)[: len(kinds)]
+    same = first.choose(few)
+    found = align_items(same, same, kinds, EQUAL[: len(kinds)], 0)
+    assert found.least == pytest.approx(1 / 24) and found.correlation == pytest.approx(1)
+    figures = dict(first="a", benchmark="sums", by="items", n=8, p_holm=None, aligned=None, shared=None)
+
+    def compare(*p_values, control=0.1):
+        comparisons = [
+            (
+                AlignmentFigures(
+                    second=str(n), rank_correlation=0.9, p_value=p, control=control, shared_null=None, **figures
+                ),
+                found.least,
+            )
+            for n, p in enumerate(p_values)
+        ]
+        monkeypatch.setattr(alignment, "_pair", lambda *args: iter(comparisons))
+        rows = dict.fromkeys("ab", SimpleNamespace(select=lambda cls: dict(sums=None)))
+        return [comparison.aligned for comparison in alignment.alignments(rows, {})]
+
+    assert compare(0.04) == [True] and compare(0.06) == [False]
+    assert compare(0.04, 0.04) == [None, None]
+    assert compare(0.04, 0.04, control=0.95) == [False, False], "a placebo decides, whatever p"

@@ -189,6 +189,9 @@ def test_features_that_context_drives_as_controls_are_no_more_than_words():
     # Nor are features of which context drives no more than of a control, however few words drive.
     assert [_driven(drivers("base", 0, 0), some) for some in (missing, alike)] == ["no", "no"]
     assert _driven(drivers("base", 3, 5), missing) == "cannot tell"
+    # Of fewer than six texts every feature of every group is undecided: that is no evidence, where it was a no.
+    undecided = [drivers("base", 0, 0, group) for group in CONTROL_GROUPS]
+    assert [_driven(drivers("base", 0, 0), some) for some in ([], undecided)] == ["cannot tell"] * 2
 
 
 @pytest.mark.parametrize(

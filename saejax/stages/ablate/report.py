@@ -370,9 +370,9 @@ def _set_cell(comparison: CausalAnswer) -> str:
     figures = comparison.numbers
     if comparison.answer == "not testable":
         too_few = figures["sets"] < figures["needed"]
-        why = (
-            f"{figures['sets']:.0f} of {figures['needed']:.0f} sets" if too_few else "few features, or no other answers"
-        )
+        # Corrected, it is denied by the number of resamples alone.
+        why = "few resamples" if comparison.p_holm is not None else "few features, or no other answers"
+        why = f"{figures['sets']:.0f} of {figures['needed']:.0f} sets" if too_few else why
         return f"not testable ({why})"
     ratio = over_controls(figures)
     times = f", × {number(ratio, 1)}" if ratio else ""

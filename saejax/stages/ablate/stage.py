@@ -69,6 +69,6 @@ ABLATE = Stage(
     names=_names,
     check=_check,
     places=list_folders("ablate", "dictionary", "repeats", "joined", "baselines"),
-    revision=12,  # sentences tell how many times the 95th percentile of their controls the top features cost
+    revision=13,  # means that are not testable are not corrected for
     processes="all",
 )

@@ -48,7 +48,7 @@ PATCH = Stage(
     inputs=_inputs,
     names=_names,
     places=list_folders("patch", "dictionary"),
-    revision=10,  # sentences tell how many times the 95th percentile of their controls the top features cost
+    revision=11,  # means that are not testable are not corrected for
     processes="items",
     section=sections,
 )

@@ -164,7 +164,8 @@ def _selected_table(labels: Sequence[ProbedLabel], findings: Findings) -> Table:
         "difference in logits, or, on benchmarks, of the log-likelihood of the reference answer in nats; 95 % "
         "bootstrap interval over prompts within templates. p: two-sided, from flipped signs of the drops, after Holm's "
         "correction over all features of this table. Controls: random lists of features that change the site as much "
-        "as this feature does, whose effect is at least as large in either direction; not testable where no list does."
+        "as this feature does, whose effect is at least as large in either direction; not testable where no list does, "
+        "or so few features fire that the lists are nearly the same."
     )
     rows = [(label, row) for label in labels if label.selected for row in label.selected.features]
     return Table.of("Does the model use the features that probes select?", rows, columns, {"Feature"}, note=note)

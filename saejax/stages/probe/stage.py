@@ -39,7 +39,7 @@ PROBE = Stage(
     inputs=_inputs,
     names=_names,
     places=list_folders("probe", "dictionary"),
-    revision=8,  # p-values of ablated features are from flipped signs
+    revision=9,  # lists from a small pool are no controls
     processes="items",
     section=sections,
 )

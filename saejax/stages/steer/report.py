@@ -45,8 +45,8 @@ def _section(results: SteerResults, findings: Findings, draw: Draw) -> Section:
         "each raised by as large a multiple of its mean activation, or differences of means after the answers were "
         "shuffled among the texts. Each method's strength is the one that turns most train prompts, among those that "
         f"raise the cross-entropy of held-out text by at most {MAX_CE_RISE:g} nats per token; test prompts judge it. A "
-        "prompt is turned if its target has the higher logit. p is the share of controls with at least the method's "
-        "drop of the logit difference."
+        "prompt is turned if its target has the higher logit. p is the share of the method and its controls with "
+        "at least its drop of the logit difference."
     )
     blocks: list[Block] = [Text(intro)]
     if steered:
