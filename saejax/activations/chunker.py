@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.models.tokens import bos_tokens, own_beginnings
+from saejax.models.tokens import bos_tokens, encode, own_beginnings
 from saejax.tasks.corpora import Document
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 from saejax.tasks.text_sources import Messages, text_sources
@@ -189,7 +189,12 @@ class Chunker:
         contents = [document.content for document in documents]
         texts = [self._text_of(content) for content in contents if not isinstance(content, np.ndarray)]
         # verbose=False: long texts are cut afterwards, so the tokenizer need not warn about them.
-        of_texts = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        try:
+            of_texts = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        except Exception:  # of no type of its own
+            for text in texts:
+                encode(self._tokenizer, text, "never")  # which names the text that cannot be read
+            raise
         remaining = iter(of_texts)
         return [content.tolist() if isinstance(content, np.ndarray) else next(remaining) for content in contents]
 

@@ -73,6 +73,10 @@ def test_special_tokens_of_a_vocabulary_without_letters(model):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
         assert bos_tokens(tokenizer) == front and encode(tokenizer, "1+2=") == [*front, 1, 10, 2, 11]
         assert encode(tokenizer, "1", "always") == [12, 1] and continuation_ids(tokenizer, "3") == [3]
+    if model == "WordLevel":
+        documents = [Document("1+2=", "a", 0), Document("1-2=", "b", 1)]
+        with pytest.raises(UserError, match="the model's tokenizer cannot read the text '1-2=': "):
+            list(Chunker(CorpusConfig(context=8), tokenizer, 8).pieces(documents, lambda document: False))
 
 
 @pytest.mark.parametrize("template", ["$A", "<s> $A"])
