@@ -55,7 +55,7 @@ from saejax.short_reprs import has_short_repr
 
 Put = Callable[[np.ndarray, np.ndarray], None]  # takes indices of rows [B], and rows over all sources [B, S]
 _LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
-CHUNKS = 8  # chunks of targets in a batch
+CHUNKS = 8  # chunks of targets in a batch, at the most
 _WORTH = 2  # batches that have to be at hand for each length
 TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's targets, together, on each device
 WIDTH = 32  # directions in a block
@@ -520,6 +520,8 @@ class RowTracer:
         step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
         self._lengths = np.array([*range(step, length, step), length])
         self._sizes = [chunk_size(mesh.devices.flat[0].platform, int(length), mesh) for length in self._lengths]
+        # As many targets of all lengths go together: their products with the sources are what a batch takes.
+        self._chunks = [max(CHUNKS * self._sizes[-1] // size, 1) for size in self._sizes]
         self._streams = [state.stream_LxTxD[:, :length] for length in self._lengths]
         self._stops = [sources.stop_X(length) for length in self._lengths]
 
@@ -572,8 +574,8 @@ class RowTracer:
             chunks = [
                 part[start : start + size] for part in np.split(targets, changes) for start in range(0, len(part), size)
             ]
-            for start in range(0, len(chunks), CHUNKS):
-                yield index, chunks[start : start + CHUNKS]
+            for start in range(0, len(chunks), self._chunks[index]):
+                yield index, chunks[start : start + self._chunks[index]]
 
     def _start(
         self,
@@ -586,8 +588,8 @@ class RowTracer:
     ) -> jax.Array:
         """Start the program on a batch; chunks are filled up with copies, the batch with chunks that never start."""
         filled = np.stack([np.resize(targets, self._sizes[index]) for targets in chunks])
-        filled_NxR = filled[np.minimum(np.arange(CHUNKS), len(chunks) - 1)]
-        start_N = np.zeros(CHUNKS, np.int32)
+        filled_NxR = filled[np.minimum(np.arange(self._chunks[index]), len(chunks) - 1)]
+        start_N = np.zeros(self._chunks[index], np.int32)
         # A transcoder reads within its layer, which a target then goes down through, too.
         start_N[: len(chunks)] = layer_X[filled].max(axis=1) + (not in_stream)
         model, sources = self._state.model, self._sources

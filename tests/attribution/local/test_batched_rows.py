@@ -78,3 +78,14 @@ def test_batches_of_chunks_give_what_one_target_at_a_time_does(local, pulls, in_
     for layer, position, vector_D, row_S in targets:
         assert relative_error(row_S, plain_row(local, pulls, layer, position, vector_D, in_stream)) < 1e-5
     assert np.abs(row_RxS).max() > 0.1
+
+
+def test_batches_of_short_targets_take_no_more_memory(local, monkeypatch):
+    """A batch takes its products with all sources, so as many targets go together at every length."""
+    shapes, plain = list[tuple[int, ...]](), rows.contributions
+    monkeypatch.setattr(rows, "contributions", lambda *args: shapes.append(args[-1].layer_NxR.shape) or plain(*args))
+    count = 3000
+    position_R = np.arange(count, dtype=np.int32) % len(IDS)
+    local.pullback(np.zeros(count, np.int32), position_R, np.ones((count, local.model.config.d_model), np.float32))
+    targets = {np.prod(shape) for shape in shapes}
+    assert len({size for _, size in shapes}) == 3 and max(targets) == rows.CHUNKS * min(size for _, size in shapes)
