@@ -26,7 +26,7 @@ from effect_worlds import (
 )
 
 from saejax.dictionaries import Dictionary
-from saejax.interventions import bases
+from saejax.interventions import ablation, bases
 from saejax.interventions.ablation import begin_ablation, measure_behaviour
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
 from saejax.interventions.settings import AblateConfig
@@ -355,11 +355,11 @@ def judge_four(tiny, dictionary, prompts, features=None, **settings) -> list[Beh
     return [*verdict(merge_tables(tables), VerdictConfig(resamples=200)).dictionaries[TESTED].values()]
 
 
-def rates_of_four(name: str, worlds: list[list[BehaviourVerdict]], question: str) -> float:
-    """Return the rate of a question over all behaviours; print it, and in how many worlds any answer is yes."""
+def rates_of_four(name: str, worlds: list[list[BehaviourVerdict]], question: str) -> tuple[float, float]:
+    """Return and print how often p is at most 5 %, and in what share of worlds any answer, corrected, is yes."""
     some = sum(any(getattr(each, question).answer == "yes" for each in verdicts) for verdicts in worlds)
     print(f"{name}: {question} answered yes, corrected over {BEHAVIOURS} behaviours, in {some} of {len(worlds)} worlds")
-    return rate(name, [each for verdicts in worlds for each in verdicts], question)
+    return rate(name, [each for verdicts in worlds for each in verdicts], question), some / len(worlds)
 
 
 @pytest.fixture
@@ -369,6 +369,13 @@ def wide(make_dictionary):
 
 
 WORLDS = 50  # of four behaviours each: 200 cases
+
+
+@pytest.fixture(autouse=True)
+def only_what_decides(monkeypatch):
+    """Question 6, and parts of the top features' ablation, are shown beside the answers: they are not measured here."""
+    monkeypatch.setattr(ablation, "_measure_kept", lambda *args, **options: [])
+    monkeypatch.setattr(ablation, "FRACTIONS", (1.0,))
 
 
 @pytest.mark.slow
@@ -381,7 +388,10 @@ def test_where_nothing_is_true_few_worlds_say_yes(tiny, wide, selected):
         prompts = random_prompts(tiny, seed, fixed=not selected)
         found.append(judge_four(tiny, wide(seed), prompts, None if selected else drawn))
     for question in ("random", "placebo"):
-        assert rates_of_four("attribution" if selected else "drawn", found, question) <= 0.08
+        share, corrected = rates_of_four("attribution" if selected else "drawn", found, question)
+        assert share <= 0.08
+        # Of 50 worlds with a rate of 5 % more than 6 say yes in one case of a hundred.
+        assert corrected <= 6 / WORLDS
 
 
 @pytest.mark.slow
@@ -396,7 +406,7 @@ def test_training_mattered_in_a_tiny_model_where_directions_are_turned_to_the_an
             dictionary = with_planted(tiny, wide(seed, 160), prompts, TOP, seed)
         settings = dict(random_sets=1, placebo_targets=0, untrained_dictionaries=M)
         found.append(judge_four(tiny, dictionary, prompts, **settings))
-    share = rates_of_four("turned directions" if are_true else "an untrained dictionary", found, "trained")
+    share, _ = rates_of_four("turned directions" if are_true else "an untrained dictionary", found, "trained")
     assert share >= 0.9 if are_true else share <= 0.08
 
 
@@ -408,4 +418,4 @@ def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, wide, pl
         prompts = random_prompts(tiny, seed, fixed=True)
         found.append(judge_four(tiny, with_planted(tiny, wide(seed), prompts, planted, seed), prompts))
     name = f"an effect in {planted} of {TOP} features of a tiny model"
-    assert rates_of_four(name, found, "random") >= 0.95
+    assert rates_of_four(name, found, "random")[0] >= 0.95
