@@ -35,7 +35,7 @@ from saejax.attribution.local.rows import CHUNKS, WIDTH, SourceBank, TargetBatch
 from saejax.attribution.local.state import FrozenModel
 from saejax.config import Configs
 from saejax.costs.plan import PlannedRun
-from saejax.costs.programs import Program, abstract_params, by_row, whole
+from saejax.costs.programs import Program, abstract_params, whole
 from saejax.evaluation.settings import EvaluateConfig
 from saejax.flops import step_flops
 from saejax.interpret import firings
@@ -51,7 +51,7 @@ from saejax.models.settings import ModelConfig
 from saejax.parallel.mesh import AXES, BY_DOCUMENT, document_devices, fitting_sharding, make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.preflight.plan import plan_run, stage_programs
-from saejax.preflight.topology import device_bytes
+from saejax.preflight.topology import compile_program, device_bytes
 from saejax.runner.registry import default_configs
 from saejax.stages.evaluate.plan import abstract_member
 from saejax.tasks.settings import CorpusConfig
@@ -62,6 +62,9 @@ MODEL = Path(__file__).parents[1] / "configs/shapes/qwen3-0.6b.json"
 BATCH = 8192  # tokens of a batch, on all devices together
 PROMPT = 64  # tokens of a graph's prompt
 ACTIVE = 64  # features that are active at each position of a layer, of eight times as many that are active somewhere
+# Operations in the order that takes least memory, as compilers for GPUs and TPUs choose it. That for CPUs begins with
+# all that can run at once: it copies all matrices of a layer out of the stack of layers before it uses the first.
+MEMORY_FIRST = dict(xla_cpu_scheduler_type="CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
 MATRICES = "W_enc_DxF", "W_dec_FxD"
 WEIGHTS = "the model's weights"
 STAGES = ("capture", "train", "fine-tuning", "evaluate", "interpret", "ablate", "attribute", "transfer")
@@ -104,7 +107,8 @@ def stage_of(program: Program) -> str:
 def interpret_program(plan: PlannedRun, mesh: Mesh) -> Program:
     """Return the encoder of interpret's pass over a store."""
     dictionary = plan.dictionary("ablate")
-    x_BxD = by_row(mesh, (BATCH, dictionary.d_in), jnp.float32)
+    shape = BATCH, dictionary.d_in
+    x_BxD = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=firings.place_vectors(mesh, shape))
     arguments = (mesh, abstract_member(plan, dictionary, mesh), x_BxD, BATCH)
     flops = step_flops(BATCH, dictionary.d_in, dictionary.n_features) / 6
     return Program("interpret: encode", f"{BATCH} tokens", firings._encode_batch, arguments, (), flops)
@@ -177,7 +181,7 @@ def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[st
     for program in (*stage_programs(plan), *programs):
         if (stage := stage_of(program)) not in STAGES:
             continue
-        compiled, so_far = program.lower().compile(), measured.get(stage, Measured(0, 0, 0, 0, 0, 0))
+        compiled, so_far = compile_program(program, **MEMORY_FIRST), measured.get(stage, Measured(0, 0, 0, 0, 0, 0))
         flops = product_flops(compiled.as_text(), unknown=8 if stage == "attribute" else 1)
         weights = named_bytes((program.arguments, program.kept), parameter_table(model))
         size = device_bytes(program, compiled) - weights

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from saejax.activations.plan import Batch, CapturedValues, Take
 from saejax.models.config import DecoderConfig
@@ -17,7 +17,7 @@ from saejax.models.parity import needs_check
 from saejax.models.sites import AnySite, Site
 from saejax.models.source import ModelSource
 from saejax.models.weights import load_params
-from saejax.parallel.mesh import AXES, BY_DOCUMENT, everywhere, sharding
+from saejax.parallel.mesh import BY_DOCUMENT, everywhere, sharding, spread_sharding
 
 _BLOCK = 32  # numbers that are added one after the other
 _Measured = tuple[jax.Array, jax.Array, jax.Array]  # vectors_BxTxD, norms_BxT, train_sum_BxD of a site
@@ -82,7 +82,7 @@ class DecoderReader:
         # Documents that are held out, or only fill up the batch, count from a position that they do not have.
         first_B = np.full(len(lengths_B), ids_BxT.shape[1], np.int32)
         first_B[: len(batch.first_B)] = np.where(batch.train_B, batch.first_B, ids_BxT.shape[1])
-        measure = self._measured(_place_rows(self.mesh, len(lengths_B)))
+        measure = self._measured(spread_sharding(self.mesh, len(lengths_B)))
         return measure(values, everywhere(self.mesh, first_B, BY_DOCUMENT), lengths_B)
 
     def _give(self, running: tuple[Batch, Sequence[_Measured]] | None, take: Take) -> None:
@@ -116,15 +116,10 @@ def read_sites(
       lengths_B: number of tokens of each row.
     """
     _, values = forward(config, sites, False, params, ids_BxT, lengths_B)
-    rows = _place_rows(mesh, len(lengths_B)).spec[0]
+    rows = spread_sharding(mesh, len(lengths_B)).spec[0]
     return jax.tree.map(
         lambda value: lax.with_sharding_constraint(value, sharding(mesh, *[None] * (value.ndim - 3), rows)), values
     )
-
-
-def _place_rows(mesh: Mesh, rows: int) -> NamedSharding:
-    """Return where the values of a batch's rows are: split over all devices if these divide them."""
-    return sharding(mesh, AXES if rows % mesh.size == 0 else BY_DOCUMENT)
 
 
 def measure_sites(dtype: str, values: Sequence[jax.Array], first_B: jax.Array, stop_B: jax.Array) -> list[_Measured]:

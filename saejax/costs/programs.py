@@ -15,7 +15,7 @@ from saejax.dictionaries.modules import parameter_table as dictionary_table
 from saejax.dictionaries.modules import placements
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
-from saejax.parallel.mesh import fitting_sharding, row_sharding, sharding
+from saejax.parallel.mesh import fitting_sharding, row_sharding, sharding, spread_sharding
 from saejax.training.settings import TrainConfig
 
 
@@ -66,6 +66,11 @@ def placed(tree: Any, placements: Any) -> Any:
 def by_row(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
     """Return an array whose rows are split over ``member`` and ``data`` where these divide them."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=row_sharding(mesh, shape))
+
+
+def spread(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Return an array whose rows are split over all devices where these divide them."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=spread_sharding(mesh, shape[0]))
 
 
 def whole(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:

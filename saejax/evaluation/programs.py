@@ -7,18 +7,39 @@ compare              those streams -> cross-entropies and KL divergences        
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from saejax.evaluation.member_data import MemberData
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.sinks import position_norms
 from saejax.models.split import SplitPoint
+from saejax.parallel.mesh import AXES, BY_DOCUMENT, Axis, mesh_of
 
 _LOGITS_AT_ONCE = 512  # tokens whose logits are held at a time
+
+
+def _spread(mesh: Mesh | AbstractMesh, *values: jax.Array, axis: int = 0) -> list[jax.Array]:
+    """Split the rows of values that all devices along ``model`` computed over these, too: see ``spread_sharding``."""
+    divides = values[0].shape[axis] % max(mesh.size, 1) == 0
+    return _place(mesh, values, axis, AXES if divides else BY_DOCUMENT)
+
+
+def _by_document(mesh: Mesh | AbstractMesh, *values: jax.Array, axis: int = 0) -> list[jax.Array]:
+    """Put rows together that ``_spread`` split: layers have all rows of the device's own documents."""
+    return _place(mesh, values, axis, BY_DOCUMENT)
+
+
+def _place(mesh: Mesh | AbstractMesh, values: Sequence[jax.Array], axis: int, along: Axis) -> list[jax.Array]:
+    if mesh.shape.get("model", 1) == 1:
+        return [*values]
+    where = NamedSharding(mesh, PartitionSpec(*[None] * axis, along))
+    return [lax.with_sharding_constraint(value, where) for value in values]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -40,6 +61,7 @@ def head(
     """
     stream_BxTxX, y_BxTxO, x_BxTxD = point.run_prefix(params, ids_BxT)
     inside_BxT = (position_norms(x_BxTxD) <= site_limit) & (position_norms(y_BxTxO) <= target_limit)
+    stream_BxTxX, x_BxTxD, y_BxTxO, inside_BxT = _spread(point.mesh, stream_BxTxX, x_BxTxD, y_BxTxO, inside_BxT)
     return stream_BxTxX, x_BxTxD, y_BxTxO, inside_BxT
 
 
@@ -59,7 +81,8 @@ def stand_in(member: MemberData, x_BxTxD: jax.Array, y_BxTxO: jax.Array, inside_
 @functools.partial(jax.jit, static_argnums=0)
 def tail(point: SplitPoint, params: decoder.Params, stream_BxTxX: jax.Array, value_BxTxO: jax.Array) -> jax.Array:
     """Return the stream [B, T, D] leaving the last layer, given another value of the target."""
-    return point.run_suffix(params, stream_BxTxX, value_BxTxO)
+    whole = _by_document(point.mesh, stream_BxTxX, value_BxTxO)
+    return _spread(point.mesh, point.run_suffix(params, *whole))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -89,6 +112,7 @@ def compare(
       positions: [C, E, B].
     """
     rows, length = ids_BxT.shape
+    mesh = mesh_of(ids_BxT)
     # A divisor of the length, so that all chunks have one shape and none needs padding.
     most = min(length, max(1, _LOGITS_AT_ONCE // rows))
     size = max(divisor for divisor in range(1, most + 1) if length % divisor == 0)
@@ -104,7 +128,10 @@ def compare(
         def cut(values: jax.Array, axis: int) -> jax.Array:
             return lax.dynamic_slice_in_dim(values, start, size, axis)
 
-        next_BxC, predicts_BxC, part_ExBxCxD = cut(next_BxT, 1), cut(predicts_BxT, 1), cut(stream_ExBxTxD, 2)
+        next_BxC, predicts_BxC = cut(next_BxT, 1), cut(predicts_BxT, 1)
+        # Devices along ``model`` put rows together that each has parts of, chunk by chunk: not all before the loop.
+        parts = _spread(mesh, cut(stream_ExBxTxD, 2), axis=1)
+        (part_ExBxCxD,) = _by_document(mesh, *parts, axis=1)
         clean_BxCxV = decoder.unembed(config, params, part_ExBxCxD[0])
         normaliser_BxC = jax.nn.logsumexp(clean_BxCxV, axis=-1)
         p_BxCxV = jnp.exp(clean_BxCxV - normaliser_BxC[..., None])

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from scipy import sparse
 
 from saejax.activations.store import Store
@@ -120,7 +120,7 @@ def record(
             rows_N = rows[start : start + batch]
             # The last batch is filled up, so that one program serves all batches.
             x_BxD = np.pad(store.read(site, rows_N), ((0, batch - len(rows_N)), (0, 0)))
-            (placed_BxD,) = by_row(mesh, x_BxD)
+            placed_BxD = jax.device_put(x_BxD, place_vectors(mesh, x_BxD.shape))
             encoded = [_encode_batch(mesh, member, placed_BxD, len(rows_N)) for member in members]
             waiting.append((places_of(store, rows_N), encoded))
             if len(waiting) > 1:
@@ -136,7 +136,7 @@ def _encode_batch(mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.A
 
     Rows from ``count`` on have no firings.
     """
-    f_BxF = member.encode(x_BxD)
+    f_BxF = _encode_in_parts(mesh, member, x_BxD)
     batch, features = f_BxF.shape
     fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count)
     size_BxF = lax.with_sharding_constraint(jnp.abs(f_BxF), fitting_sharding(mesh, f_BxF.shape, BY_DOCUMENT, "model"))
@@ -145,6 +145,25 @@ def _encode_batch(mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.A
     bit = jnp.arange(_WORD, dtype=jnp.uint32)[None, :, None]
     words_XxF = jnp.sum(fires_XxWxF << bit, axis=1, dtype=jnp.uint32)
     return size_BxF, lax.with_sharding_constraint(words_XxF.T, sharding(mesh))
+
+
+def place_vectors(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Return where a batch of vectors is: rows split over ``member`` and ``data``, and vectors over ``model``."""
+    return fitting_sharding(mesh, shape, BY_DOCUMENT, "model")
+
+
+def _encode_in_parts(mesh: Mesh, member: MemberData, x_BxD: jax.Array) -> jax.Array:
+    """Encode a batch; rows of which devices along ``model`` have parts are put together some at a time."""
+    shares, parts = document_devices(mesh), mesh.shape["model"]
+    if parts == 1 or len(x_BxD) % (shares * parts):
+        return member.encode(x_BxD)
+
+    def encode(x_SxCxD: jax.Array) -> jax.Array:
+        return member.encode(lax.with_sharding_constraint(x_SxCxD, sharding(mesh, BY_DOCUMENT)))
+
+    x_SxPxCxD = x_BxD.reshape(shares, parts, -1, x_BxD.shape[1])
+    f_PxSxCxF = lax.map(encode, jnp.moveaxis(x_SxPxCxD, 1, 0))
+    return jnp.moveaxis(f_PxSxCxF, 0, 1).reshape(len(x_BxD), -1)
 
 
 def _write(

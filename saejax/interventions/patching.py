@@ -32,6 +32,7 @@ from saejax.interventions.columns import Columns
 from saejax.interventions.engine import BATCH_ROWS, prefetch
 from saejax.interventions.published_heads import PublishedHead
 from saejax.interventions.split_model import (
+    GROUP_TOKENS,
     editable_positions,
     fit_ids,
     groups_by_length,
@@ -168,7 +169,8 @@ def patch_sites(
     on_progress(0, all_rows)
     # Bytes that one token takes in the recorded runs of a pair.
     token_bytes = 2 * 4 * lm.config.n_layers * (lm.config.d_model + point.site.width(lm.config))
-    step_of = functools.partial(row_step, devices=document_devices(lm.mesh))
+    # Recorded in every layer, a row for each device would take gigabytes sooner than in clean runs.
+    step_of = functools.partial(row_step, devices=document_devices(lm.mesh), most=GROUP_TOKENS)
     for index_P, rows_B, length in groups_by_length(lengths_P, step_of, GROUP_BYTES // token_bytes):
         last_B, answers_Bx2 = sides[0].last_B[rows_B], answers_Px2[rows_B]
         all_ids = [fit_ids(tokens.ids_BxT[rows_B], length) for tokens in sides]

@@ -330,12 +330,15 @@ def prompts_at_once(length: int, devices: int = 1) -> int:
     return prompts + -prompts % devices
 
 
-def row_step(length: int, devices: int = 1) -> int:
-    """Return the number of which the rows of a clean run are a multiple, given a padded length and the devices."""
+def row_step(length: int, devices: int = 1, most: int = 2 * GROUP_TOKENS) -> int:
+    """Return the number of which the rows of a clean run are a multiple, given a padded length and the devices.
+
+    Prompts are filled up to a row for each device if these have at most ``most`` tokens together.
+    """
     few = math.lcm(ROW_STEP, devices)
     step = min(prompts_at_once(length, devices), few)
     # Every device holds a whole group: copies of long prompts, a row for each device, would take gigabytes of each.
-    return step if step * length <= GROUP_TOKENS else min(prompts_at_once(length), few)
+    return step if step * length <= most else min(prompts_at_once(length), few)
 
 
 def rows_at_once(rows: int, length: int, devices: int = 1) -> int:

@@ -152,6 +152,14 @@ def row_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return fitting_sharding(mesh, shape, BY_DOCUMENT, *[None] * (len(shape) - 1))
 
 
+def spread_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Return where values of so many rows are: split over all devices if these divide the rows, else as documents are.
+
+    Devices along ``model`` compute the same values: each keeps those of its part of the rows.
+    """
+    return sharding(mesh, AXES if rows % mesh.size == 0 else BY_DOCUMENT)
+
+
 def place_on(array: jax.Array | np.ndarray, where: NamedSharding) -> jax.Array:
     """Place an array that is on the host, or on any devices of this process, so that no device gets more than its part.
 

@@ -145,11 +145,11 @@ def _stand_ins(name: str) -> Slice:
     return Slice(devices[:count], int(_USABLE * GPUS[match[1]]))
 
 
-def compile_program(program: Program) -> jax.stages.Compiled:
-    """Compile a program for the devices of its arguments; for CPUs with the least effort."""
+def compile_program(program: Program, **options: str) -> jax.stages.Compiled:
+    """Compile a program for the devices of its arguments; for CPUs with the least effort, and these ``options``."""
     placed = [leaf.sharding for leaf in jax.tree.leaves(program.arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
     devices = next(where.device_set for where in placed if where is not None)  # None: left to the compiler
-    return program.lower().compile(_LEAST_EFFORT if next(iter(devices)).platform == "cpu" else None)
+    return program.lower().compile(_LEAST_EFFORT | options if next(iter(devices)).platform == "cpu" else None)
 
 
 def compile_for(program: Program, limit: int) -> CompiledProgram:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from saejax.activations.batches import (
     READ_OPTIONS,
@@ -185,7 +186,7 @@ def _take_rows(stack: TrainStack, arrays: Batch, index_SxB: jax.Array) -> Batch:
     else:
         take = jax.vmap(functools.partial(jnp.take, axis=0, mode="clip"))
         taken = [take(rows_SxRxD, index_SxB) for rows_SxRxD in arrays]
-    # Devices along ``model`` have parts of all vectors: those of the batch are put together, not those of all rows.
+    # Devices along ``model`` have parts of all vectors: at most those of the batch are put together, not of all rows.
     taken = [lax.with_sharding_constraint(x, stack.rows_sharding(x.shape[2])) for x in taken]
     return tuple(lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x for x in taken)
 
@@ -286,7 +287,8 @@ class ModelBatches:
 def local_rows(stack: TrainStack) -> slice:
     """Return the rows of each batch that this process's devices hold, and what lies between."""
     batch = stack.config.batch
-    shards = stack.batch_sharding.addressable_devices_indices_map((len(stack.sites), batch, 1)).values()
+    where = NamedSharding(stack.mesh, PartitionSpec(*stack.batch_sharding.spec[:2]))
+    shards = where.addressable_devices_indices_map((len(stack.sites), batch)).values()
     ends = [index[1].indices(batch) for index in shards if index]
     return slice(min(start for start, _, _ in ends), max(stop for _, stop, _ in ends))
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from saejax.dictionaries.kinds.base import Arrays
+from saejax.parallel.mesh import sharding
 from saejax.training.stack import Hyperparams, TrainStack
 
 Batch = tuple[jax.Array, ...]
@@ -67,6 +68,8 @@ def map_over_batch(
                 # Of one site not by its index: members at the same time would each get a copy.
                 metric_OxO = shared[-1][0] if len(stack.sites) == 1 else values[-1]
                 hyper, values = dataclasses.replace(hyper, metric_DxD=metric_OxO), values[:-1]
+        if stack.batch_sharding.spec[2]:  # of the sites of members that wait, a device keeps its part of the vectors
+            values = lax.with_sharding_constraint(values, sharding(stack.mesh, "data", None))
         x_BxD = values[0].astype(dtype) * hyper.input_scale
         y_BxO = values[1].astype(dtype) * hyper.output_scale if len(values) > 1 else x_BxD
         return apply(stack, state, hyper, x_BxD, y_BxO, *common, *read_only)

@@ -124,10 +124,16 @@ class TrainStack:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Sharding of a batch [sites, B, D]: tokens over ``data``; sites over ``member`` if each member has its own."""
+        """Sharding of a batch [sites, B, D]: tokens over ``data``; sites over ``member`` if each member has its own.
+
+        Where several of these take turns on a device, D is split over ``model``: each gets whole vectors in its turn.
+        """
         # Otherwise members of one site would each need a copy of its values on their devices.
         by_member = "member" if len(self.sites) == len(self.members) else None
-        return fitting_sharding(self.mesh, (len(self.sites), self.config.batch, 1), by_member, "data", None)
+        width = math.gcd(self.dictionary.d_in, self.dictionary.d_out)
+        in_turn = by_member and not self.is_cross_layer and len(self.members) > self.mesh.shape["member"]
+        along_width = "model" if in_turn and self.mesh.shape["model"] > 1 else None
+        return fitting_sharding(self.mesh, (len(self.sites), self.config.batch, width), by_member, "data", along_width)
 
     def rows_sharding(self, width: int) -> NamedSharding:
         """Sharding of rows that stay on the devices [sites, rows, D]: as a batch, and along D over ``model``.

@@ -63,7 +63,8 @@ def test_firings_are_those_of_the_dense_activations(store, tmp_path, kind, mesh,
 
 
 def test_devices_that_do_not_divide_a_batch_share_its_tokens(store, tmp_path, monkeypatch):
-    mesh, sizes = make_mesh(MeshConfig(data=3), jax.devices()[:3]), []
+    mesh, sizes, place = make_mesh(MeshConfig(data=3), jax.devices()[:3]), [], firings.place_vectors
+    monkeypatch.setattr(firings, "place_vectors", lambda mesh, shape: [sizes.append(shape[0]), place(mesh, shape)][1])
     monkeypatch.setattr(firings, "by_row", lambda *args: [sizes.append(len(args[1])), *by_row(*args)][1:])
     record(store, "train", {tmp_path: make("standard")}, mesh, 250)
     dictionary = make("standard").with_sink_norms(lambda site: 5.0).on_mesh(mesh)

@@ -138,5 +138,7 @@ def test_few_prompts_are_filled_up_with_few_copies(prompts, length, devices, row
     assert program % devices == 0
 
 
-def test_long_prompts_are_not_copied_for_every_device():
-    assert row_step(4000, 8) == 1 and row_step(1500, 8) == 1 and rows_at_once(2, 4000, 8) == 1
+def test_longer_prompts_have_a_device_each_and_the_longest_are_not_copied_for_every_device():
+    for length, rows in ((1500, 8), (2048, 8), (2050, 1), (4000, 1)):
+        assert row_step(length, 8) == rows_at_once(rows, length, 8) == rows
+    assert row_step(1500, 8, most=GROUP_TOKENS) == 1 and row_step(1500) == 1

@@ -11,6 +11,9 @@ from saejax.models.families import read_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # forty programs for eight devices are compiled
 LAYERS = 8  # a dictionary of each: one for every device of the first mesh
+# Of a fair share of the bytes, where docs/scaling.md says why it is more than elsewhere.
+MOST = {("train", "8x1x1"): 1.6, ("train", "4x2x1"): 1.55, "transfer": 1.5, "ablate": 1.6}
+MOST |= {("ablate", "1x1x8"): 3.6, ("attribute", "1x1x8"): 1.6}
 MESHES = ["8x1x1", "4x2x1", "1x8x1", "1x1x8"]
 
 
@@ -28,5 +31,4 @@ def test_each_device_does_its_share(mesh, stage):
     flops, size = ratios()[mesh, stage]
     print(f"{stage} on {mesh}: {flops:.3f} of the FLOPs, {size:.2f} of the bytes")
     assert 0.9 < flops <= 1.15
-    # Beyond a fair share are, above all, copies of a layer's weights and the stream of a device's own documents.
-    assert size <= (2.6 if mesh == "1x1x8" else 1.7)
+    assert size <= MOST.get((stage, mesh), MOST.get(stage, 1.3))

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from every_kind import KINDS
-from small_stacks import D, F, batches, compiled, make_stack, run, train
+from small_stacks import B, D, F, batches, compiled, make_stack, run, train
 
 from saejax.config import Configs
 from saejax.parallel.mesh import make_mesh
@@ -55,6 +55,25 @@ def test_meshes_agree_with_one_device(kind, shape, zero, dtype, one_device):
         for name, value in expected.params.items():
             a, b = np.asarray(value, np.float64), np.asarray(state.params[name], np.float64)
             assert np.linalg.norm(a - b) <= (1e-9 if dtype == "float64" else 1e-4) * np.linalg.norm(a), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "form"), [((2, 2, 2), "transcoder"), pytest.param((1, 1, 8), "sae", marks=pytest.mark.slow)]
+)
+def test_of_sites_whose_members_wait_a_device_keeps_parts_of_vectors(shape, form, one_device):
+    """Each of four members has its own site, and gets whole vectors in its turn alone."""
+    kinds = dict(sae="resid_post", transcoder="mlp_in")
+    changes = dict(form=form, sites=tuple(f"{kinds[form]}.{layer}" for layer in range(4)), state_dtype="float64")
+    with jax.enable_x64(True):
+        ends, steps = [], np.random.default_rng(0).normal(size=(5, 4, B, D)).astype(np.float32)
+        for mesh in (one_device, make_mesh(MeshConfig(**dict(zip(("member", "data", "model"), shape, strict=True))))):
+            stack = make_stack("topk", mesh, **changes, **EXTRAS)
+            data = [(step,) if form == "sae" else (step, step[::-1].copy()) for step in steps]
+            ends.append(train(stack, data)[0].params)
+        part = 4 // shape[0], B // shape[1], D // shape[2]
+        assert stack.batch_sharding.shard_shape((4, B, D)) == part
+        for name, value in ends[0].items():
+            np.testing.assert_allclose(ends[1][name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from saejax.costs.plan import PlannedRun
-from saejax.costs.programs import Program, abstract_params, by_row, whole
+from saejax.costs.programs import Program, abstract_params, by_row, spread, whole
 from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.cross_layer import FORMS
 from saejax.evaluation import programs
@@ -19,7 +19,7 @@ from saejax.flops import head_flops, pass_flops
 from saejax.models.lengths import rows_per_batch
 from saejax.models.sites import Site, is_joined
 from saejax.models.split import SplitPoint
-from saejax.parallel.mesh import BY_DOCUMENT, document_devices, fitting_sharding
+from saejax.parallel.mesh import document_devices, sharding
 from saejax.runner.registry import all_stages
 from saejax.tasks.settings import CorpusConfig
 from saejax.training.settings import TrainConfig
@@ -40,11 +40,11 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     tokens, variants, point = rows * length, len(VARIANTS), SplitPoint(model, target, site, mesh)
     params, member = abstract_params(model, mesh, plan.dtype), abstract_member(plan, used, mesh)
     ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
-    read_BxTxD, value_BxTxO = (by_row(mesh, (rows, length, d), plan.dtype) for d in (used.d_in, used.d_out))
-    stream_BxTxD = by_row(mesh, (rows, length, model.d_model), plan.dtype)
-    inside_BxT, limit = by_row(mesh, (rows, length), bool), whole(mesh, (), jnp.float32)
+    read_BxTxD, value_BxTxO = (spread(mesh, (rows, length, d), plan.dtype) for d in (used.d_in, used.d_out))
+    stream_BxTxD = spread(mesh, (rows, length, model.d_model), plan.dtype)
+    inside_BxT, limit = spread(mesh, (rows, length), bool), whole(mesh, (), jnp.float32)
     shape = (variants, rows, length, model.d_model)
-    where = fitting_sharding(mesh, shape, None, BY_DOCUMENT, None, None)
+    where = sharding(mesh, None, *stream_BxTxD.sharding.spec)
     streams = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=where)
     members = [member for stack in plan.stacks.values() for member in stack.members]
     sites = len({(member.site, member.target) for member in members})

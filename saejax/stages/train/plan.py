@@ -14,7 +14,7 @@ from saejax.activations.joined import single_sites
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import DTYPES
 from saejax.costs.plan import WIDTH, PlannedRun, PlannedStack
-from saejax.costs.programs import Program, abstract_params, by_row, whole
+from saejax.costs.programs import Program, abstract_params, by_row, spread, whole
 from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.kinds import PRETRAINED
 from saejax.dictionaries.modules import parameter_table
@@ -258,8 +258,8 @@ def _finetuning(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     devices = document_devices(mesh)
     rows = -(-rows_per_batch(config.batch, length, 1) // devices) * devices
     tokens, layers = rows * length, model.n_layers - target.layer
-    stream_BxTxD = by_row(mesh, (rows, length, model.d_model), plan.dtype)
-    x_BxTxD, y_BxTxO = (by_row(mesh, (rows, length, place.width(model)), plan.dtype) for place in (site, target))
+    stream_BxTxD = spread(mesh, (rows, length, model.d_model), plan.dtype)
+    x_BxTxD, y_BxTxO = (spread(mesh, (rows, length, place.width(model)), plan.dtype) for place in (site, target))
     batch = CleanBatch(
         stream_BxTxD,
         x_BxTxD,
