@@ -20,6 +20,20 @@ def circuit_tracer_python() -> str:
     return _python("circuit_tracer", CIRCUIT_TRACER, _TORCH)
 
 
+def transformers_folder(version: str) -> str:
+    """Return a folder with a version of transformers alone, build/transformers-VERSION, made on first use.
+
+    It goes before others in PYTHONPATH; what transformers needs is this environment's.
+    """
+    folder = _ROOT / "build" / f"transformers-{version}"
+    if not (folder / ".installed").exists():
+        package = f"transformers=={version}"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
+        subprocess.run([*command, package], check=True)
+        (folder / ".installed").touch()
+    return str(folder)
+
+
 def _python(name: str, *packages: str) -> str:
     environment = _ROOT / "build" / name
     python = environment / "bin" / "python"

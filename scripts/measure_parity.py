@@ -2,14 +2,18 @@
 
 ``make parity`` runs it with the folders of the tests in PYTHONPATH, whose models and comparisons it uses. Models are
 random and tiny, one or more of every family. The other tools run in environments of their own, which are made in
-build/. ``make parity NEW=FAMILY`` measures a family of the decoder that is new, and adds its line to the page.
+build/. ``make parity NEW=FAMILY`` measures a family of the decoder that is new, and adds its line to the page;
+``NEW=versions`` measures the other versions of transformers alone.
 
 1. families of the JAX decoder: logits, sites, gradients, cached tokens, token ids and generated tokens;
 2. other architectures, which PyTorch runs: logits and generated tokens;
-3. dictionaries that sae-lens saved, and ours as sae-lens reads them;
-4. graphs of circuit-tracer.
+3. both once more with other versions of transformers, the worst of all families;
+4. dictionaries that sae-lens saved, and ours as sae-lens reads them;
+5. graphs of circuit-tracer.
 """
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -40,6 +44,7 @@ from saejax.models.tokens import pad
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "parity.md"
 PACKAGES = ("transformers", "tokenizers", "torch", "jax", "flax")  # of constraints.txt
+OTHER_VERSIONS = ("5.24.0",)  # of transformers, besides that of constraints.txt
 TEXTS = ("The cat near the dogs runs.", "3 + 4 =\n\n7", "she'll see 1732, naïve καλά 数学 🙂", " two  spaces")
 LENGTHS, NEW = (1, 4, 13, 33), 12  # of prompts and of what is generated
 HEAD = """\
@@ -73,6 +78,14 @@ PyTorch runs them, through transformers itself: hooks must change nothing. *Gene
 | family | logits | generated |
 |---|---|---|
 {others}
+
+## Other versions of transformers
+
+Both tables above with each of these versions: the largest error of all families, and all tokens.
+
+| transformers | logits | sites | gradients | cached | tokens | generated | others: logits | others: generated |
+|---|---|---|---|---|---|---|---|---|
+{other_versions}
 
 ## sae-lens
 
@@ -194,6 +207,31 @@ def measure_graphs(folder: Path) -> list[list[object]]:
     return rows
 
 
+def summarize(rows: Sequence[Sequence[object]]) -> list[object]:
+    """Return the worst error of each column of lines, or the sum of its "n of m"; names and numbers of cases go."""
+    columns = []
+    for cells in zip(*rows, strict=True):
+        if isinstance(cells[0], float):
+            columns.append(max(cells))
+        elif " of " in str(cells[0]):
+            counts = [map(int, str(cell).split(" of ")) for cell in cells]
+            columns.append("{} of {}".format(*map(sum, zip(*counts, strict=True))))
+    return columns
+
+
+def summarize_families() -> list[object]:
+    """Measure all families and other architectures with the transformers at hand; return one line without its name."""
+    return summarize(log_each(FAMILIES, measure_family)) + summarize(log_each(OTHER_FIELDS, measure_other))
+
+
+def measure_version(version: str) -> list[object]:
+    """Return the line of another version of transformers, measured in a process that has it."""
+    paths = os.pathsep.join([tool_environments.transformers_folder(version), *sys.path[1:]])
+    command = [sys.executable, __file__, "--summary", version]
+    done = subprocess.run(command, env=os.environ | dict(PYTHONPATH=paths), check=True, stdout=subprocess.PIPE)
+    return [version, *json.loads(done.stdout.splitlines()[-1])]
+
+
 def version_in(python: str, package: str) -> str:
     """Return the version of a package in another environment."""
     code = f"from importlib.metadata import version; print(version({package!r}))"
@@ -217,6 +255,15 @@ def add_family(name: str) -> None:
     PAGE.write_text("\n".join(lines) + "\n", "utf-8")
 
 
+def replace_versions() -> None:
+    """Measure the other versions of transformers, and put their lines in place of the page's."""
+    lines = PAGE.read_text("utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| transformers | logits")) + 2
+    last = lines.index("", first)
+    lines[first:last] = to_rows(log_each(OTHER_VERSIONS, measure_version)).splitlines()
+    PAGE.write_text("\n".join(lines) + "\n", "utf-8")
+
+
 def main() -> None:
     """Measure all, and write the page."""
     saelens.PYTHON = tool_environments.saelens_python()
@@ -231,6 +278,7 @@ def main() -> None:
             lengths=", ".join(map(str, LENGTHS)),
             families=to_rows(log_each(FAMILIES, measure_family)),
             others=to_rows(log_each(OTHER_FIELDS, measure_other)),
+            other_versions=to_rows(log_each(OTHER_VERSIONS, measure_version)),
             saelens=to_rows(measure_saelens(Path(folder))),
             graphs=to_rows(measure_graphs(Path(folder) / "graphs")),
         )
@@ -239,4 +287,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    add_family(sys.argv[1]) if sys.argv[1:] else main()
+    if sys.argv[1:2] == ["--summary"]:
+        assert version("transformers") == sys.argv[2]
+        print(json.dumps(summarize_families()))
+    elif sys.argv[1:] == ["versions"]:
+        replace_versions()
+    else:
+        add_family(sys.argv[1]) if sys.argv[1:] else main()

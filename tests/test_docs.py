@@ -186,6 +186,7 @@ def test_the_page_of_parity_has_every_family_and_the_versions_in_use():
     versions = dict(row for row in rows if len(row) == 2 and row[0] != "package")
     assert {"transformers", "sae-lens", "circuit-tracer"} <= {*versions}
     assert versions == {name: pins[name] for name in versions}
+    assert any("5.24" <= row[0] < "6" for row in rows if len(row) == 9)  # a version newer than the pinned one
     assert {row[0] for row in rows if len(row) == 4} >= {"sae-lens", "saejax", "llama", "gpt2"}
     errors = [float(cell) for row in rows for cell in row if re.fullmatch(r"\d\.\de[+-]\d\d", cell)]
     assert len(errors) > 100 and max(errors) < 1e-4
