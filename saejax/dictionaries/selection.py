@@ -22,30 +22,35 @@ def batch_threshold(values_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
     """
     highest_1x1 = values_BxF.max(keepdims=True)
     keep = jnp.asarray(k, jnp.int32) * values_BxF.shape[0]
-    bounds = jnp.zeros_like(highest_1x1), highest_1x1, jnp.zeros_like(highest_1x1, jnp.int32)
     # Of fewer tokens a sample would be too small to enclose the threshold of all.
-    if values_BxF.shape[0] >= _SAMPLED * _SAMPLED:
-        bounds = _bracket(values_BxF, keep, *bounds)
-    return _search(values_BxF, keep, *bounds[:2], _count_all, bounds[2])
+    if values_BxF.shape[0] < _SAMPLED * _SAMPLED:
+        return _search(values_BxF, keep, jnp.zeros_like(highest_1x1), highest_1x1, _count_all)
+    *bounds, above = _bracket(values_BxF, keep, highest_1x1)
+    return _search(values_BxF, keep, *bounds, _count_all, above)
 
 
 def _bracket(
-    values_BxF: jax.Array, keep: jax.Array, low_1x1: jax.Array, high_1x1: jax.Array, above_high_1x1: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return closer bounds of the threshold, and the number of values above the upper one, from some of the tokens.
+    values_BxF: jax.Array, keep: jax.Array, highest_1x1: jax.Array
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return close bounds of the threshold, and the numbers of values above each, from some of the tokens.
 
     The share of values above a threshold differs little between samples of tokens, so the thresholds of a little more
-    and of a little less of it in a sample nearly always enclose that of all; where they do not, a bound stays.
+    and of a little less of it in a sample nearly always enclose that of all; where they do not, a bound is 0 or the
+    highest value.
     """
-    sample_RxF = values_BxF[::_SAMPLED]
+    sample_RxF, none_1x1 = values_BxF[::_SAMPLED], jnp.zeros_like(highest_1x1, jnp.int32)
+    low_1x1, high_1x1, above_low_1x1, above_high_1x1 = jnp.zeros_like(highest_1x1), highest_1x1, none_1x1, none_1x1
     for share in (1.05, 0.95):
         of_sample = (keep * (share * sample_RxF.shape[0] / values_BxF.shape[0])).astype(jnp.int32)
         guess_1x1 = _search(sample_RxF, of_sample, jnp.zeros_like(low_1x1), sample_RxF.max(keepdims=True), _count_all)
         above_1x1 = _count_all(values_BxF, guess_1x1)
         is_low, is_high = (above_1x1 >= keep) & (guess_1x1 > low_1x1), (above_1x1 < keep) & (guess_1x1 < high_1x1)
         low_1x1, high_1x1 = jnp.where(is_low, guess_1x1, low_1x1), jnp.where(is_high, guess_1x1, high_1x1)
+        above_low_1x1 = jnp.where(is_low, above_1x1, above_low_1x1)
         above_high_1x1 = jnp.where(is_high, above_1x1, above_high_1x1)
-    return low_1x1, high_1x1, above_high_1x1
+    # Not counted again where it is known: passes over all values take nearly all of the time.
+    above_low_1x1 = lax.cond(jnp.any(low_1x1 == 0), lambda: _count_all(values_BxF, low_1x1), lambda: above_low_1x1)
+    return low_1x1, high_1x1, (above_low_1x1, above_high_1x1)
 
 
 def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, max_k: int | None = None) -> jax.Array:
@@ -128,7 +133,7 @@ def _search(
     low: jax.Array,
     high: jax.Array,
     count: Callable,
-    above_high: jax.Array | None = None,
+    above: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Search the largest threshold above which ``keep`` values lie, or more where they tie.
 
@@ -143,13 +148,18 @@ def _search(
       low: a threshold at or above which that many lie.
       high: a threshold above which fewer lie.
       count: (acts, threshold) to the number above, of the threshold's shape, int32.
-      above_high: number of values above ``high``; None: none.
+      above: numbers of values above ``low``, at least ``keep`` or all positive ones, and above ``high``. None: above
+        ``high`` there is none, and values equal to ``low`` may be among those to keep.
     """
     integer = jnp.int64 if acts.dtype == jnp.float64 else jnp.int32
     to_bits = functools.partial(lax.bitcast_convert_type, new_dtype=integer)
     to_float = functools.partial(lax.bitcast_convert_type, new_dtype=acts.dtype)
-    # One below: values equal to ``low`` may be among those to keep, and have to lie above the threshold.
-    low_bits = jnp.maximum(to_bits(low) - 1, 0)
+    low_bits = to_bits(low)
+    if above is None:
+        # One below: values equal to ``low`` may be among those to keep, and have to lie above the threshold.
+        low_bits = jnp.maximum(low_bits - 1, 0)
+        above_low = count(acts, to_float(low_bits))
+        above = above_low, jnp.zeros_like(above_low)
 
     def excess(above: jax.Array) -> jax.Array:  # 0 where it is ``keep``; the half is for counts of 0
         return jnp.log((above.astype(jnp.float32) + 0.5) / (keep.astype(jnp.float32) + 0.5))
@@ -178,9 +188,8 @@ def _search(
             turn + 1,
         )
 
-    above_low = count(acts, to_float(low_bits))
-    ends = excess(above_low), excess(jnp.zeros_like(above_low) if above_high is None else above_high)
-    return to_float(lax.while_loop(is_open, narrow, (low_bits, to_bits(high), above_low, *ends, jnp.int32(0)))[0])
+    start = low_bits, to_bits(high), above[0], *map(excess, above), jnp.int32(0)
+    return to_float(lax.while_loop(is_open, narrow, start)[0])
 
 
 def _count_each(acts_xF: jax.Array, threshold: jax.Array) -> jax.Array:
