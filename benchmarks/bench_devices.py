@@ -62,8 +62,8 @@ MODEL = Path(__file__).parents[1] / "configs/shapes/qwen3-0.6b.json"
 BATCH = 8192  # tokens of a batch, on all devices together
 PROMPT = 64  # tokens of a graph's prompt
 ACTIVE = 64  # features that are active at each position of a layer, of eight times as many that are active somewhere
-# Operations in the order that takes least memory, as compilers for GPUs and TPUs choose it. That for CPUs begins with
-# all that can run at once: it copies all matrices of a layer out of the stack of layers before it uses the first.
+# Operations in the order that takes least memory. By default the compiler for CPUs begins with what can run at once: it
+# copies all matrices of a layer out of the stack of layers before it uses the first. That for TPUs copies none.
 MEMORY_FIRST = dict(xla_cpu_scheduler_type="CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
 MATRICES = "W_enc_DxF", "W_dec_FxD"
 WEIGHTS = "the model's weights"
