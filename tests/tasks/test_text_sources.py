@@ -57,7 +57,7 @@ def test_a_pattern_gives_all_its_files_and_a_field_its_column(tmp_path):
         write_lines(tmp_path / f"{name}.jsonl", [dict(content=f"{name} {n}") for n in range(2)])
     pattern = tmp_path / "*.jsonl"
     assert texts(pattern, field="content") == ["a 0", "a 1", "b 0", "b 1"]
-    with pytest.raises(UserError, match="a.jsonl, line 1 has no field 'text', only 'content': .* --corpus.field names"):
+    with pytest.raises(UserError, match="a.jsonl: 2 lines .* line 1 has no field 'text', only .* --corpus.field names"):
         texts(pattern)
     with pytest.raises(UserError, match="matches no file"):
         texts(tmp_path / "*.txt")
