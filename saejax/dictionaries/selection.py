@@ -25,8 +25,8 @@ def batch_threshold(values_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
     # Of fewer tokens a sample would be too small to enclose the threshold of all.
     if values_BxF.shape[0] < _SAMPLED * _SAMPLED:
         return _search(values_BxF, keep, jnp.zeros_like(highest_1x1), highest_1x1, _count_all)
-    *bounds, above = _bracket(values_BxF, keep, highest_1x1)
-    return _search(values_BxF, keep, *bounds, _count_all, above)
+    low_1x1, high_1x1, above = _bracket(values_BxF, keep, highest_1x1)
+    return _search(values_BxF, keep, low_1x1, high_1x1, _count_all, above)
 
 
 def _bracket(
