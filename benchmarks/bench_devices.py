@@ -1,6 +1,6 @@
 """The share of each device: what it computes and holds of the programs of stages on eight devices, beside one.
 
-Run: python -m benchmarks.bench_devices [--layers 8] [--meshes 8x1x1,4x2x1,1x8x1,1x1x8]
+Run: python -m benchmarks.bench_devices [--layers 8] [--meshes 8x1x1,4x2x1,1x8x1,1x1x8] [--order memory]
 The programs of preflight (capture, training from the model, fine-tuning, evaluate, ablate), the encoder of interpret,
 the rows of a graph of attribute, and the search of transfer for nearest features in as many pairs of dictionaries as
 devices are compiled for eight simulated devices of the processor, as member x data x model, and for one, with the same
@@ -17,7 +17,7 @@ Prints a table and, last, one line of JSON.
 import argparse
 import dataclasses
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,8 +169,17 @@ def named_bytes(arrays: Any, names: Collection[str]) -> int:
     return size
 
 
-def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[str, Measured]:
-    """Return what a device does and holds on a mesh of member x data x model devices, by stage."""
+def measure(
+    model: DecoderConfig, layers: int, axes: tuple[int, ...], options: Mapping[str, str] = MEMORY_FIRST
+) -> dict[str, Measured]:
+    """Return what a device does and holds on a mesh of member x data x model devices, by stage.
+
+    Args:
+      model: the language model.
+      layers: number of its layers that have a dictionary.
+      axes: sizes of the mesh.
+      options: of the compiler.
+    """
     member, data, tensor = axes
     mesh = make_mesh(MeshConfig(member=member, data=data, model=tensor), jax.devices()[: int(np.prod(axes))])
     # As many placebo targets' tokens at once as eight devices over which documents are split take, on every mesh.
@@ -181,7 +190,7 @@ def measure(model: DecoderConfig, layers: int, axes: tuple[int, ...]) -> dict[st
     for program in (*stage_programs(plan), *programs):
         if (stage := stage_of(program)) not in STAGES:
             continue
-        compiled, so_far = compile_program(program, **MEMORY_FIRST), measured.get(stage, Measured(0, 0, 0, 0, 0, 0))
+        compiled, so_far = compile_program(program, **options), measured.get(stage, Measured(0, 0, 0, 0, 0, 0))
         flops = product_flops(compiled.as_text(), unknown=8 if stage == "attribute" else 1)
         weights = named_bytes((program.arguments, program.kept), parameter_table(model))
         size = device_bytes(program, compiled) - weights
@@ -223,12 +232,14 @@ def filler_share(documents: Documents, devices: int) -> float:
     return 1 - sum(len(batch.ids_BxT) for batch in batches) / rows
 
 
-def ratios(model: DecoderConfig, layers: int, meshes: list[str]) -> Iterator[tuple[str, str, float, float]]:
+def ratios(
+    model: DecoderConfig, layers: int, meshes: list[str], options: Mapping[str, str]
+) -> Iterator[tuple[str, str, float, float]]:
     """Yield mesh, stage, and a device's FLOPs and bytes over its fair share of those of one device alone."""
-    alone = measure(model, layers, (1, 1, 1))
+    alone = measure(model, layers, (1, 1, 1), options)
     for name in meshes:
         axes = tuple(map(int, name.split("x")))
-        for stage, on_mesh in measure(model, layers, axes).items():
+        for stage, on_mesh in measure(model, layers, axes, options).items():
             whole = alone[stage]
             flops = DEVICES * on_mesh.flops / on_mesh.work / (whole.flops / whole.work)
             rest = whole.bytes - whole.dictionaries - whole.stacks
@@ -245,13 +256,16 @@ def main() -> None:
     parser.add_argument(
         "--meshes", default="8x1x1,4x2x1,1x8x1,1x1x8", help="member x data x model, with commas between"
     )
+    parser.add_argument("--order", choices=("memory", "default"), default="memory", help="of the compiled operations")
     args = parser.parse_args()
+    options = MEMORY_FIRST if args.order == "memory" else {}
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     model = dataclasses.replace(read_config(json.loads(MODEL.read_text()), MODEL.stem), n_layers=args.layers)
     meshes, summary = args.meshes.split(","), {}
     print("| stage, FLOPs / bytes of a device | " + " | ".join(meshes) + " |\n|---|" + "---|" * len(meshes))
-    figures = {(mesh, stage): (flops, size) for mesh, stage, flops, size in ratios(model, args.layers, meshes)}
+    measured = ratios(model, args.layers, meshes, options)
+    figures = {(mesh, stage): (flops, size) for mesh, stage, flops, size in measured}
     for stage in STAGES:
         pairs = [figures[mesh, stage] for mesh in meshes]
         print(f"| {stage} | " + " | ".join(f"{flops:.2f} / {size:.2f}" for flops, size in pairs) + " |")

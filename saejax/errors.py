@@ -67,7 +67,8 @@ class Faults:
         message = "; ".join(texts[place] for place in listed)
         if others := [place for place in texts if place not in listed]:
             more = f" and {len(others) - _NAMED:,} more" if len(others) > _NAMED else ""
-            message += f"; and so in the {self._unit} {', '.join(others[:_NAMED])}{more}"
+            unit = self._unit if len(others) > 1 else re.sub(r"s\b", "", self._unit)
+            message += f"; and so in the {unit} {', '.join(others[:_NAMED])}{more}"
         raise UserError(f"{self._path}: {len(texts):,} {self._unit} {self._wrong}: {message}")
 
 

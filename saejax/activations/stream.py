@@ -21,7 +21,7 @@ from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.joined import single_sites
 from saejax.activations.manifest import CapturedModel
 from saejax.activations.plan import Batch, Plan, Reader
-from saejax.activations.progress import SAY_EVERY
+from saejax.activations.progress import SAY_EVERY, TextProgress
 from saejax.activations.request import CaptureRequest, batch_devices, begins_with_bos, load_reader, read_request
 from saejax.activations.settings import CaptureConfig
 from saejax.activations.store import DTYPES
@@ -217,10 +217,15 @@ class ModelStream:
 
     def _batches(self, plan: Plan, buffer: int) -> Iterator[Batch]:
         """Yield the batches of a buffer; raise ``_Stopped`` when the process is asked to stop."""
+        name = f"buffer {buffer + 1} of {len(self)}" if plan is self._plan else "held-out text"
+        done, progress = 0, TextProgress(lambda line: self._say(f"{name}: {line}"), plan.size(buffer))
         for batch in plan.batches(buffer):
             if self._stopping():
                 raise _Stopped
             yield batch
+            done += batch.rows
+            if done < plan.size(buffer):  # the whole buffer has a line of its own
+                progress.add(batch.rows)
 
     def _check(self, plan: Plan, buffer: int) -> None:
         """Raise a ``UserError`` if a value of the current buffer is not finite."""

@@ -12,22 +12,21 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
 from saejax.evaluation.member_data import MemberData
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.sinks import position_norms
 from saejax.models.split import SplitPoint
-from saejax.parallel.mesh import AXES, BY_DOCUMENT, Axis, mesh_of
+from saejax.parallel.mesh import BY_DOCUMENT, Axis, mesh_of, sharding, spread_sharding
 
 _LOGITS_AT_ONCE = 512  # tokens whose logits are held at a time
 
 
 def _spread(mesh: Mesh | AbstractMesh, *values: jax.Array, axis: int = 0) -> list[jax.Array]:
     """Split the rows of values that all devices along ``model`` computed over these, too: see ``spread_sharding``."""
-    divides = values[0].shape[axis] % max(mesh.size, 1) == 0
-    return _place(mesh, values, axis, AXES if divides else BY_DOCUMENT)
+    return _place(mesh, values, axis, spread_sharding(mesh, values[0].shape[axis]).spec[0])
 
 
 def _by_document(mesh: Mesh | AbstractMesh, *values: jax.Array, axis: int = 0) -> list[jax.Array]:
@@ -36,9 +35,10 @@ def _by_document(mesh: Mesh | AbstractMesh, *values: jax.Array, axis: int = 0) -
 
 
 def _place(mesh: Mesh | AbstractMesh, values: Sequence[jax.Array], axis: int, along: Axis) -> list[jax.Array]:
+    """Split an axis of values along axes of the mesh; where ``model`` is one device they stay as they are."""
     if mesh.shape.get("model", 1) == 1:
         return [*values]
-    where = NamedSharding(mesh, PartitionSpec(*[None] * axis, along))
+    where = sharding(mesh, *[None] * axis, along)
     return [lax.with_sharding_constraint(value, where) for value in values]
 
 

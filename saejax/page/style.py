@@ -76,11 +76,14 @@ def styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
 
 
 def drawable(text: str) -> str:
-    """Return a text with the numbers of characters that the figures' font lacks, all of which would be the same box."""
+    """Return a text in which numbers as Python writes them stand for characters that the figures' font lacks.
+
+    The font would show the same box for all of them.
+    """
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont(_STYLE["font.family"]))
-    return "".join(char if font.get_char_index(ord(char)) else f"\\u{ord(char):04x}" for char in text)
+    return "".join(char if font.get_char_index(ord(char)) else ascii(char)[1:-1] for char in text)
 
 
 def panels(heights: Sequence[float], titles: Sequence[str]) -> "tuple[Figure, list[Axes]]":

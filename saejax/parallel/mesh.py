@@ -123,7 +123,7 @@ def document_devices(mesh: Mesh) -> int:
     return _axis_size(mesh.shape, BY_DOCUMENT)
 
 
-def sharding(mesh: Mesh, *spec: Axis) -> NamedSharding:
+def sharding(mesh: Mesh | AbstractMesh, *spec: Axis) -> NamedSharding:
     """Return the sharding that splits dimension i over mesh axis ``spec[i]`` or axes (None: not split)."""
     return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -152,12 +152,12 @@ def row_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return fitting_sharding(mesh, shape, BY_DOCUMENT, *[None] * (len(shape) - 1))
 
 
-def spread_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+def spread_sharding(mesh: Mesh | AbstractMesh, rows: int) -> NamedSharding:
     """Return where values of so many rows are: split over all devices if these divide the rows, else as documents are.
 
     Devices along ``model`` compute the same values: each keeps those of its part of the rows.
     """
-    return sharding(mesh, AXES if rows % mesh.size == 0 else BY_DOCUMENT)
+    return sharding(mesh, AXES if mesh.size and rows % mesh.size == 0 else BY_DOCUMENT)
 
 
 def place_on(array: jax.Array | np.ndarray, where: NamedSharding) -> jax.Array:

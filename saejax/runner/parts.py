@@ -76,6 +76,7 @@ def each_part(
         label = f"{run.stage}: {part} ({parts.index(part) + 1} of {len(parts)})"
         on_progress = progress.of_part(label, len(left) - left.index(part) - 1)
         on_progress(0, 0)  # asks whether to stop: a part may have no work, and then asks nowhere else
+        run.say(f"{label}: started")  # programs are compiled before anything is counted
         by_part[part], message = measure()(part, on_progress)
         if is_first_process():
             write_json(part_file(run, part), to_json(by_part[part]))  # written last: it marks the part as done

@@ -1,5 +1,6 @@
 """Buffers made by the model: every training token once an epoch, shuffled, the same whenever they are made."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -67,10 +68,20 @@ def test_a_request_to_stop_is_heard_while_the_second_of_two_models_reads():
     assert len(read) < 20 and [batch for name, batch in read if name == "second"] == [0, 1, 2, 3]
 
 
-def make_stream(run, parts=(SITES,)):
+def test_a_buffer_says_how_far_it_is(run, monkeypatch):
+    """With large buffers of a large model it takes many minutes."""
+    lines = []
+    monkeypatch.setattr("saejax.activations.progress.SAY_EVERY", 0.0)
+    with contextlib.closing(make_stream(dataclasses.replace(run, say=lines.append), buffer=1000)) as stream:
+        assert stream.fill(0)
+    assert re.fullmatch(r"buffer 1 of 2: [0-9]+ of 1,000 tokens  .* s to go", lines[0])
+    assert lines[-1].startswith("buffer 1 of 2: 1,000 tokens, ")
+
+
+def make_stream(run, parts=(SITES,), buffer=BUFFER):
     """The stream of the run's settings."""
     documents = functools.partial(corpus_documents, run.configs)
-    return ModelStream(run.configs, parts, BUFFER, documents, run.say, run.stopping)
+    return ModelStream(run.configs, parts, buffer, documents, run.say, run.stopping)
 
 
 def all_rows(stream):

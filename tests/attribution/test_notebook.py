@@ -163,7 +163,7 @@ def test_characters_that_no_font_has_are_told_apart_in_figures(recwarn):
     drawn = figure.draw_graph(graph, {(0, int(graph.nodes.index_N[0])): "中 label"})
     drawn.canvas.draw()
     shown = [label.get_text() for label in drawn.axes[0].get_xticklabels()]
-    assert shown == ["\\u4e2d", "␣\\u0e01\\u0e32", "ü😀\\u1f99c"]
+    assert shown == ["\\u4e2d", "␣\\u0e01\\u0e32", "ü😀\\U0001f99c"]
     assert {"\\u56fd 0.60", "\\u4e2d label"} <= {text.get_text() for text in drawn.axes[0].texts}
     assert not recwarn.list
 

@@ -96,7 +96,7 @@ def test_all_bad_rows_are_refused_at_once(tmp_path):
     path = write_lines(tmp_path / "gsm8k.jsonl", [GSM8K[0], *bad, bad[0]])
     said = (
         "gsm8k.jsonl: 4 rows are no questions with answers: line 2: 'answer' does not end in .*; line 3 has no column "
-        "'answer', .*; line 4: 'question' is .*; and so in the rows gsm8k:5$"
+        "'answer', .*; line 4: 'question' is .*; and so in the row gsm8k:5$"
     )
     with pytest.raises(UserError, match=said):
         read_items("gsm8k", TaskConfig(path=str(path), examples=1))

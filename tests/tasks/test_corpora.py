@@ -134,7 +134,7 @@ def test_bad_files(tmp_path, name, content, message):
 def test_all_bad_lines_are_told_at_once(tmp_path):
     """Of a file of another kind the first alone, so that no gigabytes are read in vain."""
     content = GOOD + '{"text": ""}\n' + GOOD + "{\n" + '{"text": ""}\n'
-    line = "3 lines of those read hold no text: line 2: 'text' is .*; line 4 is not JSON: .*; and so in the lines 5$"
+    line = "3 lines of those read hold no text: line 2: 'text' is .*; line 4 is not JSON: .*; and so in the line 5$"
     with pytest.raises(UserError, match=line):
         read_corpus(written(tmp_path, content))
     with pytest.raises(UserError, match="20 lines of those read .* lines 2, .*, 20$"):

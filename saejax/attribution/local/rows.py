@@ -205,9 +205,8 @@ def token_of(model: LanguageModel, target: str | int) -> int:
     if isinstance(target, str):
         ids = continuation_ids(model.tokenizer, target)
         if len(ids) != 1:
-            raise UserError(
-                f"the target {target!r} is {len(ids)} tokens: expected a text of one, such as ' Paris', or a pair"
-            )
+            pieces = ", ".join(map(repr, map(token_text(model.tokenizer), ids)))
+            raise UserError(f"the target {target!r} is {len(ids)} tokens, {pieces}: expected a text of one, or a pair")
         return int(ids[0])
     token = as_index(target)
     if not 0 <= token < model.config.vocab:

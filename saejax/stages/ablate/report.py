@@ -370,7 +370,7 @@ def _set_cell(comparison: CausalAnswer) -> str:
     figures = comparison.numbers
     if comparison.answer == "not testable":
         too_few = figures["sets"] < figures["needed"]
-        # Corrected, it is denied by the number of resamples alone.
+        # Untestable p-values are not corrected: where one is, too few resamples alone keep it from an answer.
         why = "few resamples" if comparison.p_holm is not None else "few features, or no other answers"
         why = f"{figures['sets']:.0f} of {figures['needed']:.0f} sets" if too_few else why
         return f"not testable ({why})"

@@ -48,7 +48,7 @@ STEER = Stage(
     inputs=_inputs,
     names=_names,
     places=list_folders("steer", "dictionary"),
-    revision=7,  # fewer than 6 prompts are not steered
+    revision=8,  # a yes needs a drop on the prompts that have controls
     processes="items",
     section=sections,
 )
