@@ -9,11 +9,11 @@ SAY_EVERY = 5.0  # seconds
 
 
 def say_progress(say: Callable[[str], None], doing: str, ask: Callable[[], None]) -> OnProgress:
-    """Return a function that says every few seconds how far work is whose amount is known only when it is done.
+    """Return a function that is called with the work done and all of it, and says every few seconds how far it is.
 
     Args:
       say: prints a line.
-      doing: what is done, for the line.
+      doing: name of the work, for the line.
       ask: called each time; it may raise to stop.
     """
     progress = TextProgress(lambda line: say(f"{doing}: {line}"), 0)
