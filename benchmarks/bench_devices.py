@@ -1,6 +1,6 @@
 """The share of each device: what it computes and holds of the programs of stages on eight devices, beside one.
 
-Run: python -m benchmarks.bench_devices [--layers 8] [--meshes 8x1x1,4x2x1,1x8x1,1x1x8] [--order memory]
+Run: python -m benchmarks.bench_devices [--layers 8] [--meshes 8x1x1,4x2x1,1x8x1,1x1x8] [--order default]
 The programs of preflight (capture, training from the model, fine-tuning, evaluate, ablate), the encoder of interpret,
 the rows of a graph of attribute, and the search of transfer for nearest features in as many pairs of dictionaries as
 devices are compiled for eight simulated devices of the processor, as member x data x model, and for one, with the same
@@ -62,8 +62,9 @@ MODEL = Path(__file__).parents[1] / "configs/shapes/qwen3-0.6b.json"
 BATCH = 8192  # tokens of a batch, on all devices together
 PROMPT = 64  # tokens of a graph's prompt
 ACTIVE = 64  # features that are active at each position of a layer, of eight times as many that are active somewhere
-# Operations in the order that takes least memory. By default the compiler for CPUs begins with what can run at once: it
-# copies all matrices of a layer out of the stack of layers before it uses the first. That for TPUs copies none.
+# Operations in the order that takes least memory: it shows what of a device's bytes are copies of weights. By default
+# the compiler for CPUs begins with what can run at once, and copies all matrices of a layer out of the stack of layers
+# before it uses the first. The compiler for TPUs copies none.
 MEMORY_FIRST = dict(xla_cpu_scheduler_type="CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED")
 MATRICES = "W_enc_DxF", "W_dec_FxD"
 WEIGHTS = "the model's weights"
@@ -170,7 +171,7 @@ def named_bytes(arrays: Any, names: Collection[str]) -> int:
 
 
 def measure(
-    model: DecoderConfig, layers: int, axes: tuple[int, ...], options: Mapping[str, str] = MEMORY_FIRST
+    model: DecoderConfig, layers: int, axes: tuple[int, ...], options: Mapping[str, str] | None = None
 ) -> dict[str, Measured]:
     """Return what a device does and holds on a mesh of member x data x model devices, by stage.
 
@@ -178,7 +179,7 @@ def measure(
       model: the language model.
       layers: number of its layers that have a dictionary.
       axes: sizes of the mesh.
-      options: of the compiler.
+      options: of the compiler, for the least effort. None: programs are compiled as in runs on CPUs.
     """
     member, data, tensor = axes
     mesh = make_mesh(MeshConfig(member=member, data=data, model=tensor), jax.devices()[: int(np.prod(axes))])
@@ -190,7 +191,8 @@ def measure(
     for program in (*stage_programs(plan), *programs):
         if (stage := stage_of(program)) not in STAGES:
             continue
-        compiled, so_far = compile_program(program, **options), measured.get(stage, Measured(0, 0, 0, 0, 0, 0))
+        compiled = compile_program(program, **options) if options else program.lower().compile()
+        so_far = measured.get(stage, Measured(0, 0, 0, 0, 0, 0))
         flops = product_flops(compiled.as_text(), unknown=8 if stage == "attribute" else 1)
         weights = named_bytes((program.arguments, program.kept), parameter_table(model))
         size = device_bytes(program, compiled) - weights
@@ -233,7 +235,7 @@ def filler_share(documents: Documents, devices: int) -> float:
 
 
 def ratios(
-    model: DecoderConfig, layers: int, meshes: list[str], options: Mapping[str, str]
+    model: DecoderConfig, layers: int, meshes: list[str], options: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, str, float, float]]:
     """Yield mesh, stage, and a device's FLOPs and bytes over its fair share of those of one device alone."""
     alone = measure(model, layers, (1, 1, 1), options)
@@ -256,9 +258,11 @@ def main() -> None:
     parser.add_argument(
         "--meshes", default="8x1x1,4x2x1,1x8x1,1x1x8", help="member x data x model, with commas between"
     )
-    parser.add_argument("--order", choices=("memory", "default"), default="memory", help="of the compiled operations")
+    parser.add_argument(
+        "--order", choices=("memory", "default"), default="default", help="of operations; default: as in runs on CPUs"
+    )
     args = parser.parse_args()
-    options = MEMORY_FIRST if args.order == "memory" else {}
+    options = MEMORY_FIRST if args.order == "memory" else None
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     model = dataclasses.replace(read_config(json.loads(MODEL.read_text()), MODEL.stem), n_layers=args.layers)

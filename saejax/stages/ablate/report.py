@@ -370,8 +370,9 @@ def _set_cell(comparison: CausalAnswer) -> str:
     figures = comparison.numbers
     if comparison.answer == "not testable":
         too_few = figures["sets"] < figures["needed"]
+        untested = "few features fire" if "pool" in figures else "no other answers"
         # Untestable p-values are not corrected: where one is, too few resamples alone keep it from an answer.
-        why = "few resamples" if comparison.p_holm is not None else "few features, or no other answers"
+        why = "few resamples" if comparison.p_holm is not None else untested
         why = f"{figures['sets']:.0f} of {figures['needed']:.0f} sets" if too_few else why
         return f"not testable ({why})"
     ratio = over_controls(figures)
