@@ -358,6 +358,9 @@ def test_settings_that_do_not_fit_the_store(refuse, workdir):
         "--train.freeze=encoder: a matching_pursuit dictionary has none": dict(
             train__kinds="matching_pursuit", train__freeze="encoder"
         ),
+        "a matching_pursuit dictionary has no encoder; leave it out": dict(
+            train__kinds="matching_pursuit", train__alignment=0.3
+        ),
         "replaces what --train.freeze=decoder keeps": dict(train__resample_every=5, train__freeze="decoder"),
     }.items():
         assert message in refuse(["train"], **changes)

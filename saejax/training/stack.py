@@ -378,6 +378,11 @@ def _check_settings(config: TrainConfig, kind: kinds.Kind, k: int, features: int
             f"--train.alignment={config.alignment} aligns encoder and decoder, which in a {config.form} are of "
             "different sites: leave it out"
         )
+    if config.alignment and kind.rebuilds_input:
+        raise UserError(
+            f"--train.alignment={config.alignment} aligns encoder and decoder: a {kind.name} dictionary has no encoder; "
+            "leave it out"
+        )
 
 
 def check_divides(config: TrainConfig, n_features: int, members: int, axes: Mapping[str, int]) -> None:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from huggingface_hub.utils import filter_repo_objects
 from known_dictionaries import assert_computes, relative
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import saejax
@@ -867,6 +867,13 @@ def cut(file):
     return lambda path: (path / file).write_bytes((path / file).read_bytes()[:200])
 
 
+def without_skip_path(path):
+    file = path / "params.safetensors"
+    state = load_file(file)
+    del state["affine_skip_connection"]
+    write_tensors(file, **state)
+
+
 def overwrite(file):
     """Write compressed arrays, and other bytes over the first of them."""
     np.savez_compressed(file, **arrays(threshold=(0, 2)))
@@ -896,6 +903,7 @@ OLDEST, NEWEST, LEARNED = "saelens_before_version_3", "saelens_6_with_unknown_se
         (NEWEST, settings("cfg.json", normalize_activations="odd"), "is 'odd': expected"),
         ("saelens_6_of_centred_weights", settings("cfg.json", model_name="odd"), "cannot undo for odd"),
         ("gemma_scope_1", cut("params.npz"), "params.npz is truncated or not a npz file"),
+        ("gemma_scope_2_affine_transcoder", without_skip_path, "has no affine_skip_connection, and its folder's name"),
         ("goodfire", cut(f"{NAME}.pth"), "SAE-l19.pth is truncated"),
         ("goodfire", lambda path: write_pickled(path / f"{NAME}.pth", pre_bias=1.0), "holds pre_bias, which no dictio"),
         (

@@ -31,6 +31,7 @@ from saejax.errors import UserError
 FILES = ("params.npz", "params.safetensors")
 PARAMS = "params_layer_{}.safetensors"
 SKIP = "affine_skip_connection"
+AFFINE = "_affine"  # ends the names of folders of Gemma Scope 2 whose transcoders have a skip path
 _LAYER = re.compile(r"layer_(\d+)")
 _CROSSCODER = re.compile(r"layer_(\d+(?:_\d+)+)_width")
 # Words of a path, and the kind of site that they mean.
@@ -79,6 +80,8 @@ def parse(folder: Path) -> tensors.Published:
 def parse_file(file: Path, site: str, target: str, model: str = "") -> tensors.Published:
     """Describe the dictionary of a file that reads ``site`` and, if a transcoder, predicts ``target`` of ``model``."""
     state = tensors.open_tensors(file)
+    if file.parent.name.endswith(AFFINE) and SKIP not in state:
+        raise UserError(f"{file} has no {SKIP}, and its folder's name ends in {AFFINE}: download it again")
     facts: dict[str, Any] = dict(kind="jumprelu", centred=False, bos="always", model=model)
     return tensors.describe(file, state, layout_of(state), site=site, target=target, **facts)
 
