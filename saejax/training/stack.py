@@ -380,8 +380,8 @@ def _check_settings(config: TrainConfig, kind: kinds.Kind, k: int, features: int
         )
     if config.alignment and kind.rebuilds_input:
         raise UserError(
-            f"--train.alignment={config.alignment} aligns encoder and decoder: a {kind.name} dictionary has no encoder; "
-            "leave it out"
+            f"--train.alignment={config.alignment} aligns encoder and decoder: a {kind.name} dictionary has no "
+            "encoder; leave it out"
         )
 
 
