@@ -35,7 +35,14 @@ from saejax.errors import UserError
 from saejax.interventions import activity, bases
 from saejax.interventions.ablation import root_mean_square, spread_over_templates
 from saejax.interventions.answers import LEAST_PROMPTS, CausalAnswer, VerdictConfig, mean_interval
-from saejax.interventions.controls import MIN_FIRING, Changes, choose_pool, inner_products, random_lists
+from saejax.interventions.controls import (
+    MIN_FIRING,
+    Changes,
+    choose_pool,
+    inner_products,
+    lists_differ,
+    random_lists,
+)
 from saejax.interventions.edits import FeatureEdits, add, mask
 from saejax.interventions.engine import change_norms, run_edits
 from saejax.interventions.settings import SteerConfig
@@ -170,7 +177,9 @@ def vector_edits(dictionary: Dictionary, vectors: Sequence[np.ndarray]) -> Featu
 def random_feature_vectors(
     texts: AnswerTexts, pool: np.ndarray, multiple: float, norm: float, count: int, seed: int
 ) -> list[np.ndarray]:
-    """Return vectors of one norm that add random lists of features; none if the whole pool does not reach the norm.
+    """Return vectors of one norm that add random lists of features.
+
+    None if the whole pool does not reach the norm, or holds fewer than ten lists' worth of features (``lists_differ``).
 
     Args:
       texts: their mean activations say by how much each feature is added.
@@ -188,6 +197,8 @@ def random_feature_vectors(
     W_dec_KxD = texts.W_dec_FxD[pool].astype(np.float64)
     changes = Changes(pool, inner_products([amount_K[None]], [W_dec_KxD]))
     lists = [(np.searchsorted(pool, some), share) for some, share in random_lists(changes, pool, norm, count, seed)]
+    if not lists_differ(len(pool), [len(at_N) for at_N, _ in lists]):
+        return []
     return [share * amount_K[at_N] @ W_dec_KxD[at_N] for at_N, share in lists]
 
 
@@ -248,7 +259,8 @@ class SteeringMethod:
     control: str  #: the comparison at equal dose: random lists of features, or random directions
     controls: tuple[float, ...]  #: drop of each control change, logits, mean over prompts
     control_turned: float | None  #: mean share of prompts that the controls turn; None without any
-    #: test prompts that are compared with controls; for other answers no list of features reaches the dose
+    #: test prompts that are compared with controls; for other answers no list of features reaches the dose, or a list
+    #: holds more than a tenth of the features that fire
     compared: int
     answer: CausalAnswer  #: does it steer more than the controls at equal dose?
 
@@ -423,9 +435,9 @@ class SteeringTest:
         chosen = choose_strength(self._steer(self._train, self._train_groups, edits)[0], allowed_S)
         control_NxP, _, compared_P = self._steer_controls(method, points[chosen].strength, norm_SxP[chosen])
         # On the same prompts as the controls.
-        drop_P = (clean_P - diff_SxP[chosen])[compared_P]
         drop_N = (clean_P - control_NxP)[:, compared_P].mean(axis=1) if len(control_NxP) else np.zeros(0)
-        p_value = rank_p(float(drop_P.mean()), drop_N) if len(drop_N) else None
+        compared_drop = float((clean_P - diff_SxP[chosen])[compared_P].mean()) if len(drop_N) else 0.0
+        p_value = rank_p(compared_drop, drop_N) if len(drop_N) else None
         return SteeringMethod(
             points=points,
             chosen=chosen,
@@ -438,7 +450,7 @@ class SteeringTest:
                 "Not tested: the run has not ended.",
                 points[chosen].drop,
                 p_value,
-                numbers=dict(compared_drop=float(drop_P.mean())) if len(drop_N) else None,
+                numbers=dict(compared_drop=compared_drop) if len(drop_N) else None,
             ),
         )
 
@@ -454,7 +466,8 @@ class SteeringTest:
 
         Returns:
           The logit differences and the norms of the changes, as of ``_steer``, and the prompts that have controls, or
-          that the method does not change: where no list of features reaches the dose there is nothing to compare with.
+          that the method does not change: where no list of features reaches the dose, or all are nearly the same, there
+          is nothing to compare with.
         """
         assert self._texts
         dictionary, norm_P = self._split.dictionary, np.asarray(norm_P, np.float64)
@@ -532,10 +545,12 @@ def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSte
 def _conclude(result: SteeringMethod, p_holm: float | None, tests: int, prompts: int) -> CausalAnswer:
     """Return the answer of a method on a behaviour, given the corrected p-value over some tests."""
     effect, point, p_value = result.answer.effect, result.points[result.chosen], result.answer.p_value
+    # Longer lists are nearly the same: see ``lists_differ``.
+    rule = "" if result.control == "random directions" else " with at most a tenth of the features that fire"
     if p_holm is None or effect is None:
         reason = (
             f"Not testable: fewer than {LEAST_PROMPTS} of {prompts} prompts have answers for which {result.control} "
-            f"reach the dose of {point.dose:.3g}."
+            f"reach the dose of {point.dose:.3g}{rule}."
             if point.dose
             else "Not testable: the method changes nothing in the test prompts."
         )
@@ -568,6 +583,6 @@ def _conclude(result: SteeringMethod, p_holm: float | None, tests: int, prompts:
         where = f", where the drop is {numbers['compared_drop']:z.2f}" if "compared_drop" in numbers else ""
         sentence += (
             f" Both are compared on {result.compared} of {prompts} prompts{where}: for the answers of the others, no "
-            f"{result.control} reach the dose."
+            f"{result.control} reach the dose{rule}."
         )
     return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)

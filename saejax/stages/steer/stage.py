@@ -48,7 +48,7 @@ STEER = Stage(
     inputs=_inputs,
     names=_names,
     places=list_folders("steer", "dictionary"),
-    revision=8,  # a yes needs a drop on the prompts that have controls
+    revision=9,  # random lists of more than a tenth of the features that fire are no controls
     processes="items",
     section=sections,
 )
