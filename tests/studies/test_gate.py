@@ -110,6 +110,12 @@ def judge(world: World, seed: int, features: int | None = None, **options) -> Be
     return verdict(table, VerdictConfig(resamples=400)).dictionaries[TESTED]["b"]
 
 
+def share_right(world: World) -> float:
+    """Return the share of the test prompts whose right answer has the higher logit."""
+    direction_D = world.unembed_VxD[0] - world.unembed_VxD[1]
+    return float((world.acts_PxF[world.test] @ world.decoder_FxD @ direction_D > 0).mean())
+
+
 def overall(kind: str, worlds: Sequence[Sequence[BehaviourVerdict]]) -> collections.Counter[str]:
     """In how many worlds each overall answer is given; printed."""
     found = collections.Counter(overall_answer("row", "b", answers, 30, 1.0).gate for answers in worlds)
@@ -130,13 +136,19 @@ def test_the_gate_on_worlds_where_nothing_is_true(worlds):
 
 @pytest.mark.parametrize("worlds", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_gate_on_worlds_where_a_dictionary_has_the_true_directions_and_where_it_is_untrained(worlds):
-    """Five features carry an answer. An untrained dictionary may pass questions 1 to 3 there, and so may seeds."""
+    """Five features carry an answer. An untrained dictionary may pass questions 1 to 3 there, and so may seeds.
+
+    In two of three worlds drawn the model answers three prompts of four rightly; the others have no behaviour to cause.
+    """
     trained, untrained = [], []
-    for seed in range(0, 3 * worlds, 3):
+    planted = (planted_world(seed, 5, drop=3.0, features=600) for seed in itertools.count())
+    seeds = (seed for seed, world in enumerate(planted) if share_right(world) >= 0.75)
+    for _ in range(worlds):
+        seed, *others = itertools.islice(seeds, 3)
         world = planted_world(seed, 5, drop=3.0, features=600)
         # Of other seeds question 4 is not asked.
-        others = [judge(planted_world(other, 5, drop=3.0, features=600), other) for other in (seed + 1, seed + 2)]
-        trained.append([judge(world, seed, untrained=19), *others])
+        judged = [judge(planted_world(other, 5, drop=3.0, features=600), other) for other in others]
+        trained.append([judge(world, seed, untrained=19), *judged])
         acts_PxF, decoder_FxD = encode(world, 10**6 + seed)
         world = with_dictionary(world, acts_PxF, decoder_FxD)
         random = judge(world, seed, acts_PxF.shape[1], untrained=19, random_sets=0, placebo_sets=0)
@@ -144,8 +156,7 @@ def test_the_gate_on_worlds_where_a_dictionary_has_the_true_directions_and_where
         granted = dataclasses.replace(random, ablation=dict(logit_diff=yes), random=yes, placebo=yes)
         untrained.append([granted, *[dataclasses.replace(granted, trained=CausalAnswer("not tested"))] * 2])
     found = overall("true directions", trained)
-    # In some worlds the model does not have the behaviour, or a large effect leaves too few lists of its dose.
-    assert found["interpretable"] >= 0.8 * (worlds - found["cannot tell"]) and found["cannot tell"] <= 0.2 * worlds
+    assert found["interpretable"] >= 0.8 * worlds
     assert overall("untrained, questions 1 to 3 granted", untrained)["interpretable"] <= 0.08 * worlds
 
 
