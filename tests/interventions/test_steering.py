@@ -182,6 +182,28 @@ def test_shuffled_directions_are_exchangeable_where_answers_mean_nothing():
         assert np.mean(p_values[0] <= level) <= level + 3 * np.sqrt(level * (1 - level) / 300)
 
 
+def test_features_steer_more_than_random_lists_where_they_move_the_answer():
+    """In a linear model. Otherwise test prompts have another direction than the train prompts that choose features."""
+    swap, rates = steering.AnswerSwap(0, 1), []
+    for is_true in (False, True):
+        p_values = []
+        for seed in range(300):
+            texts = made_texts([0, 1] * 6, seed, features=400, width=32)
+            learned_D, other_D = np.random.default_rng([seed, 1]).normal(size=(2, 32))
+            slope_NxD = np.where(texts.answer_N[:, None] == swap.target, 1, -1) * learned_D
+            texts = dataclasses.replace(texts, f_NxF=np.abs(texts.f_NxF), slope_NxD=slope_NxD)
+            top = texts.top(swap, 5)
+            change_D = texts.mean_difference(texts.f_NxF[:, top], swap) @ texts.W_dec_FxD[top]
+            multiple = 3 / np.linalg.norm(change_D)
+            pool = np.setdiff1d(np.arange(400), top)
+            lists = steering.random_feature_vectors(texts, pool, multiple, 3.0, 39, seed)
+            moves_D = learned_D if is_true else other_D
+            p_values.append(rank_p(multiple * change_D @ moves_D, np.array(lists) @ moves_D))
+        rates.append(np.mean(np.array(p_values) <= 0.05))
+    print(f"features steer more than lists: {rates[0]:.3f} of 300 null and {rates[1]:.3f} of 300 true worlds")
+    assert rates[0] <= 0.08 and rates[1] >= 0.8
+
+
 def test_the_strength_that_turns_most_is_chosen_among_those_allowed():
     diff_SxP = np.array([[1.0, 1.0, 1.0], [-1.0, -1.0, 1.0], [-1.0, -2.0, 1.0], [-1.0, -1.0, -1.0]])
     assert steering.choose_strength(diff_SxP, np.array([True, True, True, True])) == 3
