@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from saejax.circuits.edges import ANSWER, Edge
+from saejax.circuits.edges import ANSWER, Edge, judge_edges
 from saejax.circuits.groups import Group, Key
+from saejax.circuits.measure import EDITS, PromptEffects
 from saejax.circuits.results import CircuitResults, CircuitsResults
 from saejax.results import Interval
 from saejax.stages.circuits.claims import CONFIRMED, NOT_SEEN, NOT_TESTABLE, TESTS, compare_claims
@@ -112,6 +113,30 @@ SAYS = edge("says", ANSWER, "swap")
 )
 def test_each_claim_takes_its_own_edges(edges, claim):
     assert outcomes(CircuitsResults(dict(two_hop=circuit(edges)), {}))[claim] == NOT_SEEN
+
+
+def world(seed: int, is_true: bool) -> CircuitsResults:
+    """Effects on 20 prompts of groups that do what control sets do, by themselves; or of the claims' circuit, too."""
+    names, rng = [group.name for group in GROUPS], np.random.default_rng(seed)
+    effect_PxExGxSxH = rng.normal(size=(20, 3, 4, 5, 5))
+    # A set's effect is nearly the same in all prompts; control sets are drawn anew for each.
+    effect_PxExGxSxH[:, :, :, 0] = rng.normal(size=(3, 4, 5)) + 0.1 * rng.normal(size=(20, 3, 4, 5))
+    if is_true:
+        for known in EVERY:
+            ends = EDITS.index(known.edit), names.index(known.source), [*names, ANSWER].index(known.target)
+            effect_PxExGxSxH[:, ends[0], ends[1], 0, ends[2]] = 8 + 0.1 * rng.normal(size=20)
+    effect_PxExGxSxH[:, :, range(4), :, range(4)] = np.nan
+    effects = [PromptEffects(effect_ExGxSxH, np.ones((3, 4, 5))) for effect_ExGxSxH in effect_PxExGxSxH]
+    return CircuitsResults(dict(two_hop=circuit(judge_edges(names, effects, ["a"] * 20, resamples=1000))), {})
+
+
+def test_paths_and_swaps_are_confirmed_where_they_are_there():
+    """100 worlds in which groups do what their controls do, and 100 in which the circuit is the claims'."""
+    null, true = ([outcomes(world(seed, is_true)) for seed in range(100)] for is_true in (False, True))
+    for claim in ("hop-1", "hop-2", "hop-3", "hop-4"):
+        rates = [sum(found[claim] == CONFIRMED for found in worlds) for worlds in (null, true)]
+        print(f"{claim}: confirmed in {rates[0]} of 100 null and {rates[1]} of 100 true worlds")
+        assert rates[0] <= 8 and rates[1] >= 80
 
 
 UNRELATED = ("capital", "sport", "rhyme", "addition", "acronym")

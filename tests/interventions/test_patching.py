@@ -303,6 +303,22 @@ def test_published_heads_are_found_by_sign_and_size():
     assert is_gpt2_small(config) and not is_gpt2_small(dataclasses.replace(config, n_layers=24))
 
 
+def test_published_heads_are_found_in_models_that_have_them_and_by_chance_in_few_others():
+    """100 models whose heads have effects of chance, and 100 in which the published ones have four deviations more."""
+    found = []
+    for is_true in (False, True):
+        known = []
+        for seed in range(100):
+            effect_LxH = 0.25 * np.random.default_rng(seed).normal(size=(12, 12))
+            for role, heads in IOI_HEADS.items():
+                for layer, head in heads:
+                    effect_LxH[layer, head] += is_true * (-1 if role == "negative name mover" else 1)
+            known += [head.is_found for head in compare_published_heads(effect_LxH) if head.is_found is not None]
+        found.append(float(np.mean(known)))
+    print(f"published heads are found in {found[0]:.3f} of null and {found[1]:.3f} of true models")
+    assert found[0] <= 0.08 and found[1] >= 0.8
+
+
 def test_features(make_run, tiny, make_dictionary):
     run = make_run("topk", "features")
     prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl")
