@@ -388,8 +388,8 @@ def target_slopes(
 
 
 def place_slopes(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """Return where slopes [C, S, N, D] are: with their tokens, which are split over ``member`` and ``data``."""
-    return fitting_sharding(mesh, shape, None, BY_DOCUMENT, None, None)
+    """Return where slopes [C, S, N, D] are: tokens over ``member`` and ``data``, vectors over ``model``."""
+    return fitting_sharding(mesh, shape, None, BY_DOCUMENT, None, "model")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # forty programs for
 LAYERS = 8  # a dictionary of each: one for every device of the first mesh
 # Of a fair share of the bytes, where docs/scaling.md says why it is more than elsewhere.
 MOST = {"capture": 1.55, ("train", "8x1x1"): 1.65, ("train", "4x2x1"): 1.45, "ablate": 1.65}
-MOST |= {("ablate", "1x1x8"): 2.55, ("attribute", "1x1x8"): 1.5}
+MOST |= {("ablate", "1x1x8"): 2.2, ("attribute", "1x1x8"): 1.5}
 MOST |= {"transfer": 1.5}  # the suite compiles with the least effort: 1.45 here, 1.03 otherwise
 MESHES = ["8x1x1", "4x2x1", "1x8x1", "1x1x8"]
 
