@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from saejax.dictionaries.reductions import over_features
+
 _SAMPLED = 16  # one token in this many is looked at first
 _BLOCK = 16  # features, of which the maximum is taken before the k largest are chosen
 _MOST = 2**30  # values that are counted
@@ -20,7 +22,7 @@ def batch_threshold(values_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
 
     No value is negative; k, the number to keep per token on average, may be traced.
     """
-    highest_1x1 = values_BxF.max(keepdims=True)
+    highest_1x1 = _highest(values_BxF).max(keepdims=True)
     keep = jnp.asarray(k, jnp.int32) * values_BxF.shape[0]
     # Of fewer tokens a sample would be too small to enclose the threshold of all.
     if values_BxF.shape[0] < _SAMPLED * _SAMPLED:
@@ -40,9 +42,10 @@ def _bracket(
     """
     sample_RxF, none_1x1 = values_BxF[::_SAMPLED], jnp.zeros_like(highest_1x1, jnp.int32)
     low_1x1, high_1x1, above_low_1x1, above_high_1x1 = jnp.zeros_like(highest_1x1), highest_1x1, none_1x1, none_1x1
+    highest_of_sample_1x1 = _highest(sample_RxF).max(keepdims=True)
     for share in (1.05, 0.95):
         of_sample = (keep * (share * sample_RxF.shape[0] / values_BxF.shape[0])).astype(jnp.int32)
-        guess_1x1 = _search(sample_RxF, of_sample, jnp.zeros_like(low_1x1), sample_RxF.max(keepdims=True), _count_all)
+        guess_1x1 = _search(sample_RxF, of_sample, jnp.zeros_like(low_1x1), highest_of_sample_1x1, _count_all)
         above_1x1 = _count_all(values_BxF, guess_1x1)
         is_low, is_high = (above_1x1 >= keep) & (guess_1x1 > low_1x1), (above_1x1 < keep) & (guess_1x1 < high_1x1)
         low_1x1, high_1x1 = jnp.where(is_low, guess_1x1, low_1x1), jnp.where(is_high, guess_1x1, high_1x1)
@@ -82,18 +85,18 @@ def _search_kth_largest(acts_xF: jax.Array, keep: jax.Array, max_k: int) -> jax.
     """Return the threshold of ``kth_largest_below``."""
     features = acts_xF.shape[-1]
     if features % _BLOCK or max_k >= features // _BLOCK:
-        highest_x1 = acts_xF.max(-1, keepdims=True)
+        highest_x1 = _highest(acts_xF)
         return _search(acts_xF, keep, jnp.zeros_like(highest_x1), highest_x1, _count_each)
 
     def all_blocks(acts_xF: jax.Array) -> jax.Array:
-        maxima_xN = _blocks(acts_xF).max(-1)
+        maxima_xN = _maxima(_blocks(acts_xF))
         highest_x1 = maxima_xN.max(-1, keepdims=True)
         low_x1 = _search(maxima_xN, keep, jnp.zeros_like(highest_x1), highest_x1, _count_each)
         return _search(acts_xF, keep, low_x1, highest_x1, _count_each)
 
     def best_blocks(acts_xF: jax.Array) -> jax.Array:
         blocks_xNx16 = _blocks(acts_xF)
-        largest_xK, block_xK = lax.top_k(blocks_xNx16.max(-1), max_k)
+        largest_xK, block_xK = lax.top_k(_maxima(blocks_xNx16), max_k)
         chosen_xKx16 = jnp.take_along_axis(blocks_xNx16, block_xK[..., None], axis=-2, mode="promise_in_bounds")
         chosen = chosen_xKx16.reshape(*acts_xF.shape[:-1], -1)
         # Not by slices, which would keep XLA from taking its own top-k for the sort.
@@ -115,7 +118,8 @@ def k_largest(pre_BxF: jax.Array, k: int | jax.Array, max_k: int) -> tuple[jax.A
         value_BxK, position_BxK = lax.top_k(pre_BxF, max_k)
     else:
         blocks_BxNx16 = _blocks(pre_BxF)
-        block_BxK = jnp.sort(lax.top_k(blocks_BxNx16.max(-1), max_k)[1], axis=1)  # so that the first of equals is
+        # Sorted, so that the first of equals is taken.
+        block_BxK = jnp.sort(lax.top_k(_maxima(blocks_BxNx16), max_k)[1], axis=1)
         chosen_BxKx16 = jnp.take_along_axis(blocks_BxNx16, block_BxK[..., None], axis=1, mode="promise_in_bounds")
         value_BxK, at_BxK = lax.top_k(chosen_BxKx16.reshape(count, -1), max_k)
         position_BxK = jnp.take_along_axis(block_BxK, at_BxK // _BLOCK, axis=1) * _BLOCK + at_BxK % _BLOCK
@@ -194,9 +198,18 @@ def _search(
 
 def _count_each(acts_xF: jax.Array, threshold: jax.Array) -> jax.Array:
     """Count the values above a threshold, one of each token or one of all; [..., 1]."""
-    # Floats, because XLA:CPU vectorises neither comparisons nor sums of integers; exact up to 2^24 features.
-    above_x1 = jnp.sum((acts_xF > threshold).astype(jnp.float32), axis=-1, keepdims=True)
-    return above_x1.astype(jnp.int32)
+    # Floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 features.
+    return over_features(jnp.sum, (acts_xF > threshold).astype(jnp.float32)).astype(jnp.int32)
+
+
+def _highest(acts_xF: jax.Array) -> jax.Array:
+    """Return the largest value of each token, [..., 1]."""
+    return over_features(jnp.max, acts_xF)
+
+
+def _maxima(blocks_xNx16: jax.Array) -> jax.Array:
+    """Return the largest value of each block, [..., N]."""
+    return over_features(jnp.max, blocks_xNx16, 4)[..., 0]
 
 
 def _count_all(acts_BxF: jax.Array, threshold_1x1: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from jax import lax
 
 from saejax.dictionaries import Dictionary, losses
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
+from saejax.dictionaries.reductions import sum_tokens
 from saejax.dictionaries.sparse_products import Encoder, SparseCode, explain
 from saejax.parallel.mesh import sharding
 from saejax.training import cross_layer, resampling
@@ -161,8 +162,8 @@ def loss_terms(stack: TrainStack, params: Arrays, batch: MemberBatch) -> LossTer
     if isinstance(acts, SparseCode):
         f_BxF, firings_F = acts.dense(), acts.firings()
     else:
-        # In floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 tokens.
-        f_BxF, firings_F = acts, jnp.sum(member.fires(acts).astype(jnp.float32), axis=0)
+        # In floats, because XLA's compiler for CPUs vectorises no sums of integers; exact up to 2^24 tokens.
+        f_BxF, firings_F = acts, sum_tokens(member.fires(acts).astype(jnp.float32))
     errors = [losses.squared_size(error_BxO, hyper.metric_DxD, config.matmul) for error_BxO in residuals]
     error_BxO = residuals[-1]
 
