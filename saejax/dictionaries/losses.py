@@ -11,7 +11,7 @@ from jax import lax
 
 from saejax.dictionaries import sparsity
 from saejax.dictionaries.matmul import matmul
-from saejax.dictionaries.reductions import over_features
+from saejax.reductions import over_last
 
 Gradients = tuple[jax.Array, jax.Array]
 _DEAD_SHARE, _LANES = 8, 128  # AuxK gathers at most an eighth of the features, in whole lanes of a vector unit
@@ -36,7 +36,7 @@ def squared_size(error_BxD: jax.Array, metric_DxD: jax.Array | None = None, matm
     """Return ``squared_error`` of errors ``error_BxD``; ``metric_DxD`` and ``matmul_dtype`` are as there."""
     if metric_DxD is not None:
         error_BxD = matmul(error_BxD, metric_DxD, matmul_dtype)
-    return jnp.mean(over_features(jnp.sum, jnp.square(error_BxD)))
+    return jnp.mean(over_last(jnp.sum, jnp.square(error_BxD)))
 
 
 def whitening(acts_NxD: np.ndarray, power: float) -> np.ndarray:
@@ -84,7 +84,7 @@ def explained_variance(y_BxD: jax.Array, error_BxD: jax.Array) -> jax.Array:
     # Once more: the mean of many equal numbers is not that number to the last bit.
     deviations_BxD = deviations_BxD - jnp.mean(deviations_BxD, axis=0, keepdims=True)
     terms = error_BxD, deviations_BxD, y_BxD
-    return explained_share(*(over_features(jnp.sum, jnp.square(term_BxD)).sum() for term_BxD in terms))
+    return explained_share(*(over_last(jnp.sum, jnp.square(term_BxD)).sum() for term_BxD in terms))
 
 
 def explained_share(error: Any, variance: Any, square: Any, constant: float = 0.0) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.dictionaries.reductions import over_features
+from saejax.reductions import over_last
 
 _SAMPLED = 16  # one token in this many is looked at first
 _BLOCK = 16  # features, of which the maximum is taken before the k largest are chosen
@@ -199,17 +199,17 @@ def _search(
 def _count_each(acts_xF: jax.Array, threshold: jax.Array) -> jax.Array:
     """Count the values above a threshold, one of each token or one of all; [..., 1]."""
     # Floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 features.
-    return over_features(jnp.sum, (acts_xF > threshold).astype(jnp.float32)).astype(jnp.int32)
+    return over_last(jnp.sum, (acts_xF > threshold).astype(jnp.float32)).astype(jnp.int32)
 
 
 def _highest(acts_xF: jax.Array) -> jax.Array:
     """Return the largest value of each token, [..., 1]."""
-    return over_features(jnp.max, acts_xF)
+    return over_last(jnp.max, acts_xF)
 
 
 def _maxima(blocks_xNx16: jax.Array) -> jax.Array:
     """Return the largest value of each block, [..., N]."""
-    return over_features(jnp.max, blocks_xNx16, 4)[..., 0]
+    return over_last(jnp.max, blocks_xNx16, 4)[..., 0]
 
 
 def _count_all(acts_BxF: jax.Array, threshold_1x1: jax.Array) -> jax.Array:

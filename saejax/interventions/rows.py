@@ -28,6 +28,7 @@ from saejax.models import decoder
 from saejax.models.lengths import bucket_lengths
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.mesh import document_devices, row_sharding, sharding
+from saejax.reductions import log_sum_exp
 
 _STEP = 8  # tokens are filled up to a multiple of this
 _ROWS = 32  # rows of a batch, at least
@@ -384,8 +385,8 @@ def edit_value(
 def clean_logp(point: SplitPoint, params: decoder.Params, end_BxD: jax.Array) -> jax.Array:
     """Return the clean log-probabilities of the next token, fp32 [B, V]."""
     # A program of its own: all edits of a prompt are compared with the same clean log-probabilities.
-    logp_BxV = jax.nn.log_softmax(decoder.unembed(point.config, params, end_BxD))
-    return jax.lax.with_sharding_constraint(logp_BxV, sharding(point.mesh))
+    logits_BxV = decoder.unembed(point.config, params, end_BxD)
+    return jax.lax.with_sharding_constraint(logits_BxV - log_sum_exp(logits_BxV), sharding(point.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)

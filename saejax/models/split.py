@@ -36,6 +36,7 @@ from saejax.models.decoder import KEYS, VALUES, LayersOutput, run_layers
 from saejax.models.layers import Hook, Taps
 from saejax.models.sites import INNER_KINDS, PATTERN, Site
 from saejax.parallel.mesh import fitting_sharding
+from saejax.reductions import index_of_highest, log_sum_exp, over_last
 
 
 class PrefixKV(NamedTuple):
@@ -519,14 +520,14 @@ class SplitPoint:
             logits_Rx2 = self.logits(params, x_Rx, answers_Rx2)
             return logits_Rx2[:, :1] - logits_Rx2[:, 1:]
         logits_RxV = decoder.unembed(self.config, params, x_Rx, self.rules)
-        edited_RxV = jax.nn.log_softmax(logits_RxV)
+        edited_RxV = logits_RxV - log_sum_exp(logits_RxV)
         logits_Rx2 = jnp.take_along_axis(logits_RxV, answers_Rx2, axis=1)
         correct_Rx1 = answers_Rx2[:, :1]
         values = (
             logits_Rx2[:, 0] - logits_Rx2[:, 1],
             jnp.take_along_axis(edited_RxV, correct_Rx1, axis=1)[:, 0],
-            jnp.argmax(logits_RxV, axis=1) == correct_Rx1[:, 0],
-            jnp.sum(jnp.exp(logp_RxV) * (logp_RxV - edited_RxV), axis=1),
+            index_of_highest(logits_RxV) == correct_Rx1[:, 0],
+            over_last(jnp.sum, jnp.exp(logp_RxV) * (logp_RxV - edited_RxV))[:, 0],
         )
         return jnp.stack([value.astype(logits_RxV.dtype) for value in values], axis=1)
 

@@ -26,6 +26,7 @@ from saejax.models.language_model import Edit, LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.tokens import Tokens, encode, pad
 from saejax.parallel.mesh import by_row, document_devices
+from saejax.reductions import index_of_highest, log_sum_exp
 
 BATCH_TOKENS = 4096  # of a forward pass, padding included
 _ROWS_OF_LOGITS = 256  # positions whose logits exist at one time: 50 MB for a vocabulary of 49,152
@@ -196,7 +197,7 @@ def token_scores(
         logits_BxPxV = decoder.unembed(config, params, x_BxPxD)
         target_BxP = jnp.take_along_axis(logits_BxPxV, targets_BxP[..., None], axis=-1)[..., 0]
         # Not log_softmax, which would make a second array as large as the logits.
-        return target_BxP - jax.nn.logsumexp(logits_BxPxV, axis=-1), logits_BxPxV.argmax(axis=-1) == targets_BxP
+        return target_BxP - log_sum_exp(logits_BxPxV)[..., 0], index_of_highest(logits_BxPxV) == targets_BxP
 
     def whole(value: jax.Array) -> jax.Array:
         return jnp.moveaxis(value, 0, 1).reshape(rows, columns)

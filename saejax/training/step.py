@@ -20,9 +20,9 @@ from jax import lax
 
 from saejax.dictionaries import Dictionary, losses
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
-from saejax.dictionaries.reductions import sum_tokens
 from saejax.dictionaries.sparse_products import Encoder, SparseCode, explain
 from saejax.parallel.mesh import sharding
+from saejax.reductions import sum_tokens
 from saejax.training import cross_layer, resampling
 from saejax.training.optimizer import penalty_schedule
 from saejax.training.over_members import Batch, map_over_batch

@@ -10,7 +10,7 @@ from saejax.config import Config, setting
 from saejax.dictionaries import sparsity
 from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncodedBatch, EncoderInputs, Facts, Kind, Numbers
 from saejax.dictionaries.kinds.groups import group_counts, group_reconstructions, group_sizes
-from saejax.dictionaries.reductions import over_features
+from saejax.reductions import over_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +84,12 @@ class JumpReLU(Kind):
             threshold_F = batch.dictionary.arrays["threshold_F"]
             active_BxF = sparsity.step(batch.pre_BxF, threshold_F, settings.bandwidth)
         if settings.l0_penalty == "target":  # which is of all features, each once
-            l0 = jnp.mean(over_features(jnp.sum, active_BxF))
+            l0 = jnp.mean(over_last(jnp.sum, active_BxF))
             return coefficient * jnp.square(l0 / batch.values["target_l0"] - 1)
         if batch.dictionary.config.groups:
             # Once for each reconstruction that the feature is part of, as their errors are summed, too.
             active_BxF *= group_counts(batch.dictionary.config.groups)[None]
-        return coefficient * jnp.mean(over_features(jnp.sum, active_BxF))
+        return coefficient * jnp.mean(over_last(jnp.sum, active_BxF))
 
     def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
         """Return the pre-activation loss of dead features, as in SAELens, if there is one."""
