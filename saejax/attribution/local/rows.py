@@ -165,7 +165,7 @@ def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[
 
     Raises:
       UserError: a target is no token and no pair of two different ones, or appears twice; or a direction has no name
-        of its own, or another shape than the stream, or is not finite.
+        of its own, or another shape than the stream, or is not finite, or zero.
     """
     pairs, names = [], set[str]()
     for target in targets:
@@ -176,10 +176,11 @@ def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[
                 or not target.name
                 or shape != (width,)
                 or not np.isfinite(target.vector_D).all()
+                or not np.any(target.vector_D)  # of nothing, completeness would be 1
             ):
                 raise UserError(
                     f"the direction {target.name!r} has the shape {shape}: expected a text as its name, and {width} "
-                    "finite numbers"
+                    "finite numbers, not all 0"
                 )
             if target.name in names:
                 raise UserError(f"two directions are called {target.name!r}: expected a name for each")

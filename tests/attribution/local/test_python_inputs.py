@@ -136,6 +136,7 @@ def test_prompts_and_targets(lm, transcoders):
             dict(targets=saejax.Direction(3, np.ones(64))),
             "the direction 3 has .* expected a text as its name",
         ),
+        (dict(targets=saejax.Direction("nothing", np.zeros(64))), "'nothing' .* 64 finite numbers, not all 0"),
         (dict(targets=[(saejax.Direction("d", np.ones(64)), 5)]), r"the target token Direction\(name='d'"),
         (dict(logit_mass=None), "logit_mass None"),
         (
