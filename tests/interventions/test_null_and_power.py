@@ -368,7 +368,7 @@ def wide(make_dictionary):
     return lambda seed, features=FEATURES: make_dictionary(SITE, 0, seed, features, 10.0)
 
 
-WORLDS = 50  # of four behaviours each: 200 cases
+NULL_WORLDS, WORLDS = 200, 50  # of four behaviours each
 
 
 @pytest.fixture(autouse=True)
@@ -381,17 +381,21 @@ def only_what_decides(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("selected", [True, False])
 def test_where_nothing_is_true_few_worlds_say_yes(tiny, wide, selected):
-    """Features are selected for answers that are noise, or drawn at random."""
+    """Features are selected for answers that are noise, or drawn at random.
+
+    Seen for question 2: selected 6.4 % of 800 cases, and any yes after correction in 17 of 200 worlds, in 2 of the
+    first 50; drawn 5.3 % and 11. For question 3 in no world.
+    """
     found = []
-    for seed in range(WORLDS):
+    for seed in range(NULL_WORLDS):
         drawn = np.random.default_rng([seed, 12]).choice(FEATURES, TOP, replace=False).tolist()
         prompts = random_prompts(tiny, seed, fixed=not selected)
         found.append(judge_four(tiny, wide(seed), prompts, None if selected else drawn))
     for question in ("random", "placebo"):
         share, corrected = rates_of_four("attribution" if selected else "drawn", found, question)
         assert share <= 0.08
-        # Of 50 worlds with a rate of 5 % more than 6 say yes in one case of a hundred.
-        assert corrected <= 6 / WORLDS
+        # Of 200 worlds with a rate of 5 % more than 18 say yes in one case of a hundred.
+        assert corrected <= 18 / NULL_WORLDS
 
 
 @pytest.mark.slow

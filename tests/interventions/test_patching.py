@@ -315,7 +315,7 @@ def test_published_heads_are_found_in_models_that_have_them_and_by_chance_in_few
                     effect_LxH[layer, head] += is_true * (-1 if role == "negative name mover" else 1)
             known += [head.is_found for head in compare_published_heads(effect_LxH) if head.is_found is not None]
         found.append(float(np.mean(known)))
-    print(f"published heads are found in {found[0]:.3f} of null and {found[1]:.3f} of true models")
+    print(f"published heads found: {found[0]:.3f} of those of 100 null and {found[1]:.3f} of those of 100 true models")
     assert found[0] <= 0.08 and found[1] >= 0.8
 
 
