@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 _PARTS = 16  # values that the first stage takes
+_GROUPS = 16  # consecutive parts of a long axis, each of which is reduced by itself
+_LONG = 4096  # values
 
 
 def over_last(reduce: Callable, values: jax.Array, parts: int = _PARTS) -> jax.Array:
@@ -20,21 +22,24 @@ def over_last(reduce: Callable, values: jax.Array, parts: int = _PARTS) -> jax.A
 
     Args:
       reduce: ``jnp.sum``, ``jnp.max`` or ``jnp.min``.
-      values: the values; at least one along the last axis, but for sums.
+      values: the values; at least one along the last axis, but for sums. Devices that split this axis reduce their own
+        values first, where these are many and the devices divide sixteen.
       parts: number of values that the first stage takes.
     """
     at_once = functools.partial(reduce, axis=-1, keepdims=True)
 
     def in_stages(values: jax.Array) -> jax.Array:
         *before, size = values.shape
-        side_by_side = size // parts
+        groups = _GROUPS if size >= _LONG else 1
+        side_by_side = size // (groups * parts)
         if not side_by_side:
             return at_once(values)
-        first = reduce(values[..., : parts * side_by_side].reshape(*before, parts, side_by_side), axis=-2)
-        whole = at_once(lax.optimization_barrier(first))
-        if not size % parts:
+        taken = groups * parts * side_by_side
+        first = reduce(values[..., :taken].reshape(*before, groups, parts, side_by_side), axis=-2)
+        whole = reduce(lax.optimization_barrier(first), axis=(-2, -1))[..., None]
+        if taken == size:
             return whole
-        return at_once(jnp.concatenate([whole, at_once(values[..., parts * side_by_side :])], axis=-1))
+        return at_once(jnp.concatenate([whole, at_once(values[..., taken:])], axis=-1))
 
     return lax.platform_dependent(values, cpu=in_stages, default=at_once)
 
