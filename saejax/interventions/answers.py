@@ -79,8 +79,8 @@ class VerdictConfig:
         return (
             "T: the features with the largest attribution on train prompts, ablated on test prompts. Every control is "
             "built to T's dose, the norm of the change at the site, and measured there. "
-            "1. Effect: the 95 % bootstrap interval (over prompts within templates) of the drop lies above zero, no "
-            f"template disagrees, and accuracy falls by more than {100 * self.min_accuracy_drop:g} points. "
+            "1. Effect: the 95 % bootstrap interval (over prompts within templates) of the drop lies above zero and no "
+            f"template disagrees; an accuracy also falls by more than {100 * self.min_accuracy_drop:g} points. "
             "2. More than random: p = (1 + random lists whose effect is at least T's) / (1 + random lists) is at most "
             f"{self.level:g}; a list holds features that fire on at least 5 % of the test prompts, without T, in "
             "random order, until it reaches T's dose; from a pool of fewer than "

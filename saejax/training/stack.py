@@ -24,6 +24,7 @@ from saejax.dictionaries.cross_layer import KINDS as CROSS_LAYER_KINDS
 from saejax.dictionaries.kinds.base import Facts
 from saejax.dictionaries.kinds.jumprelu import JumpReLUConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
+from saejax.dictionaries.rescale import fold_input_scaling
 from saejax.errors import UserError, one_of
 from saejax.models.sites import site_parts
 from saejax.parallel.mesh import fitting_sharding, fitting_spec
@@ -279,7 +280,7 @@ def stack_shape(
         **facts,
     )
     if not type(kind_object).__module__.startswith("saejax."):
-        _check_inference(kind_object, dictionary)
+        _check_inference(kind_object, dictionary, config.of_kind(kind))
     return dictionary
 
 
@@ -323,7 +324,7 @@ def read_facts(kind: kinds.Kind, values: Mapping[str, Any], settings: Any, n_fea
     return typing.cast(Facts, {name: value for name, value in plain.items() if name in facts})
 
 
-def _check_inference(kind: kinds.Kind, config: DictionaryConfig) -> None:
+def _check_inference(kind: kinds.Kind, config: DictionaryConfig, settings: Any) -> None:
     """Raise a ``UserError`` unless a finished dictionary of a user's kind can encode: training would be in vain."""
 
     def encode() -> jax.Array:
@@ -346,6 +347,36 @@ def _check_inference(kind: kinds.Kind, config: DictionaryConfig) -> None:
     if shape != (2, 3, config.n_features):
         raise UserError(
             f"encode of the kind {kind.name} returns {list(shape)}: expected one activation for each feature"
+        )
+    _check_homogeneous(kind, config, settings)
+
+
+def _check_homogeneous(kind: kinds.Kind, config: DictionaryConfig, settings: Any) -> None:
+    """Raise a ``UserError`` if folding the inputs' scale away at the end of training would change the activations."""
+    # Narrow inputs, of which a device has room for each number of features.
+    widths = tuple(min(width, 8) for width in config.widths)
+    d_in = sum(widths) or min(config.d_in, 8)
+    small = dataclasses.replace(config, d_in=d_in, target_width=min(config.target_width, 8), widths=widths)
+    arrays = Dictionary.initial(small, jax.random.key(0)).arrays
+    starts = kind.start(settings)
+    # Off their initial values, which are often 0, where each scale would do.
+    moved = {name: arrays[name] + starts.get(name, 0.0) + 0.1 for name in ("b_enc_F", *kind.vectors)}
+    arrays = kind.constrain(arrays | moved)
+    folded = fold_input_scaling(kind, arrays, 1 / 8, 1 / 8)  # a power of two is exact: comparisons stay as they are
+    x_BxD = jax.random.normal(jax.random.key(1), (16, d_in))
+    dictionary = Dictionary(small, "float32", **arrays)
+    f_BxF, raw_BxF = dictionary.encode(x_BxD), Dictionary(small, "float32", **folded).encode(8 * x_BxD)
+    tolerance = 1e-3 * float(jnp.abs(f_BxF).max())
+    if not jnp.allclose(8 * f_BxF, raw_BxF, rtol=0.0, atol=8 * tolerance):
+        raise UserError(
+            f"activations of the kind {kind.name} are not homogeneous: with inputs, biases and thresholds 8 times as "
+            "large they are not 8 times as large, so folding the scale of the inputs away after training would change "
+            "them; name arrays that are neither biases nor thresholds in `unscaled`"
+        )
+    if not jnp.allclose(f_BxF[:, :1], dictionary.encode_features(x_BxD, jnp.zeros(1, jnp.int32)), atol=tolerance):
+        raise UserError(
+            f"the kind {kind.name} has elementwise = True, but a feature that is encoded alone has another activation "
+            "than among all: leave it out"
         )
 
 

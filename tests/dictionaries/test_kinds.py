@@ -118,6 +118,9 @@ def test_the_example_of_the_guide_is_a_kind(load_plugin):
         ),
         ("jax.nn.relu(inputs.pre_xF).sum(-1)", r"encode of the kind shrunk returns |could not encode"),
         ("jax.nn.relu(pre_xF - dictionary.config.margin)", "AttributeError: .*'margin'"),
+        ("jax.nn.relu(pre_xF) ** 2", "activations of the kind shrunk are not homogeneous"),
+        ("jax.nn.relu(pre_xF - 0.5)", "not homogeneous"),
+        ("jax.nn.relu(pre_xF * (1 + margin_F.reshape(shape)))", "not homogeneous: .* in `unscaled`"),
     ],
 )
 def test_a_kind_that_cannot_encode_at_inference_is_not_trained(load_plugin, encode, message):
@@ -132,6 +135,15 @@ def test_a_kind_that_cannot_encode_at_inference_is_not_trained(load_plugin, enco
         stack_shape(train, MADE_UP, members, {"resid_post.1": 8})
     load_plugin(text)
     assert stack_shape(train, MADE_UP, members, {"resid_post.1": 8}).n_features == 64
+
+
+def test_a_kind_that_wrongly_declares_elementwise_is_not_trained(load_plugin):
+    """Its edits of some features would encode others' activations."""
+    text = PLUGIN.read_text().replace("    vectors =", "    elementwise = True\n    vectors =")
+    load_plugin(text.replace("return jax.nn.relu(", "return jax.nn.relu(pre_xF - pre_xF.max(-1, keepdims=True) / 2 -"))
+    train = parse("--train.kinds=shrunk", "--train.sites=resid_post.1")
+    with pytest.raises(UserError, match="elementwise = True, but a feature that is encoded alone has another"):
+        stack_shape(train, MADE_UP, make_members(train, MADE_UP, ["resid_post.1"]), {"resid_post.1": 8})
 
 
 def test_an_unknown_kind_is_said_to_need_its_file(capsys):
