@@ -59,7 +59,9 @@ def _tokens_around(tokenizer: Any, *roles: str) -> list[list[int]] | None:
         if not content:
             return None
         texts.append(before)
-    texts[0] = texts[0].removeprefix(getattr(tokenizer, "bos_token", None) or "")
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    if not any(bos in piece for piece in (*texts[1:], text)):  # in some templates every message begins with it
+        texts[0] = texts[0].removeprefix(bos)
     # White space at the end of what opens a message may become one token with the message's beginning.
     return [tokenizer(piece.rstrip(), add_special_tokens=False)["input_ids"] for piece in (*texts, text)]
 
@@ -83,15 +85,26 @@ def roles_of_tokens(documents: Documents, openers: Openers, front: Sequence[int]
     """
     roles = [np.full(length, -1, np.int8) for length in documents.lengths_N.tolist()]
     source_N, start_N = documents.column("source"), documents.column("start")
-    before = (-1, -1, -1)  # source of the last piece, where the next one would start, and its role
+    # Pieces that follow one another in a text, as their tokens that have roles: what opens a message may be cut, too.
+    runs: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    before = (-1, -1)  # source of the last piece, and where the next one would start
     for document in np.lexsort((start_N, source_N)).tolist():
-        ids_T, roles_T = documents[document], roles[document]
-        source, start = int(source_N[document]), int(start_N[document])
+        ids_T, source, start = documents[document], int(source_N[document]), int(start_N[document])
         count = len(front) if ids_T[: len(front)].tolist() == [*front] else 0
-        roles_T[count:] = before[2] if start and before[:2] == (source, start) else -1
+        if not start or before != (source, start):
+            runs.append([])
+        # The first message of a text may open with what stands in front of it.
+        first = count if start else 0
+        runs[-1].append((ids_T[first:], roles[document][first:]))
+        before = (source, start + len(ids_T) - count)
+    for run in runs:
+        ids_T = np.concatenate([piece_T for piece_T, _ in run])
+        role_T = np.full(len(ids_T), -1, np.int8)
         for position, role in _openings(ids_T, openers):
-            roles_T[position:] = role
-        before = (source, start + len(ids_T) - count, int(roles_T[-1]))
+            role_T[position:] = role
+        ends = np.cumsum([len(piece_T) for piece_T, _ in run])
+        for (_, of_piece), part in zip(run, np.split(role_T, ends[:-1]), strict=True):
+            of_piece[:] = part  # a view of what is returned
     return roles
 
 

@@ -99,6 +99,18 @@ def test_every_word_of_a_message_has_its_role(name):
         assert found == ["system", "system", *expected]
 
 
+def test_a_word_like_a_role_opens_no_message_where_each_begins_with_bos():
+    """As of SmolLM2-Instruct, whose BOS token is <|im_start|>."""
+    for template in (CHATML, WITH_SYSTEM):
+        tokenizer = Tokenizer(template)
+        tokenizer.bos_token = "<|im_start|>"
+        openers = message_openers(tokenizer)
+        ids = tokenizer.encode_chat(("system", "be terse"), ("user", "why"), ("assistant", "system and user failed"))
+        (roles,) = roles_of_tokens(documents((0, ids)), openers, ids[:1])
+        found = roles_of_words(tokenizer, openers, roles, ids, ["terse", "why", "and", "failed"])
+        assert found == ["system", "user", "assistant", "assistant"]
+
+
 def test_templates_that_tell_no_roles_apart_have_none():
     assert message_openers(SimpleNamespace()) == message_openers(Tokenizer("")) == {}
     assert message_openers(Tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")) == {}
@@ -114,8 +126,13 @@ def test_a_message_goes_on_in_the_next_piece_of_its_text():
     first, other, second = roles_of_tokens(documents(*pieces, front=1), openers, [0])
     assert [first[0], second[0], *other] == [-1] * 5
     np.testing.assert_array_equal([*first[1:], *second[1:]], whole)
+    # Also where the cut falls between the tokens that open a message.
+    cut = next(i for i, role in enumerate(whole) if role == 1) + 1
+    pieces = [(3, [0, *ids[:cut]]), (3, [0, *ids[cut:]])]
+    first, second = roles_of_tokens(documents(*pieces, front=1), openers, [0])
+    np.testing.assert_array_equal([*first[1:], *second[1:]], whole)
     # Without the piece before it, the rest of the message has no role.
-    (alone,) = roles_of_tokens(documents(*pieces, front=1).select(np.array([2])), openers, [0])
+    (alone,) = roles_of_tokens(documents(*pieces, front=1).select(np.array([1])), openers, [0])
     assert alone[1] == -1 and alone[-1] == 1
 
 

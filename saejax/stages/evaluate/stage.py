@@ -25,6 +25,6 @@ EVALUATE = Stage(
     inputs=_inputs,
     names=lambda configs: configs[TrainConfig].kinds,
     members=units_of_members,
-    revision=3,  # latent scaling of crosscoders
+    revision=4,  # what opens a message in chats
     processes="items",
 )
