@@ -47,6 +47,52 @@ def test_obsolete_units_go_and_what_current_ones_read_stays(workdir, capsys):
     assert go(workdir) == ["train/standard", "evaluate/standard", "report"], "made anew"
 
 
+def test_a_copy_without_links_loses_nothing(workdir):
+    """A defect: all units counted as obsolete, and all were removed."""
+    for link in [path for path in workdir.rglob("*") if path.is_symlink()]:
+        link.unlink()
+    assert {state for found in states(workdir).values() for state in found} == {"unlinked"}
+    assert runs.remove(Workspace(workdir), runs.list_units(workdir), ["obsolete"]) == []
+    assert go(workdir, **CHANGED) == []
+    assert len(runs.remove(Workspace(workdir), runs.list_units(workdir), ["obsolete"])) == 3
+
+
+def make_unit(workdir, unit, mark, **about):
+    workspace = Workspace(workdir)
+    with workspace.claim(unit, mark) as folder:
+        workspace.begin(unit, mark, about)
+        (folder / "out.txt").touch()
+        workspace.finish(unit, mark, {})
+    return folder
+
+
+def test_a_unit_whose_name_has_a_dash_is_listed_once(tmp_path):
+    make_unit(tmp_path, "track/two-words", "0" * 16)
+    make_unit(tmp_path, "track/two-words", "1" * 16)
+    assert states(tmp_path) == {"track/two-words": ["obsolete", "current"]}
+
+
+def test_a_dictionary_that_a_flag_names_by_its_folder_stays(tmp_path):
+    """A defect: the command that had made all current units was then refused, as that folder was missing."""
+    folder = make_unit(tmp_path, "train/topk", "0" * 16)
+    make_unit(tmp_path, "train/topk", "1" * 16, config=dict(train=dict(init_from=f"{folder}/k16")))
+    assert runs.remove(Workspace(tmp_path), runs.list_units(tmp_path), ["obsolete"]) == [] and folder.exists()
+
+
+def test_a_unit_goes_at_once_or_not_at_all(tmp_path, monkeypatch):
+    """A defect: a run went on from what a removal that was stopped had left of it."""
+    first, moved = make_unit(tmp_path, "train/topk", "0" * 16), tmp_path / "disk"
+    first.rename(moved)
+    first.symlink_to(moved)
+    second, _ = (make_unit(tmp_path, "train/topk", digit * 16) for digit in "12")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.shutil, "rmtree", mock.Mock(side_effect=KeyboardInterrupt))
+        runs.remove(Workspace(tmp_path), runs.list_units(tmp_path), ["obsolete"])
+    assert [path.exists() for path in (first, second)].count(True) == 1
+    runs.remove(Workspace(tmp_path), runs.list_units(tmp_path), ["obsolete"])
+    assert {path.name for path in (tmp_path / "train").iterdir()} == {"topk", f"topk-{'2' * 16}"}
+
+
 def test_what_an_unfinished_unit_reads_stays(tmp_path):
     go(tmp_path)
     with pytest.raises(Interrupted):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from saejax.errors import UserError, one_of
-from saejax.files import read_object
+from saejax.files import WRITING, read_object, unfinished_path
 from saejax.links import linked_folder
 from saejax.runner import command, command_line
 from saejax.runner.flag_files import read_flag_files
@@ -20,8 +21,8 @@ from saejax.runner.workspace import CHECKPOINTS, CLAIM, STACK, STARTED, SUMMARY,
 from saejax.wording import counted
 
 ABOUT = """\
-runs: lists the units of a workdir: size, date, whether DIR/<unit> stands for it (current) or for another (obsolete),
-and which units have read it.
+runs: lists the units of a workdir: size, date, whether DIR/<unit> stands for it (current), for another (obsolete) or
+for none (unlinked, as in a copy without links), and which units have read it.
 
   --workdir=DIR  folder of the run (required)
   --remove=WHAT  with commas between: obsolete (units of settings that were changed since, which no current unit has
@@ -29,9 +30,10 @@ and which units have read it.
       are all finished; they are captured again if a unit that is new reads them); default: nothing
   --dry_run  say what would be removed, and remove nothing
   --debug  also show the traceback of bad input"""
+_ASIDE = f".*-{'[0-9a-f]' * 16}.{WRITING}*"  # a unit's folder that is being removed
 REMOVABLE = ("obsolete", "checkpoints", "stores")
 STORES = ("capture",)  # stages whose units are stores of activations
-_FOLDER = re.compile(r"(.+)-([0-9a-f]{16})")
+_FOLDER_MARK = re.compile(r"-([0-9a-f]{16})\b")  # in the path of a unit's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class KeptUnit:
     name: str  #: such as "train/topk"
     fingerprint: str  #: 16 hexadecimal digits
     folder: Path
-    state: str  #: current, member (of a current stack), obsolete, or unfinished
+    state: str  #: current, member (of a current stack), obsolete, unlinked (DIR/<unit> leads nowhere), or unfinished
     size: int  #: bytes of its files
     date: str  #: when it was begun, ISO 8601
     reads: tuple[str, ...]  #: fingerprints of the units that it read
@@ -80,63 +82,61 @@ def list_units(root: Path) -> list[KeptUnit]:
     Raises:
       UserError: a unit's file is damaged.
     """
-    folders = {path.parent: path for pattern in ("*-*", "*/*-*") for path in root.glob(f"{pattern}/{STARTED}")}
-    started = {folder: read_object(path, "fingerprint") for folder, path in folders.items()}
-    members = {name for folder in started for name in _members(folder) if _is_current(folder)}
+    files = [
+        (path, read_object(path, "fingerprint"))
+        for pattern in ("*-*", "*/*-*")
+        for path in root.glob(f"{pattern}/{STARTED}")
+    ]
+    # The link to a unit may have a dash in its name, too.
+    started = {path.parent: about for path, about in files if path.parent.name.endswith(f"-{about['fingerprint']}")}
+    names = {
+        folder: folder.relative_to(root).as_posix().removesuffix(f"-{about['fingerprint']}")
+        for folder, about in started.items()
+    }
+    current = {name: linked_folder(root / name) for name in names.values()}
+    members = {name for folder in current.values() if folder for name in _members(folder)}
     reads = {folder: _reads(folder, about) for folder, about in started.items()}
+    states = {}
+    for folder, name in names.items():
+        if not (folder / SUMMARY).exists():
+            states[folder] = "unfinished"
+        elif current[name] is None:
+            states[folder] = "unlinked"
+        elif current[name] == folder:
+            states[folder] = "current"
+        else:
+            states[folder] = "member" if folder.name in members else "obsolete"
     units = []
     for folder, about in started.items():
-        name, state = _unit_name(root, folder), "obsolete"
-        if not (folder / SUMMARY).exists():
-            state = "unfinished"
-        elif _is_current(folder):
-            state = "current"
-        elif folder.name in members:
-            state = "member"
         mark = str(about["fingerprint"])
-        readers = sorted(_reader(root, other, members) for other, marks in reads.items() if mark in marks)
-        files = {path.name for path in folder.iterdir()}
-        size, removed = (
-            _size(folder),
-            Workspace.REMOVED in files and files <= Workspace.LEFT,
-        )  # a kill may have left the rest
-        date = str(about.get("start", ""))
-        units.append(
-            KeptUnit(name, mark, folder, state, size, date, reads[folder], (*dict.fromkeys(readers),), removed)
+        readers = sorted(
+            f"({names[other]})" if states[other] == "obsolete" else names[other]
+            for other, marks in reads.items()
+            if mark in marks
         )
+        files = {path.name for path in folder.iterdir()}
+        removed = Workspace.REMOVED in files and files <= Workspace.LEFT  # a kill may have left the rest
+        size, date = _size(folder), str(about.get("start", ""))
+        read_by = (*dict.fromkeys(readers),)
+        units.append(KeptUnit(names[folder], mark, folder, states[folder], size, date, reads[folder], read_by, removed))
     return sorted(units, key=lambda unit: (unit.name, unit.date, (unit.folder / STARTED).stat().st_mtime_ns))
 
 
 def _reads(folder: Path, about: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the fingerprints of the units that a unit reads, and of the units that its own fingerprint covers.
 
-    These differ where a unit depends on some sites of a store alone.
+    These differ where a unit depends on some sites of a store alone. Flags may name the folders of others.
     """
     done = read_object(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
     by_name = about.get("depends_on", {}).get("needs", {}), about.get("inputs", {}), done.get("inputs", {})
-    return tuple(dict.fromkeys(mark for marks in by_name for mark in marks.values()))
-
-
-def _unit_name(root: Path, folder: Path) -> str:
-    match = _FOLDER.fullmatch(folder.relative_to(root).as_posix())
-    return match[1] if match else folder.relative_to(root).as_posix()
-
-
-def _is_current(folder: Path) -> bool:
-    """Return whether the link of a unit's name leads to its folder."""
-    match = _FOLDER.fullmatch(folder.name)
-    return match is not None and linked_folder(folder.with_name(match[1])) == folder
+    named = _FOLDER_MARK.findall(json.dumps(about.get("config", {})))
+    return tuple(dict.fromkeys([*(mark for marks in by_name for mark in marks.values()), *named]))
 
 
 def _members(folder: Path) -> Iterator[str]:
     """Yield the names of the folders of a stack's members."""
     if (folder / STACK).exists():
         yield from read_object(folder / STACK, "members")["members"].values()
-
-
-def _reader(root: Path, folder: Path, members: set[str]) -> str:
-    name = _unit_name(root, folder)
-    return name if _is_current(folder) or folder.name in members else f"({name})"
 
 
 def _size(folder: Path) -> int:
@@ -201,6 +201,9 @@ def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str
                 f"{unit.name} is being made by another process, whose run may read later what is to go: wait for it, "
                 f"or, if you know that it is gone, delete {unit.folder / CLAIM}"
             )
+    for pattern in () if dry_run else (_ASIDE, f"*/{_ASIDE}"):  # what a kill has left of removed units
+        for path in workspace.root.glob(pattern):
+            _remove_folder(path)
     lines = []
     for path, (what, unit) in doomed.items():
         size = unit.size if what == "obsolete" else _size(path)
@@ -209,15 +212,21 @@ def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str
             with hold_claim(unit.folder, unit.name):
                 if what == "store":
                     workspace.remove_files(unit.name, unit.fingerprint)
-                else:
-                    shutil.rmtree(path, ignore_errors=True)
+                else:  # at once: a run would go on from what a kill leaves of it
+                    path.rename(aside := unfinished_path(path))
             # NFS keeps the claim, which is open, under another name until it is closed.
-            if what != "store" and path.exists():
-                shutil.rmtree(path)
+            if what != "store":
+                _remove_folder(aside)
         lines.append(
             f"{'would remove' if dry_run else 'removed'} {what}: {unit.name}-{unit.fingerprint}, {_words(size)}"
         )
     return lines
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a folder, and what it leads to if a user has moved it to another disk and left a link."""
+    shutil.rmtree(path.resolve())
+    path.unlink(missing_ok=True)
 
 
 def _needed(units: Sequence[KeptUnit]) -> set[str]:
