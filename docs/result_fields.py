@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import signal
 import sys
 import textwrap
 import types
@@ -116,6 +117,7 @@ def documented_stages() -> set[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends in silence where a reader such as head has enough
     names = [name for name in all_stages() if dataclasses.is_dataclass(results_class(name))] + ["study_run"]
     for stage in sys.argv[1:] or ["--help"]:
         if stage not in names:

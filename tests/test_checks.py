@@ -9,7 +9,7 @@ from test_pipeline import OPTIONS, go
 
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.errors import UserError
-from saejax.runner.pipeline import RunOptions
+from saejax.runner.pipeline import RunOptions, without_decoder_stages
 from saejax.runner.registry import all_stages
 
 TYPO = "runs/typo"
@@ -82,6 +82,34 @@ def refused(stage, **changes):
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def test_text_and_sites_beyond_a_model_in_pytorch_are_refused_before_anything_runs(tmp_path):
+    """Preflight tells of others."""
+    write(tmp_path / "config.json", dict(model_type="gptj", n_positions=256, n_layer=3))
+    model, site = dict(model__path=str(tmp_path)), ("resid_post.3",)
+    from_model = dict(train__source="model", train__kinds=("topk",))
+    for stage, more in dict(capture={}, tokenize=dict(corpus__stream=True), train=from_model).items():
+        line = refused(stage, corpus__context=257, **model, **more)
+        assert line == "--corpus.context=257 exceeds the model's context of 256 tokens: lower it"
+    sites = dict(capture=dict(capture__sites=site), train=from_model | dict(train__sites=site))
+    for stage, more in sites.items():
+        line = refused(stage, **model, **more)
+        assert line == "there is no site resid_post.3: the model has 3 layers, 0 to 2"
+    second = dict(capture__sites=("resid_post.15", "other:resid_post.3"), model__other=str(tmp_path))
+    assert "no site resid_post.3" in refused("capture", **second)
+    for stage in ("tokenize", "capture", "train"):
+        last = dict(capture__sites=("resid_post.2",), train__sites=("resid_post.2",), train__source="model")
+        all_stages()[stage].check(make_configs(corpus__context=256, **model, **last))
+
+
+def test_a_pipeline_says_what_a_model_in_pytorch_has_not(tmp_path, capsys):
+    write(tmp_path / "config.json", dict(model_type="gptj"))
+    configs = make_configs(model__path=str(tmp_path))
+    left = without_decoder_stages(["preflight", "capture"], configs, print)
+    assert left == ["capture"]
+    line = f"{tmp_path} runs in PyTorch: preflight left out, for models of JAX families only, so how long"
+    assert capsys.readouterr().out.startswith(line)
 
 
 def test_rows_of_benchmarks_are_read_before_anything_runs(tmp_path):

@@ -11,7 +11,10 @@ from saejax.runner import parts
 
 @pytest.fixture
 def seconds_to_go(monkeypatch):
-    """The seconds to go that a stage of two parts prints, if any, as (clock, done, total) go by in each."""
+    """The seconds to go that a stage of two parts prints, if any, as (clock, done, total) go by in each.
+
+    Where parts are left, a pair: those of the part, which its counts and speed give, and those of the stage.
+    """
 
     def read_lines(*of_parts):
         clock, lines = [0.0], []
@@ -22,8 +25,14 @@ def seconds_to_go(monkeypatch):
             on_progress = progress.of_part(f"part {index}", len(of_parts) - index - 1)
             for clock[0], done, total in counted:
                 on_progress(done, total)
-        matches = [re.search(r"([\d.]+) s to go", line) for line in lines]
-        return [float(match[1]) for match in matches if match]
+        pattern = r"([\d,]+) of ([\d,]+) tokens, (\d+)/s, (\d+) s to go(?:, (\d+) s with the (\d) after it)?$"
+        found = [match for line in lines if (match := re.search(pattern, line))]
+        times = []
+        for match in found:
+            done, total, speed, seconds = (int(number.replace(",", "")) for number in match.groups()[:4])
+            assert (total - done) / speed == seconds, match[0]
+            times.append((seconds, int(match[5])) if match[5] else seconds)
+        return times
 
     return read_lines
 
@@ -36,7 +45,7 @@ def test_compiling_and_what_an_earlier_run_did_are_no_speed(seconds_to_go):
 
 def test_parts_that_are_left_take_as_long_as_this_one(seconds_to_go):
     first = [(0, 0, 100), (10, 10, 100), (20, 20, 100), (100, 100, 100)]
-    assert seconds_to_go(first, [(110, 10, 100)]) == [180, 90]
+    assert seconds_to_go(first, [(110, 10, 100)]) == [(80, 180), 90]
     # Work that is counted from 0 again, within a part.
     assert seconds_to_go([(1, 10, 20), (2, 20, 20), (11, 10, 80)]) == [35]
 

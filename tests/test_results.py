@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import runpy
+import signal
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ from typing import Literal
 
 import jax
 import pytest
+import runs
 
 import saejax
 from saejax import loaded_units
@@ -138,9 +141,13 @@ def test_the_pages_say_what_every_field_is(monkeypatch):
 
 def test_the_program_that_explains_fields(monkeypatch, capsys):
     script = str(Path(__file__).parent.parent / "docs/result_fields.py")
+    monkeypatch.setattr(signal, "signal", lambda *args: None)  # this process goes on
     monkeypatch.setattr(sys, "argv", [script, "study_run"])
     runpy.run_path(script, run_name="__main__")
     assert "**GateFigures**" in capsys.readouterr().out
+    reader = f"{sys.executable} {script} {'study_run ' * 20} | head -1"  # more than a pipe holds
+    first = subprocess.run(reader, shell=True, capture_output=True, text=True, check=True, cwd=runs.ROOT)
+    assert first.stdout.startswith("- **StudyFigures**") and not first.stderr
     monkeypatch.setattr(sys, "argv", [script, "nothing"])
     with pytest.raises(SystemExit, match="^usage: "):  # a text: Python prints it, and the status is 1
         runpy.run_path(script, run_name="__main__")

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+from saejax.activations.chunker import check_context
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Batch, Reader, Take
 from saejax.activations.settings import CaptureConfig
@@ -22,6 +23,7 @@ from saejax.models.sites import AnySite, ModuleSite, OtherSite, Site, parse_site
 from saejax.models.tokens import bos_tokens
 from saejax.parallel.mesh import document_devices, make_mesh
 from saejax.parallel.settings import MeshConfig
+from saejax.tasks.settings import CorpusConfig
 
 _IN_TURN = 4  # batches that one of two models reads before the other does
 # What tells tokenizers apart that have the same vocabulary.
@@ -81,6 +83,24 @@ def read_request(configs: Configs) -> CaptureRequest:
         if isinstance(site, Site):
             site.check(decoder)
     return CaptureRequest(model_source, sites, in_torch, decoder, decoder.context)
+
+
+def check_limits(configs: Configs, names: Iterable[str] = ()) -> None:
+    """Raise a ``UserError`` if pieces of text or sites are beyond the models, as far as their ``config.json`` tells.
+
+    Only of models that run in PyTorch: of others preflight tells.
+    """
+    first, sites = configs[ModelConfig], [parse_site(name) for name in names]
+    in_second = [site.site for site in sites if isinstance(site, OtherSite)]
+    for model, of_model in ((first, sites), (source.other_model(first), in_second)):
+        if not model or not source.runs_in_torch(model):
+            continue
+        context, layers = source.known_limits(model)
+        if context is not None:
+            check_context(configs[CorpusConfig], context)
+        for site in of_model:
+            if isinstance(site, Site) and layers is not None and not 0 <= site.layer < layers:
+                raise UserError(f"there is no site {site}: the model has {layers} layers, 0 to {layers - 1}")
 
 
 def _is_readable(fields: Mapping[str, Any], where: str) -> bool:

@@ -41,6 +41,7 @@ _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktok
 
 # How configurations of all kinds of models call the longest input that they can take.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,15 +80,30 @@ def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:
 
 def longest_input(source: ModelSource) -> int | None:
     """Return the longest input that a model of any family takes, in tokens; None: it has no limit."""
-    fields = read_model_config(source.folder)
+    return _read_limits(source.folder)[0]
+
+
+def known_limits(config: ModelConfig) -> tuple[int | None, int | None]:
+    """Return the longest input in tokens and the number of layers, before the model is loaded; None: not known."""
+    try:
+        return _read_limits(_find_config(config, decoder=False))
+    except UserError:  # said by the stage that loads it
+        return None, None
+
+
+def _read_limits(folder: Path) -> tuple[int | None, int | None]:
+    """Return the longest input and the number of layers that a ``config.json`` states; None for what it does not."""
+    fields = read_model_config(folder)
     if has_family(fields):
         try:
-            return read_config(fields, str(source.folder / "config.json")).context
+            decoder = read_config(fields, str(folder / "config.json"))
+            return decoder.context, decoder.n_layers
         except UserError:  # a variant that only PyTorch runs
             if fields.get("quantization_config"):
                 raise
     text = fields | (fields.get("text_config") or {})
-    return next((text[name] for name in _CONTEXT if text.get(name)), None)
+    context, layers = (next((text[name] for name in names if text.get(name)), None) for names in (_CONTEXT, _LAYERS))
+    return context, layers
 
 
 def runs_in_torch(config: ModelConfig) -> bool:

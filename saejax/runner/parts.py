@@ -96,9 +96,10 @@ def each_part(
 class Progress:
     """Progress of a stage: says now and then how far it is, and raises ``Interrupted`` when it is to stop.
 
-    The time to go is the stage's: the rest of this part, and as much work as this part has for each part that is left,
-    at the speed since work was first counted. Earlier time does not count: programs were compiled then, once, or an
-    earlier run did the work. Of a part that counts its work from 0 again, only the work that has begun is known.
+    The first time to go is this part's, as its counts and speed are. The second is the stage's: as much work as this
+    part has for each part that is left. The speed is that since work was first counted. Earlier time does not count:
+    programs were compiled then, once, or an earlier run did the work. Of a part that counts its work from 0 again, only
+    the work that has begun is known.
 
     Args:
       run: the unit.
@@ -130,7 +131,10 @@ class Progress:
                     speed = (self._work - work) / (now - start)
                     whole_part = self._work - work_before + total - done
                     rate = f"{speed:,.0f}/s" if speed >= 1 else f"{60 * speed:.1f}/min"
-                    speed_and_time = f", {rate}, {(total - done + left * whole_part) / speed:.0f} s to go"
+                    speed_and_time = f", {rate}, {(total - done) / speed:.0f} s to go"
+                    if left:
+                        seconds = (total - done + left * whole_part) / speed
+                        speed_and_time += f", {seconds:.0f} s with the {left} after it"
                 self._run.say(f"{label}: {done:,} of {total:,} {self._unit}{speed_and_time}")
                 self._said = now
 

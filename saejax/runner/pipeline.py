@@ -198,11 +198,8 @@ def without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callabl
     if not runs_in_torch(model):
         return stages
     left_out = [stage for stage in stages if all_stages()[stage].needs_decoder]
-    unknown = "; how long the run takes is not estimated" if "preflight" in left_out else ""
-    say(
-        f"{model.path} runs in PyTorch; skipped, since they need a model of a JAX family: {', '.join(left_out)}"
-        f"{unknown}"
-    )
+    unknown = ", so how long the run takes is not estimated" if "preflight" in left_out else ""
+    say(f"{model.path} runs in PyTorch: {' and '.join(left_out)} left out, for models of JAX families only{unknown}")
     return [stage for stage in stages if stage not in left_out]
 
 

@@ -338,11 +338,15 @@ def _check_inference(kind: kinds.Kind, config: DictionaryConfig, settings: Any) 
     try:
         shape = jax.eval_shape(encode).shape
     except Exception as error:  # the user's code may raise anything
-        fields = ", ".join(kind.numbers) or "none"
+        fields, advice = ", ".join(kind.numbers) or "none", ""
+        is_read = {*kind.reads, *(field.name for field in dataclasses.fields(settings))}
+        if is_read & {getattr(error, "name", None), *map(str, error.args)}:  # of an attribute, or a key
+            advice = (
+                f". At inference `numbers` has the fields of Kind.numbers alone ({fields}), not settings of training: "
+                "read those in encode_in_training, or keep what encode needs in an array of `vectors`"
+            )
         raise UserError(
-            f"a trained dictionary of the kind {kind.name} could not encode: {type(error).__name__}: {error}. At "
-            f"inference `numbers` has the fields of Kind.numbers alone ({fields}), not settings of training: read "
-            "those in encode_in_training, or keep what encode needs in an array of `vectors`"
+            f"a trained dictionary of the kind {kind.name} could not encode: {type(error).__name__}: {error}{advice}"
         ) from error
     if shape != (2, 3, config.n_features):
         raise UserError(

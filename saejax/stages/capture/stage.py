@@ -1,5 +1,6 @@
 """The stage ``capture``."""
 
+from saejax.activations.request import check_limits
 from saejax.activations.results import CaptureResults
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Configs
@@ -17,8 +18,9 @@ def _inputs(configs: Configs, name: str) -> dict[str, Input]:
 
 
 def _check(configs: Configs) -> None:
-    """Raise a ``UserError`` if a file of text is missing."""
+    """Raise a ``UserError`` if a file of text is missing, or what is wanted is beyond the model."""
     text_sources(configs[CorpusConfig], configs[TaskConfig])
+    check_limits(configs, configs[CaptureConfig].sites)
 
 
 CAPTURE = Stage(

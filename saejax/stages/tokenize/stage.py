@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from saejax.activations.request import check_limits
 from saejax.activations.results import TokenizeResults
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Configs, counted
@@ -24,5 +25,6 @@ TOKENIZE = Stage(
     groups=(CorpusConfig, ModelConfig, CaptureConfig, TaskConfig),
     settings=_settings,
     inputs=lambda configs, name: inputs_of(configs, model=identities.model, corpus=identities.corpus),
+    check=check_limits,
     names=lambda configs: ("",) if configs[CorpusConfig].stream else (),
 )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from saejax.activations.request import check_limits
 from saejax.activations.settings import CaptureConfig
 from saejax.config import Configs, counted
 from saejax.dictionaries.cross_layer import FORMS
@@ -33,11 +34,13 @@ def _initial(configs: Configs) -> str:
 
 
 def _check(configs: Configs) -> None:
-    sites = configs[TrainConfig].sites
-    for site in sites if sites != ("all",) else ():
-        for part in site_parts(site):
-            parse_site(part)
-    if configs[TrainConfig].kl_steps:
+    train = configs[TrainConfig]
+    parts = [part for site in train.sites if site != "all" for part in site_parts(site)]
+    for part in parts:
+        parse_site(part)
+    if train.source == "model":
+        check_limits(configs, parts)
+    if train.kl_steps:
         _check_finetuning(configs)
 
 
