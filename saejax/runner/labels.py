@@ -1,5 +1,6 @@
 """Labels and names of features, found by a workdir, a dictionary's name in it, or the folders of train units."""
 
+import types
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -66,35 +67,48 @@ def labels_in(folders: Mapping[str, Path], dictionary: str) -> Mapping[int, Labe
     """Return the labels of features, as ``labels_of``, if a run with these units' folders interpreted them."""
     kind, member = kind_and_member(dictionary)
     unit, trained = folders.get(f"interpret/{kind}"), folders.get(f"train/{kind}")
-    return labels_of(unit.parent.parent, dictionary, trained and member_folder(trained, member)) if unit else {}
+    if not unit:
+        return {}
+    return labels_of(unit.parent.parent, dictionary, trained and member_folder(trained, member), folders)
 
 
-def labels_of(workdir: Path | str, dictionary: str, trained: Path | None = None) -> Mapping[int, Label]:
+def labels_of(
+    workdir: Path | str,
+    dictionary: str,
+    trained: Path | None = None,
+    units: Mapping[str, Path] = types.MappingProxyType({}),
+) -> Mapping[int, Label]:
     """Return the labels of a dictionary's features: labels given by hand if there are any, else the labels found.
 
-    The ``dictionary`` is such as "topk" or "topk/k32", and ``trained`` its folder, as ``find_results`` takes it. There
-    are none if it was not interpreted since it was trained.
+    The ``dictionary`` is such as "topk" or "topk/k32"; for its folder ``trained`` and ``units`` see ``find_results``.
+    There are none if it was not interpreted since it was trained.
     """
     for stage in ("atlas", "interpret"):
-        folder = find_results(workdir, stage, dictionary, trained)
+        folder = find_results(workdir, stage, dictionary, trained, units)
         if folder and (folder / LABELS).exists():
             return load_labels(folder / LABELS)
     return {}
 
 
-def feature_names(workdir: Path | str, dictionary: str, trained: Path | None = None) -> dict[int, str]:
+def feature_names(
+    workdir: Path | str,
+    dictionary: str,
+    trained: Path | None = None,
+    units: Mapping[str, Path] = types.MappingProxyType({}),
+) -> dict[int, str]:
     """Return the names of the features of an interpreted dictionary: the label, or else the top tokens in quotes.
 
     Args:
       workdir: workdir of the run.
       dictionary: such as "topk" or "topk/k32".
       trained: its folder, as ``find_results`` takes it.
+      units: folders of the units that a run reads, likewise.
 
     Returns:
       Names by feature; empty if the dictionary was not interpreted since it was trained.
     """
-    if not (folder := find_results(workdir, "interpret", dictionary, trained)):
+    if not (folder := find_results(workdir, "interpret", dictionary, trained, units)):
         return {}
     records = iterate_records(folder)
     names = {record["feature"]: top_tokens(record) for record in records if record.get("tokens")}
-    return names | {feature: label.label for feature, label in labels_of(workdir, dictionary, trained).items()}
+    return names | {feature: label.label for feature, label in labels_of(workdir, dictionary, trained, units).items()}

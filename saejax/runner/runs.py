@@ -82,13 +82,13 @@ def list_units(root: Path) -> list[KeptUnit]:
     Raises:
       UserError: a unit's file is damaged.
     """
-    files = [
+    begun = [
         (path, read_object(path, "fingerprint"))
         for pattern in ("*-*", "*/*-*")
         for path in root.glob(f"{pattern}/{STARTED}")
     ]
     # The link to a unit may have a dash in its name, too.
-    started = {path.parent: about for path, about in files if path.parent.name.endswith(f"-{about['fingerprint']}")}
+    started = {path.parent: about for path, about in begun if path.parent.name.endswith(f"-{about['fingerprint']}")}
     names = {
         folder: folder.relative_to(root).as_posix().removesuffix(f"-{about['fingerprint']}")
         for folder, about in started.items()

@@ -6,6 +6,7 @@ dictionary is "topk", or "topk/k16".
 """
 
 import re
+import types
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,7 +35,13 @@ def results_folder(workdir: Path | str, stage: str, name: str) -> Path:
     return member_folder(member_folder(Path(workdir) / stage, kind), member)
 
 
-def find_results(workdir: Path | str, stage: str, name: str, trained: Path | None = None) -> Path | None:
+def find_results(
+    workdir: Path | str,
+    stage: str,
+    name: str,
+    trained: Path | None = None,
+    units: Mapping[str, Path] = types.MappingProxyType({}),
+) -> Path | None:
     """Return the folder of what a stage made of a dictionary; None if there is none of this one.
 
     A dictionary that is trained anew has other features by the same numbers, and other stages may not have run since.
@@ -46,14 +53,18 @@ def find_results(workdir: Path | str, stage: str, name: str, trained: Path | Non
       stage: such as "evaluate".
       name: of the dictionary, such as "topk/k16".
       trained: its folder; None: the one that DIR/train/NAME stands for now.
+      units: folders of the units that a run reads, such as of "evaluate/topk": what DIR/evaluate/topk stands for may
+        have been made with other settings since.
     """
     (kind, member), root = kind_and_member(name), Path(workdir)
+    if read := units.get(f"{stage}/{kind}"):
+        return place if (place := member_folder(read, member)).is_dir() else read
     place, unit = results_folder(root, stage, name), member_folder(root / stage, kind)
     match = _UNIT.fullmatch((trained or results_folder(root, "train", name)).resolve().name)
     if not match or _trained_mark(root, unit, match[1], member) in ("", match[2]):
         return place
-    units = [path.parent for path in (root / stage).glob(f"{match[1]}-*/{SUMMARY}")]
-    for unit in sorted(units, key=lambda unit: (unit / SUMMARY).stat().st_mtime_ns, reverse=True):
+    finished = [path.parent for path in (root / stage).glob(f"{match[1]}-*/{SUMMARY}")]
+    for unit in sorted(finished, key=lambda unit: (unit / SUMMARY).stat().st_mtime_ns, reverse=True):
         if _trained_mark(root, unit, match[1], member) == match[2]:
             return place if (place := member_folder(unit, member)).is_dir() else unit  # of a member by itself
     return None

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from unittest import mock
 
 import pytest
 import runs
@@ -19,6 +20,7 @@ from saejax.results import Interval, to_json
 from saejax.runner.labels import labels_in, labels_of
 from saejax.stages.atlas.run import write_atlas
 from saejax.stages.atlas.stage import ATLAS
+from saejax.stages.transfer.inputs import find_names
 
 LABELS = {1: Label("“ Paris”", FOUND, f1=0.9), 2: Label(f"a city {BAD}", "Ada", "seen & checked")}
 
@@ -254,7 +256,17 @@ def test_where_labels_are_asked_for(tmp_path):
         write_json(folder / "labels.json", {"4": to_json(label)})
         assert labels_of(tmp_path, "topk/k8") == {4: label}
     assert labels_in({"capture": tmp_path / "capture"}, "topk/k8") == {}  # not interpreted in the run that asks
-    assert labels_in({"interpret/topk": tmp_path / "interpret" / "topk"}, "topk/k8") == {4: label}
+    units = {"interpret/topk": tmp_path / "interpret" / "topk"}
+    assert labels_in(units, "topk/k8") == {4: label}
+    # A defect: a run that reads an earlier atlas showed the labels of the one that DIR/atlas/topk stands for by now.
+    earlier = tmp_path / "atlas" / f"topk-{16 * 'a'}"
+    (earlier / "k8").mkdir(parents=True)
+    write_json(earlier / "k8" / "labels.json", {"4": to_json(Label("before", "Ada"))})
+    assert labels_in(units | {"atlas/topk": earlier}, "topk/k8") == {4: Label("before", "Ada")}
+    entry = mock.Mock(folder=tmp_path)
+    entry.name = "topk/k8"
+    run = mock.Mock(folder=tmp_path / f"cluster-{16 * 'b'}", inputs={"atlas/topk": earlier})
+    assert find_names(entry, run) == {4: "before"}
 
 
 def test_pages_with_labels_are_written_anew_where_labels_have_to_name_their_dictionary(tmp_path):

@@ -20,11 +20,10 @@ from saejax.matching.transfer.compared import Compared
 from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.progress import OnProgress
-from saejax.runner.labels import feature_names
 from saejax.runner.parts import Measure, Measured, each_part, part_file
 from saejax.runner.workspace import Run
 from saejax.stages.cluster.settings import ClusterConfig
-from saejax.stages.transfer.inputs import load_compared, read_run_text, trained_in
+from saejax.stages.transfer.inputs import find_names, load_compared, read_run_text
 
 _FLAG = "--cluster.dictionaries"
 _LISTED = 20  # groups of a dictionary in the results
@@ -117,8 +116,7 @@ def _measure(run: Run, compared: Compared, activity_of: ActivityOf, part: str, o
         firings, _SMALLEST, _RESAMPLES, [config.seed, 0], lambda: on_progress(next(steps), 1 + 3 * _RESAMPLES)
     )
     GroupedFeatures(groups.group_F, firings.feature_F).save(part_file(run, part, "-groups.parquet"))
-    names = feature_names(*trained_in(compared, run.folder.parent), compared.folder)
-    described = _describe(firings.feature_F, groups, similarity_FxF, names)
+    described = _describe(firings.feature_F, groups, similarity_FxF, find_names(compared, run))
     results = ClusteredDictionary(
         name=compared.name,
         site=compared.config.site,

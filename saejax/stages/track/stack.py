@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saejax.attribution.local.dictionaries import check_dictionary
+from saejax.dictionaries.names import is_folder
 from saejax.errors import UserError
 from saejax.matching.track.stack import LayerDictionary, Stack
 from saejax.models.language_model import LanguageModel
@@ -20,7 +21,7 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], workdir: Path, m
 
     Args:
       names: trained stacks ("topk"), members ("topk/resid_post.3"), or folders.
-      units: folders of the train units that are read, such as of "train/topk" or "train/topk/k16".
+      units: folders of the units that are read, such as of "train/topk", "train/topk/k16" or "atlas/topk".
       workdir: of the run, which has labels and pages of what was trained there.
       model: that they are of.
 
@@ -31,9 +32,10 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], workdir: Path, m
     by_layer: dict[int, LayerDictionary] = {}
     for entry in load_compared(names, units, _FLAG):
         root, name = trained_in(entry, workdir)
-        atlas, load = find_results(root, "atlas", name, entry.folder), functools.partial(entry.load, model.mesh)
+        read = {} if is_folder(entry.name) else units
+        atlas, load = find_results(root, "atlas", name, entry.folder, read), functools.partial(entry.load, model.mesh)
         shown = page if atlas and (page := atlas / "index.html").exists() else None
-        dictionary = LayerDictionary(name, entry.config, load, shown, labels_of(root, name, entry.folder))
+        dictionary = LayerDictionary(name, entry.config, load, shown, labels_of(root, name, entry.folder, read))
         layer = dictionary.reads.check(model.config).layer
         check_dictionary(entry.config, model, f"{_FLAG}: {name}")
         if layer in by_layer:

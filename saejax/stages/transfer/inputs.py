@@ -17,6 +17,7 @@ from saejax.matching.transfer.compared import Compared
 from saejax.matching.transfer.reading import SharedText, TextsToRead, read_shared_text
 from saejax.models.settings import ModelConfig
 from saejax.runner import stacks
+from saejax.runner.labels import feature_names
 from saejax.runner.workspace import Run
 from saejax.stages.identities import split_trained
 from saejax.tasks import corpora
@@ -92,6 +93,12 @@ def read_run_text(
         say=run.say,
         check_stop=check_stop,
     )
+
+
+def find_names(compared: Compared, run: Run) -> dict[int, str]:
+    """Return the names of a dictionary's features, of one that this run trains as its own units give them."""
+    workdir, name = trained_in(compared, run.folder.parent)
+    return feature_names(workdir, name, compared.folder, {} if is_folder(compared.name) else run.inputs)
 
 
 def trained_in(compared: Compared, workdir: Path) -> tuple[Path, str]:

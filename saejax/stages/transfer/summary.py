@@ -17,10 +17,9 @@ from saejax.matching.transfer.chains import SHARED, FeaturePairs, Followed, Link
 from saejax.matching.transfer.compared import Compared, measures_of
 from saejax.matching.transfer.results import Chain, Chains, ComparedDictionary, ComparedPair, TransferResults
 from saejax.matching.transfer.settings import TransferConfig
-from saejax.runner.labels import feature_names
 from saejax.runner.parts import part_file
 from saejax.runner.workspace import Run
-from saejax.stages.transfer.inputs import knows_live, trained_in
+from saejax.stages.transfer.inputs import find_names, knows_live
 
 _LISTED = 20  # chains in the results
 
@@ -36,9 +35,7 @@ def summarize(
       parts: names of the parts, one for each dictionary but the last.
       pairs: results of the compared pairs.
     """
-    names = functools.cache(
-        lambda index: feature_names(*trained_in(compared[index], run.folder.parent), compared[index].folder)
-    )
+    names = functools.cache(lambda index: find_names(compared[index], run))
 
     def link(measure: str, first: int, second: int, null: bool) -> Link:
         low, high = min(first, second), max(first, second)
