@@ -126,10 +126,17 @@ def test_settings_that_preflight_refuses(refuse, changes, message):
         ("train", dict(extra="batch=3"), "is not a flag"),
         ("train", dict(extra="--flagfile=nowhere.flags"), "error: the flag file nowhere.flags cannot be read"),
         ("capture", dict(capture__sites="resid_last.0", task__behaviours=""), "there is no site 'resid_last.0'"),
+        # Before anything is captured and trained for them.
+        ("capture,ablate", dict(ablate__positions="middle"), "there are no positions 'middle'"),
+        ("capture,ablate", dict(ablate__repeats="topk"), "name each dictionary once"),
+        ("capture,ablate", dict(ablate__joined="standard", ablate__error="drop"), "--ablate.joined goes with none of"),
+        ("capture,transfer", dict(transfer__dictionaries="topk"), "topk is one dictionary: name two at least"),
+        ("capture,transfer", dict(STACK, transfer__dictionaries="topk/k4"), "is one dictionary: name two at least"),
     ],
 )
-def test_settings_that_a_stage_refuses(refuse, stage, changes, message):
-    assert re.search(message, refuse([stage], **changes))
+def test_settings_that_a_stage_refuses(refuse, tmp_path, stage, changes, message):
+    assert re.search(message, refuse(stage.split(","), **changes))
+    assert not list((tmp_path / "run").glob("capture*"))
 
 
 def test_a_flag_file_is_named_by_its_flag(refuse, tmp_path):
@@ -155,6 +162,7 @@ def test_a_line_of_a_flag_file_is_named(refuse, tmp_path):
         ("--train.kind=topk", "Unknown command line flag 'train.kind'"),
         ("train.kinds=topk", "'train.kinds=topk' is not a flag"),
         ("--train.k=x", "flag --train.k=x"),
+        ("--train.k = 9", "Unknown command line flag 'train.k '"),  # which another file sets, too
         ('{"prompt": "' + "long " * 100 + '"}', "is not a flag"),
     ):
         file.write_text(f"# a comment\n\n{line}\n")

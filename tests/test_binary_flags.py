@@ -114,6 +114,7 @@ def test_what_is_wrong_with_a_flag_is_said_in_a_line(tmp_path):
         with pytest.raises(UserError, match=f"{number}.flags, line 2: no shell reads .* the quotes around {value}"):
             read(None, f"--flagfile={path}")
     assert read(None, '--graph.prompt="The city"').named("graph").prompt == '"The city"'
+    assert read(None, "--ablate.baselines=pca, ,neurons,").named("ablate").baselines == ("neurons", "pca")
     for argument, said in (
         ("--train.K=3", r"Did you mean: train\.k(, train\.\w+){2} \?$"),
         ("--dry_run=maybe", "'maybe' is neither"),
@@ -214,6 +215,7 @@ EVERYTHING |= dict(
     explain__url="http://localhost/v1", explain__model="judge", track__prompt="A cat sat.", known__circuits="logic",
     algorithm__names="addition", truth__features=64, patch__kinds="mlp_out", probe__labels="answer",
     ablate__effects="all", graph__behaviours="capital", circuits__behaviours="capital", corpus__stream=True,
+    transfer__dictionaries="topk,standard",
 )  # fmt: skip
 
 

@@ -57,7 +57,11 @@ def test_a_folder_that_the_run_makes_first_is_no_missing_one(tmp_path):
             go(tmp_path / "other", **stack, transfer__dictionaries=("topk", str(tmp_path / "other" / name)))
     # Nor is what a later stage makes there for an earlier one.
     with pytest.raises(UserError, match="--train.init_from=.*transfer does not exist"):
-        go(tmp_path / "other", train__init_from=str(tmp_path / "other/transfer"), transfer__dictionaries=("topk",))
+        go(
+            tmp_path / "other",
+            train__init_from=str(tmp_path / "other/transfer"),
+            transfer__dictionaries=("topk", "standard"),
+        )
 
 
 def test_what_is_missing_in_a_folder_here_is_none_of_a_repository(tmp_path, monkeypatch):

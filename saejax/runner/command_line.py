@@ -92,7 +92,7 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str], stages: Seq
     try:
         rest = flag_values(list(argv), known_only=False)
     except flags.Error as error:
-        message, named = flag_error(error), re.search(r"flag '?-*([\w.]+)", str(error))
+        message, named = flag_error(error), re.search(r"flag '?-*( ?[\w.]+( .*?(?='))?)", str(error))
         where = _line_of(argv, lambda line: f"{line}:" in message)  # the flag with its value
         if named and not any(_flag_of(argument) == named[1] for argument in _without_lines(argv)):  # or else its name
             where = where or _line_of(argv, lambda line: _flag_of(line) == named[1])
@@ -163,7 +163,7 @@ def _without_lines(argv: Sequence[str]) -> list[str]:
 
 def _flag_of(argument: str) -> str:
     """Return the name of the flag that an argument, or a line of a flag file, sets."""
-    return re.split("[= ]", argument.lstrip("-"))[0]
+    return argument.lstrip("-").partition("=")[0]
 
 
 def _line_of(argv: Sequence[str], matches: Callable[[str], bool]) -> str:

@@ -68,9 +68,8 @@ class _TupleParser(flags.ArgumentParser):
 
     def parse(self, argument: Any) -> tuple:
         items = argument.split(",") if isinstance(argument, str) else argument
-        return tuple(
-            self._element.parse(item.strip() if isinstance(item, str) else item) for item in items if item != ""
-        )
+        items = [item.strip() if isinstance(item, str) else item for item in items]
+        return tuple(self._element.parse(item) for item in items if item != "")
 
 
 def from_flags(

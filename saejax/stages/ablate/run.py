@@ -42,6 +42,19 @@ class BehaviourResults:
     importance: ImportanceSummary | None = None  #: of all features
 
 
+def check_settings(config: AblateConfig) -> None:
+    """Raise a ``UserError`` for settings that contradict each other, before anything is trained for them."""
+    parse_positions(config.positions)
+    if len({config.dictionary, *config.repeats}) < 1 + len(config.repeats):
+        raise UserError(
+            f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, and not the tested one"
+        )
+    if config.joined and (config.repeats or config.error == "drop" or config.effects == "all"):
+        raise UserError("--ablate.joined goes with none of --ablate.repeats, --ablate.error=drop, --ablate.effects=all")
+    if config.repeats and config.error == "drop":
+        raise UserError("--ablate.error=drop and --ablate.repeats do not go together: test the repeats by themselves")
+
+
 def run_ablate(run: Run) -> AblateResults:
     """Ablate the top features of every behaviour, with controls, and draw the verdict.
 
@@ -56,16 +69,6 @@ def run_ablate(run: Run) -> AblateResults:
       UserError: a setting names what does not exist, or prompts or dictionaries do not fit the model.
     """
     config = run.configs[AblateConfig]
-    parse_positions(config.positions)
-    # First, as names are checked in no time and a model takes minutes to load.
-    if len({config.dictionary, *config.repeats}) < 1 + len(config.repeats):
-        raise UserError(
-            f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, and not the tested one"
-        )
-    if config.joined and (config.repeats or config.error == "drop" or config.effects == "all"):
-        raise UserError("--ablate.joined goes with none of --ablate.repeats, --ablate.error=drop, --ablate.effects=all")
-    if config.repeats and config.error == "drop":
-        raise UserError("--ablate.error=drop and --ablate.repeats do not go together: test the repeats by themselves")
     for name in config.baselines:
         if name not in BASES:
             load_dictionary(name, mesh=run_inputs.run_mesh(run))  # refused before any work is done

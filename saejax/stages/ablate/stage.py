@@ -13,7 +13,7 @@ from saejax.models.settings import ModelConfig
 from saejax.models.sites import OtherSite, site_parts
 from saejax.runner.stage import Input, Stage, inputs_of, list_folders, train_units
 from saejax.stages import identities
-from saejax.stages.ablate.run import run_ablate
+from saejax.stages.ablate.run import check_settings, run_ablate
 from saejax.tasks.settings import CorpusConfig, TaskConfig, held_out_settings
 from saejax.training.settings import TrainConfig
 
@@ -26,6 +26,7 @@ def _bases(configs: Configs) -> str:
 
 
 def _check(configs: Configs) -> None:
+    check_settings(configs[AblateConfig])
     for name in configs[AblateConfig].baselines:
         if not is_folder(name):
             one_of(name, BASES, "basis (--ablate.baselines), and no folder of a dictionary:")

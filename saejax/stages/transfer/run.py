@@ -63,8 +63,7 @@ def run_transfer(run: Run) -> TransferResults:
     """
     config = run.configs[TransferConfig]
     compared = load_compared(config.dictionaries, run.inputs, _FLAG)
-    if len(compared) < 2:
-        raise UserError(f"{_FLAG}={','.join(config.dictionaries)} is one dictionary: name two at least")
+    refuse_one(config.dictionaries, len(compared))
     wanted = select_pairs(compared, config.between, config.seed)
     for first, second in ((compared[i], compared[j]) for i, j in wanted):
         if not measures_of(config.measures, first, second):
@@ -84,6 +83,12 @@ def run_transfer(run: Run) -> TransferResults:
     # Last, as a run that is continued needs the text's activations for the remaining pairs.
     shutil.rmtree(run.folder / "text", ignore_errors=True)
     return results
+
+
+def refuse_one(names: Sequence[str], count: int) -> None:
+    """Raise a ``UserError`` where the dictionaries that are named are fewer than two."""
+    if count < 2:
+        raise UserError(f"{_FLAG}={','.join(names)} is one dictionary: name two at least")
 
 
 def select_pairs(compared: Sequence[Compared], between: int, seed: int) -> list[Pair]:

@@ -3,13 +3,15 @@
 from typing import Any
 
 from saejax.config import Configs, counted
+from saejax.dictionaries.names import is_folder, kind_and_member
 from saejax.matching.transfer.results import TransferResults
 from saejax.matching.transfer.settings import TransferConfig
 from saejax.models.settings import ModelConfig
 from saejax.runner.stage import Input, Stage, inputs_of, list_folders, train_units
 from saejax.stages import identities
+from saejax.stages.train.members import units_of_members
 from saejax.stages.transfer.report import sections
-from saejax.stages.transfer.run import run_transfer
+from saejax.stages.transfer.run import refuse_one, run_transfer
 from saejax.tasks.settings import CorpusConfig, held_out_settings
 
 
@@ -37,6 +39,15 @@ def _inputs(configs: Configs, name: str) -> dict[str, Input]:
     )
 
 
+def _check(configs: Configs) -> None:
+    """Raise a ``UserError`` for one trained dictionary, before it is trained."""
+    name, *others = names = configs[TransferConfig].dictionaries
+    if not others and not is_folder(name):
+        kind, member = kind_and_member(name)
+        members = units_of_members(configs, kind)
+        refuse_one(names, 1 if member or len(members) == 1 else 2)
+
+
 TRANSFER = Stage(
     name="transfer",
     summary="compares dictionaries of different layers, seeds, sizes and models, if --transfer.dictionaries names any",
@@ -49,6 +60,7 @@ TRANSFER = Stage(
     inputs=_inputs,
     revision=6,  # nothing fires at sinks of a transcoder's target
     names=lambda configs: ("",) if configs[TransferConfig].dictionaries else (),
+    check=_check,
     places=list_folders("transfer", "dictionaries"),
     processes="items",
     section=sections,
