@@ -2,11 +2,15 @@
 
 import functools
 import inspect
+import operator
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
 
 from saejax.errors import UserError, nearest_names
 
@@ -26,6 +30,33 @@ _MADE_BY = {
 _MADE_IN_LISTS = "Prompt"  # the class of which the call makes a list, not a single object
 # By the annotation of a list: the class of a single item in its place, and how a message calls it.
 _SINGLE = ((Sequence[str], str, "is one string"), (Sequence[int], Integral, "is one number"))
+
+
+def as_index(number: Any) -> int:
+    """Return a whole number of Python, NumPy or JAX as Python's; -1 for anything else, also for True and False."""
+    try:
+        return -1 if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        return -1
+
+
+def as_numbers(values: Any, whole: bool = False) -> np.ndarray | None:
+    """Return a number, or lists of them, as an array; None where they are something else, such as "3" or True.
+
+    Args:
+      values: of Python, NumPy, JAX or PyTorch; an empty list has no numbers and is taken.
+      whole: whether they have to be integers.
+    """
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, OverflowError):  # such as lists of several lengths
+        return None
+    kinds = (jnp.integer,) if whole else (jnp.integer, jnp.floating)  # bfloat16 among them, unlike for NumPy
+    if array.size and not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        return None
+    # NumPy reads [3, True] as 3 and 1.
+    is_list = isinstance(values, list | tuple)
+    return None if is_list and any(isinstance(value, bool | np.bool_) for value in values) else array
 
 
 def check_classes(function: Callable[P, R]) -> Callable[P, R]:

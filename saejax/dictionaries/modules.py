@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from saejax.arguments import suggests_names
+from saejax.arguments import as_numbers, suggests_names
 from saejax.dictionaries import joined, kinds
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.edits import FeatureEdit
@@ -483,10 +483,10 @@ class Dictionary(nnx.Module):
 
     def feature_indices(self, features: Sequence[int] | int) -> np.ndarray:
         """Return indices of features, or of one, as int32 [K]; raise a ``UserError`` unless they exist and differ."""
-        array, n = np.ravel(features), self.config.n_features
-        if array.size and array.dtype.kind not in "iu":
+        array, n = as_numbers(features, whole=True), self.config.n_features
+        if array is None:
             raise UserError(f"features are {features!r:.60}: expected whole numbers, or one")
-        indices = array.tolist()
+        indices = array.ravel().tolist()
         wrong = [i for i in indices if not 0 <= i < n]
         if wrong:
             raise UserError(f"features {wrong[:5]} do not exist: there are 0 to {n - 1}")

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from saejax.arguments import check_classes
+from saejax.arguments import as_numbers, check_classes
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.bos import follow_bos
 from saejax.errors import UserError, file_errors, one_of
@@ -350,10 +349,9 @@ def _readouts(
             raise UserError(f"a readout is {function!r:.60}: expected a function of the logits")
     if positions < 1:
         raise UserError(f"readout_positions is {positions}: expected 1 or more")
-    try:
-        rising = tuple(sorted({operator.index(layer) for layer in layers}))
-    except TypeError:
-        raise UserError(f"readout_layers is {layers!r:.60}: expected layers, such as [20]") from None
+    if (numbers := as_numbers(layers, whole=True)) is None or numbers.ndim != 1:
+        raise UserError(f"readout_layers is {layers!r:.60}: expected layers, such as [20]")
+    rising = tuple(sorted(set(numbers.tolist())))
     placebo_readout = Readout(tuple(placebos), positions, rising) if placebos else None
     return dict(readout=Readout((readout,), positions, rising), placebo_readout=placebo_readout)
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.arguments import as_numbers
 from saejax.errors import UserError, one_of
 from saejax.interventions.answers import CausalVerdict, mean_interval
 from saejax.interventions.columns import Columns
@@ -146,7 +147,10 @@ def patch_sites(
         finite.
     """
     one_of(kind, ALL_KINDS, "kind of site")
-    layers = tuple(sorted(set(range(lm.config.n_layers) if layers is None else layers)))
+    numbers = as_numbers(range(lm.config.n_layers) if layers is None else layers, whole=True)
+    if numbers is None or numbers.ndim != 1:
+        raise UserError(f"layers is {layers!r:.60}: expected layers, such as [20], or None for all")
+    layers = tuple(sorted(set(numbers.tolist())))
     for layer in layers:
         Site(kind, layer).check(lm.config)
     if positions != EACH:

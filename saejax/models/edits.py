@@ -6,15 +6,14 @@ dictionary's features are in ``saejax.dictionaries``.
 
 import contextlib
 import dataclasses
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.arguments import suggests_names
+from saejax.arguments import as_index, as_numbers, suggests_names
 from saejax.errors import UserError
 from saejax.models.sites import Site, edit_site
 from saejax.short_reprs import has_short_repr
@@ -92,12 +91,12 @@ class Positions:
         first, end = 0, np.iinfo(np.int32).max  # no text is that long: the end of any
         if isinstance(positions, str) and positions in names:
             return cls(jnp.int32(first), jnp.int32(end), "" if positions == "all" else positions)
-        # Anything but a pair of whole numbers, of Python, NumPy or JAX, is refused below.
+        # Anything but a pair of whole numbers, of Python, NumPy or JAX, is refused below; a range lists positions.
         with contextlib.suppress(TypeError, ValueError):
-            bounds: Any = positions
-            start, stop = (None if bound is None else operator.index(bound) for bound in bounds)
-            if start is not None and 0 <= start < (end if stop is None else stop):
-                return cls(jnp.int32(min(start, end)), jnp.int32(end if stop is None else min(stop, end)), "")
+            bounds: Any = () if isinstance(positions, str | range | set | Mapping) else positions
+            start, stop = (end if bound is None else as_index(bound) for bound in bounds)
+            if 0 <= start < stop:
+                return cls(jnp.int32(min(start, end)), jnp.int32(min(stop, end)), "")
         raise UserError(
             f"unknown positions {positions!r}: expected {', '.join(names)}, or (start, stop) with 0 <= start < stop, "
             "where a stop of None is the end"
@@ -126,10 +125,10 @@ class Values:
     @classmethod
     def constant(cls, values: Any, n: int, what: str) -> Self:
         """Return the same ``n`` finite values everywhere, or one number; a ``UserError`` about ``what`` otherwise."""
-        try:
-            array = np.asarray(values, np.float32)
-        except (TypeError, ValueError):
-            raise UserError(f"{what} is {values!r:.60}: expected a number, or {n} of them") from None
+        if (numbers := as_numbers(values)) is None:
+            raise UserError(f"{what} is {values!r:.60}: expected a number, or {n} of them")
+        with np.errstate(over="ignore"):  # what fp32 does not hold is refused below
+            array = numbers.astype(np.float32)
         if array.shape not in ((), (n,)):
             raise UserError(f"{what} has the shape {array.shape}: expected a number or the shape ({n},)")
         if not np.isfinite(array).all():
@@ -142,7 +141,10 @@ class Values:
 
         An ``n`` of None is any.
         """
-        array = jnp.asarray(values)
+        numbers = values if isinstance(values, jax.Array) else as_numbers(values)  # which would copy it to the host
+        if numbers is None:
+            raise UserError(f"{what} is {values!r:.60}: expected numbers, [prompts, tokens, {n or 'width'}]")
+        array = jnp.asarray(numbers)
         if array.ndim != 3 or n not in (None, array.shape[-1]):
             raise UserError(f"{what} has the shape {array.shape}: expected [prompts, tokens, {n or 'width'}]")
         return cls(array, True)
@@ -255,7 +257,8 @@ class SiteEdit:
     @classmethod
     def steer(cls, site: str | Site, direction: Any, amount: float = 1.0, positions: str | Span = "all") -> Self:
         """Return the edit x' = x + amount x direction, [D]; the direction is not normalised."""
-        return cls._of(site, 1.0, _vector(np.float32(amount) * np.asarray(direction), "the direction"), positions)
+        factor = np.float32(Values.constant(amount, 1, "the amount").values_BxTxN.item())
+        return cls._of(site, 1.0, _vector(direction, "the direction", factor), positions)
 
     @classmethod
     def _of(cls, site: str | Site, factor: float, offset: Values, positions: str | Span) -> Self:
@@ -272,8 +275,12 @@ class SiteEdit:
         return jnp.where((self.positions.at(run) & given_BxT)[..., None], new_BxTxD, value_BxTxD)
 
 
-def _vector(vector: Any, what: str) -> Values:
-    """Return a vector as values that are the same everywhere; raise a ``UserError`` unless it has one dimension."""
-    if np.ndim(vector) != 1 or np.size(vector) < 2:
-        raise UserError(f"{what} has the shape {np.shape(vector)}: expected one number for each dimension of the site")
-    return Values.constant(vector, np.size(vector), what)
+def _vector(vector: Any, what: str, factor: np.float32 | None = None) -> Values:
+    """Return a vector, times a factor, as values that are the same everywhere; a ``UserError`` if it is none."""
+    array, expected = as_numbers(vector), "expected one number for each dimension of the site"
+    if array is None:
+        raise UserError(f"{what} is {vector!r:.60}: {expected}")
+    if array.ndim != 1 or array.size < 2:
+        raise UserError(f"{what} has the shape {array.shape}: {expected}")
+    with np.errstate(over="ignore"):  # what fp32 does not hold is refused
+        return Values.constant(array if factor is None else factor * array, array.size, what)

@@ -7,7 +7,6 @@ returns the same ``Output`` and ``Generated`` under the same edits.
 import copy
 import dataclasses
 import functools
-import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
@@ -19,7 +18,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from saejax.arguments import suggests_names
+from saejax.arguments import as_index, as_numbers, suggests_names
 from saejax.errors import UserError, one_of
 from saejax.models import decoder, decoding, generation, lens, sinks
 from saejax.models.config import DecoderConfig
@@ -71,13 +70,9 @@ class Output:
             is_word = answer and not answer[0].isspace()
             # "8" is as it is where " 8" is two tokens.
             answer = single_token_id(self._tokenizer, [f" {answer}", answer] if is_word else [answer])
-        vocab = self.logits_BxTxV.shape[-1]
-        try:
-            token = operator.index(answer)  # of Python, NumPy or JAX
-        except TypeError:
-            raise UserError(f"the answer is {answer!r:.60}: expected a token's id, or a word") from None
+        token, vocab = as_index(answer), self.logits_BxTxV.shape[-1]
         if not 0 <= token < vocab:
-            raise UserError(f"there is no token id {token}: expected 0 to {vocab - 1}, or a word")
+            raise UserError(f"the answer is {answer!r:.60}: expected a token's id, 0 to {vocab - 1}, or a word")
         last_B = np.asarray(self.logits_BxTxV[np.arange(len(self.tokens.last_B)), self.tokens.last_B, token])
         return last_B if len(last_B) > 1 else last_B[0]
 
@@ -293,14 +288,15 @@ class LanguageModel:
         Raises:
           UserError: the prompts do not fit the model, an answer is no id of a token, or ``top`` is below 1.
         """
-        listed = np.ravel(answers).tolist()
-        for answer in listed:
-            if not isinstance(answer, int) or not 0 <= answer < self.config.vocab:
-                raise UserError(
-                    f"answers has {answer!r:.60}: expected ids of tokens, 0 to {self.config.vocab - 1}, as lm.token_id "
-                    "returns them"
-                )
-        if not isinstance(top, Integral) or top < 1:
+        ids = as_numbers(answers, whole=True)
+        listed: list[int] = [] if ids is None else ids.ravel().tolist()
+        wrong = [answers] if ids is None else [answer for answer in listed if not 0 <= answer < self.config.vocab]
+        if wrong:
+            raise UserError(
+                f"answers has {wrong[0]!r:.60}: expected ids of tokens, 0 to {self.config.vocab - 1}, as lm.token_id "
+                "returns them"
+            )
+        if as_index(top) < 1:
             raise UserError(f"top is {top!r}: expected a whole number, 1 or more")
         layers = range(self.config.n_layers)
         sites = self(tokens, capture=[Site("resid_post", layer) for layer in layers], logits=False).sites

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from saejax.arguments import as_numbers
 from saejax.errors import UserError, one_of
 from saejax.short_reprs import has_short_repr
 from saejax.unicode import has_surrogates, show_bytes, text_of_piece
@@ -70,15 +71,19 @@ def as_tokens(tokens: Any, tokenizer: Any = None) -> Tokens:
     if isinstance(tokens, Mapping) and "input_ids" in tokens:
         tokens, mask = tokens["input_ids"], tokens.get("attention_mask")
         tokens = np.asarray(tokens) if _are_ids(tokens) else _drop_padding(tokens, mask)
-    rows = tokens if isinstance(tokens, list | tuple | np.ndarray) else []
+    rows = tokens
+    if not isinstance(tokens, list | tuple):
+        array = as_numbers(tokens, whole=True)
+        rows = [] if array is None or not array.ndim else array
     if len(rows) and all(map(_are_ids, rows)):
         if mask is None:
             _tell_padding(rows, getattr(tokenizer, "pad_token_id", None))
-        return pad([list(row) for row in rows])
+        # What is no id in any model is left for the check by the model.
+        return pad([np.clip(np.asarray(row).astype(np.int64), -1, np.iinfo(np.int32).max) for row in rows])
     kind, expected = type(tokens).__name__, "the result of lm.tokenize(texts), or a list of lists of token ids"
     if _are_ids(rows):
         raise UserError(f"tokens is one list of {len(rows)} ids: expected {expected}; of one prompt give [tokens]")
-    if any(isinstance(row, list | tuple) and not row for row in rows):
+    if any(hasattr(row, "__len__") and not len(row) for row in rows):
         raise UserError(f"tokens has an empty prompt: expected {expected}")
     raise UserError(f"tokens is a {kind}: expected {expected}")
 
@@ -121,14 +126,11 @@ def _tell_padding(rows: Sequence[Any] | np.ndarray, padding: int | None) -> None
 
 def _are_ids(row: object) -> bool:
     """Return whether these are the token ids of one prompt, at least one."""
-    try:
-        ids = np.asarray(row)
-    except ValueError:  # lists of several lengths
-        return False
-    return ids.ndim == 1 and ids.dtype.kind in "iu"
+    ids = as_numbers(row, whole=True)
+    return ids is not None and ids.ndim == 1 and ids.size > 0
 
 
-def pad(sequences: Sequence[Sequence[int]]) -> Tokens:
+def pad(sequences: Sequence[Sequence[int] | np.ndarray]) -> Tokens:
     """Pad token id sequences of any length above 0 into one batch."""
     lengths_B = np.array([len(sequence) for sequence in sequences], np.int32)
     ids_BxT = np.zeros((len(sequences), int(lengths_B.max())), np.int32)

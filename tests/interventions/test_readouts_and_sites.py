@@ -264,6 +264,7 @@ def test_readouts_that_cannot_be_used_are_refused(tiny, dictionary, asked):
         (dict(readout_layers=[2]), "readout_layers go with a readout"),
         (dict(readout=spread, readout_layers=2), "readout_layers is one number: expected a list"),
         (dict(readout=spread, readout_layers=["2"]), "readout_layers is .'2'.: expected layers"),
+        (dict(readout=spread, readout_layers=[True, 2]), "readout_layers is .True, 2.: expected layers"),
         (dict(readout=spread, readout_layers=[1]), "layer 1, which edits of resid_post.1 do not reach: .* 2 to 3"),
         (dict(readout=spread, readout_layers=[2, 9]), "attn_pattern.9: the model has 4 layers"),
         (

@@ -69,13 +69,15 @@ def test_texts_that_cannot_be_run(lm, texts, message):
     for run in (lm, lambda tokens: lm.generate(tokens, 1)):
         with pytest.raises(UserError, match=r"tokens is a str: expected the result of lm.tokenize\(texts\)"):
             run("The capital")
-        for strange in (["The capital"], [[0.5]], [[[1]]], [], 3):
+        for strange in (["The capital"], [[0.5]], [[[1]]], [[3, True]], [], 3):
             with pytest.raises(UserError, match="or a list of lists of token ids"):
                 run(strange)
         for strange, said in (
             ([1, 2], r"one list of 2 ids: .*; of one prompt give \[tokens\]"),
             (np.array([1, 2]), "one list of 2 ids"),
             ([[1], []], "has an empty prompt"),
+            (np.zeros((2, 0), int), "has an empty prompt"),
+            ([[2**32 + 3, 1]], "token ids are 1 to 2147483647: expected 0 to 383"),
             ([[[1, 2], [3]]], "tokens is a list: expected"),  # NumPy makes no array of it
             (dict(input_ids=[1, 2]), "one list of 2 ids"),
             (dict(input_ids=[[1, 2, 3]], attention_mask=[[1, 0, 1]]), "of prompt 0 is no mask of padding"),
@@ -110,6 +112,7 @@ def test_what_is_meant_is_accepted(lm):
     tokens, dictionary = pad([[1, 2, 3], [4]]), Dictionary.initial(config, jax.random.key(0))
     plain, edited = lm(tokens), lm(tokens, edits=[dictionary.ablate([3])])
     np.testing.assert_array_equal(lm([[1, 2, 3], [4]]).logits_BxTxV, plain.logits_BxTxV)
+    np.testing.assert_array_equal(lm(jnp.array([[4]])).logits_BxTxV, lm([[4]]).logits_BxTxV)
     assert lm.generate([[1, 2, 3], [4]], 3) == lm.generate(tokens, 3)
     for edit in (dictionary.ablate(3), dictionary.ablate(np.int32(3)), dictionary.ablate(jnp.array([3]))):
         np.testing.assert_array_equal(lm(tokens, edits=edit).logits_BxTxV, edited.logits_BxTxV)
@@ -137,8 +140,8 @@ def test_an_answer_is_one_token(lm, smollm2):
             smollm2.token_id(answer)
     with pytest.raises(UserError, match="the answer is 7: expected a text"):
         smollm2.token_id(7)
-    for answer in (-1, smollm2.config.vocab):
-        with pytest.raises(UserError, match=f"there is no token id {answer}: expected 0 to"):
+    for answer in (-1, smollm2.config.vocab, True, 3.0):
+        with pytest.raises(UserError, match=rf"the answer is {answer}: expected a token's id, 0 to \d+, or a word"):
             output.logit(answer)
 
 

@@ -51,6 +51,7 @@ def test_answers_that_are_no_ids_are_refused(tiny_llama, one_device):
         (dict(answers="Paris"), "answers has 'Paris': expected ids of tokens, 0 to 383, as lm.token_id returns them"),
         (dict(answers=[7, 384]), "answers has 384: "),
         (dict(answers=[-1]), "answers has -1: "),
+        (dict(answers=[7, True]), r"answers has \[7, True\]: "),
         (dict(top=0), "top is 0: expected a whole number, 1 or more"),
     ):
         with pytest.raises(UserError, match=message):

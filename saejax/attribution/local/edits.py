@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from saejax.arguments import as_index, as_numbers
 from saejax.attribution.local.dictionaries import FeatureOutputs
 from saejax.attribution.local.rows import Readouts
 from saejax.attribution.local.state import (
@@ -26,7 +27,6 @@ from saejax.attribution.local.state import (
     LocalState,
     PromptRun,
     activations,
-    as_index,
     check_finite,
     padded,
 )
@@ -43,7 +43,10 @@ _READ = 128  # directions that are read at once, so that layers and prompts shar
 
 
 class Change(NamedTuple):
-    """Sets a feature to an activation, at a position or at all positions of a slice."""
+    """Sets a feature to an activation, at a position or at all positions of a slice.
+
+    Also at the first position and other attention sinks, where a trace has no features: they are set from 0 there.
+    """
 
     layer: int
     position: int | slice
@@ -94,7 +97,7 @@ def placed_changes(rows: Sequence[Sequence[Change]], tokens: int, features: Mapp
         layer, position, feature = map(as_index, numbers)
         if not 0 <= feature < features.get(layer, 0) or not _is_finite(value):
             raise UserError(
-                f"feature {numbers[2]} of layer {numbers[0]} cannot be set to {value} at position {numbers[1]}: "
+                f"feature {numbers[2]} of layer {numbers[0]} cannot be set to {value!r:.60} at position {numbers[1]}: "
                 f"expected one of {max(features.values())} features of the layers {', '.join(map(str, features))}, and "
                 "a finite number"
             )
@@ -134,10 +137,8 @@ def has_begun(change: Change, tokens: int) -> bool:
 
 def _is_finite(value: Any) -> bool:
     """Return whether this is a number that is finite in fp32."""
-    try:
-        return abs(float(value)) <= float(np.finfo(np.float32).max)
-    except (TypeError, ValueError):
-        return False
+    number = as_numbers(value)
+    return number is not None and not number.ndim and abs(float(number)) <= float(np.finfo(np.float32).max)
 
 
 def _ends(positions: slice, tokens: int) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.arguments import check_classes, suggests_names
+from saejax.arguments import as_index, check_classes, suggests_names
 from saejax.attribution.local.dictionaries import LayerTranscoders, open_transcoders
 from saejax.attribution.local.edits import (
     TOGETHER,
@@ -327,7 +327,7 @@ def _freeze_by_layer(freeze: str, freeze_until: int | None, n_layers: int) -> li
     """
     if freeze not in FREEZE_MODES:
         raise UserError(f"freeze is {freeze!r}: expected one of {', '.join(FREEZE_MODES)}")
-    if freeze_until is not None and not 0 <= freeze_until <= n_layers:
+    if freeze_until is not None and not 0 <= as_index(freeze_until) <= n_layers:
         raise UserError(f"freeze_until is {freeze_until}: expected a layer, 0 to {n_layers - 1}, or {n_layers}")
     until = n_layers + 1 if freeze_until is None else freeze_until
     after = "none"

@@ -39,9 +39,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from scipy.special import softmax
 
+from saejax.arguments import as_index, as_numbers
 from saejax.attribution.graph.data import BIAS, ERROR, FIRST_MLP, TOKEN, Nodes, name_difference
 from saejax.attribution.local.dictionaries import READ_AT_ONCE, LayerDictionaries
-from saejax.attribution.local.state import FrozenModel, LocalState, PromptRun, as_index, padded
+from saejax.attribution.local.state import FrozenModel, LocalState, PromptRun, padded
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import whole_prompt_tables
@@ -170,17 +171,19 @@ def target_pairs(model: LanguageModel, targets: Sequence[Target]) -> list[tuple[
     pairs, names = [], set[str]()
     for target in targets:
         if isinstance(target, Direction):
-            shape, width = np.shape(target.vector_D), model.config.d_model
+            vector, width = as_numbers(target.vector_D), model.config.d_model
             if (
                 not isinstance(target.name, str)
                 or not target.name
-                or shape != (width,)
-                or not np.isfinite(target.vector_D).all()
-                or not np.any(target.vector_D)  # of nothing, completeness would be 1
+                or vector is None
+                or vector.shape != (width,)
+                or not np.isfinite(vector).all()
+                or not np.any(vector)  # of nothing, completeness would be 1
             ):
+                shape = "no numbers" if vector is None else f"the shape {vector.shape}"
                 raise UserError(
-                    f"the direction {target.name!r} has the shape {shape}: expected a text as its name, and {width} "
-                    "finite numbers, not all 0"
+                    f"the direction {target.name!r} has {shape}: expected a text as its name, and {width} finite "
+                    "numbers, not all 0"
                 )
             if target.name in names:
                 raise UserError(f"two directions are called {target.name!r}: expected a name for each")

@@ -26,7 +26,6 @@ The model is run once, layer by layer:
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ import numpy as np
 from absl import logging
 from jax import lax
 
+from saejax.arguments import as_numbers
 from saejax.attribution.graph.data import FEATURE, Nodes
 from saejax.attribution.local.dictionaries import FeatureOutputs, LayerDictionaries, LayerTranscoders
 from saejax.dictionaries import Dictionary
@@ -400,14 +400,6 @@ class LocalRun:
     logits_RxV: np.ndarray | None = None  #: logits at the last position; None: not requested
 
 
-def as_index(number: Any) -> int:
-    """Return a whole number of Python, NumPy or JAX as Python's; -1 for anything else."""
-    try:
-        return operator.index(number)
-    except TypeError:
-        return -1
-
-
 def check_finite(read_x: np.ndarray) -> np.ndarray:
     """Return what was read after changes, or refuse it if it is not finite.
 
@@ -444,8 +436,8 @@ def prompt_ids(
     if chat and isinstance(prompt, str):
         prompt = _apply_chat_template(model, prompt)
     if not isinstance(prompt, str):
-        ids = np.asarray(prompt)
-        if ids.dtype.kind not in "iu" or ids.size != ids.shape[-1]:
+        ids = as_numbers(prompt, whole=True)
+        if ids is None or ids.size != ids.shape[-1]:
             raise UserError(f"the prompt is {prompt!r:.60}: expected a text, or the token ids of one, whole numbers")
         # Unsigned ones have no numbers below 0 to be cut at; the check below names what does not exist.
         ids = np.clip(ids.reshape(-1).astype(np.int64), *_INT32).astype(np.int32)

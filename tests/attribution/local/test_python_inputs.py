@@ -40,7 +40,7 @@ def test_edits_that_mean_one_change(local, change):
         ((change,),),
         iter([[change]]),
         [[numbers]],
-        [[Change(layer, slice(position, position + 1), feature, "0")]],
+        [[Change(layer, slice(position, position + 1), feature, 0)]],
     ):
         np.testing.assert_array_equal(local.run(edits).logits_RxV, expected_RxV)
     np.testing.assert_array_equal(saejax.intervene(local, change), expected_RxV)
@@ -59,6 +59,10 @@ def test_edits_that_are_none(local, change):
         (0, -1, change.feature, 0.0): "position -1: this prompt has",
         (1.5, 1, change.feature, 0.0): "feature .* of layer 1.5 cannot be set",
         (0, 1, change.feature, None): "cannot be set to None",
+        (0, 1, change.feature, "3"): "cannot be set to '3'",
+        (0, 1, change.feature, True): "cannot be set to True",
+        (False, 1, change.feature, 2.0): "feature .* of layer False cannot be set",
+        (0, True, change.feature, 0.0): "position True: this prompt has",
     }.items():
         with pytest.raises(UserError, match=said):
             local.run([[Change(*wrong)]])
@@ -132,6 +136,9 @@ def test_prompts_and_targets(lm, transcoders):
         (dict(prompt=pad([IDS, IDS])), "the prompt is the tokens of 2 texts"),
         (dict(targets=None), "targets is None: expected a token"),
         (dict(targets=1.5), "targets is 1.5: expected a token"),
+        (dict(targets=[(5, True)]), "the target token True does not exist"),
+        (dict(targets=saejax.Direction("texts", ["1"] * 64)), "the direction 'texts' has no numbers: expected"),
+        (dict(prompt=[3, True]), r"the prompt is \[3, True\]: expected a text"),
         (
             dict(targets=saejax.Direction(3, np.ones(64))),
             "the direction 3 has .* expected a text as its name",
