@@ -1,15 +1,17 @@
 r"""Final answers in what a model wrote, and whether they are right.
 
 Numbers are found as lm-evaluation-harness does for gsm8k: *strict* takes the number after the first "#### ", *flexible*
-the last number of the text, whatever stands around it, so that "The answer is \boxed{18}" holds the answer 18. The
-strict rule compares text, as the harness does, without thousands commas, dollar signs, a full stop at the end, and
-case. The flexible rule compares values: "$29.00" is 29, as is "29" where the right answer is "29%".
+the last number of the text, whatever stands around it, so that "The answer is \boxed{18}" holds the answer 18. Unlike
+the harness it reads the signs of 1{,}250, 1\,250 and −5, the minus sign of Unicode. The strict rule compares text, as
+the harness does, without thousands commas, dollar signs, a full stop at the end, and case. The flexible rule compares
+values: "$29.00" is 29, as is "29" where the right answer is "29%".
 
 Formulas are compared by the library math-verify, which knows that 1/2 and 0.5 are the same: *strict* takes the last
 ``\boxed{}``, *flexible* what math-verify finds in the whole text. math-verify drops subscripts, so numbers with a base
 are compared before: 2516_9 is not 2516_8. It takes a pair for a set, which is told apart here: (2, 1) is neither
 {1, 2} nor "1, 2". Inequalities are the intervals that they stand for, which it compares one way round alone. Times of
-day are compared before, and what it does not read is written as it does: 10 000, 1 1/2 and [2;5).
+day are compared before, and what it does not read is written as it does: 10 000, 1 1/2, [2;5), 90°, x². A percentage
+is also its number without the sign, as the data set writes both: 12.5% is 0.125 and 12.5.
 
 The flexible rule judges; that the strict rule finds nothing is a failure of format, and is counted. An answer that
 cannot be found is None, and counts as wrong.
@@ -20,6 +22,7 @@ import functools
 import itertools
 import re
 import threading
+import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -31,6 +34,9 @@ _STRICT_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 # a text that ends in "..." has the answer "...".
 _ANY_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 _IGNORED = re.compile(r"[,$]")
+# The thousands separators of LaTeX, and spaces that break no line; a minus sign that subtracts nothing.
+_GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:(?:\\[,;:!]|\{,\}|[\u00a0\u2009\u202f])[0-9]{3})+(?![0-9])")
+_MINUS = re.compile("(?<![0-9])\u2212(?=[$0-9.])")
 _BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, eleven=11, twelve=12)
 _DIGITS, _BASE = r"([0-9][0-9A-F,]*)", rf"((?:[1-9][0-9]?|{'|'.join(_BASES)})(?![0-9]))"
 # 2516_9, 2516_{9}, (2516)_9, 2516_{(9)}, \text{2516}_{\text{nine}}
@@ -48,6 +54,10 @@ _MIXED = re.compile(r"(?<![0-9./^_])([0-9]+) +([0-9]+)/([0-9]+)(?![0-9./])")  # 
 _BRACKETED, _SEMICOLON = re.compile(r"[(\[][^()\[\]]*[)\]]"), re.compile(r"(?<!\\);")  # [2;5)
 _REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")  # 0.1\overline{36}
 _SAME_SIGN = {r"\varnothing": r"\emptyset", r"\degree": r"^\circ", "~": " "}
+_SAME_SIGN |= {"\u00b0": r"^\circ", "\u221a": r"\sqrt ", "\u221e": r"\infty ", "\u00b7": r"\cdot ", "\u2212": "-"}
+_RAISED, _ONE_SIGN = re.compile("[\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+"), re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_ROOT, _PERCENT = re.compile("\u221a([0-9]+)"), re.compile(r"\s*\\?%")
+_WORDS = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
 _SIZE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])|\\[,;:! ]|[\s$]")  # of brackets, and spaces
 _OR = re.compile(r"\bor\b")
 _TIME, _UNWRITTEN = re.compile("([0-9]{1,2}):([0-9]{2})([ap])m"), re.compile(r"\\(?:text|mathrm|[,;:! ])|[{}.~\s$]")
@@ -136,7 +146,7 @@ def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:
       text: what the model wrote.
       answer: the right number, such as "1,250"; see ``number_value``.
     """
-    first, numbers = _STRICT_NUMBER.search(text), _ANY_NUMBER.findall(text)
+    first, numbers = _STRICT_NUMBER.search(text), _find_numbers(text)
     strict, flexible = first[1] if first else None, numbers[-1] if numbers else None
     return dict(
         # Text against text, as in the harness: figures are to be comparable with published ones.
@@ -147,8 +157,16 @@ def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:
 
 def number_value(answer: str) -> Decimal | None:
     """Return the value of an answer that holds one number, perhaps with a unit; None if it holds none, or several."""
-    numbers = _ANY_NUMBER.findall(answer)
+    numbers = _find_numbers(answer)
     return _value(numbers[0]) if len(numbers) == 1 else None
+
+
+def _find_numbers(text: str) -> list[str]:
+    return _ANY_NUMBER.findall(_GROUPED.sub(_join_digits, _MINUS.sub("-", text)))
+
+
+def _join_digits(number: re.Match[str]) -> str:
+    return re.sub("[^0-9]", "", number[0])
 
 
 def _normal(number: str) -> str:
@@ -189,7 +207,7 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
             extracted,
             extracted is not None
             and (
-                extracted == answer
+                _plain(extracted) == _plain(answer)
                 or (
                     _has_same_base(written[rule] or "", answer)
                     and _means_same(gold, answer, reading, boxed or extracted)
@@ -215,13 +233,23 @@ def _means_same(gold: list[Any], answer: str, reading: list[Any], written: str) 
         if not around_right and around_answer == "(":  # a list without brackets in the order of a pair is a pair
             gold = _parsed(f"\\boxed{{({answer})}}")
     sets = [_numbers(gold[0], answer), _numbers(reading[0], written)]
-    if sets == [None, None]:
-        return is_same(gold, reading)
-    if any(numbers is None and isinstance(of[0], FiniteSet) for numbers, of in zip(sets, (gold, reading), strict=True)):
+    lists = [
+        numbers is None and isinstance(of[0], FiniteSet) for numbers, of in zip(sets, (gold, reading), strict=True)
+    ]
+    if sets != [None, None] and any(lists):
         return False  # 2 < x < 5 is not 2, 5
     if None not in sets and gold[0].free_symbols != reading[0].free_symbols:
         return False
-    return is_same(sets[0] or gold, sets[1] or reading)
+    if is_same(sets[0] or gold, sets[1] or reading):
+        return True
+    # math-verify takes 10 for 10%, and not 12.5 for 12.5%.
+    without = [_PERCENT.sub("", text) for text in (answer, written)]
+    return without != [answer, written] and is_same(*(_parsed(f"\\boxed{{{text}}}") for text in without))
+
+
+def _plain(text: str) -> str:
+    """Return a formula with single spaces, and words in it without what sets them upright."""
+    return " ".join(_WORDS.sub(r"\1", text).split())
 
 
 def _bracket(text: str) -> tuple[str, bool]:
@@ -272,6 +300,10 @@ def _as_fraction(match: re.Match[str]) -> str:
     return f"\\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(repeated) - 1)}}}"
 
 
+def _parts(sign: str) -> list[str]:
+    return unicodedata.normalize("NFKC", sign).split("\u2044")
+
+
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last closed ``\boxed{}`` or ``\fbox{}``; None if there is none or it is empty.
 
@@ -299,10 +331,13 @@ def _parsed(text: str) -> list[Any]:
     """Parse a text with math-verify; return its formula and the formula's text, or nothing if there is none."""
     # math-verify knows one way to write a base, and no full stop at the end of a number.
     text = _LAST_POINT.sub("", _BASED.sub(_tidy_number, text))
-    text = _THOUSANDS.sub(lambda number: re.sub("[^0-9]", "", number[0]), text)
+    text = _THOUSANDS.sub(_join_digits, text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     text = _BRACKETED.sub(lambda part: _SEMICOLON.sub(",", part[0]), text)
     text = _REPEATING.sub(_as_fraction, text)
+    text = _ROOT.sub(r"\\sqrt{\1}", text)
+    text = _RAISED.sub(lambda digits: f"^{{{unicodedata.normalize('NFKC', digits[0])}}}", text)
+    text = _ONE_SIGN.sub(lambda sign: r"\frac{{{}}}{{{}}}".format(*_parts(sign[0])), text)
     for sign, own_sign in _SAME_SIGN.items():
         text = text.replace(sign, own_sign)
     # Here, because math-verify loads sympy, which benchmarks of numbers do not need.

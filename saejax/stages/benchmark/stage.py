@@ -28,7 +28,7 @@ BENCHMARK = Stage(
     settings=settings_of(ModelConfig, TaskConfig, but=OF_BEHAVIOURS),
     inputs=_inputs,
     names=lambda configs: configs[TaskConfig].benchmarks,
-    revision=6,  # judges of MATH answers know mixed numbers, semicolons in intervals and times of day
+    revision=7,  # judges of answers know signs of Unicode, and thousands separators of LaTeX and percentages
     processes="items",
     check=_check,
 )

@@ -76,7 +76,7 @@ STUDY = Stage(
     names=lambda configs: configs[StudyConfig].benchmarks,
     check=_check,
     places=list_folders("study", "dictionary", "repeats", "baselines"),
-    revision=17,  # means that are not testable are not corrected for; judges of MATH answers know mixed numbers
+    revision=18,  # judges of answers know signs of Unicode, and thousands separators of LaTeX and percentages
     processes="items",
     section=sections,
 )
