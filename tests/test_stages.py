@@ -76,6 +76,12 @@ def test_the_stage_of_the_page_is_a_plugin(inputs, tmp_path, no_plugins, monkeyp
         ("", "adds nothing: decorate the class of a kind"),
         ('Stage(name="capture", summary="", run=print, groups=())', "declares the stage capture, which saejax has"),
         ('Stage(name="mine", summary="", run=print, groups=(TrainConfig,))', "has settings TrainConfig, whose flags"),
+        ('Stage(name="runs", summary="", run=print, groups=())', "declares the stage runs, which saejax has"),
+        ('Stage(name="a/b", summary="", run=print, groups=())', "the stage 'a/b', which names a folder: use letters"),
+        (
+            'Stage(name="other", summary="", run=print, groups=(), reads=("none",))',
+            "stages wait for each other, or for one that does not exist: .*other",
+        ),
     ],
 )
 def test_a_plugin_that_adds_nothing_or_takes_a_name_is_refused(tmp_path, code, message):
@@ -91,7 +97,8 @@ class TrainConfig(Config):
     (tmp_path / "plugin.py").write_text(head + (f"STAGE = {code}" if code else ""))
     with pytest.raises(UserError, match=message):
         plugins.load([tmp_path / "plugin.py"])
-    assert "mine" not in all_stages()
+    assert not {"mine", "a/b", "other"} & {*all_stages()}
+    assert {cli.PIPELINE, *cli.OTHERS} <= {*plugins.TAKEN}
 
 
 def test_a_new_revision_of_a_stage_makes_its_units_and_those_that_read_them_anew(monkeypatch):

@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -13,8 +13,12 @@ from absl import flags
 from saejax.config import Configs, group_name
 from saejax.dictionaries import kinds
 from saejax.errors import UserError
+from saejax.files import explain_bad_name
 from saejax.runner import registry
 from saejax.runner.stage import Input, Stage
+
+# Names of other programs, and of other folders of a workdir.
+TAKEN = ("pipeline", "study_run", "runs", "serve", "hours", "logs")
 
 
 def load_named(argv: Sequence[str]) -> None:
@@ -36,6 +40,7 @@ def load(files: Sequence[str | Path]) -> None:
       UserError: a file is missing, fails, adds nothing, or declares a stage or a group of settings by a name that is
         taken; one line names it and says why.
     """
+    added_stages: list[Stage] = []
     for file in map(Path, files):
         try:
             content = file.read_bytes()
@@ -55,14 +60,20 @@ def load(files: Sequence[str | Path]) -> None:
             )
         for name in added:
             kinds.KINDS[name].source = source
-        _add_stages(file, stages, source)
+        added_stages += _check_stages(file, stages, source)
+    try:
+        registry.add_stages(added_stages)
+    except ValueError as error:
+        raise UserError(f"--plugins={','.join(map(str, files))}: {error}") from None
 
 
-def _add_stages(file: Path, stages: Mapping[str, Stage], source: str) -> None:
-    """Add stages to the registry; the file's hash counts for their units."""
+def _check_stages(file: Path, stages: Mapping[str, Stage], source: str) -> Iterator[Stage]:
+    """Yield stages as they are added; the file's hash counts for their units."""
     for name, stage in stages.items():
-        if name in registry.own_stages():
+        if name in registry.own_stages() or name in TAKEN:
             raise UserError(f"--plugins={file} declares the stage {name}, which saejax has: give it another name")
+        if wanted := explain_bad_name(name, "_-"):
+            raise UserError(f"--plugins={file} declares the stage {name!r}, which names a folder: {wanted}")
         groups = [group for present in registry.own_stages().values() for group in present.groups]
         taken = {group_name(group): group for group in groups}
         for group in stage.groups:
@@ -75,7 +86,7 @@ def _add_stages(file: Path, stages: Mapping[str, Stage], source: str) -> None:
         def read(configs: Configs, unit: str, of_stage: Stage = stage) -> dict[str, Input]:
             return {**of_stage.inputs(configs, unit), "plugin": source}
 
-        registry.add_stage(dataclasses.replace(stage, inputs=read))
+        yield dataclasses.replace(stage, inputs=read)
 
 
 def _run(file: Path, name: str) -> types.ModuleType:

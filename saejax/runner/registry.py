@@ -71,9 +71,11 @@ def own_stages() -> Mapping[str, Stage]:
     return {stage.name: stage for stage in _discover()}
 
 
-def add_stage(stage: Stage) -> None:
-    """Add a plugin's stage, or replace an earlier one of its name."""
-    _ADDED[stage.name] = stage
+def add_stages(stages: Iterable[Stage]) -> None:
+    """Add stages of plugins, or replace earlier ones of their names; a ``ValueError`` as by ``sort_stages``."""
+    added = _ADDED | {stage.name: stage for stage in stages}
+    sort_stages([*own_stages().values(), *added.values()])
+    _ADDED.update(added)
     all_stages.cache_clear()
     all_groups.cache_clear()
 
