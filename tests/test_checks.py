@@ -7,6 +7,7 @@ import pytest
 from runs import make_configs
 from test_pipeline import OPTIONS, go
 
+from saejax.attribution.local.dictionaries import open_transcoders
 from saejax.dictionaries.hashes import hash_dictionaries
 from saejax.errors import UserError
 from saejax.runner.pipeline import RunOptions, without_decoder_stages
@@ -67,8 +68,13 @@ def test_a_folder_that_the_run_makes_first_is_no_missing_one(tmp_path):
 def test_what_is_missing_in_a_folder_here_is_none_of_a_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "set").mkdir(parents=True)
-    with pytest.raises(UserError, match="^--graph.transcoders=runs/set/own/topkk does not exist"):
-        go(tmp_path / "run", graph__prompt="a", graph__transcoders="runs/set/own/topkk")
+    for missing in ("runs/set/own/topkk", "runs/typo"):
+        with pytest.raises(UserError, match=f"^--graph.transcoders={missing} does not exist"):
+            go(tmp_path / "run", graph__prompt="a", graph__transcoders=missing)
+        with pytest.raises(UserError, match=f"^there is no folder {missing} of transcoders: expected one, a hub id"):
+            open_transcoders(missing)
+    with pytest.raises(UserError, match="hub cannot be reached"):  # asked where the address says so
+        open_transcoders("hf://runs/typo")
 
 
 def test_a_missing_folder_has_no_hash(tmp_path):

@@ -60,7 +60,9 @@ def test_a_part_of_any_name_is_no_file_of_the_unit(tmp_path, name):
 
 def test_a_part_that_has_no_work_is_not_begun_where_the_run_is_to_stop(tmp_path):
     share, lines = SimpleNamespace(leads=True, processes=None), []
-    run = SimpleNamespace(stage="probe", folder=tmp_path, say=lines.append, stopping=lambda: True, share=share)
-    with pytest.raises(Interrupted, match=r"part \(1 of 1\): stopped"):
+    run = SimpleNamespace(
+        stage="probe", name="topk", folder=tmp_path, say=lines.append, stopping=lambda: True, share=share
+    )
+    with pytest.raises(Interrupted, match=r"^probe: part \(1 of 1\): stopped"):
         parts.each_part(run, ["part"], lambda: lambda part, on_progress: parts.Measured({}, "nothing to do"), dict)
     assert not lines and not [*tmp_path.iterdir()]

@@ -68,8 +68,8 @@ def hub_errors(name: str, revision: str, what: str, file: str, expected: str) ->
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             raise _not_fetched(name, error.__cause__) from None
         raise UserError(
-            f"{name} is not in the local cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set), "
-            "nor is there a folder of this name: connect, or give a local folder"
+            f"there is no folder {name} here, it is not in the hub's cache, and the hub cannot be reached (no network, "
+            "or HF_HUB_OFFLINE is set): give a folder that is here, or connect"
         ) from None
     except errors.RemoteEntryNotFoundError:
         raise UserError(f"{page} has no {file} at revision {revision!r}: expected {expected}") from None

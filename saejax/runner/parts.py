@@ -68,12 +68,13 @@ def each_part(
     kept = {part: part_file(run, part) for part, is_kept in zip(parts, has_file, strict=True) if is_kept}
     by_part = {part: from_json(results, read_json(path), path) for part, path in kept.items()}
     if by_part:
-        run.say(f"{run.stage}: kept from an earlier run: {', '.join(by_part)}")
+        run.say(f"kept from an earlier run: {', '.join(by_part)}")
     left = [part for part in parts if part not in by_part]
     measure, progress = functools.cache(begin), Progress(run, unit)
 
     def make(part: str) -> None:
-        label = f"{run.stage}: {part} ({parts.index(part) + 1} of {len(parts)})"
+        # The line begins with the unit's name.
+        label = "the prompt" if part == run.name else f"{part} ({parts.index(part) + 1} of {len(parts)})"
         on_progress = progress.of_part(label, len(left) - left.index(part) - 1)
         on_progress(0, 0)  # asks whether to stop: a part may have no work, and then asks nowhere else
         run.say(f"{label}: started")  # programs are compiled before anything is counted
@@ -118,7 +119,9 @@ class Progress:
         def on_progress(done: int, total: int) -> None:
             nonlocal last
             if self._stop():
-                raise Interrupted(f"{label}: stopped; what was measured is kept: run the same command to go on")
+                raise Interrupted(
+                    f"{self._run.stage}: {label}: stopped; what was measured is kept: run the same command to go on"
+                )
             self._work += done - last if done >= last else done
             last, now = done, time.monotonic()
             if self._counted is None and done:

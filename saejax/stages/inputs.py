@@ -20,7 +20,7 @@ from saejax.tasks.gate import read_tested
 def load_run_model(run: Run, *dictionaries: DictionaryConfig) -> LanguageModel:
     """Return the model that a stage runs, on the configured mesh, with texts as ``follow_bos`` begins them."""
     lm = load_configured_model(run.configs[ModelConfig], run_mesh(run))
-    return follow_bos(lm, dictionaries, lambda line: run.say(f"{run.stage}: {line}"))
+    return follow_bos(lm, dictionaries, run.say)
 
 
 def run_mesh(run: Run) -> Mesh:
@@ -38,10 +38,7 @@ def load_run_dictionary(run: Run) -> Dictionary:
     dictionary = stacks.load_trained(name, run.inputs, flag, run_mesh(run))
     if not dictionary.config.fingerprint:  # another tool's
         named = dictionary.config.model or "no model"
-        run.say(
-            f"{run.stage}: the dictionary names {named} and records no revision of it; check that it was trained on "
-            "this model"
-        )
+        run.say(f"the dictionary names {named} and records no revision of it; check that it was trained on this model")
     return dictionary
 
 
@@ -55,5 +52,5 @@ def read_behaviours(run: Run, named: Sequence[str] = (), flag: str = "") -> dict
     """
     tested = read_tested(run.inputs["baseline"], named, flag)
     for name, why in tested.left_out.items():
-        run.say(f"{run.stage}: {name} is left out: {why}")
+        run.say(f"{name} is left out: {why}")
     return tested.prompts

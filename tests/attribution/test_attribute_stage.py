@@ -96,7 +96,11 @@ def test_two_prompts_of_a_file(flags, lm, tmp_path, capsys):
         "--graph.query_key=1.2",
     ]
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 0
-    folder = tmp_path / "run" / "attribute" / "some"
+    folder, said = tmp_path / "run" / "attribute" / "some", capsys.readouterr().out
+    assert "  attribute/some: water (1 of 2): started\n" in said
+    for slug in ("water", "ids"):
+        (page,) = re.findall(rf": {slug} .*; open (.*)\n", said)
+        assert (folder / f"{slug}.html").samefile(page)
     saved = json.loads((folder / "done.json").read_text())["results"]
     results = saved["graphs"]
     assert list(results) == ["water", "ids"]

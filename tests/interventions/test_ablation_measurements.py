@@ -471,7 +471,7 @@ def test_the_stage_end_to_end_stopped_and_resumed(make_run, tiny, make_dictionar
     assert from_json(AblateResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     assert (results.dictionary, results.site, results.k) == ("topk", "resid_post.1", 4)
     assert list(results.verdict.dictionaries[TESTED]) == ["first", "second"]
-    assert any(line.startswith("ablate: second (2 of 2): ") for line in lines)
+    assert any(line.startswith("second (2 of 2): ") for line in lines)
     assert sorted(path.name for path in whole.folder.iterdir()) == [
         "edits.json", "effects.parquet", "first-effects", "first.json", "prompts.json", "second-effects", "second.json",
     ]  # fmt: skip
@@ -497,7 +497,7 @@ def test_the_stage_end_to_end_stopped_and_resumed(make_run, tiny, make_dictionar
     resumed, lines = make_run("stopped")
     assert stage.run_ablate(resumed) == results
     assert (folder / "first.json").stat().st_mtime_ns == written
-    assert lines[0] == "ablate: kept from an earlier run: first"
+    assert lines[0] == "kept from an earlier run: first"
     # Killed before it was done, when all behaviours were: nothing is measured again.
     assert stage.run_ablate(make_run("stopped")[0]) == results
     again = saejax.load_effects(folder)

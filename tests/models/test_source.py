@@ -151,8 +151,8 @@ def test_large_files_of_the_hub_are_known_by_their_names(tmp_path):
         ("a/b/c", "there is no model folder a/b/c"),
         ("no such name", "not a hub id"),
         ("org/model", "the hub cannot be reached .* HF_HUB_OFFLINE"),
-        ("gpt2", "gpt2 is not in the local cache"),
-        ("missing.gguf", "missing.gguf is not in the local cache"),
+        ("gpt2", "there is no folder gpt2 here, it is not in the hub's cache"),
+        ("missing.gguf", "there is no folder missing.gguf here"),
     ],
 )
 def test_no_such_model(path, message, tmp_path, monkeypatch):

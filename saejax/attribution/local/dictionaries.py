@@ -31,6 +31,7 @@ from saejax.models.sinks import NO_SINKS
 from saejax.models.sites import Site
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import free_bytes, free_host_bytes, make_mesh, on_host
+from saejax.wording import counted
 
 READ_AT_ONCE = 1 << 26  # numbers that are read of decoders at once
 KEPT_SHARE = 4  # encoders stay on the devices up to one part in so many of what is free
@@ -77,6 +78,11 @@ class LayerDictionaries:
         self.sizes: dict[tuple[str, int], int] = {}
         # Folding changes encoders, so rows in files are not the folded dictionary's.
         self._files = None if any(config.centred or config.kind == "gated" for config in configs) else files
+
+    def __repr__(self) -> str:
+        layers = counted(len(self.configs), "layer")
+        features = " or ".join(f"{count:,}" for count in sorted({config.n_features for config in self.configs}))
+        return f"<{type(self).__name__} of {self.name}: {layers} of {features or 'no'} features>"
 
     def load(self, layer: int, mesh: Mesh | None = None) -> Dictionary:
         """Return the dictionary of a layer, decoder included, in fp32, or in fp64 if it is that in its file.
@@ -329,10 +335,13 @@ class LayerTranscoders(LayerDictionaries):
         layers = [hooks.layer_of(config.target) if config.target else -1 for config in self.configs]
         missing = sorted(set(range(model.config.n_layers)) - set(layers))
         if missing or layers != list(range(model.config.n_layers)):
-            problem = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
+            some = f"layer{'s' * (len(layers) != 1)} {', '.join(map(str, layers))}" if layers else "no layer"
+            if len(missing) < len(layers):
+                some = f"all layers but {', '.join(map(str, missing))}" if missing else some
+            last = model.config.n_layers - 1
             raise UserError(
-                f"{self.name} has {problem}: expected one for each layer of {model.source.name}, 0 to "
-                f"{model.config.n_layers - 1}"
+                f"{self.name} has transcoders of {some}: a graph needs one for each layer of {model.source.name}, 0 to "
+                f"{last}, such as of --train.sites=mlp_in.0-{last}"
             )
         for layer, config in enumerate(self.configs):
             check_width(config, model, f"{self.name}, layer {layer}: the transcoder")
@@ -400,16 +409,17 @@ def find_folder(
     ORG/NAME/SUBFOLDER@REVISION, with hf:// before it or without; for all parameters see ``open_transcoders``.
     """
     path = place.full_name(path)
-    if is_on_hub(path) and not place.is_address(path):
+    on_hub = is_on_hub(path)
+    if on_hub and not place.is_address(path):
         path = f"hf://{path}"
     path, revision, subfolder = place.split_address(path, revision, subfolder)
     name = f"{path}/{subfolder}" if subfolder else path
     local = Path(path).expanduser()
     if local.is_dir():
         return name, local / subfolder, ""
-    if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if local.exists() or not on_hub:
         raise UserError(
-            f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name, or a short name "
+            f"there is no folder {path} of transcoders: expected one, a hub id such as hf://org/name, or a short name "
             f"({', '.join(place.SHORT_NAMES)})"
         )
     prefix = f"{subfolder}/" if subfolder else ""
@@ -430,10 +440,9 @@ def find_folder(
 
 def is_on_hub(path: str) -> bool:
     """Return whether the path of a set of transcoders is an address on the hub, and no folder here."""
-    # A folder here goes before a repository of the same name, and one in it that is missing is none of a repository.
+    # A folder here, such as runs, goes before an organisation of this name: what is missing in it is none of the hub's.
     path = place.full_name(path)
-    named = Path(*Path(path).parts[:2])
-    return place.is_address(path) or (_REFERENCE.fullmatch(path) is not None and not named.exists())
+    return place.is_address(path) or (_REFERENCE.fullmatch(path) is not None and not Path(Path(path).parts[0]).exists())
 
 
 class LayerSaes(LayerDictionaries):

@@ -210,7 +210,7 @@ def token_of(model: LanguageModel, target: str | int) -> int:
         ids = continuation_ids(model.tokenizer, target)
         if len(ids) != 1:
             pieces = ", ".join(map(repr, map(token_text(model.tokenizer), ids)))
-            raise UserError(f"the target {target!r} is {len(ids)} tokens, {pieces}: expected a text of one, or a pair")
+            raise UserError(f"the target {target!r} is {len(ids)} tokens, {pieces}: expected one, such as the first")
         return int(ids[0])
     token = as_index(target)
     if not 0 <= token < model.config.vocab:

@@ -57,6 +57,7 @@ from saejax.models.parameters import LAYERS
 from saejax.models.tokens import Tokens, encode
 from saejax.parallel.collectives import to_host
 from saejax.short_reprs import has_short_repr
+from saejax.wording import counted
 
 RELP = RunRules(backward="relp")  # attention weights and factors of norms are constant to differentiation
 FREEZE_MODES = ("none", "attention", "all", "constrained")
@@ -489,7 +490,10 @@ class LocalState(PromptRun):
         first = first_used(model.config, self.ids_P)
         if len(self.ids_P) <= first:
             which = f"first {first} tokens" if first > 1 else "first token"
-            raise NothingActive(f"no feature is used at the {which}, and the prompt has no further one")
+            raise NothingActive(
+                f"the prompt is {counted(len(self.ids_P), 'token')}, and no feature is used at the {which}: expected a "
+                "longer one"
+            )
         self.frozen = FrozenModel(model.config, model.params, transcoders.reads)
         # Padded, so that prompts of similar lengths share compiled programs.
         ids_T = np.pad(self.ids_P, (0, padded(len(self.ids_P)) - len(self.ids_P)))

@@ -29,9 +29,8 @@ at("trace").onsubmit = async (event) => {
 
 at("graphs").replaceChildren(
   ...given.graphs.map((graph) => {
-    const link = element("a", { href: graph.address }, graph.id);
-    const texts = [element("div", {}, graph.prompt), element("small", {}, graph.about)];
-    return element("li", {}, element("div", {}, link, texts));
+    const link = element("a", { href: graph.address }, graph.prompt || graph.id);
+    return element("li", {}, element("div", {}, link, element("div", {}, element("small", {}, `${graph.id}, ${graph.about}`))));
   }),
 );
 at("problems").replaceChildren(...given.problems.map((problem) => element("li", {}, problem)));

@@ -209,7 +209,7 @@ def _measure(
         query_key=scores,
         empty=empty,
     )
-    return Measured(results, _message(results))
+    return Measured(results, f"{_message(results)}; open {part_file(run, request.slug, '.html')}")
 
 
 def explain_empty(graph: Graph, config: GraphConfig) -> str:

@@ -92,7 +92,7 @@ def _item_texts(items: Sequence[Item]) -> dict[str, str]:
 def measure_items(run: Run, items: BenchmarkItems, dictionary: Dictionary, repeats: Mapping[str, Dictionary]) -> None:
     """Choose the top features and ablate them, their controls and groups; write what was chosen and measured."""
     config = run.configs[StudyConfig]
-    on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
+    on_progress = Progress(run, "rows").of_part("effects", 0)
     measured = measure_benchmark(items, dictionary, config, repeats, on_progress)
     table, ablation = measured.table, measured.tested
     attribution_PxF, *of_repeats = measured.item_attributions()
@@ -226,7 +226,7 @@ def falsify_top(
         test_texts=test,
         random_dictionary=bases.untrained(dictionary, round(chosen.activations.l0), config.seed),
         seed=config.seed,
-        on_progress=Progress(run, "injections").of_part(f"falsify: {run.name}", 0),
+        on_progress=Progress(run, "injections").of_part("falsify", 0),
     )
 
 

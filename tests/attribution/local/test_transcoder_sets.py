@@ -293,8 +293,11 @@ def narrow(transcoder):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda made: made[:1], "no transcoder of layer 1: expected one for each layer"),
-        (lambda made: made[::-1], r"transcoders of the layers \[1, 0\]"),
+        (
+            lambda made: made[:1],
+            "has transcoders of layer 0: a graph needs one for each layer .* 0 to 1, such as of .*0-1",
+        ),
+        (lambda made: made[::-1], "transcoders of layers 1, 0: a graph needs"),
         (lambda made: [altered(t, fingerprint="other", model="x") for t in made], "trained on x .fingerprint other"),
         (lambda made: [altered(t, site=t.config.target) for t in made], "reads mlp_out.0 and predicts mlp_out.0"),
         (lambda made: [altered(t, kind="linear") for t in made], "no active features"),
@@ -311,6 +314,7 @@ def test_a_truncated_file_a_missing_layer_and_wrong_widths_are_named(tiny, tmp_p
     made = make_transcoders(tiny.config)
     folder = tmp_path / "set"
     save_transcoders(folder, made)
+    assert repr(open_transcoders(folder)) == f"<LayerTranscoders of {folder}: 2 layers of 48 features>"
     file = folder / "layer_1.safetensors"
     whole = file.read_bytes()
     for size in (0, 5, 60, len(whole) - 8):
@@ -324,7 +328,7 @@ def test_a_truncated_file_a_missing_layer_and_wrong_widths_are_named(tiny, tmp_p
         with pytest.raises(UserError, match=message):
             open_transcoders(folder)
     file.unlink()
-    with pytest.raises(UserError, match="no transcoder of layer 1: expected one for each layer"):
+    with pytest.raises(UserError, match="has transcoders of layer 0: a graph needs one for each layer"):
         trace(tiny, folder, IDS)
 
 

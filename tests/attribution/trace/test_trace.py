@@ -216,12 +216,12 @@ def test_the_phases_of_a_trace_are_logged(tiny, made, caplog):
 @pytest.mark.parametrize(
     "prompt,settings,message",
     [
-        ([5], {}, "no feature is used at the first token, and the prompt has no further one"),
+        ([5], {}, "the prompt is 1 token, and no feature is used at the first token: expected a longer one"),
         ([], {}, "the prompt is empty"),
         ("The \ud800 cat", {}, "has an unpaired surrogate: expected valid Unicode"),  # of bytes that are no UTF-8
         (IDS, dict(targets=["\udcff"]), "has an unpaired surrogate"),
         ("", {}, "the prompt is empty: expected a text, or token ids"),
-        (IDS, dict(targets=["cat near the"]), "is [0-9]+ tokens, 'c.*: expected a text of one"),
+        (IDS, dict(targets=["cat near the"]), "is [0-9]+ tokens, 'c.*: expected one, such as the first"),
         (IDS, dict(targets=[400]), "token 400 does not exist: expected 0 to 383"),
         (IDS, dict(targets=[7.5]), "token 7.5 does not exist"),
         (IDS, dict(targets=[7, (7, 8), 7]), "the target 7 appears twice"),
