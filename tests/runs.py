@@ -95,7 +95,7 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
     values |= {"train.batch": 64, "train.epochs": 6, "train.checkpoint_every": 50, "train.l1": 0.05}
     values |= {"train.warmup": 4, "train.learning_rate": 1e-3, "train.dead_tokens": 100_000}
     values |= {"evaluate.ce_documents": 3, "ablate.top": 2, "ablate.text_documents": 4}
-    values |= {"causal.random_sets": 6, "causal.placebo_targets": 4, "causal.bootstrap": 200}
+    values |= {"causal.random_sets": 6, "causal.placebo_targets": 4}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     flags = (f"--{key}={value}" for key, value in values.items() if key != "workdir")
     return [f"--workdir={workdir}", flag_file(flags, Path(corpus).parent)]

@@ -142,8 +142,8 @@ def test_a_stage_without_its_inputs_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"train/topk reads capture, which has not been made"):
         go(tmp_path, ["train"])
     go(tmp_path, ["capture"])
-    with pytest.raises(UserError, match=r"which was made with other settings \(--corpus.seed was 789, is 1\)"):
-        go(tmp_path, ["train"], corpus__seed=1)
+    with pytest.raises(UserError, match=r"which was made with other settings \(--corpus.held_out was 0.1, is 0.2\)"):
+        go(tmp_path, ["train"], corpus__held_out=0.2)
 
 
 def test_summaries_say_what_was_done(tmp_path):

@@ -29,7 +29,7 @@ from saejax.runner.registry import all_stages
 # these behaviours are of the same lengths, and what runs on one runs on the other.
 TWO = dict(task__behaviours="agreement,greater_than", ablate__baselines="", train__kinds="topk", train__k="4,8")
 TWO |= dict(ablate__dictionary="topk/k8", ablate__untrained_dictionaries=0, ablate__top=1, ablate__text_documents=0)
-TWO |= dict(causal__random_sets=2, causal__placebo_targets=2, causal__bootstrap=100)
+TWO |= dict(causal__random_sets=2, causal__placebo_targets=2)
 TWO |= dict(train__checkpoint_every=5, train__max_steps=20, train__auxk=0.03)
 
 # Preflight and the report take half of the time, and nothing of them is compared.

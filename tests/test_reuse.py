@@ -250,7 +250,7 @@ def test_settings_of_text_that_is_not_read_make_nothing_again(inputs, tmp_path):
     another = runs.save_corpus(tmp_path / "another.jsonl.gz", 41)
     assert changed_by(corpus__pack=True, corpus__max_tokens=9) == set()
     assert changed_by(corpus__context=64) == {"cluster"}
-    assert changed_by(corpus__seed=1) == changed_by(corpus__path=another) == {"ablate", "steer", "cluster"}
+    assert changed_by(corpus__held_out=0.2) == changed_by(corpus__path=another) == {"ablate", "steer", "cluster"}
     no_text = dict(ablate__text_documents=0)
     for changes in (dict(corpus__held_out=0.2), dict(corpus__path=another)):
         assert changed_by(no_text, **changes) == {"steer", "cluster"}

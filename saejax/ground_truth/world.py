@@ -85,12 +85,13 @@ def parents(features: int, roots: int, branching: int, depth: int) -> np.ndarray
 
 def rates(config: TruthConfig) -> np.ndarray:
     """Return the intended firing rates, [J], in descending order."""
+    first, last = config.rates
     zipf_J = np.arange(1, config.features + 1, dtype=np.float64) ** -config.rate_exponent
     span = zipf_J[0] - zipf_J[-1]
     # An exponent of 0, or one feature: all rates are equal, and there is nothing to scale.
     if not span:
-        return np.full(config.features, config.rate_max)
-    return config.rate_min + (zipf_J - zipf_J[-1]) * (config.rate_max - config.rate_min) / span
+        return np.full(config.features, first)
+    return last + (zipf_J - zipf_J[-1]) * (first - last) / span
 
 
 def conditional_rates(config: TruthConfig) -> np.ndarray:
@@ -118,15 +119,14 @@ def check(config: TruthConfig) -> None:
             f"--truth.roots={config.roots} trees of --truth.depth={config.depth} have {in_trees:,} features, more than "
             f"--truth.features={config.features:,}: lower one of the first two or raise the last"
         )
-    if config.rate_min > config.rate_max:
-        raise UserError(
-            f"--truth.rate_min={config.rate_min:g} is above --truth.rate_max={config.rate_max:g}: swap them"
-        )
+    if len(config.rates) != 2 or config.rates[0] < config.rates[1]:
+        rates_given = ",".join(f"{rate:g}" for rate in config.rates)
+        raise UserError(f"--truth.rates={rates_given}: expected the first feature's rate, and the last's, not larger")
     active = rates(config).sum()
     if active > config.dimensions:
         raise UserError(
             f"at these rates {active:.1f} features fire on a vector, more than --truth.dimensions={config.dimensions} "
-            "can separate: lower --truth.rate_max, --truth.rate_min or --truth.features"
+            "can separate: lower --truth.rates or --truth.features"
         )
 
 

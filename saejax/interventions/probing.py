@@ -415,7 +415,7 @@ def label_all(
       UserError: there is no strength, no such label, or no prompt that has one.
     """
     if not config.strengths:
-        raise UserError("--probe.strengths is empty: name at least one inverse strength, such as 0.01")
+        raise UserError("strengths is empty: name at least one inverse strength, such as 0.01")
     of_benchmarks = {name for prompts, _ in benchmarks for prompt in prompts for name, _ in prompt.labels}
     wanted: dict[str, Labelled] = {}
     for label in config.labels:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("two_devices")
 
 FLAGS = (
     "--task.behaviours= --truth.features=32 --truth.dimensions=16 --truth.samples=2000 --truth.held_out=1000 "
-    "--truth.roots=2 --truth.depth=1 --truth.rate_max=0.2 --truth.rate_min=0.02 "
+    "--truth.roots=2 --truth.depth=1 --truth.rates=0.2,0.02 "
     "--train.kinds=batchtopk --train.expansion=2 --train.k=2 --train.batch=200 --train.epochs=3 --train.seed=0,1 "
     "--mesh.data=2"
 )
@@ -93,8 +93,9 @@ def test_verdict():
 @pytest.mark.parametrize(
     ("stage", "changes", "message"),
     [
-        ("ground_truth", dict(truth__rate_max=1.0, truth__rate_min=0.9), "more than --truth.dimensions=16"),
-        ("ground_truth", dict(truth__rate_min=0.4), "rate_min=0.4 is above --truth.rate_max=0.2"),
+        ("ground_truth", dict(truth__rates="1,0.9"), "more than --truth.dimensions=16"),
+        ("ground_truth", dict(truth__rates="0.2,0.4"), "--truth.rates=0.2,0.4: expected the first feature's rate"),
+        ("ground_truth", dict(truth__rates="0.2"), "--truth.rates=0.2: expected the first feature's rate"),
         ("ground_truth", dict(truth__roots=30), "more than --truth.features=32"),
         ("ground_truth", dict(truth__samples=100), "fewer than one batch"),
         ("ground_truth", dict(train__form="transcoder"), "--train.form=transcoder"),

@@ -15,7 +15,7 @@ from saejax.ground_truth.world import HELD_OUT, batch_key, make_world, sample
 
 # Orthogonal directions, so that an encoder of the directions reads the code off.
 WORLD = TruthConfig(
-    features=12, dimensions=16, roots=2, branching=2, depth=1, rate_max=0.4, rate_min=0.1, held_out=4096, bias=0.3
+    features=12, dimensions=16, roots=2, branching=2, depth=1, rates=(0.4, 0.1), held_out=4096, bias=0.3
 )
 
 

@@ -17,7 +17,7 @@ from saejax.runner.flags import define_flags, from_flags
 from saejax.runner.registry import all_groups
 
 SMALL = TruthConfig(
-    features=40, dimensions=16, roots=2, branching=3, depth=2, rate_max=0.3, rate_min=0.02, orthogonalise=5, factors=3
+    features=40, dimensions=16, roots=2, branching=3, depth=2, rates=(0.3, 0.02), orthogonalise=5, factors=3
 )
 COUNT = 40_000
 
@@ -107,7 +107,9 @@ def test_factors_make_features_fire_together():
     """Pairs against the bivariate normal distribution whose correlation the loadings say."""
     from scipy.stats import multivariate_normal
 
-    settings = dataclasses.replace(SMALL, roots=0, correlation=0.5, rate_min=0.1, magnitude_std=0.1, magnitude_spread=0)
+    settings = dataclasses.replace(
+        SMALL, roots=0, correlation=0.5, rates=(0.3, 0.1), magnitude_std=0.1, magnitude_spread=0
+    )
     world, _, code_BxJ = drawn(settings)
     loading_JxQ, threshold_J = np.asarray(world.loading_JxQ), np.asarray(world.threshold_J)
     correlation_JxJ = loading_JxQ @ loading_JxQ.T

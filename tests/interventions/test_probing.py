@@ -255,7 +255,7 @@ def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
         probing.probe_inputs(SplitModel(tiny, Dictionary(dictionary.config, **broken)), prompts)
     for settings, message in (
         (dict(labels=("verb",)), "unknown label 'verb': expected one of behaviour, answer, parity"),
-        (dict(strengths=()), "--probe.strengths is empty"),
+        (dict(strengths=()), "strengths is empty"),
     ):
         with pytest.raises(UserError, match=message):
             stage.run_probe(make_run("refused", **settings)[0])

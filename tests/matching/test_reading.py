@@ -1,6 +1,7 @@
 """Comparison over text: planted features of models and tokenizers, rare and dead features, and attention sinks."""
 
 import dataclasses
+import itertools
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from saejax.parallel.mesh import make_mesh
 from saejax.parallel.settings import MeshConfig
 from saejax.stages.transfer import report
 from saejax.stages.transfer import run as transfer_run
-from saejax.stages.transfer.run import Comparison, score, select_pairs
+from saejax.stages.transfer.run import Comparison, score
 
 SITE, TEXTS, TOKENS = "resid_post.0", 60, 20
 TEXT_N, END_N = np.repeat(np.arange(TEXTS), TOKENS), np.tile(np.arange(1, TOKENS + 1), TEXTS)
@@ -137,15 +138,11 @@ def described(fingerprint, number=0):
     return Compared(f"{fingerprint}{number}", Path(), config)
 
 
-def test_models_of_equal_width_are_compared_by_activity_alone_and_their_pairs_sampled():
+def test_models_of_equal_width_are_compared_by_activity_alone():
     first, same, second, unknown = described("a"), described("a", 1), described("b"), described("")
     measures = "decoder", "activity"
     assert measures_of(measures, first, second) == ["activity"] and measures_of(("decoder",), first, second) == []
     assert measures_of(("decoder",), first, same) == measures_of(("decoder",), first, unknown) == ["decoder"]
-    compared = [described("ab"[number % 2], number) for number in range(8)]
-    assert len(select_pairs(compared, 0, 0)) == 28
-    pairs = select_pairs(compared, 5, 0)
-    assert len(pairs) == 12 + 5 == 12 + sum((first + second) % 2 for first, second in pairs)
 
 
 def test_dictionaries_of_other_tools_are_of_the_models_that_they_name(monkeypatch):
@@ -186,7 +183,7 @@ def comparison(tmp_path, dictionaries):
     (tmp_path / "transfer").mkdir()
     configs = Configs(TransferConfig(measures=("decoder",)), MeshConfig())
     run = SimpleNamespace(configs=configs, folder=tmp_path / "transfer", say=lambda line: None)
-    return Comparison(run, compared, select_pairs(compared, 0, 0))
+    return Comparison(run, compared, list(itertools.combinations(range(len(compared)), 2)))
 
 
 def test_dead_features_do_not_dilute_decoder_scores(tmp_path):

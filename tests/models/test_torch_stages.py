@@ -18,7 +18,7 @@ SETTINGS = dict(train__kinds="topk", train__epochs=2, interpret__dictionaries="t
 SETTINGS |= dict(task__train_prompts=12, task__test_prompts=24, task__behaviours="agreement", task__shots=0)
 SETTINGS |= dict(task__benchmarks="gsm8k", task__examples=6, task__max_new_tokens=4)
 SETTINGS |= dict(ablate__baselines="pca,diff_means", ablate__untrained_dictionaries=0, ablate__attribution_prompts=2)
-SETTINGS |= dict(patch__kinds="mlp_out", patch__dictionary="topk", patch__top=2)
+SETTINGS |= dict(patch__kinds="mlp_out", patch__dictionary="topk")
 SETTINGS |= dict(causal__random_sets=4, causal__placebo_targets=2)
 SETTINGS |= dict(probe__labels="answer", probe__sparse="1", probe__shuffles=2)
 SETTINGS |= dict(steer__dictionary="topk")

@@ -82,7 +82,7 @@ SMALL = """
 --corpus.max_tokens=1500 --corpus.held_out=0.3 --capture.max_sink_share=0.5 --preflight.models=
 --train.expansion=2 --train.epochs=1 --train.k=8 --evaluate.ce_documents=2
 --ablate.top=2 --ablate.baselines=pca --ablate.untrained_dictionaries=0 --ablate.text_documents=2
---causal.random_sets=6 --causal.placebo_targets=4 --causal.bootstrap=100
+--causal.random_sets=6 --causal.placebo_targets=4
 --study.items=6 --study.top=2 --study.scored_sets=1 --study.untrained_dictionaries=3
 """
 

@@ -142,7 +142,7 @@ def test_features_of_a_crosscoder_are_steered_and_patched_by_the_stages(
     workdir, inputs, corpus, second_model, tmp_path
 ):
     runs.copy_run(workdir, tmp_path / "run")
-    changes = dict(model__other=second_model, task__train_prompts=24, task__test_prompts=24, patch__top=2)
+    changes = dict(model__other=second_model, task__train_prompts=24, task__test_prompts=24)
     changes |= dict(steer__dictionary=f"batchtopk/{LAYERS}", patch__dictionary=f"batchtopk/{LAYERS}")
     changes |= dict(causal__random_sets=4, causal__placebo_targets=2, ablate__text_documents=0)
     changes |= dict(ablate__dictionary=f"batchtopk/{LAYERS}", ablate__untrained_dictionaries=0)

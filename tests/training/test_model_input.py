@@ -112,7 +112,7 @@ def test_what_it_depends_on(inputs):
         return Workplan(made).fingerprint("train/topk")
 
     assert mark() == mark(capture__sites=("mlp_out.0",), capture__batch_tokens=9, task__seed=9, capture__tokens=9)
-    changes = dict(corpus__seed=5, corpus__stream=True, capture__dtype="bfloat16", train__buffer_rows=9)
+    changes = dict(corpus__held_out=0.3, corpus__stream=True, capture__dtype="bfloat16", train__buffer_rows=9)
     changes |= dict(train__sites=("mlp_out.0",))
     assert len({mark(), *(mark(**{key: value}) for key, value in changes.items())}) == 6
     store = dict(train__source="store")

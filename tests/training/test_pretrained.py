@@ -172,9 +172,7 @@ def test_each_format_goes_through_each_stage(name, workdir, inputs, places, tran
     runs.copy_run(workdir, run)
     benchmarks = dict(task__benchmarks="gsm8k", task__path=write_all(tmp_path / "benchmarks"), task__shots=0)
     benchmarks |= dict(task__examples=12, task__max_new_tokens=6, study__benchmarks="gsm8k")
-    benchmarks |= dict(
-        study__top=2, causal__random_sets=2, causal__placebo_targets=2, causal__bootstrap=200, task__score="likelihood"
-    )
+    benchmarks |= dict(study__top=2, causal__random_sets=2, causal__placebo_targets=2, task__score="likelihood")
     tested = {f"{stage}__dictionary": place for stage in ("ablate", "patch", "probe", "steer", "study")}
     units = {f"{stage}__dictionaries": "pretrained" for stage in ("interpret", "transfer", "track", "export")}
     more = dict(probe__labels="answer", graph__prompt="The river follows the teacher")

@@ -23,7 +23,6 @@ class TransferConfig(Config):
         "correlation of activations on text that both models read",
         choices=MEASURES,
     )
-    between: int = setting(0, "number of random pairs of dictionaries of different models; 0: all such pairs", low=0)
     reconstruction: bool = setting(
         False, "evaluate each dictionary at the site of each other, unchanged and between affine maps"
     )
@@ -34,4 +33,4 @@ class TransferConfig(Config):
         low=64,
     )
     batch_tokens: int = analysis_batch_tokens()
-    seed: int = 789  #: of the order of documents, random pairs, rows and rotations; no flag
+    seed: int = 789  #: of the order of documents, rows and rotations; no flag

@@ -23,7 +23,7 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _settings(configs: Configs, name: str) -> dict[str, Any]:
-    of_features = ("patch.top", "patch.random_sets", "patch.placebo_targets")
+    of_features = ("patch.random_sets", "patch.placebo_targets")
     unread = of_features if name in configs[PatchConfig].kinds else ("patch.positions",)
     return counted(configs[ModelConfig], configs[PatchConfig], but=unread)
 

@@ -26,7 +26,7 @@ from saejax.errors import UserError
 from saejax.matching.match import Matched, match, measure_pairs
 from saejax.matching.rows import Rows, independent_rows, weight_rows
 from saejax.matching.transfer.chains import SHARED, FeaturePairs, Pair
-from saejax.matching.transfer.compared import WEIGHTS, Compared, measures_of, same_model
+from saejax.matching.transfer.compared import WEIGHTS, Compared, measures_of
 from saejax.matching.transfer.reading import CEILING, NULL, SCORES, Reading, is_movable
 from saejax.matching.transfer.reconstruction import ROWS_PER_DIMENSION
 from saejax.matching.transfer.results import (
@@ -64,7 +64,7 @@ def run_transfer(run: Run) -> TransferResults:
     config = run.configs[TransferConfig]
     compared = load_compared(config.dictionaries, run.inputs, _FLAG)
     refuse_one(config.dictionaries, len(compared))
-    wanted = select_pairs(compared, config.between, config.seed)
+    wanted = list(itertools.combinations(range(len(compared)), 2))
     for first, second in ((compared[i], compared[j]) for i, j in wanted):
         if not measures_of(config.measures, first, second):
             raise UserError(
@@ -89,23 +89,6 @@ def refuse_one(names: Sequence[str], count: int) -> None:
     """Raise a ``UserError`` where the dictionaries that are named are fewer than two."""
     if count < 2:
         raise UserError(f"{_FLAG}={','.join(names)} is one dictionary: name two at least")
-
-
-def select_pairs(compared: Sequence[Compared], between: int, seed: int) -> list[Pair]:
-    """Return the pairs to compare: all of one model, and some of different models.
-
-    Args:
-      compared: the dictionaries.
-      between: number of random pairs of different models; 0: all.
-      seed: of the random choice.
-    """
-    pairs = list(itertools.combinations(range(len(compared)), 2))
-    across = [pair for pair in pairs if not same_model(*(compared[index] for index in pair))]
-    if between and len(across) > between:
-        within = set(pairs) - set(across)
-        chosen = np.random.default_rng(seed).choice(len(across), between, replace=False)
-        pairs = sorted([*within, *(across[number] for number in chosen)])
-    return pairs
 
 
 class Comparison:
