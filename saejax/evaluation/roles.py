@@ -21,6 +21,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import bos_tokens
 
 _CONTENTS = ("qz1zq", "qz2zq", "qz3zq")  # of messages: no template writes such words
+_IN_PLACE = ("Xk9", "\nXk9\n", "\n\nXk9\n\n", " Xk9")  # of one of them: other letters, and white space that merges
 Openers = dict[str, tuple[int, ...]]  # token ids that open a message, by role
 
 
@@ -39,31 +40,43 @@ def message_openers(tokenizer: Any) -> Openers:
     assistant = to_assistant[_common(end, to_assistant) :] or to_assistant
     if not user or not assistant or user == assistant:
         return {}
-    of_system = _tokens_around(tokenizer, "system", "user")
     openers = dict(user=user, assistant=assistant)
-    if of_system and of_system[0] and of_system[1][-len(user) :] == user:
-        openers["system"] = of_system[0]
+    of_system = _tokens_around(tokenizer, "system", "user")
+    if of_system and (system := of_system[0]) and of_system[1][-len(user) :] == user:
+        # Unless the template writes it as a message of another role.
+        ends = [(system, opener, min(len(system), len(opener))) for opener in (user, assistant)]
+        if not any(one[-count:] == other[-count:] for one, other, count in ends):
+            openers["system"] = system
     return {role: tuple(ids) for role, ids in openers.items()}
 
 
 def _tokens_around(tokenizer: Any, *roles: str) -> list[list[int]] | None:
-    """Return the token ids before, between and after messages of these roles; None: there is no such chat."""
-    messages = [dict(role=role, content=content) for role, content in zip(roles, _CONTENTS, strict=False)]
-    try:
+    """Return the token ids before, between and after messages of these roles; None: there is no such chat.
+
+    They are those that stay where a message has another content, as its ends may become one token with the template's.
+    """
+
+    def encode(contents: Sequence[str]) -> list[int]:
+        messages = [dict(role=role, content=content) for role, content in zip(roles, contents, strict=True)]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    contents, starts, stops = _CONTENTS[: len(roles)], [], [0]
+    try:
+        ids = encode(contents)
+        for i in range(len(roles)):
+            others = [encode([*contents[:i], content, *contents[i + 1 :]]) for content in _IN_PLACE]
+            starts.append(min(_common(ids, other) for other in others))
+            stops.append(len(ids) - min(_common(ids[::-1], other[::-1]) for other in others))
     except Exception:  # of any type: a template is a program that refuses roles in its own words
         return None
-    texts = []
-    for message in messages:
-        before, content, text = text.partition(message["content"])
-        if not content:
-            return None
-        texts.append(before)
-    bos = getattr(tokenizer, "bos_token", None) or ""
-    if not any(bos in piece for piece in (*texts[1:], text)):  # in some templates every message begins with it
-        texts[0] = texts[0].removeprefix(bos)
-    # White space at the end of what opens a message may become one token with the message's beginning.
-    return [tokenizer(piece.rstrip(), add_special_tokens=False)["input_ids"] for piece in (*texts, text)]
+    starts.append(len(ids))
+    if not all(start < stop for start, stop in zip(starts, stops[1:], strict=False)):  # a message is left out
+        return None
+    before, *others = [ids[stop:start] for stop, start in zip(stops, starts, strict=True)]
+    # A BOS token stands in front of each piece of text, unless every message begins with it.
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [before[before[:1] == [bos] and not any(bos in other for other in others) :], *others]
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

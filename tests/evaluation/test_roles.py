@@ -45,10 +45,10 @@ CHAT = (
 class Tokenizer:
     """Words, special tokens and line ends, numbered as they come."""
 
-    bos_token, bos_token_id, eos_token_id = "<s>", 0, None
+    bos_token_id, eos_token_id = 0, None
 
-    def __init__(self, template):
-        self.chat_template, self.ids = template, {"<s>": 0}
+    def __init__(self, template, words=r"</?[^<>]*>|\[/?INST\]|\n|[^\s<\[]+"):
+        self.chat_template, self.words, self.ids = template, words, {"<s>": 0}
 
     def apply_chat_template(self, messages, tokenize):
         def refuse(message):
@@ -57,7 +57,7 @@ class Tokenizer:
         return jinja2.Template(self.chat_template).render(messages=messages, raise_exception=refuse)
 
     def __call__(self, text, add_special_tokens):
-        words = re.findall(r"</?[^<>]*>|\[/?INST\]|\n|[^\s<\[]+", text)
+        words = re.findall(self.words, text)
         return dict(input_ids=[self.ids.setdefault(word, len(self.ids)) for word in words])
 
     def encode_chat(self, *messages):
@@ -103,12 +103,29 @@ def test_a_word_like_a_role_opens_no_message_where_each_begins_with_bos():
     """As of SmolLM2-Instruct, whose BOS token is <|im_start|>."""
     for template in (CHATML, WITH_SYSTEM):
         tokenizer = Tokenizer(template)
-        tokenizer.bos_token = "<|im_start|>"
+        tokenizer.bos_token_id = tokenizer("<|im_start|>", False)["input_ids"][0]
         openers = message_openers(tokenizer)
         ids = tokenizer.encode_chat(("system", "be terse"), ("user", "why"), ("assistant", "system and user failed"))
         (roles,) = roles_of_tokens(documents((0, ids)), openers, ids[:1])
         found = roles_of_words(tokenizer, openers, roles, ids, ["terse", "why", "and", "failed"])
         assert found == ["system", "user", "assistant", "assistant"]
+
+
+def test_messages_are_found_where_their_ends_merge_with_the_templates_own_signs():
+    """As where one token is ">" and the line end."""
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n\n{% endfor %}"
+    tokenizer = Tokenizer(template, r"\w+|[^\w\s]+\n*|\n+")
+    chat = (("system", "be terse"), ("user", "\nwhy?"), ("assistant", "so.\n"), ("user", "how"), ("assistant", "thus"))
+    ids = tokenizer.encode_chat(*chat)
+    openers = message_openers(tokenizer)
+    (roles,) = roles_of_tokens(documents((0, ids)), openers, [])
+    expected = ["system", "user", "assistant", "user", "assistant"]
+    assert roles_of_words(tokenizer, openers, roles, ids, ["terse", "why", "so", "how", "thus"]) == expected
+
+
+def test_a_system_message_that_is_written_as_another_roles_is_that_roles():
+    template = "{% for m in messages %}{{ 'Human' if m.role == 'user' else 'Bot' }}:\n{{ m.content }}\n\n{% endfor %}"
+    assert message_openers(Tokenizer(template)).keys() == {"user", "assistant"}
 
 
 def test_templates_that_tell_no_roles_apart_have_none():
