@@ -366,16 +366,20 @@ def _check_homogeneous(kind: kinds.Kind, config: DictionaryConfig, settings: Any
     # Off their initial values, which are often 0, where each scale would do.
     moved = {name: arrays[name] + starts.get(name, 0.0) + 0.1 for name in ("b_enc_F", *kind.vectors)}
     arrays = kind.constrain(arrays | moved)
-    folded = fold_input_scaling(kind, arrays, 1 / 8, 1 / 8)  # a power of two is exact: comparisons stay as they are
+    # A power of two is exact, so that comparisons stay as they are; with a large one no constant is out of reach.
+    factor = 1024
+    folded = fold_input_scaling(kind, arrays, 1 / factor, 1 / factor)
     x_BxD = jax.random.normal(jax.random.key(1), (16, d_in))
     dictionary = Dictionary(small, "float32", **arrays)
-    f_BxF, raw_BxF = dictionary.encode(x_BxD), Dictionary(small, "float32", **folded).encode(8 * x_BxD)
+    f_BxF, raw_BxF = dictionary.encode(x_BxD), Dictionary(small, "float32", **folded).encode(factor * x_BxD)
+    if not (jnp.isfinite(f_BxF).all() and jnp.isfinite(raw_BxF).all()):
+        raise UserError(f"the kind {kind.name} gives activations of NaN or infinity for inputs that are finite")
     tolerance = 1e-3 * float(jnp.abs(f_BxF).max())
-    if not jnp.allclose(8 * f_BxF, raw_BxF, rtol=0.0, atol=8 * tolerance):
+    if not jnp.allclose(factor * f_BxF, raw_BxF, rtol=0.0, atol=factor * tolerance):
         raise UserError(
-            f"activations of the kind {kind.name} are not homogeneous: with inputs, biases and thresholds 8 times as "
-            "large they are not 8 times as large, so folding the scale of the inputs away after training would change "
-            "them; name arrays that are neither biases nor thresholds in `unscaled`"
+            f"activations of the kind {kind.name} are not homogeneous: with inputs, biases and thresholds {factor} "
+            f"times as large they are not {factor} times as large, so folding the scale of the inputs away after "
+            "training would change them; name arrays that are neither biases nor thresholds in `unscaled`"
         )
     if not jnp.allclose(f_BxF[:, :1], dictionary.encode_features(x_BxD, jnp.zeros(1, jnp.int32)), atol=tolerance):
         raise UserError(

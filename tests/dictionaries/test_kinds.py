@@ -123,6 +123,8 @@ def test_the_example_of_the_guide_is_a_kind(load_plugin):
         ("jax.nn.relu(pre_xF - dictionary.arrays['margn_F'])", "KeyError: 'margn_F'$"),
         ("jax.nn.relu(pre_xF) ** 2", "activations of the kind shrunk are not homogeneous"),
         ("jax.nn.relu(pre_xF - 0.5)", "not homogeneous"),
+        ("jax.numpy.where(pre_xF > 100, pre_xF, 0)", "not homogeneous"),
+        ("jax.numpy.log(pre_xF)", "gives activations of NaN or infinity"),
         ("jax.nn.relu(pre_xF * (1 + margin_F.reshape(shape)))", "not homogeneous: .* in `unscaled`"),
     ],
 )
