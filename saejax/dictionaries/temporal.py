@@ -28,7 +28,7 @@ import yaml
 from saejax.arguments import suggests_names
 from saejax.dictionaries import sparsity
 from saejax.dictionaries.description import DictionaryConfig
-from saejax.dictionaries.formats import saelens, tensors
+from saejax.dictionaries.formats import hooks, saelens, tensors
 from saejax.dictionaries.formats.place import REGISTRY, find_release, resolve_path
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
@@ -161,6 +161,14 @@ def load_temporal(path: str | os.PathLike, site: str = "") -> TemporalSAE:
     norm = settings.get("normalize_activations", "none")
     if norm not in ("none", None, "expected_average_only_in", "constant_scalar_rescale"):
         raise UserError(f"{file}: normalize_activations is {norm!r}: expected none or constant_scalar_rescale")
+    saelens.check_settings(file, settings, transcoder=False)
+    site, model = site or saelens.named_site(settings), str(settings.get("model_name") or "")
+    hooks.require_sites(site)
+    if saelens.find_input_norm(file, settings, model, site, transcoder=False):
+        raise UserError(
+            f"{file}: its model's weights were centred (center_writing_weights), which a temporal SAE here cannot "
+            "follow: use one of the model as published"
+        )
     if (kind := settings.get("sae_diff_type", "topk")) not in ("topk", "relu"):
         raise UserError(f"{file}: sae_diff_type is {kind!r}: expected topk or relu")
     state = tensors.open_tensors(weights)
@@ -179,13 +187,13 @@ def load_temporal(path: str | os.PathLike, site: str = "") -> TemporalSAE:
     features, width = arrays["W_dec"].shape
     config = DictionaryConfig(
         kind="topk" if k else "standard",
-        site=site or saelens.named_site(settings),
+        site=site,
         d_in=width,
         n_features=features,
         k=tensors.positive_int(file, "kval_topk", k) if k else 0,
         centred=tensors.flag(file, settings, "apply_b_dec_to_input", True),
         bos={True: "always", False: "never"}.get(settings.get("prepend_bos"), "auto"),  # type: ignore[arg-type]
-        model=str(settings.get("model_name") or ""),
+        model=model,
     )
     prefixes = [f"attn_layers.{i}." for i in range(count)]
     layers = [
@@ -193,6 +201,8 @@ def load_temporal(path: str | os.PathLike, site: str = "") -> TemporalSAE:
         for prefix in prefixes
     ]
     scaled: Any = settings.get("activation_normalization_factor", 1.0) if norm == "constant_scalar_rescale" else 1.0
+    if not isinstance(scaled, int | float) or not 0 < scaled < math.inf:
+        raise UserError(f"{file}: activation_normalization_factor is {scaled!r}: expected a number above 0")
     sae = TemporalSAE(
         arrays["W_dec"].T if settings.get("tied_weights", True) else arrays["W_enc"],
         arrays["W_dec"],

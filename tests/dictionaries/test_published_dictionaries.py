@@ -979,6 +979,15 @@ def test_a_release_whose_folders_lack_its_normalisation_is_told(tmp_path, caplog
     assert "does not say that its release needs input_norm='center'" in caplog.text
 
 
+def test_settings_of_saelens_that_are_not_known_are_told(tmp_path, caplog):
+    known = dict(d_in=D, d_sae=F, architecture="standard", l1_coefficient=1.0, decoder_init_norm=0.1, metadata=META)
+    with caplog.at_level("WARNING", "absl"):
+        load_dictionary(saelens(tmp_path / "known", arrays(), **known))
+        assert not caplog.text
+        load_dictionary(saelens(tmp_path / "unknown", arrays(), **known, lora_rank=3))
+    assert "cfg.json has lora_rank, which saejax does not know" in caplog.text
+
+
 @pytest.mark.parametrize("value", ["expected_average_only_in", True])
 def test_a_factor_of_the_inputs_that_is_missing_is_told(value, tmp_path, caplog):
     saelens(tmp_path, arrays(), **OLD | dict(normalize_activations=value))

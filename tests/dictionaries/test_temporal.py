@@ -152,6 +152,10 @@ def test_what_takes_single_tokens_refuses_it_by_name(tmp_path):
         ("norm", dict(normalize_activations="layer_norm"), "normalize_activations is 'layer_norm'"),
         ("type", dict(sae_diff_type="nested"), "sae_diff_type is 'nested'"),
         ("heads", dict(n_heads=3), "its tensors do not fit each other, or not .*cfg.json: fetch both again"),
+        ("centred", dict(model_from_pretrained_kwargs=dict(center_writing_weights=True)), "weights were centred"),
+        ("site", dict(hook_name="blocks.1.hook_mlp_in"), "blocks.1.hook_mlp_in is none of the sites here"),
+        ("one head", dict(hook_head_index=2), "hook_head_index is 2, expected null"),
+        ("no factor", dict(activation_normalization_factor=0), "activation_normalization_factor is 0: expected"),
         ("layers", dict(architecture="standard"), "architecture is 'standard': use saejax.load_dictionary"),
     ):
         save(tmp_path / name, **changes)

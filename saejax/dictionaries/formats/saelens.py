@@ -2,7 +2,7 @@
 
 Two layouts of ``cfg.json`` are read. Version 6 keeps what was said of the language model under ``metadata``; earlier
 versions are flat, with older names for some keys. All settings that change what a dictionary computes are honoured,
-folded into the arrays, or refused by name; other keys are ignored:
+folded into the arrays, or refused by name; a line tells of keys that are not known:
 
 - decoder norms that scale a topk's pre-activations (``rescale_acts_by_decoder_norm``): folded;
 - ``scaling_factor`` of each feature, in front of the decoder: folded;
@@ -18,6 +18,7 @@ jumprelu_transcoder.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ _RELEASES = {
     "gpt2-small-mlp-out-saes": "center",
     "Mistral-7B-Residual-Stream-SAEs": "token_norm",
 }
+# Of version 6 outside of ``metadata``: what is followed, what says nothing of results, and settings of training.
+_KNOWN = {"architecture", "metadata", "device", "dtype", "d_in", "d_sae", "d_out", "k", "saejax", "max_iterations"}
+_KNOWN |= {"residual_threshold", "stop_on_duplicate_support", "rescale_acts_by_decoder_norm", "apply_b_dec_to_input"}
+_KNOWN |= {"normalize_activations", "reshape_activations", "finetuning_scaling_factor", *_FACTORS}
+_KNOWN |= {"n_heads", "n_attn_layers", "bottleneck_factor", "sae_diff_type", "kval_topk", "tied_weights"}  # of TEMPORAL
+_OF_TRAINING = re.compile(r".*(coefficient|warm_up|init|loss|bandwidth|noise|lp_norm|matryoshka|tanh).*")
 _UNIT = 1e-6  # how far from 1 a length is by rounding alone
 # What TransformerLens changes of the model's weights besides centring, and the sites whose values it changes.
 _PROCESSING = {"fold_ln": ("mlp_in",), "fold_value_biases": ("attn_z",)}
@@ -124,6 +131,12 @@ def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     is_object = isinstance(settings.get("metadata", {}), dict)
     if not is_object or not {"architecture", "d_in"} & settings.keys():  # the first versions have no architecture
         raise UserError(f"{file} is not the description of a dictionary: expected an object with 'architecture'")
+    unknown = [name for name in settings.keys() - _KNOWN if not _OF_TRAINING.fullmatch(name)]
+    if unknown and "metadata" in settings:
+        logging.warning(
+            "%s has %s, which saejax does not know: if that changes what SAELens computes, other features fire here",
+            *(file, ", ".join(sorted(unknown))),
+        )
     if "metadata" not in settings:
         settings.setdefault("prepend_bos", True)  # what SAELens assumes of folders from before version 6
     metadata = settings.pop("metadata", {})
@@ -141,7 +154,7 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
     for key, size in (("d_in", width), ("d_sae", features), ("d_out", written)):
         if settings.get(key, size) != size:
             raise UserError(f"{file}: {key} is {settings[key]!r}, but the arrays of {WEIGHTS} have {size}")
-    _check(file, settings, transcoder)
+    check_settings(file, settings, transcoder)
     model = str(settings.get("model_name") or "")
     site, target = site or named_site(settings), named_site(settings, "hook_name_out")
     try:
@@ -173,7 +186,7 @@ def _parse_config(file: Path, settings: Mapping[str, Any], sizes: tuple[int, int
         target_width=written,
         skip=skip,
         centred=not transcoder and tensors.flag(file, settings, "apply_b_dec_to_input", True),
-        input_norm=_input_norm(file, settings, model, site, transcoder),
+        input_norm=find_input_norm(file, settings, model, site, transcoder),
         bos={True: "always", False: "never"}.get(settings.get("prepend_bos"), "auto"),  # type: ignore[arg-type]
         model=model,
     )
@@ -249,7 +262,7 @@ def _architecture(file: Path, settings: Mapping[str, Any]) -> str:
     return name
 
 
-def _check(file: Path, settings: Mapping[str, Any], transcoder: bool) -> None:
+def check_settings(file: Path, settings: Mapping[str, Any], transcoder: bool) -> None:
     """Refuse settings that would change what is computed and that no dictionary here has."""
     wrong = []
     # Heads side by side are how ``attn_z`` has them.
@@ -267,7 +280,7 @@ def _check(file: Path, settings: Mapping[str, Any], transcoder: bool) -> None:
         raise UserError(f"{file} has settings that a dictionary here cannot follow: {'; '.join(wrong)}")
 
 
-def _input_norm(file: Path, settings: Mapping[str, Any], model: str, site: str, transcoder: bool) -> str:
+def find_input_norm(file: Path, settings: Mapping[str, Any], model: str, site: str, transcoder: bool) -> str:
     """Return the normalisation of tokens that settings ask for, of which the weights' processing is a part."""
     norm = settings.get("normalize_activations", "none")
     if norm not in (*_NO_NORM, *_INPUT_NORMS, "constant_scalar_rescale"):
