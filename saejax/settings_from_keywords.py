@@ -1,8 +1,10 @@
 """Settings as a function's keywords."""
 
 import dataclasses
+import functools
 import inspect
 import os
+import re
 import textwrap
 import typing
 from collections.abc import Callable, Collection
@@ -11,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from saejax.config import Config, nested_groups
+from saejax.config import Config, group_name, nested_groups, own_settings
 from saejax.errors import UserError, nearest_names
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -78,6 +80,8 @@ def make_config(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
 def lists_settings(cls: type[Config], but: Collection[str] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let ``help`` and editors show the settings that a function takes as ``**settings``: a decorator.
 
+    A ``UserError`` that names their flags names them as keywords.
+
     Args:
       cls: the group whose fields they are.
       but: names of fields that it does not take; its own parameters are none either.
@@ -95,10 +99,27 @@ def lists_settings(cls: type[Config], but: Collection[str] = ()) -> Callable[[Ca
             textwrap.fill(f"{name}: {words}", 100, initial_indent="  ", subsequent_indent="    ")
             for name, (_, _, words) in settings.items()
         ]
-        shown: Any = function
+        shared = {field.metadata["shared"] for field in own_settings(cls).values()} - {""}
+        # Not those of a command that a message gives.
+        flag = re.compile(rf"(?<!saejax train )--(?:{'|'.join([group_name(cls), *shared])})\.(?:\w+\.)?(\w+)")
+
+        def name_keyword(match: re.Match[str]) -> str:
+            # One of the sites, say, where the flag takes several.
+            near = (match[1], match[1].removesuffix("s"))
+            return next((name for name in near if name in settings or name in signature.parameters), match[0])
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except UserError as error:
+                error.args = (flag.sub(name_keyword, str(error)),)
+                raise
+
+        shown: Any = call
         shown.__signature__ = signature.replace(parameters=[*taken, *keywords])
         shown.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Settings:", *lines, ""])
-        return function
+        return shown
 
     return decorate
 

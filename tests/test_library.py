@@ -424,7 +424,7 @@ def test_what_cannot_be_trained_on(acts):
         (f"activations at {SITE} are NaN or infinite, first in row 5", put(5, np.nan), {}),
         (f"activations at {SITE} are NaN or infinite, first in row 7", put(7, np.inf), {}),
         ("expected one vector for each", short, {}),
-        ("they have no covariance for --train.whiten_error=0.5", put(slice(None), 1.0), dict(whiten_error=0.5)),
+        ("they have no covariance for whiten_error=0.5", put(slice(None), 1.0), dict(whiten_error=0.5)),
         ("takes no source: it trains on the activations that it is given", acts, dict(source="model")),
         ("takes no kinds: give kind=", acts, dict(kinds="topk")),
         ("takes no hook_name: give site=", acts, dict(hook_name="blocks.1.hook_resid_post")),
@@ -578,6 +578,33 @@ def test_settings_of_another_type_are_refused():
     numbers = dict(k=np.int64(3), learning_rate=np.float32(0.5), zero_optimizer=np.bool_(True), init_from=Path("a"))
     saved = to_json(make_config(TrainConfig, "topk", **numbers))
     assert [saved[name] for name in numbers] == [[3], [0.5], True, "a"]
+
+
+def test_errors_of_settings_name_keywords(acts):
+    for settings, message in (
+        (dict(k=65), "^k=65 is more than the 64 features: lower it"),
+        (dict(kind="jumprelu", target_l0=5), "^target_l0=5 has no effect with l0_penalty=step: use"),
+        (dict(site="resid_post.9"), r"^resid_post.9 of site is no site .* \(--capture.sites="),
+    ):
+        with pytest.raises(UserError, match=message):
+            saejax.train(acts, **dict(site=SITE, features=64, on_progress=None) | settings)
+
+
+def test_contexts_of_a_crosscoder(lm, acts, sae):
+    site, d = f"{SITE}+resid_pre.0", sae.config.d_in
+    both = dataclasses.replace(acts, values={SITE: acts.values[SITE], "resid_pre.0": acts.values[SITE][:, ::-1] + 1})
+    config = DictionaryConfig(
+        kind="topk", site=site, k=4, d_in=2 * d, n_features=64, widths=(d, d), scales=(0.5, 2.0), max_norms=(1e9, 1e9)
+    )
+    crosscoder = Dictionary.initial(config, jax.random.key(0))
+    joined_NxD = np.concatenate([0.5 * both.values[SITE], 2 * both.values["resid_pre.0"]], axis=1)
+    usable_N = np.intersect1d(both.rows(SITE), both.rows("resid_pre.0"))
+    largest_F = np.asarray(crosscoder.encode(joined_NxD))[usable_N].max(axis=0)
+    features = np.argsort(-largest_F)[:3].tolist()
+    for feature, (first, *_) in saejax.top_contexts(lm, both, crosscoder, features).items():
+        assert first["acts"][first["peak"]] == pytest.approx(largest_F[feature], rel=5e-3)
+    with pytest.raises(UserError, match="is a site of a crosscoder, which .* expected one site of one model"):
+        saejax.label_features(lm, both, crosscoder)
 
 
 def test_contexts_matches_and_groups_in_memory(lm, acts, sae):

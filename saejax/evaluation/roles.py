@@ -44,8 +44,8 @@ def message_openers(tokenizer: Any) -> Openers:
     of_system = _tokens_around(tokenizer, "system", "user")
     if of_system and (system := of_system[0]) and of_system[1][-len(user) :] == user:
         # Unless the template writes it as a message of another role.
-        ends = [(system, opener, min(len(system), len(opener))) for opener in (user, assistant)]
-        if not any(one[-count:] == other[-count:] for one, other, count in ends):
+        shorter = ((opener, min(len(system), len(opener))) for opener in (user, assistant))
+        if all(_common(system[::-1], opener[::-1]) < size for opener, size in shorter):
             openers["system"] = system
     return {role: tuple(ids) for role, ids in openers.items()}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from saejax.activations.in_memory import Activations
+from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
 from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary
@@ -31,8 +32,8 @@ def top_contexts(
 
     Args:
       lm: the model, whose tokenizer spells the tokens.
-      acts: result of ``capture``, or a store, with the dictionary's site, and a transcoder's target: without it, its
-        attention sinks are not known, and contexts may be of them.
+      acts: result of ``capture``, or a store, with the dictionary's site (of a crosscoder, all of its sites), and a
+        transcoder's target: without it, its attention sinks are not known, and contexts may be of them.
       dictionary: the dictionary.
       features: indices of features, or one.
       count: contexts of each.
@@ -49,6 +50,7 @@ def top_contexts(
     pieces = _pieces(lm)
     with tempfile.TemporaryDirectory(prefix="saejax-contexts-") as folder:
         store = acts if isinstance(acts, Store) else acts.save(folder)
+        store = with_joined(store, [dictionary.site], {dictionary.site: dictionary.config.scales})
         with show_progress("top_contexts") as on_progress:
             return contexts.top_contexts(store, dictionary, chosen, count, pieces, lm.mesh, on_progress)
 
@@ -74,7 +76,8 @@ def label_features(lm: LanguageModel, acts: Activations | Store, dictionary: Dic
         if isinstance(acts, Store):
             store = acts
         else:
-            one_of(dictionary.site, acts.values, "site of these activations")
+            for site in single_sites([dictionary.site]):
+                one_of(site, acts.values, "site of these activations")
             count = len(np.unique(acts.sources_of_pieces()))
             if count < 3:
                 raise UserError(f"there are {count} texts: give at least 3, of which a third judges the labels")

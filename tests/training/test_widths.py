@@ -253,7 +253,7 @@ def test_a_study_keeps_no_activity_of_features_that_write_beside_the_stream(tmp_
 def test_what_cannot_be_is_refused_in_one_line(lm, acts, tmp_path):
     settings = dict(form="transcoder", k=4, expansion=1, batch=64, max_steps=2, on_progress=None)
     for site, target, message in (
-        ("mlp_act.0", "mlp_in", "--train.target=mlp_in does not follow mlp_act.0 of --train.sites"),
+        ("mlp_act.0", "mlp_in", "target=mlp_in does not follow mlp_act.0 of site"),
         ("resid_post.0", "resid_post", "does not follow resid_post.0"),
         ("mlp_in.0", "mlp_act.0", "target is 'mlp_act.0': expected one of resid_pre, attn_q"),
         ("mlp_in.0", "resid_mid", "does not follow mlp_in.0"),

@@ -281,7 +281,18 @@ def check_settings(file: Path, settings: Mapping[str, Any], transcoder: bool) ->
 
 
 def find_input_norm(file: Path, settings: Mapping[str, Any], model: str, site: str, transcoder: bool) -> str:
-    """Return the normalisation of tokens that settings ask for, of which the weights' processing is a part."""
+    """Return the normalisation of tokens that settings ask for, of which the weights' processing is a part.
+
+    Args:
+      file: the description, for messages.
+      settings: its settings.
+      model: name of the model.
+      site: the site that is read.
+      transcoder: whether it is a transcoder's.
+
+    Raises:
+      UserError: no dictionary here can follow them.
+    """
     norm = settings.get("normalize_activations", "none")
     if norm not in (*_NO_NORM, *_INPUT_NORMS, "constant_scalar_rescale"):
         raise UserError(f"{file}: normalize_activations is {norm!r}: expected one of none, {', '.join(_INPUT_NORMS)}")
