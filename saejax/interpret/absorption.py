@@ -38,7 +38,7 @@ from saejax.dictionaries.rescale import to_output_units
 from saejax.errors import UserError
 from saejax.interventions.bases import untrained
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import Tokens, continuation_ids, token_text
+from saejax.models.tokens import Tokens, continuation_ids, is_known, token_text
 from saejax.progress import OnProgress, show_progress, silent
 from saejax.short_reprs import has_short_repr
 
@@ -315,7 +315,7 @@ def draw_words(lm: LanguageModel, words: Sequence[str] | None, seed: int) -> tup
         texts = {}
         for word in dict.fromkeys(words):
             ids = continuation_ids(lm.tokenizer, f" {word}")
-            texts |= {ids[0]: f" {word}"} if len(ids) == 1 else {}
+            texts |= {ids[0]: f" {word}"} if len(ids) == 1 and is_known(lm.tokenizer, word, ids) else {}
     lower = set(string.ascii_lowercase)
     plain = [index for index, text in texts.items() if text[:1] == " " and len(text) > 3 and {*text[1:]} <= lower]
     drawn_N = np.sort(np.random.default_rng(seed).permutation(np.array(plain, np.int64))[:5000])

@@ -348,6 +348,18 @@ def continuation_ids(tokenizer: Any, answer: str, context: str | None = None) ->
     return [] if context is not None else encode(tokenizer, answer, bos="never")
 
 
+def is_known(tokenizer: Any, answer: str, ids: Sequence[int]) -> bool:
+    """Return whether the first of an answer's ids is a token of its own, not the one of all unknown texts.
+
+    Args:
+      tokenizer: tokenizer of the model.
+      answer: the text.
+      ids: its token ids.
+    """
+    unknown = getattr(tokenizer, "unk_token", None)  # of some tokenizers the token that ends a text, too
+    return not ids or ids[0] != getattr(tokenizer, "unk_token_id", None) or (unknown is not None and unknown in answer)
+
+
 def single_token_id(tokenizer: Any, spellings: Sequence[str]) -> int:
     """Return the id of the first of an answer's spellings that is one token.
 
@@ -356,16 +368,17 @@ def single_token_id(tokenizer: Any, spellings: Sequence[str]) -> int:
       spellings: taken as they are written, as in ``continuation_ids``.
 
     Raises:
-      UserError: each is several tokens, of which other answers may have the first, too; or there is no tokenizer.
+      UserError: each is several tokens, of which other answers may have the first, too, or unknown to the tokenizer; or
+        there is no tokenizer.
     """
     ids = [continuation_ids(tokenizer, text) for text in spellings]
-    for answer_ids in ids:
-        if len(answer_ids) == 1:
+    for text, answer_ids in zip(spellings, ids, strict=True):
+        if len(answer_ids) == 1 and is_known(tokenizer, text, answer_ids):
             return answer_ids[0]
     pieces = ", ".join(f"'{token_text(tokenizer)(index)}' ({index})" for index in ids[0])
+    what = f"{len(ids[0])} tokens" if len(ids[0]) != 1 else "unknown to the tokenizer"
     raise UserError(
-        f"the answer {spellings[0]!r} is {len(ids[0])} tokens: {pieces}; give the id of one of them, or a word of one "
-        "token"
+        f"the answer {spellings[0]!r} is {what}: {pieces}; give the id of one of them, or a word of one token"
     )
 
 

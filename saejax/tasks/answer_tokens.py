@@ -12,11 +12,12 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import continuation_ids
+from saejax.models.tokens import continuation_ids, is_known
 from saejax.tasks.behaviours import Prompt
 
 MERGED = "an answer is joined with the end of the text"
 ALIKE = "both answers begin with the same token"
+UNKNOWN = "an answer begins with what the tokenizer does not know"
 OTHER = "after the counterpart an answer begins with another token"
 
 
@@ -24,7 +25,8 @@ def answer_ids(tokenizer: Any, text: str, answer: str) -> list[int]:
     """Return the token ids of an answer that continues a text, at least one.
 
     Raises:
-      UserError: the text's own tokens are other ones when the answer follows, so that no token begins the answer.
+      UserError: the text's own tokens are other ones when the answer follows, so that no token begins the answer; or
+        that is the one of all unknown texts.
     """
     ids = continuation_ids(tokenizer, answer, text)
     if not ids:
@@ -32,6 +34,8 @@ def answer_ids(tokenizer: Any, text: str, answer: str) -> list[int]:
             f"the answer {answer!r} has no token of its own after {text!r}: {MERGED}; write it so that the answer "
             "begins a word, or follows a mark such as '=' or '$'"
         )
+    if not is_known(tokenizer, answer, ids):
+        raise UserError(f"the answer {answer!r} has the token of all unknown texts: {UNKNOWN}; write it otherwise")
     return ids
 
 
@@ -78,6 +82,8 @@ def fault(tokenizer: Any, prompt: Prompt) -> str:
     first_ids = [[continuation_ids(tokenizer, answer, text)[:1] for answer in answers] for text in texts]
     if not all(map(all, first_ids)):
         return MERGED
+    if not all(is_known(tokenizer, *pair) for pair in zip(answers, first_ids[0], strict=True)):
+        return UNKNOWN
     if first_ids[0][0] == first_ids[0][1]:
         return ALIKE
     # Both texts must begin the answers alike: patching compares the same two logits on either.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saejax.errors import UserError, one_of
-from saejax.models.tokens import continuation_ids
+from saejax.models.tokens import continuation_ids, is_known
 from saejax.tasks.answer_tokens import fault
 from saejax.tasks.behaviours import SPLITS, Prompt
 from saejax.tasks.recipes import Recipe, recipes
@@ -73,7 +73,8 @@ def make_prompts(
 
 def _single_tokens(behaviour: str, kind: str, items: Sequence[str], tokenizer: Any) -> list[str]:
     """Return the items that are one token after a space; a ``TooFewPrompts`` where these are fewer than four."""
-    kept = [item for item in items if len(continuation_ids(tokenizer, f" {item}")) == 1]
+    ids = {item: continuation_ids(tokenizer, f" {item}") for item in items}
+    kept = [item for item in items if len(ids[item]) == 1 and is_known(tokenizer, item, ids[item])]
     if len(kept) < 4:
         raise TooFewPrompts(
             f"{len(kept)} of {len(items)} {kind} of {behaviour} are single tokens of this tokenizer: "

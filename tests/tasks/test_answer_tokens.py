@@ -5,12 +5,14 @@ import types
 
 import pytest
 from tokenizer_kinds import KINDS, tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from saejax.errors import UserError
-from saejax.tasks.answer_tokens import ALIKE, MERGED, OTHER, answer_ids, fault, first_answer_ids
+from saejax.models.tokens import single_token_id
+from saejax.tasks.answer_tokens import ALIKE, MERGED, OTHER, UNKNOWN, answer_ids, fault, first_answer_ids
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.draw import make_prompts
+from saejax.tasks.draw import _single_tokens, make_prompts
 from saejax.tasks.settings import BEHAVIOURS
 
 ACCENTED = ("antonym_french", "antonym_spanish")
@@ -49,6 +51,23 @@ def test_every_family_has_the_behaviours_by_default(kind, monkeypatch):
                 assert whole[: len(ids)] == ids and whole[len(ids)] == token
                 assert reads.decode(whole[len(ids) :]).strip() == answer.strip()
             assert first != second
+
+
+def test_an_answer_that_the_tokenizer_does_not_know_is_refused():
+    """All such answers have one token: their logits would be those of any other."""
+    words = ["<unk>", "(", "The", "capital", "is", "Paris", "Rome"]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    reads = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    assert single_token_id(reads, [" Paris"]) == 5 and single_token_id(reads, [" <unk>"]) == 0
+    with pytest.raises(UserError, match=r"the answer ' Oslo' is unknown to the tokenizer: '<unk>' \(0\); give the id"):
+        single_token_id(reads, [" Oslo"])
+    assert fault(reads, ask("The capital is", " Paris", " Rome")) == ""
+    assert fault(reads, ask("The capital is", " Paris", " Oslo")) == UNKNOWN
+    with pytest.raises(UserError, match="the answer ' Oslo' has the token of all unknown texts"):
+        first_answer_ids(model(reads), [ask("The capital is", " Oslo", " Paris")])
+    with pytest.raises(UserError, match="2 of 5 capitals of own are single tokens of this tokenizer"):
+        _single_tokens("own", "capitals", ["Paris", "Rome", "Oslo", "Bern", "Lima"], reads)
 
 
 def test_an_answer_alone_may_have_another_token():

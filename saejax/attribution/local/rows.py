@@ -49,7 +49,7 @@ from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import DecoderConfig, RunRules
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import einsum, norm
-from saejax.models.tokens import continuation_ids, token_text
+from saejax.models.tokens import continuation_ids, is_known, token_text
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import AXES, BY_DOCUMENT, document_devices, fitting_sharding, sharding
 from saejax.short_reprs import has_short_repr
@@ -208,9 +208,10 @@ def token_of(model: LanguageModel, target: str | int) -> int:
     """
     if isinstance(target, str):
         ids = continuation_ids(model.tokenizer, target)
-        if len(ids) != 1:
+        if len(ids) != 1 or not is_known(model.tokenizer, target, ids):
             pieces = ", ".join(map(repr, map(token_text(model.tokenizer), ids)))
-            raise UserError(f"the target {target!r} is {len(ids)} tokens, {pieces}: expected one, such as the first")
+            what = f"{len(ids)} tokens" if len(ids) != 1 else "unknown to the tokenizer"
+            raise UserError(f"the target {target!r} is {what}, {pieces}: expected one, such as the first")
         return int(ids[0])
     token = as_index(target)
     if not 0 <= token < model.config.vocab:
