@@ -62,7 +62,8 @@ def load(files: Sequence[str | Path]) -> None:
             kinds.KINDS[name].source = source
         added_stages += _check_stages(file, stages, source)
     try:
-        registry.add_stages(added_stages)
+        if added_stages:
+            registry.add_stages(added_stages)
     except ValueError as error:
         raise UserError(f"--plugins={','.join(map(str, files))}: {error}") from None
 
