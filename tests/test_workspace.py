@@ -120,6 +120,12 @@ def test_files_in_the_place_of_a_link_are_left_alone(tmp_path, file, why):
     assert (tmp_path / "baseline" / file).read_text() == "mine"
 
 
+def test_a_unit_that_was_moved_to_a_disk_which_is_not_there_is_told(tmp_path):
+    (tmp_path / "baseline-m").symlink_to("/nowhere/baseline-m")
+    with pytest.raises(UserError, match="leads to /nowhere/baseline-m, which is not there: mount its disk"):
+        claim(Workspace(tmp_path), "baseline")
+
+
 def claim_elsewhere(root, then: str) -> subprocess.Popen:
     """A process that claims a unit and says so, or that it was refused."""
     code = (

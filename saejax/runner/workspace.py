@@ -147,6 +147,10 @@ class Workspace:
         """
         folder = self.folder(unit, mark)
         self._check_place(unit)
+        if folder.is_symlink() and not folder.exists():  # a store, perhaps, that was moved to another disk
+            raise UserError(
+                f"{folder} leads to {os.readlink(folder)}, which is not there: mount its disk, or delete it"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         with hold_claim(folder, unit, take_over):
             yield folder

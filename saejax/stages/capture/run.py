@@ -34,6 +34,7 @@ from saejax.parallel.collectives import alone, wait_for_all
 from saejax.parallel.processes import ProcessShare
 from saejax.parallel.settings import MeshConfig
 from saejax.parallel.stopping import interruptible
+from saejax.runner.registry import all_stages
 from saejax.runner.workspace import Run
 from saejax.stages.tokenize.run import text_documents
 from saejax.tasks import corpora
@@ -140,7 +141,9 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
     hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
     index = [config.shard_rows, config.last, run.configs[CorpusConfig].seed, hashes]
     # A change of any of these would make other values; the mesh and the batch size do not belong here.
-    vectors = ["torch" if request.in_torch else "jax", config.dtype, config.store_dtype]
+    # A new revision of the stage has other values, too.
+    backend, revision = "torch" if request.in_torch else "jax", all_stages()[run.stage].revision
+    vectors = [backend, config.dtype, config.store_dtype, revision]
     work = {INDEX: fingerprint(index)}
     for site in request.sites:
         captured = request.second if isinstance(site, OtherSite) and request.second else request
