@@ -107,9 +107,12 @@ class Recording(NamedTuple):
 def fitting_pairs(
     lm: LanguageModel, prompts: Sequence[Prompt], split: str = "test"
 ) -> tuple[list[Prompt], dict[str, int]]:
-    """Return the prompts of a split with a counterpart of as many tokens, and the number of others by reason."""
+    """Return the prompts of a split with a counterpart of as many tokens, and the number of others by reason.
+
+    The text itself is no counterpart.
+    """
     chosen = [prompt for prompt in prompts if prompt.split == split]
-    paired = [prompt for prompt in chosen if prompt.counterpart]
+    paired = [prompt for prompt in chosen if prompt.counterpart not in ("", prompt.text)]
     fitting: list[Prompt] = []
     if paired:
         clean, corrupted = _tokenize(lm, paired)

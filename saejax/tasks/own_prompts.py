@@ -75,7 +75,11 @@ def _read_lines(task: TaskConfig, tokenizer: Any | None) -> dict[str, list[dict[
                 f"{where} has the behaviour {text[0]!r}, and an earlier line {other!r}: some disks take their files "
                 "for the same; give it another name"
             )
-        if tokenizer is not None and (why := fault(tokenizer, _prompt("train", fields))):
+        try:
+            why = fault(tokenizer, _prompt("train", fields)) if tokenizer is not None else ""
+        except UserError as error:  # of a text that the tokenizer cannot read
+            raise UserError(f"{where}: {error}") from None
+        if why:
             raise UserError(
                 f"{where}: {fields['text']!r} with {fields['correct']!r} or {fields['wrong']!r}: {why}, "
                 "as this model's tokenizer cuts them: write it otherwise, or take it out"
@@ -156,6 +160,8 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: the name {shown(record['behaviour'])} is taken: expected none of {', '.join(_TAKEN)}"
         )
+    if record.get("counterpart") == record["text"]:
+        raise UserError(f"{where}: 'counterpart' is the text itself: expected one with other content, or none")
     if record.get("split", "train") not in SPLITS:
         raise UserError(f"{where}: 'split' is {shown(record['split'])}: expected train or test")
     return record

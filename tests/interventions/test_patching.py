@@ -207,10 +207,9 @@ def test_one_prompt_is_not_normalised():
 
 def test_what_cannot_be_patched_is_refused_in_a_line(tiny, tiny_llama, pairs):
     longer = dataclasses.replace(pairs[0], counterpart=pairs[0].text + " and so on")
-    fitting, left_out = patching.fitting_pairs(
-        tiny, [longer, dataclasses.replace(longer, counterpart="")], longer.split
-    )
-    assert not fitting and left_out == {"no counterpart": 1, "other length": 1}
+    without = [dataclasses.replace(longer, counterpart=text) for text in ("", longer.text)]
+    fitting, left_out = patching.fitting_pairs(tiny, [longer, *without], longer.split)
+    assert not fitting and left_out == {"no counterpart": 2, "other length": 1}
     in_torch = saejax.load_model(str(tiny_llama), backend="torch", mesh=tiny.mesh)
     alike = [dataclasses.replace(pair, split="test") for pair in pairs[:2]]
     alike[1] = dataclasses.replace(alike[1], wrong=alike[1].correct + " far")

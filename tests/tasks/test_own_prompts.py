@@ -114,6 +114,7 @@ def test_the_identity_is_of_the_content(tmp_path):
         ([*LINES, LINES[2]], "line 7 has the text of an earlier line of 'plural'"),
         ([line | dict(wrong=" cows") for line in LINES], r"line 1: 'Two' with .* begin with the same token"),
         ([*LINES[:3], LINES[3] | dict(counterpart="Four\\")], "line 4: 'Five' .*joined"),
+        ([*LINES, LINES[0] | dict(text="Nine", counterpart="Nine")], "line 7: 'counterpart' is the text itself"),
         ([LINES[0] | dict(labels="yes")], 'is "yes"'),
         ([LINES[0] | dict(labels={"answer": "a"})], "none of"),
         ([LINES[0] | dict(labels={"a b": "c"})], "digits and '_'"),
@@ -123,6 +124,13 @@ def test_the_identity_is_of_the_content(tmp_path):
 def test_bad_files(read, lines, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         read(lines)
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_told_with_its_line(tmp_path, lm):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(LINES[0]) + "\n" + json.dumps(LINES[1] | dict(text="Six \ud800")))
+    with pytest.raises(UserError, match=r"own.jsonl, line 2: the text 'Six .* has an unpaired surrogate"):
+        read_own_prompts(TaskConfig(prompts=str(path)), lm.tokenizer)
 
 
 def test_all_bad_lines_are_listed_at_once(read):
