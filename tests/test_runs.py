@@ -72,6 +72,11 @@ def test_a_unit_whose_name_has_a_dash_is_listed_once(tmp_path):
     assert states(tmp_path) == {"track/two-words": ["obsolete", "current"]}
 
 
+def test_units_of_workdirs_in_a_folder_are_none_of_it(workdir):
+    """A defect: some of them were listed, without their readers, and were removed."""
+    assert runs.list_units(workdir) and runs.list_units(workdir.parent) == []
+
+
 def test_a_dictionary_that_a_flag_names_by_its_folder_stays(tmp_path):
     """A defect: the command that had made all current units was then refused, as that folder was missing."""
     folder = make_unit(tmp_path, "train/topk", "0" * 16)

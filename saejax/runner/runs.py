@@ -82,17 +82,13 @@ def list_units(root: Path) -> list[KeptUnit]:
     Raises:
       UserError: a unit's file is damaged.
     """
-    begun = [
-        (path, read_object(path, "fingerprint"))
-        for pattern in ("*-*", "*/*-*")
-        for path in root.glob(f"{pattern}/{STARTED}")
-    ]
-    # The link to a unit may have a dash in its name, too.
-    started = {path.parent: about for path, about in begun if path.parent.name.endswith(f"-{about['fingerprint']}")}
-    names = {
-        folder: folder.relative_to(root).as_posix().removesuffix(f"-{about['fingerprint']}")
-        for folder, about in started.items()
-    }
+    started, names = {}, {}
+    for path in (path for pattern in ("*-*", "*/*-*") for path in root.glob(f"{pattern}/{STARTED}")):
+        folder, about = path.parent, read_object(path, "fingerprint")
+        name = folder.relative_to(root).as_posix().removesuffix(ending := f"-{about['fingerprint']}")
+        # Not a link to a unit, whose name may have a dash, too, nor a unit of a workdir in this folder.
+        if folder.name.endswith(ending) and about.get("depends_on", {}).get("unit", name) == name:
+            started[folder], names[folder] = about, name
     current = {name: linked_folder(root / name) for name in names.values()}
     members = {name for folder in current.values() if folder for name in _members(folder)}
     reads = {folder: _reads(folder, about) for folder, about in started.items()}
