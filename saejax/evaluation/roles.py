@@ -42,7 +42,10 @@ def message_openers(tokenizer: Any) -> Openers:
         return {}
     openers = dict(user=user, assistant=assistant)
     of_system = _tokens_around(tokenizer, "system", "user")
-    if of_system and (system := of_system[0]) and of_system[1][-len(user) :] == user:
+    front = before[: len(before) - len(user)]  # of all chats
+    system = of_system[0] if of_system else []
+    system = system[len(front) :] if system[: len(front)] == front else system
+    if of_system and system and of_system[1][-len(user) :] == user:
         # Unless the template writes it as a message of another role.
         shorter = ((opener, min(len(system), len(opener))) for opener in (user, assistant))
         if all(_common(system[::-1], opener[::-1]) < size for opener, size in shorter):

@@ -123,6 +123,20 @@ def test_messages_are_found_where_their_ends_merge_with_the_templates_own_signs(
     assert roles_of_words(tokenizer, openers, roles, ids, ["terse", "why", "so", "how", "thus"]) == expected
 
 
+def test_what_stands_before_the_first_message_has_no_role():
+    tokenizer = Tokenizer("a talk\n" + CHATML)
+    openers = message_openers(tokenizer)
+    for first in ("system", "user"):
+        ids = tokenizer.encode_chat((first, "be terse"), ("user", "why"), ("assistant", "so"))
+        (roles,) = roles_of_tokens(documents((0, ids)), openers, [])
+        assert roles_of_words(tokenizer, openers, roles, ids, ["talk", "be", "why", "so"]) == [
+            "",
+            first,
+            "user",
+            "assistant",
+        ]
+
+
 def test_a_system_message_that_is_written_as_another_roles_is_that_roles():
     template = "{% for m in messages %}{{ 'Human' if m.role == 'user' else 'Bot' }}:\n{{ m.content }}\n\n{% endfor %}"
     assert message_openers(Tokenizer(template)).keys() == {"user", "assistant"}
