@@ -313,6 +313,11 @@ class LayerTranscoders(LayerDictionaries):
     @classmethod
     def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "LayerTranscoders":
         """Return the set of some transcoders in memory, in the order of layers; refuse what holds something else."""
+        if isinstance(dictionaries, LayerSaes):
+            raise UserError(
+                f"{dictionaries.name} are SAEs: expected transcoders of all layers; features of SAEs are changed by "
+                "lm(tokens, edits=[sae.ablate(...)])"
+            )
         if not isinstance(dictionaries, Sequence) or not all(
             isinstance(dictionary, Dictionary) for dictionary in dictionaries
         ):

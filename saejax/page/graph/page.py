@@ -178,6 +178,8 @@ def _about(metadata: Mapping[str, Any]) -> str:
         parts.append(f"with {traced:,} of {active:,} active features traced ({percent(traced / active)})")
     elif scores:
         parts.append("the share of active features that was traced is not stated")
+    if isinstance(generation.get("edges"), str):
+        parts.append(f"edges are {generation['edges']}")
     settings = metadata.get("pruning_settings") or {}
     kept = settings.get("node_threshold", metadata.get("node_threshold"))
     if _is_number(kept):

@@ -84,6 +84,8 @@ def test_scores_stand_beside_the_share_of_features_that_was_traced(document):
     assert "score 0.50, the share of active features that was traced is not stated" in page_html(scored)
     scored["metadata"] |= dict(generation_settings=dict(active_features=4097, traced_features=4096))
     assert "score 0.50, with 4,096 of 4,097 active features traced (100\u00a0%)" in page_html(scored)
+    scored["metadata"]["generation_settings"]["edges"] = "direct gradient x activation, first-order estimates"
+    assert ", edges are direct gradient x activation, first-order estimates, pruned" in page_html(scored)
     assert "not stated" not in page_html(document)
     scored["metadata"]["pruning_settings"] = dict(node_threshold=0.999, edge_threshold=0.8)
     said = "pruned to 99.9\u00a0% of the influence of nodes, 80\u00a0% of the influence of edges."  # not to 100 %

@@ -197,3 +197,26 @@ def test_nodes_do_not_cover_each_other(opened, document):
     x_N, y_N, radius_N = (np.array([place[name] for place in places]) for name in ("x", "y", "radius"))
     apart_NxN = np.hypot(x_N[:, None] - x_N, y_N[:, None] - y_N) - (radius_N[:, None] + radius_N)
     assert apart_NxN[~np.eye(len(ids), dtype=bool)].min() >= 0
+
+
+def test_names_stand_where_they_hide_fewer_nodes(show_page):
+    """To the left of a node whose neighbours stand at its right, where there is room."""
+    document = made_up_document(features=6, edges=20, layers=3, seed=0)
+    one = next(one for one in document["nodes"] if one["feature_type"] == FEATURE)
+    copies = [
+        {**one, "node_id": f"1_{k}_5", "layer": "1", "ctx_idx": 5, "feature": k, "clerp": "named" * (k == 0)}
+        for k in range(3)
+    ]
+    others = [{**other, "clerp": ""} for other in document["nodes"]]
+    browser = show_page({**document, "nodes": others + copies})
+    ids = [copy["node_id"] for copy in copies]
+    x = [browser.js(f"attributionGraph.place({json.dumps(id)}).x") for id in ids]
+    browser.js(
+        "window.said = []; const fill = CanvasRenderingContext2D.prototype.fillText;"
+        "CanvasRenderingContext2D.prototype.fillText = function (text, ...at) {"
+        " said.push([text, this.textAlign]); return fill.call(this, text, ...at); }"
+    )
+    browser.view(1200, 900, still=True)
+    browser.wait("said.some(([text]) => text === 'named')")
+    sides = {side for text, side in browser.js("said") if text == "named"}
+    assert x == sorted(x) and sides == {"right"}, (x, sides)  # the text ends at the node

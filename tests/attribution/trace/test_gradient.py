@@ -10,7 +10,7 @@ from graph_checks import double
 from made_transcoders import made_sae
 from torch_sites import MODULES, relative_error, run_torch
 
-from saejax import open_saes, save_dictionary, trace
+from saejax import LocalModel, open_saes, save_dictionary, trace
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import BIAS, FEATURE, LOGIT, TOKEN
 from saejax.attribution.local.edits import Change
@@ -117,6 +117,8 @@ def saes_of(lm, sites):
 
 def test_rows_are_torchs_gradients(case):
     lm, saes, model = case
+    with pytest.raises(UserError, match="are SAEs: expected transcoders of all layers; features of SAEs"):
+        LocalModel(lm, open_saes(saes), IDS)
     graph = trace(lm, open_saes(saes), IDS, max_logits=3)
     features = graph.nodes[graph.slice_of(FEATURE)]
     _, values = run_torch(model, np.array([IDS]))

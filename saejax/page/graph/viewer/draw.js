@@ -156,8 +156,12 @@ class Picture {
     const name = clip(graph.labels[i], 26);
     const away = layout.radius[i] + 7;
     const width = this.measure(name, 11, true);
-    const toLeft = layout.x[i] + away + width > this.scroll + layout.width;
-    const left = layout.x[i] + (toLeft ? -away - width : away);
+    const sides = [layout.x[i] + away, layout.x[i] - away - width];
+    const beyond = (left) => left < this.scroll || left + width > this.scroll + layout.width;
+    const near = nodesWhere(graph, (k) => k !== i && this.visible.node[k] && Math.abs(layout.y[k] - layout.y[i]) < 10);
+    const hides = (left) => near.filter((k) => layout.x[k] > left - 4 && layout.x[k] < left + width + 4).length;
+    const toLeft = beyond(sides[0]) || (!beyond(sides[1]) && hides(sides[1]) < hides(sides[0]));
+    const left = sides[Number(toLeft)];
     const box = { left, right: left + width, y: layout.y[i] };
     const meets = (other) => Math.abs(other.y - box.y) < 12 && other.left < box.right && box.left < other.right;
     if (names.some(meets)) return;
