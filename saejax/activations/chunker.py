@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.models.tokens import bos_tokens, encode, own_beginnings
+from saejax.models.tokens import bos_tokens, encode, make_chat_text, own_beginnings
 from saejax.tasks.corpora import Document
 from saejax.tasks.settings import CorpusConfig, TaskConfig
 from saejax.tasks.text_sources import Messages, text_sources
@@ -202,13 +202,8 @@ class Chunker:
         """Return a document's text; raise a ``UserError`` for a chat if the tokenizer has no template for it."""
         if isinstance(content, str):
             return content
-        try:
-            return str(self._tokenizer.apply_chat_template(list(content), tokenize=False))
-        except Exception as error:  # of any type: a template is a program that refuses roles in its own words
-            raise UserError(
-                f"the tokenizer cannot make text of the messages of a chat ({str(error).splitlines()[0]}): name a "
-                "model with a chat template that knows these roles, or text by --corpus.field"
-            ) from None
+        advice = "name a model with a chat template that knows these roles, or text by --corpus.field"
+        return make_chat_text(self._tokenizer, list(content), advice)
 
 
 def _split_of(text: Document, held_out: Callable[[Document], bool]) -> int:

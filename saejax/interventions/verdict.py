@@ -107,9 +107,8 @@ class MeasuredBehaviour:
         """
         prompts = table.select_prompts(behaviour)
         if len(prompts) < 2:
-            raise UserError(
-                f"{behaviour} has {len(prompts)} test prompts: expected at least 2; raise --task.test_prompts"
-            )
+            count = counted(len(prompts), "test prompt")
+            raise UserError(f"{behaviour} has {count}: expected at least 2; raise --task.test_prompts")
         weight_RxP = bootstrap.resampling_weights(
             [prompt.template for prompt in prompts], config.resamples, config.seed
         )

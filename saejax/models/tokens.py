@@ -253,6 +253,25 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
     return ids if ids[: len(front)] == front else front + ids
 
 
+def make_chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], advice: str, **options: Any) -> str:
+    """Return the text that a tokenizer's chat template makes of messages, special tokens included.
+
+    Args:
+      tokenizer: tokenizer of the model.
+      messages: with a role and a content each.
+      advice: what to do where it cannot make a text of them.
+      **options: further arguments of the template.
+
+    Raises:
+      UserError: it cannot.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # of any type: a template is a program that refuses roles in its own words
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the tokenizer cannot make text of the messages of a chat ({reason}): {advice}") from None
+
+
 def own_beginnings(tokenizer: Any, bos: str) -> frozenset[int]:
     """Return the special tokens of which a text that begins with one gets no BOS; for ``bos`` see ``encode``."""
     if bos != "always" or bos_tokens(tokenizer):

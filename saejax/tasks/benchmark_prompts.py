@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saejax.errors import UserError
-from saejax.models.tokens import encode
+from saejax.models.tokens import encode, make_chat_text
 from saejax.tasks.benchmark_definitions import Item, definition
 from saejax.tasks.settings import TaskConfig
 
@@ -51,7 +51,8 @@ class Prompter:
         # Answers are short: thoughts would be cut off, and no choice is likely where they should begin.
         thinks = "enable_thinking" in str(self.tokenizer.chat_template)
         options = dict(enable_thinking=False) if thinks else {}
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        advice = "leave --task.chat_template out"
+        return make_chat_text(self.tokenizer, messages, advice, add_generation_prompt=True, **options)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a prompt."""

@@ -674,7 +674,7 @@ def without_prompts(table: EffectsTable, ids: Sequence[str]) -> EffectsTable:
 def test_one_prompt_is_refused():
     table = merge_tables(make_rows().blocks)
     columns = (column[table.prompt_N == 0] for column in (table.edit_N, table.prompt_N, table.readout_N, table.value_N))
-    with pytest.raises(UserError, match="b has 1 test prompts: expected at least 2"):
+    with pytest.raises(UserError, match="b has 1 test prompt: expected at least 2"):
         verdict(EffectsTable(table.edits, table.prompts[:1], *columns), CONFIG)
 
 

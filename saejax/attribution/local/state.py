@@ -54,7 +54,7 @@ from saejax.models.config import DecoderConfig, RunRules
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import einsum, norm
 from saejax.models.parameters import LAYERS
-from saejax.models.tokens import Tokens, encode
+from saejax.models.tokens import Tokens, encode, make_chat_text
 from saejax.parallel.collectives import to_host
 from saejax.short_reprs import has_short_repr
 from saejax.wording import counted
@@ -452,8 +452,8 @@ def _apply_chat_template(model: LanguageModel, prompt: str) -> list[int]:
     """Return the ids of a user's turn and the beginning of the answer; the template writes special tokens itself."""
     if not getattr(model.tokenizer, "chat_template", None):
         raise UserError(f"the tokenizer of {model.source.name} has no chat template: leave --model.chat_template out")
-    messages = [dict(role="user", content=prompt)]
-    text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    messages, advice = [dict(role="user", content=prompt)], "leave --model.chat_template out"
+    text = make_chat_text(model.tokenizer, messages, advice, add_generation_prompt=True)
     return encode(model.tokenizer, text, bos="never")
 
 

@@ -296,6 +296,10 @@ def test_a_text_begins_with_a_special_token_or_stands_in_the_chat_template(tiny,
     assert "".join(trace(tiny, made, "The cat near the dogs", max_logits=2).tokens) == text.prompt
     with pytest.raises(UserError, match="has no chat template: leave --model.chat_template out"):
         trace(tiny, made, "The war", chat=True)
+    for template, reason in (("{{ raise_exception('no users') }}", "no users"), ("{% for m in", "unexpected .*")):
+        monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
+        with pytest.raises(UserError, match=rf"messages of a chat \({reason}\): leave --model.chat_template out"):
+            trace(tiny, made, "The war", chat=True)
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}>"
     monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
     graph = trace(tiny, made, "The war", chat=True, max_logits=2)
