@@ -126,6 +126,15 @@ def test_a_budget_warns_and_then_ends_the_run(fake, tmp_path):
     assert fake.ran == []
 
 
+def test_a_damaged_file_of_hours_is_deleted_alone(tmp_path):
+    """Its folder has the hours of all other attempts."""
+    (tmp_path / "hours").mkdir(parents=True)
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "hours" / "a.json").write_text(content)
+        with pytest.raises(UserError, match=r"hours/a.json .*: it is damaged; delete this file, and the hours of its"):
+            used_device_hours(Workspace(tmp_path))
+
+
 def test_hours_of_attempts_that_failed_or_were_killed_count(fake, monkeypatch):
     """An attempt is written while it runs, counts all devices, and outlives the folder of its unit."""
     monkeypatch.setattr(usage, "_WRITE_EVERY", 0.001)

@@ -121,8 +121,19 @@ def _device_count() -> int:
 
 
 def _attempts(workspace: Workspace) -> list[dict[str, Any]]:
-    """Return the attempts at the units of a workdir."""
-    return [read_object(path, "unit", "seconds", "devices") for path in workspace.root.glob(f"{HOURS}/*.json")]
+    """Return the attempts at the units of a workdir.
+
+    Raises:
+      UserError: the file of one is damaged.
+    """
+    attempts = []
+    for path in workspace.root.glob(f"{HOURS}/*.json"):
+        try:
+            attempts.append(read_object(path, "unit", "seconds", "devices"))
+        except UserError as error:  # its folder has the hours of all other attempts
+            damage = str(error).partition(";")[0]
+            raise UserError(f"{damage}; delete this file, and the hours of its attempt count no more") from None
+    return attempts
 
 
 def _device_hours(attempts: Sequence[Mapping[str, Any]]) -> float:
