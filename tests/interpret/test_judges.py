@@ -165,7 +165,7 @@ class Counting:
 
 
 def answers_of(folder, endpoint, limit=10_000, stopping=lambda: False, model="judge", concurrency=1):
-    run = SimpleNamespace(say=lambda line: None, stopping=stopping, share=ProcessShare())
+    run = SimpleNamespace(stage="explain", say=lambda line: None, stopping=stopping, share=ProcessShare())
     config = ExplainConfig(most_tokens=limit, model=model, concurrency=concurrency)
     return Answers(folder, endpoint, config, lambda label: Progress(run, "answers").of_part(label, 0))
 

@@ -45,7 +45,7 @@ def run_circuits(run: Run) -> CircuitsResults:
     config, graph_config = run.configs[CircuitsConfig], run.configs[GraphConfig]
     tested = read_tested(run.inputs["baseline"], config.behaviours, "--circuits.behaviours")
     for name, why in tested.left_out.items():
-        run.say(f"circuits: {name} is left out: {why}")
+        run.say(f"{name} is left out: {why}")
     given_groups = read_groups(config.groups, config.behaviours)
     if unused := [name for name in given_groups if name not in config.behaviours]:
         run.say(

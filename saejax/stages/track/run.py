@@ -49,7 +49,7 @@ def run_track(run: Run) -> TrackResults:
         lm = load_run_model(run)
         stack = open_stack(config.dictionaries, run.inputs, run.folder.parent.parent, lm)
         jacobians = load_jacobian_lens(lm, config.lens).jacobians if config.lens else None
-        lm = follow_bos(lm, [layer.config for layer in stack], lambda line: run.say(f"track: {line}"))
+        lm = follow_bos(lm, [layer.config for layer in stack], run.say)
         # All, before the first is followed: what is wrong with one is said at once.
         texts = {slug: encode(lm, write_solution(lm, problem, config.generate)) for slug, problem in problems.items()}
 
