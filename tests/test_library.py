@@ -603,6 +603,8 @@ def test_contexts_of_a_crosscoder(lm, acts, sae):
     features = np.argsort(-largest_F)[:3].tolist()
     for feature, (first, *_) in saejax.top_contexts(lm, both, crosscoder, features).items():
         assert first["acts"][first["peak"]] == pytest.approx(largest_F[feature], rel=5e-3)
+    matched, joined_NxF = saejax.match_features(crosscoder, crosscoder, acts=both), crosscoder.encode(joined_NxD)
+    np.testing.assert_array_equal(matched.pairs.partner_F >= 0, np.asarray(joined_NxF)[usable_N].any(axis=0))
     with pytest.raises(UserError, match="is a site of a crosscoder, which .* expected one site of one model"):
         saejax.label_features(lm, both, crosscoder)
 

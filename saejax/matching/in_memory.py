@@ -11,6 +11,7 @@ import numpy as np
 from saejax.activations.in_memory import Activations
 from saejax.arguments import check_classes
 from saejax.dictionaries import Dictionary
+from saejax.dictionaries.joined import join
 from saejax.errors import UserError, one_of
 from saejax.matching.clusters.groups import Coactivation, StableGroups, find_groups
 from saejax.matching.match import Matched, match, measure_pairs
@@ -111,7 +112,7 @@ def group_features(
     """Group the features of a dictionary that fire on the same tokens.
 
     Args:
-      acts: result of ``capture``, with the dictionary's site.
+      acts: result of ``capture``, with the dictionary's site (of a crosscoder, all of its sites).
       dictionary: the dictionary.
       smallest: number of features of the smallest group.
       resamples: number of bootstrap samples of the texts, and of shuffled data.
@@ -140,6 +141,10 @@ def _texts_of_rows(acts: Activations) -> np.ndarray:
 
 
 def _encode(acts: Activations, dictionary: Dictionary) -> Activity:
-    one_of(dictionary.site, acts.values, "site of these activations")
-    target_NxO = acts.values.get(dictionary.config.target)  # without it only sinks at the site are known
-    return encode(dictionary.with_sink_norms(acts.max_norm), acts.values[dictionary.site], _BATCH_TOKENS, target_NxO)
+    config = dictionary.config
+    if config.widths:
+        values_NxD = np.asarray(join(config, acts.values))
+    else:
+        values_NxD = acts.values[one_of(config.site, acts.values, "site of these activations")]
+    target_NxO = acts.values.get(config.target)  # without it only sinks at the site are known
+    return encode(dictionary.with_sink_norms(acts.max_norm), values_NxD, _BATCH_TOKENS, target_NxO)
