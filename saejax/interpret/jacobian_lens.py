@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.arguments import check_classes, suggests_names
+from saejax.arguments import as_numbers, check_classes, suggests_names
 from saejax.dictionaries.formats import place
 from saejax.errors import UserError, file_errors
 from saejax.files import whole_file
@@ -148,7 +148,10 @@ def fit_jacobian_lens(
     config = lm.config
     if isinstance(config, TorchConfig):
         raise UserError(f"{lm.source.name} runs in PyTorch: a Jacobian lens is fitted to models of the JAX families")
-    chosen = sorted(set(range(config.n_layers - 1) if layers is None else layers))
+    numbers = as_numbers(range(config.n_layers - 1) if layers is None else layers, whole=True)
+    if numbers is None or numbers.ndim != 1:
+        raise UserError(f"layers is {layers!r:.60}: expected layers, such as [3, 4], or None for all but the last")
+    chosen = sorted(set(numbers.tolist()))
     wrong = [layer for layer in chosen if not 0 <= layer < config.n_layers]
     if wrong or not chosen:
         fault = f"{wrong} is none of" if wrong else "expected some of"

@@ -83,6 +83,9 @@ def test_what_cannot_be_fitted(lm, lens):
         saejax.fit_jacobian_lens(lm, TEXTS, [4])
     with pytest.raises(UserError, match=r"layers is \[\]: expected some of 0 to 3"):
         saejax.fit_jacobian_lens(lm, TEXTS, [])
+    for layers in (["1"], [True], [[1], [2]]):
+        with pytest.raises(UserError, match="layers is .*: expected layers, such as"):
+            saejax.fit_jacobian_lens(lm, TEXTS, layers)
     with pytest.raises(UserError, match=f"no text has {SKIPPED + 2} tokens"):
         saejax.fit_jacobian_lens(lm, ["a b"])
     with pytest.raises(UserError, match="the lens reads resid_post.1, resid_post.2, and the sites are mlp_out.0"):
