@@ -1,11 +1,13 @@
 """The rule of a verdict, the answers to six questions about the top features of each behaviour, and their wording."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from saejax.arguments import suggests_names
+from saejax.interventions.table import TEXT
 from saejax.results import Interval
 from saejax.short_reprs import has_short_repr
 from saejax.statistics.bootstrap import percentile_interval
@@ -270,7 +272,7 @@ def ablation_sentence(
     """
     name, factor, unit = ABLATION_READOUTS[readout.removesuffix(RESAMPLED)]
     verb = "Resampling" if readout.endswith(RESAMPLED) else "Ablating"
-    digits = 2 if factor == 1 else 1
+    digits = _decimals(readout, effect.mean) if factor == 1 else 1
     rises = effect.mean < 0
     shown = effect * (-factor if rises else factor)
     low, high = sorted((shown.low, shown.high))
@@ -288,6 +290,14 @@ def ablation_sentence(
         listed = ", ".join(f"{template!r} {factor * drop:.{digits}f}" for template, drop in disagreeing.items())
         return f"{text}, but the templates disagree: {listed}."
     return f"{text}, in every template."
+
+
+def _decimals(readout: str, size: float) -> int:
+    """Return with how many decimals effects of this size are printed: of a readout of a user's, at least two digits."""
+    # "0.00" says nothing of a probability; logits and nats that are smaller than that are nothing.
+    if readout != "readout" or not 0 < abs(size) < 1:
+        return 2
+    return 1 - math.floor(math.log10(abs(size)))
 
 
 def too_few_prompts(count: int, least: int) -> str:
@@ -336,19 +346,19 @@ def among_sentence(
             f"Not testable: the {counted(pool, 'other feature')} that lists are drawn from make{'s' * (pool == 1)} "
             f"fewer than ten lists of {numbers['features']:.0f}, which are nearly the same; use a smaller k."
         )
-    unit = ABLATION_READOUTS[objective][2]
+    unit, digits = ABLATION_READOUTS[objective][2], _decimals(objective, numbers["top"])
     # p = (1 + controls that lower the objective at least as much) / (1 + controls); see ``ranks.rank_p``.
     reaching = round(numbers["p_controls"] * (count + 1)) - 1
     text = (
-        f"The {counted(k, 'top feature')} cost{'s' * (k == 1)} {numbers['top']:z.2f} {unit}; "
-        f"{count} {words} of the same dose cost {numbers['median']:z.2f} in the median and "
-        f"{numbers['high']:z.2f} at the 95th percentile"
+        f"The {counted(k, 'top feature')} cost{'s' * (k == 1)} {numbers['top']:z.{digits}f} {unit}; "
+        f"{count} {words} of the same dose cost {numbers['median']:z.{digits}f} in the median and "
+        f"{numbers['high']:z.{digits}f} at the 95th percentile"
     )
     if ratio := over_controls(numbers):
         text += f" (ratio {ratio:.1f})"
     text += f", and {reaching} of them at least as much"
     if "uncentred" in numbers:
-        text += f"; around zero in place of its centre they cost {numbers['uncentred']:z.2f} in the median"
+        text += f"; around zero in place of its centre they cost {numbers['uncentred']:z.{digits}f} in the median"
     if group == "placebo" and answer.parts:
         share, takes = answer.parts["share"], "It takes" if k == 1 else "They take"
         text += (
@@ -422,15 +432,17 @@ def basis_sentence(answer: CausalAnswer, name: str, objective: str, reason: str 
         "no significant difference": "no significant difference, which is not equality",
         "not testable": reason,
     }
-    at = answer.effect
+    at, digits = answer.effect, _decimals(objective, answer.numbers["top"])
     return (
-        f"Against {BASIS_NAMES.get(name, name)} of the same dose: {answer.numbers['top']:.2f} "
-        f"{ABLATION_READOUTS[objective][2]} lost to {answer.numbers['basis']:.2f}; difference {at.mean:+.2f} "
-        f"[{at.low:.2f}, {at.high:.2f}]: {endings[answer.answer]}."
+        f"Against {BASIS_NAMES.get(name, name)} of the same dose: {answer.numbers['top']:.{digits}f} "
+        f"{ABLATION_READOUTS[objective][2]} lost to {answer.numbers['basis']:.{digits}f}; difference "
+        f"{at.mean:+.{digits}f} [{at.low:.{digits}f}, {at.high:.{digits}f}]: {endings[answer.answer]}."
     )
 
 
-def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: str = "") -> str:
+def selective_sentence(
+    answer: CausalAnswer, failing: Sequence[str], left_out: str = "", objective: str = "logit_diff"
+) -> str:
     """Return the sentence of question 5.
 
     Args:
@@ -438,13 +450,16 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: s
         on other behaviours (logits), its numbers their margins, and what controls change there.
       failing: parts whose interval reaches the margin.
       left_out: behaviours that are not looked at, in words.
+      objective: the readout that must not change on other behaviours.
     """
     assert answer.parts and answer.numbers
     parts, names = answer.parts, failing or list(answer.parts)
+    digits = {name: _decimals("" if name == TEXT else objective, answer.numbers[name]) for name in names}
     # "z": a rounded -0.001 is written 0.00, so runs that differ by rounding errors get the same sentence.
     listed = "; ".join(
-        f"{name.replace('_', ' ')} {parts[name].mean:z.2f} [{parts[name].low:z.2f}, {parts[name].high:z.2f}], margin "
-        f"{answer.numbers[name]:z.2f}{_beside(name, answer.numbers)}"
+        f"{name.replace('_', ' ')} {parts[name].mean:z.{digits[name]}f} [{parts[name].low:z.{digits[name]}f}, "
+        f"{parts[name].high:z.{digits[name]}f}], margin {answer.numbers[name]:z.{digits[name]}f}"
+        f"{_beside(name, answer.numbers, digits[name])}"
         for name in names
     )
     listed += f"; {left_out}" if left_out else ""
@@ -455,10 +470,10 @@ def selective_sentence(answer: CausalAnswer, failing: Sequence[str], left_out: s
     return f"Not shown to spare: {listed}."
 
 
-def _beside(name: str, numbers: Mapping[str, float]) -> str:
+def _beside(name: str, numbers: Mapping[str, float], digits: int) -> str:
     """Return what sets of the same dose change in a part of question 5, in words; "" if none was run there."""
     words = dict(random="random lists", placebo="placebo sets")
-    medians = [f"{words[g]} {numbers[key]:z.2f}" for g in words if (key := f"{name}:{g}") in numbers]
+    medians = [f"{words[g]} {numbers[key]:z.{digits}f}" for g in words if (key := f"{name}:{g}") in numbers]
     return f" (of the same dose {', '.join(medians)})" if medians else ""
 
 

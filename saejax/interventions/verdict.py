@@ -564,7 +564,9 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
         failing = [name for name, interval in parts.items() if interval.high >= margins[name]]
         answer = "yes" if p_holm <= config.level and not failing else "no"
         answered = CausalAnswer(answer, "", None, p_value, p_holm, numbers, parts)
-        return dataclasses.replace(answered, sentence=wording.selective_sentence(answered, failing, left_out))
+        return dataclasses.replace(
+            answered, sentence=wording.selective_sentence(answered, failing, left_out, measured.objective)
+        )
 
     return _Test(None if too_few else p_value, conclude)
 

@@ -1,6 +1,7 @@
 """The verdict on tables that are written by hand, so that every answer is known."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,9 +11,13 @@ from effect_worlds import attribution, planted_world, top_features, world_table
 from saejax.errors import UserError
 from saejax.interventions.answers import (
     BehaviourVerdict,
+    CausalAnswer,
     VerdictConfig,
+    ablation_sentence,
     among_sentence,
+    basis_sentence,
     enough_sentence,
+    selective_sentence,
     too_few_prompts,
 )
 from saejax.interventions.table import (
@@ -29,6 +34,7 @@ from saejax.interventions.table import (
     save_effects,
 )
 from saejax.interventions.verdict import verdict
+from saejax.results import Interval
 from saejax.stages.ablate.report import control_picture
 
 CONFIG = VerdictConfig(resamples=500)
@@ -174,6 +180,30 @@ def test_one_feature_is_told_in_the_singular():
     few = dataclasses.replace(result.random, answer="not testable", numbers=result.random.numbers | dict(pool=1.0))
     assert "the 1 other feature that lists are drawn from makes fewer" in among_sentence(few, "random", 1, 1)
     assert too_few_prompts(1, 5) == "not testable with 1 prompt, 5 are needed"
+
+
+def test_small_effects_on_a_readout_have_two_digits():
+    """Of a probability "0.00 [0.00, 0.00]" would stand beside a yes."""
+    rows = make_rows()
+    rows.add_ranks(0.2)
+    random = judge(rows).random
+    small = {
+        name: value / 1000 if name in ("top", "median", "high") else value for name, value in random.numbers.items()
+    }
+    among = functools.partial(among_sentence, dataclasses.replace(random, numbers=small), "random", 2, 1)
+    assert "cost 0.0030 units; 19 random lists of the same dose cost 0.0009 in" in among("readout")
+    assert "cost 0.00 logits; " in among("logit_diff")
+    effect, spared = (
+        Interval(0.0042, 0.0038, 0.0047),
+        dict(text=Interval(0.011, 0.004, 0.02), b=Interval(0.0004, 0, 0.001)),
+    )
+    said = ablation_sentence(2, "readout", effect, 0.0123, True, True, {})
+    assert "by 0.0042 units [0.0038, 0.0047] from 0.0123" in said
+    selective = CausalAnswer("yes", parts=spared, numbers=dict(text=0.05, b=0.0015))
+    said = selective_sentence(selective, [], objective="readout")
+    assert "text 0.01 [0.00, 0.02], margin 0.05; b 0.0004 [0.0000, 0.0010], margin 0.0015" in said
+    basis = CausalAnswer("more", effect=effect, numbers=dict(top=0.0052, basis=0.001))
+    assert "0.0052 units lost to 0.0010; difference +0.0042 [0.0038, 0.0047]" in basis_sentence(basis, "pca", "readout")
 
 
 def test_random_sets_by_hand():
