@@ -166,7 +166,7 @@ def test_contexts_come_when_a_node_is_opened(opened, site, features, place):
     (place / "features" / f"{layer}_{index}.json").write_text(json.dumps(dict(activations=[context], **bars)))
     show(opened, site[1] + PAGE)
     nameless = sum(not nodes[name]["clerp"] and not name.startswith(f"{layer}_{index}_") for name in features)
-    assert f"{nameless} of {len(features)} nodes of features have no name" in text(opened, "#nameless summary")
+    assert f"Without a name: {nameless} of {len(features)} nodes of features" in text(opened, "#nameless summary")
     opened.click_on("#nameless summary")
     opened.wait(f"document.querySelectorAll('#nameless .row').length === {nameless}")
     data = json.loads(opened.js("document.getElementById('graph-data').textContent"))["details"]

@@ -101,8 +101,8 @@ function makePanel(graph, { details: known, source }, app) {
       return listed.get(place) <= 2;
     });
     const nameless = ranked.filter((i) => !graph.named[i]);
-    const words = `${count(nameless.length)} of ${count(ranked.length)} nodes of features have no name: the feature has no ` +
-      "label, and no text in which it fires is known.";
+    const words = `Without a name: ${count(nameless.length)} of ${count(ranked.length)} nodes of features, for want of a ` +
+      "label or of a text in which the feature fires.";
     return [
       element("h2", {}, "Where to start"),
       element("p", {}, START),
