@@ -1,5 +1,6 @@
 """Which units a workdir has, and what may go: obsolete ones, checkpoints, stores whose readers are finished."""
 
+import shutil
 from unittest import mock
 
 import pytest
@@ -72,9 +73,11 @@ def test_a_unit_whose_name_has_a_dash_is_listed_once(tmp_path):
     assert states(tmp_path) == {"track/two-words": ["obsolete", "current"]}
 
 
-def test_units_of_workdirs_in_a_folder_are_none_of_it(workdir):
+def test_units_of_workdirs_in_a_folder_are_none_of_it(workdir, tmp_path_factory):
     """A defect: some of them were listed, without their readers, and were removed."""
-    assert runs.list_units(workdir) and runs.list_units(workdir.parent) == []
+    folder = tmp_path_factory.mktemp("workdirs")  # alone: the parent of ``workdir`` has those of other tests
+    shutil.copytree(workdir, folder / "run", symlinks=True)
+    assert runs.list_units(folder / "run") and runs.list_units(folder) == []
 
 
 def test_a_dictionary_that_a_flag_names_by_its_folder_stays(tmp_path):
