@@ -6,7 +6,7 @@ dictionary's features are in ``saejax.dictionaries``.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self
 
 import jax
@@ -91,15 +91,15 @@ class Positions:
         first, end = 0, np.iinfo(np.int32).max  # no text is that long: the end of any
         if isinstance(positions, str) and positions in names:
             return cls(jnp.int32(first), jnp.int32(end), "" if positions == "all" else positions)
-        # Anything but a pair of whole numbers, of Python, NumPy or JAX, is refused below; a range lists positions.
-        with contextlib.suppress(TypeError, ValueError):
-            bounds: Any = () if isinstance(positions, str | range | set | Mapping) else positions
+        # Anything but a pair of whole numbers, of Python, NumPy or JAX, is refused below; lists would list positions.
+        with contextlib.suppress(ValueError):
+            bounds = positions if isinstance(positions, tuple) else ()
             start, stop = (end if bound is None else as_index(bound) for bound in bounds)
             if 0 <= start < stop:
                 return cls(jnp.int32(min(start, end)), jnp.int32(min(stop, end)), "")
         raise UserError(
             f"unknown positions {positions!r}: expected {', '.join(names)}, or (start, stop) with 0 <= start < stop, "
-            "where a stop of None is the end"
+            "where a stop of None is the end: a tuple, as lists of positions are not taken"
         )
 
     def at(self, run: ForwardPass) -> jax.Array:

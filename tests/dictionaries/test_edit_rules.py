@@ -93,6 +93,8 @@ def changed(sae, **changes) -> Dictionary:
         (lambda sae: sae.ablate([[3], [4, 5]]), r"features are \[\[3\], \[4, 5\]\]: expected whole numbers"),
         (lambda sae: sae.ablate([1], (False, True)), r"unknown positions \(False, True\)"),
         (lambda sae: sae.ablate([1], range(2)), r"unknown positions range\(0, 2\)"),
+        (lambda sae: sae.ablate([1], [0, 2]), r"unknown positions \[0, 2\]: .* a tuple, as lists of positions are not"),
+        (lambda sae: sae.ablate([1], np.array([0, 2])), r"unknown positions array\(\[0, 2\]\)"),
         (lambda sae: sae.patch([1], None), r"what is patched in is None: expected numbers, \[prompts, tokens, 1\]"),
         (
             lambda sae: SiteEdit.set(SITE, ["1"] * 40),
