@@ -5,8 +5,8 @@ each item loses under a row's top features, without what its category, the lengt
 (``align_items``). *Features*: by their attribution, matched by their activity on the items
 (``saejax.matching.importance``).
 
-A correlation is compared with those where one side is shuffled, and with placebos: of items, a random set in the place
-of one row's top features; of features, a rotated dictionary, and the importance for corrupted answers.
+A correlation is compared with those where one side is shuffled, and with placebos: of items, other sets in the
+place of one row's top features; of features, a rotated dictionary, and the importance for corrupted answers.
 
 Plain losses of items would agree between models that share no feature: fragile items, which lose much under any
 change, lose much in every model; and items of one kind have answers of one form (a calculation, a word) and length,
@@ -15,10 +15,12 @@ with more or less to lose. Hence
 1. Losses become ranks within each category of items. Out of the ranks of what items lose under the top features are
    regressed the ranks of their answers' lengths and of what they lose under both rows' control sets, on average.
 2. The statistic is the correlation of the residuals, with a p-value from permutations within categories.
-3. The placebo is the same statistic with a control set in the place of one row's top features, and the other control
-   sets of the same row as its controls: the effect of fragile items on features that were not chosen.
+3. The placebo is the same statistic with another set in the place of one row's top features. A control set, with the
+   other control sets of the same row as its controls, has the effect of fragile items on features that were not chosen.
+   Sets that the same attribution chose for corrupted answers (placebo sets), or of untrained dictionaries, have that of
+   the items' text, which both rows read: a model of random weights may agree with a trained one on it.
 
-``tests/studies/test_alignment.py`` simulates pairs of rows that share nothing but fragility, categories or lengths.
+``tests/studies/test_alignment.py`` simulates rows that share nothing but fragility, categories, lengths or text.
 """
 
 import dataclasses
@@ -46,9 +48,9 @@ RULE = (
     f"{100 * LEVEL:g} % of the cases after Holm's correction "
     "over all comparisons, and is above its placebos. Of items it is that of what they lose under the top features, "
     "without what their category, the length of their answer and random sets explain, shuffled within categories; the "
-    "placebo is the 95 % quantile with a random set in the place of one row's "
-    "top features. Of features it is that of the attributions of those matched by their activity on the items; the "
-    "placebos are a rotated dictionary, and the 95 % quantile with the importance for corrupted answers."
+    "placebo is the largest of the 95 % quantiles with random sets, placebo sets or untrained dictionaries' in the "
+    "place of one row's top features. Of features it is that of the attributions of those matched by their activity on "
+    "the items; the placebos are a rotated dictionary, and the 95 % quantile with the importance for corrupted answers."
 )
 _SEED, _PERMUTATIONS, PLACEBO_QUANTILE = 789, 9999, 0.95
 
@@ -59,14 +61,29 @@ class ItemLosses:
 
     top_N: np.ndarray  #: under the top features
     control_DxN: np.ndarray  #: under each of D control sets
+    #: under sets that were chosen as the top features were, [D, N] a kind: for corrupted answers (placebo sets), or of
+    #: untrained dictionaries
+    chosen: Sequence[np.ndarray] = ()
 
     def choose(self, items: np.ndarray) -> "ItemLosses":
         """Return the losses of some items, by their indices."""
-        return ItemLosses(self.top_N[items], self.control_DxN[:, items])
+        chosen = [loss_DxN[:, items] for loss_DxN in self.chosen]
+        return ItemLosses(self.top_N[items], self.control_DxN[:, items], chosen)
 
-    def with_control_as_top(self, draw: int) -> "ItemLosses":
-        """Return the losses with a control set in the place of the top features."""
-        return ItemLosses(self.control_DxN[draw], np.delete(self.control_DxN, draw, axis=0))
+    def with_others_as_top(self) -> list[list["ItemLosses"]]:
+        """Return the losses with each other set in the place of the top features, by kind of set.
+
+        Control sets have the others of them as controls. Chosen sets that were not measured on all items are left out.
+        """
+        controls = [
+            ItemLosses(control_N, np.delete(self.control_DxN, draw, axis=0))
+            for draw, control_N in enumerate(self.control_DxN)
+        ]
+        chosen = [
+            [ItemLosses(loss_N, self.control_DxN) for loss_N in loss_DxN if np.isfinite(loss_N).all()]
+            for loss_DxN in self.chosen
+        ]
+        return [controls, *chosen]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +92,9 @@ class ItemAlignment:
 
     correlation: float  #: of the ranks of losses, without what categories, lengths and control sets explain, -1 to 1
     p_value: float  #: share of permutations of the items within categories in which it is as large, above 0
-    placebo: float  #: the 95 % quantile of the statistic with a control set in the place of one row's top features
+    #: the largest of the 95 % quantiles of the statistic with other sets in the place of the top features, of one kind
+    #: and in one of the rows
+    placebo: float
     least: float  #: the smallest p-value that so many orders of the items allow
 
 
@@ -165,14 +184,14 @@ def _indices(items: Mapping[str, PromptDefinition], chosen: Sequence[str]) -> np
 
 
 def _losses(folder: Path, benchmark: str) -> tuple[dict[str, PromptDefinition], ItemLosses]:
-    """Return the items by id, and what they lose under the top features and under random sets, in nats."""
+    """Return the items by id, and what they lose under the top features and the sets beside them, in nats."""
     table = load_effects(folder)
     prompts = table.select_prompts(benchmark)
-    top_1xP, random_DxP = (
+    top_1xP, random_DxP, *chosen = (
         table.drops(table.select_whole_edits(benchmark, group), prompts, "answer_log_prob")
-        for group in ("top", "random")
+        for group in ("top", "random", "placebo", "untrained")
     )
-    return {prompt.id: prompt for prompt in prompts}, ItemLosses(top_1xP[0], random_DxP)
+    return {prompt.id: prompt for prompt in prompts}, ItemLosses(top_1xP[0], random_DxP, chosen)
 
 
 def align_items(
@@ -209,10 +228,19 @@ def align_items(
         # Sorted by category first and a random number next: a permutation within categories.
         order_N = np.lexsort((rng.random(len(category_N)), category_N))
         as_large += float(first_N[order_N] @ second_N[by_category]) >= seen - 1e-12
-    placebos = [(first.with_control_as_top(draw), second) for draw in range(len(first.control_DxN))]
-    placebos += [(first, second.with_control_as_top(draw)) for draw in range(len(second.control_DxN))]
-    values = [float(np.dot(*_residuals(*pair, category_N, length_N))) for pair in placebos]
-    placebo = float(np.quantile(values, PLACEBO_QUANTILE, method="higher"))
+    # One row and one kind of set at a time: where any such set agrees with the other row, the top features are nothing
+    # special.
+    placebos = [[(other, second) for other in others] for others in first.with_others_as_top()]
+    placebos += [[(first, other) for other in others] for others in second.with_others_as_top()]
+    placebo = max(
+        float(
+            np.quantile(
+                [np.dot(*_residuals(*pair, category_N, length_N)) for pair in pairs], PLACEBO_QUANTILE, method="higher"
+            )
+        )
+        for pairs in placebos
+        if pairs
+    )
     least = max(math.exp(-orders), 1 / (1 + _PERMUTATIONS))
     return ItemAlignment(seen, (1 + as_large) / (1 + _PERMUTATIONS), placebo, least)
 

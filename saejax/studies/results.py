@@ -231,9 +231,9 @@ class AlignmentFigures(Figures):
     """Do rows agree on what matters?
 
     Items: without what their category, the length of their answer and random sets explain. Features: matched by their
-    activity on the items. Placebo: of items, a random set in the place of one row's top features; of features, a
-    rotated dictionary, and the importance for corrupted answers. Shared: of the first row's features that fire. A dash:
-    too few items or features.
+    activity on the items. Placebo: of items, a random set, a placebo set or an untrained dictionary's in the place
+    of one row's top features; of features, a rotated dictionary, and the importance for corrupted answers. Shared: of
+    the first row's features that fire. A dash: too few items or features.
     """
 
     first: str = joined("Rows", lambda line: f"{line.first}, {line.second}")  #: row

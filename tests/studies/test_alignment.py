@@ -83,6 +83,33 @@ def test_the_form_of_answers_makes_no_agreement(cause):
     assert aligned <= 0.08 * NULL and before >= NULL // 2
 
 
+def with_placebos(rng, pair, shared):
+    """Both rows with 19 placebo sets; ``shared`` is the part of what the text of items explains of any chosen set."""
+    fragility_N, text_N = np.exp(1.5 * rng.normal(size=ITEMS)), rng.normal(size=ITEMS)
+
+    def chosen():
+        noise_N = rng.normal(size=ITEMS)
+        return simulated(rng, fragility_N, np.sqrt(shared) * text_N + np.sqrt(1 - shared) * noise_N).top_N
+
+    if shared:  # of the top features, too
+        pair = [ItemLosses(chosen(), simulated(rng, fragility_N, text_N).control_DxN) for _ in pair]
+    return [ItemLosses(row.top_N, row.control_DxN, [np.stack([chosen() for _ in range(19)])]) for row in pair]
+
+
+def test_the_text_of_items_makes_no_agreement():
+    """A defect: a model of random weights agreed with a trained one, as any features chosen on these items did."""
+    rng, before, aligned = np.random.default_rng(2), 0, 0
+    for pair in pairs(shared=0, count=NULL):
+        rows = with_placebos(rng, pair, shared=0.6)
+        before += is_aligned(align(*(ItemLosses(row.top_N, row.control_DxN) for row in rows)))
+        aligned += is_aligned(align(*rows))
+    print(f"rows that share nothing but text: {aligned} of {NULL} aligned, {before} without placebo sets")
+    assert aligned <= 0.08 * NULL and before >= NULL // 2
+    found = sum(is_aligned(align(*with_placebos(rng, pair, shared=0))) for pair in pairs(shared=1, count=TRUE))
+    print(f"rows that share what matters, with placebo sets: {found} of {TRUE} aligned")
+    assert found >= 0.8 * TRUE
+
+
 def test_agreement_within_categories_is_found():
     """Opposite levels of the categories hide it from a correlation over all items."""
     sums_N = np.array(KINDS_OF_TWO) == "sum"
