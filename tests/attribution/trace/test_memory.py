@@ -46,7 +46,8 @@ def test_freed_memory_goes_back_to_the_system():
     pieces.clear()
     before = taken()
     prompt.return_freed()
-    assert before - taken() > 0.8 * 40_000 * 4000 / os.sysconf("SC_PAGE_SIZE") and left
+    # Half: in a process that did much before, pieces lie in holes of pages that hold something else, too.
+    assert before - taken() > 0.5 * 40_000 * 4000 / os.sysconf("SC_PAGE_SIZE") and left
 
 
 def test_a_trace_gives_memory_back_before_each_phase_and_after_each_round(tiny, monkeypatch):
