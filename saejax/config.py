@@ -5,7 +5,8 @@ its fields is made with ``setting`` and becomes the flag ``--train.<field>``. Fi
 float, bool and ``tuple[...]`` of those (written as a comma-separated list on the command line). One field may be made
 with ``nested``: groups by name, whose settings become ``--train.<name>.<field>``. A setting that several groups have in
 common, such as the seed of all causal tests, is *shared*: one flag, ``--causal.seed``, gives its value to all of them.
-A field that is not made with ``setting`` is no flag: code alone sets it. ``Place`` and ``Text`` are kinds of str.
+A field that is not made with ``setting``, or with ``is_flag=False``, is no flag: code alone sets it. ``Place`` and
+``Text`` are kinds of str.
 """
 
 import dataclasses
@@ -36,8 +37,9 @@ def setting(
     swept: bool = False,
     order: Sequence[str] | None = None,
     shared: str = "",
+    is_flag: bool = True,
 ) -> Any:
-    """Declare a dataclass field that becomes a flag.
+    """Declare a dataclass field that is checked, and becomes a flag.
 
     Args:
       default: the value when the flag is not given.
@@ -52,9 +54,12 @@ def setting(
         alphabet, so that another order on the command line makes nothing again. None: the order counts.
       shared: prefix of the flag that sets this field in every group that shares it, with one default and help; empty:
         the group's name, for a flag of the group alone.
+      is_flag: False for what nobody changes on a command line: Python alone sets it, and no unit counts it.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results)
-    return dataclasses.field(default=default, metadata=metadata | dict(swept=swept, order=order, shared=shared))
+    return dataclasses.field(
+        default=default, metadata=metadata | dict(swept=swept, order=order, shared=shared, is_flag=is_flag)
+    )
 
 
 def nested(groups: Callable[[], Mapping[str, type["Config"]]]) -> Any:
@@ -71,7 +76,7 @@ class Config:
     """Base class of the groups: checks ranges and choices when it is made. Subclasses are frozen dataclasses."""
 
     def __post_init__(self):
-        for field in own_settings(type(self)).values():
+        for field in (field for field in dataclasses.fields(self) if "help" in field.metadata):
             value = getattr(self, field.name)
             if field.metadata["swept"] and not value:
                 raise UserError(f"{field.name} is empty: name a value, or several")
@@ -116,7 +121,7 @@ class Configs:
 
 def own_settings(cls: type) -> dict[str, dataclasses.Field]:
     """Return the settings of the group itself that flags set; a plain field is set by code alone."""
-    return {field.name: field for field in dataclasses.fields(cls) if "help" in field.metadata}
+    return {field.name: field for field in dataclasses.fields(cls) if field.metadata.get("is_flag")}
 
 
 def nested_groups(cls: type) -> Iterator[tuple[str, str, type[Config]]]:

@@ -15,6 +15,11 @@ def causal_seed() -> Any:
     )
 
 
+def causal_bootstrap() -> Any:
+    """Return the field ``bootstrap`` of a causal test."""
+    return setting(10_000, "bootstrap resamples for 95 % intervals of causal tests", low=100, is_flag=False)
+
+
 def causal_batch_rows() -> Any:
     """Return the field ``batch_rows`` of a causal test."""
     return setting(64, "edited prompts per batch of the program", low=1, changes_results=False, shared="causal")

@@ -10,13 +10,14 @@ from absl import flags
 
 from saejax import cli
 from saejax.activations.settings import CaptureConfig
-from saejax.config import Configs, group_name
+from saejax.config import Configs, group_name, own_settings
 from saejax.errors import UserError
 from saejax.interventions.settings import AblateConfig, PatchConfig, ProbeConfig, SteerConfig, StudyConfig
 from saejax.runner import command, command_line
 from saejax.runner.flags import flag_fields
 from saejax.runner.registry import accepted_groups, all_groups, all_stages, flag_of, with_inputs
 from saejax.runner.workplan import Workplan
+from saejax.tasks.settings import CorpusConfig
 from saejax.training.settings import TrainConfig
 
 
@@ -79,12 +80,25 @@ def test_help_lists_the_accepted_flags_with_their_defaults(stage):
     assert first[0] == "The most common flags:" and 3 <= len(first) <= 11
 
 
+@pytest.mark.parametrize(
+    "wrong", [dict(b2=1.0), dict(bootstrap=1), dict(top=0), dict(strengths=(0.0,)), dict(seed=-1)], ids=str
+)
+def test_settings_that_are_no_flags_are_checked(wrong):
+    (name,) = wrong
+    group = dict(b2=TrainConfig, bootstrap=AblateConfig, top=PatchConfig, strengths=ProbeConfig, seed=CorpusConfig)[
+        name
+    ]
+    assert name not in flag_fields(group_name(group), group) and name not in own_settings(group)
+    with pytest.raises(UserError, match=rf"^{name} is .*: expected at "):
+        group(**wrong)
+
+
 def test_there_are_few_flags():
     """Each is one more that a reader of ``--help`` must pass by; a setting that nobody changes is a plain field."""
     flag_values = command_line.stage_flags()
     command_line.read_configs(flag_values, ["program", "--help"])
     text = command_line.help_text(list(all_stages()), "", flag_values)
-    # Without those of a plugin that other tests import. Five more are of commands that are no stages.
+    # Without those of a plugin that other tests import, and without --help. Commands that are no stages have five more.
     listed = {flag for flag in re.findall(r"^  --([\w.]+)  ", text, re.M) if not flag.startswith("train.shrunk.")}
     assert len(listed) <= 225
 

@@ -91,7 +91,7 @@ class AblateConfig(Config):
     )
     min_accuracy_drop: float = shared.min_accuracy_drop()
     seed: int = shared.causal_seed()
-    bootstrap: int = 10_000  #: resamples for 95 % intervals; no flag
+    bootstrap: int = shared.causal_bootstrap()
     batch_rows: int = shared.causal_batch_rows()
 
 
@@ -118,8 +118,12 @@ class ProbeConfig(Config):
     sparse: tuple[int, ...] = setting(
         (1, 2, 5, 10, 20), "sizes of sparse probes: numbers of features, or of dimensions", low=1
     )
-    #: inverse strengths of the L2 penalty (C), of which 5-fold cross-validation on the train prompts chooses; no flag
-    strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
+    strengths: tuple[float, ...] = setting(
+        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
+        "inverse strengths of the L2 penalty (C), of which 5-fold cross-validation on the train prompts chooses",
+        low=1e-9,
+        is_flag=False,
+    )
     shuffles: int = setting(
         20,
         "number of control probes on shuffled labels, and on matched features or random directions, for each probe",
@@ -150,11 +154,13 @@ class PatchConfig(Config):
         "folder or hub address as in --ablate.dictionary; empty: none",
         changes_results=False,
     )
-    top: int = 10  #: number of features, ranked by attribution on train prompts, that are patched; no flag
+    top: int = setting(
+        10, "number of features, ranked by attribution on train prompts, that are patched", low=1, is_flag=False
+    )
     random_sets: int = shared.random_sets()
     placebo_targets: int = shared.placebo_targets()
     seed: int = shared.causal_seed()
-    bootstrap: int = 10_000  #: resamples for 95 % intervals; no flag
+    bootstrap: int = shared.causal_bootstrap()
     batch_rows: int = shared.causal_batch_rows()
 
 
@@ -170,7 +176,7 @@ class SteerConfig(Config):
     )
     random_sets: int = shared.random_sets()
     seed: int = shared.causal_seed()
-    bootstrap: int = 10_000  #: resamples for 95 % intervals; no flag
+    bootstrap: int = shared.causal_bootstrap()
     batch_rows: int = shared.causal_batch_rows()
     top: int = 10  #: features that steer together for each pair of answers, ranked on train texts; no flag
     #: norms of the added vectors, in units of the site's mean norm; features are clamped at 1, 2, 4 and 8 times their
@@ -242,7 +248,7 @@ class StudyConfig(Config):
         changes_results=False,
     )
     min_accuracy_drop: float = shared.min_accuracy_drop()
-    bootstrap: int = 10_000  #: resamples for 95 % intervals; no flag
+    bootstrap: int = shared.causal_bootstrap()
     seed: int = shared.causal_seed()
     #: tokens per batch, padding included, of log-likelihoods and slopes, which changes speed alone; no flag
     batch_tokens: int = dataclasses.field(default=2048, metadata=dict(changes_results=False))

@@ -69,7 +69,7 @@ def load(files: Sequence[str | Path]) -> None:
 
 
 def _check_stages(file: Path, stages: Mapping[str, Stage], source: str) -> Iterator[Stage]:
-    """Yield stages as they are added; the file's hash counts for their units."""
+    """Check the stages that a file declares, and yield each with the file's hash among its inputs."""
     for name, stage in stages.items():
         if name in registry.own_stages() or name in TAKEN:
             raise UserError(f"--plugins={file} declares the stage {name}, which saejax has: give it another name")

@@ -220,7 +220,7 @@ def remove(workspace: Workspace, units: Sequence[KeptUnit], wanted: Sequence[str
 
 
 def _remove_folder(path: Path) -> None:
-    """Remove a folder, and what it leads to if a user has moved it to another disk and left a link."""
+    """Remove a folder; of a link that a user left for a folder on another disk, remove that folder and the link."""
     shutil.rmtree(path.resolve())
     path.unlink(missing_ok=True)
 

@@ -17,8 +17,9 @@ with more or less to lose. Hence
 2. The statistic is the correlation of the residuals, with a p-value from permutations within categories.
 3. The placebo is the same statistic with another set in the place of one row's top features. A control set, with the
    other control sets of the same row as its controls, has the effect of fragile items on features that were not chosen.
-   Sets that the same attribution chose for corrupted answers (placebo sets), or of untrained dictionaries, have that of
-   the items' text, which both rows read: a model of random weights may agree with a trained one on it.
+   Sets that the same attribution chose for corrupted answers (placebo sets), or among the directions of untrained
+   dictionaries, have the effect of the items' text. Both rows read it, so that a model of random weights may agree with
+   a trained one.
 
 ``tests/studies/test_alignment.py`` simulates rows that share nothing but fragility, categories, lengths or text.
 """

@@ -122,7 +122,7 @@ class CorpusConfig(Config):
         "join texts of a split until they fill the context, each beginning with BOS (or, where texts begin with none, "
         "after the end-of-text token); attention reaches across texts, as in SAELens",
     )
-    seed: int = 789  #: of the held-out split and of the order of documents; no flag
+    seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0, is_flag=False)
 
 
 def held_out_settings(config: CorpusConfig) -> dict[str, Any]:

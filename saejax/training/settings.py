@@ -154,7 +154,7 @@ class TrainConfig(Config):
         swept=True,
     )
     b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=0.999999)
-    b2: float = 0.999  #: decay of Adam's mean of squared gradients; no flag
+    b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=0.999999, is_flag=False)
     eps: float = setting(1e-8, "epsilon of Adam, added to the root of its mean of squared gradients", low=1e-30)
     mu_dtype: str = setting(
         "float32",

@@ -96,7 +96,7 @@ def read_run_text(
 
 
 def find_names(compared: Compared, run: Run) -> dict[int, str]:
-    """Return the names of a dictionary's features, of one that this run trains as its own units give them."""
+    """Return the names of a dictionary's features: of a dictionary of this run, the names in the units it reads."""
     workdir, name = trained_in(compared, run.folder.parent)
     return feature_names(workdir, name, compared.folder, {} if is_folder(compared.name) else run.inputs)
 
